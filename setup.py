@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""Builds the libfuse shim (zbudfs/fuse/shim.c); everything else is in pyproject.toml.
+
+The shim is no Python module: it is a plain shared object which is loaded with ctypes, so all
+that is wanted from setuptools is a compiler run with libfuse's flags and a file in the package.
+"""
+
+import shlex
+import shutil
+import subprocess
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+REMEDY = "on Debian: apt-get install gcc pkg-config libfuse3-dev; on Fedora: dnf install gcc pkgconf fuse3-devel"
+
+
+def _pkg_config(*wanted: str) -> list[str]:
+    try:
+        run = subprocess.run(["pkg-config", *wanted, "fuse3"], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise SystemExit(f"zbudfs: cannot build the libfuse shim: no pkg-config ({REMEDY})") from None
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()
+        raise SystemExit(f"zbudfs: cannot build the libfuse shim: {reason[0] if reason else error} ({REMEDY})") from None
+    return shlex.split(run.stdout)
+
+
+class BuildShim(build_ext):
+    """Looks for what the shim needs when it is built, not when setup.py is merely read."""
+
+    def build_extensions(self) -> None:
+        _pkg_config("--atleast-version=3.10")
+        if not shutil.which(self.compiler.compiler_so[0]):
+            raise SystemExit(f"zbudfs: cannot build the libfuse shim: no {self.compiler.compiler_so[0]} ({REMEDY})")
+        for extension in self.extensions:
+            extension.extra_compile_args += [*_pkg_config("--cflags"), "-std=gnu11", "-Wall", "-Wextra"]
+            extension.extra_link_args += _pkg_config("--libs")
+        super().build_extensions()
+
+
+setup(ext_modules=[Extension("zbudfs.fuse._shim", ["zbudfs/fuse/shim.c"])], cmdclass={"build_ext": BuildShim})

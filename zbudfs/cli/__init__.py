@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What people type. Never imported by the daemon."""

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""What was typed, with its types: `options` fills it in, `commands` reads it, and neither needs the other for that."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+class Arguments(argparse.Namespace):
+    """What was typed, with the types that the parser gives."""
+
+    run: Callable[[Arguments], int]
+    """The command."""
+    mountpoint: str
+    """As typed; status has `one_mountpoint` instead."""
+    one_mountpoint: str | None
+    """As typed; None: all of them."""
+    size: int | None
+    """Bytes; None: the default."""
+    pool: str | None
+    """A size or a percentage that has been checked; None: the default."""
+    backing: str | None
+    """A path or "none"; None: the default."""
+    level: int | None
+    """zstd level; None: the default."""
+    foreground: bool
+    """Whether the daemon stays at the terminal."""
+    priority: int | None
+    """Swap priority; None: left to the kernel."""
+    umount: bool
+    """Whether swapoff unmounts as well."""
+    force: bool
+    """Whether swapoff leaves out the count of memory."""
+    json: bool
+    """Whether status prints JSON."""

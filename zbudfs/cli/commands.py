@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: MIT
+"""The five commands, each a function of what was typed that returns the exit status or raises.
+
+    mount    settings -> a daemon that mounts           umount    no users? -> unmount -> wait for the daemon's end
+    swapon   mount if need be -> loop -> mkswap -> on   swapoff   room? -> off -> loop -> umount if wanted
+    status   in `status`
+
+They decide the order and undo what they did; how each step is done is known to `service` and `swap`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from zbudfs.cli import status as status_page
+from zbudfs.cli.arguments import Arguments
+from zbudfs.core.sizes import format_size, parse_size_or_percent
+from zbudfs.service import launch
+from zbudfs.service.mountpoint import (
+    Mount,
+    MountError,
+    check_mountpoint,
+    find_mount,
+    shown_path,
+    unmount,
+    zbudfs_mounts,
+)
+from zbudfs.service.settings import (
+    BACKING_FOLDER,
+    DEFAULT_LEVEL,
+    PAGE_BYTES,
+    Settings,
+    SettingsError,
+    default_backing,
+    default_pool_bytes,
+    default_size_bytes,
+    ram_bytes,
+)
+from zbudfs.swap.attach import attach
+from zbudfs.swap.detach import detach
+from zbudfs.swap.loop import users
+
+END_LIMIT_SECONDS: Final = 60.0
+"""Longest wait for a daemon to end after its unmount. Arbitrary, and generous: it may have to wait for the disk."""
+
+_BUSY_LIMIT_SECONDS: Final = 2.0
+"""How long "busy" is not believed. Arbitrary: closing the last file of a loop device is finished a little later."""
+
+
+class CommandError(Exception):
+    """What was asked for cannot be done now; the text is one sentence for the user."""
+
+
+def mount(arguments: Arguments) -> int:
+    """Mount and return when it is up; in the foreground, when it has ended."""
+    _need_root("mount")
+    mountpoint = resolve(arguments.mountpoint)
+    settings = make_settings(arguments, mountpoint)
+    _check_free(mountpoint)
+    _prepare_backing_folder(settings)
+    if not arguments.foreground:
+        _tell_refusals(launch.start(settings), mountpoint)
+        return 0
+
+    def on_ready(ready: launch.Ready) -> None:
+        print(f"zbudfs: mounted on {shown_path(mountpoint)}, pid {ready.pid}; Ctrl-C ends it", file=sys.stderr)
+        _tell_refusals(ready, mountpoint)
+
+    return launch.run_in_foreground(settings, on_ready)
+
+
+def umount(arguments: Arguments) -> int:
+    """Unmount, if no swap is on it, and return when the daemon has ended."""
+    _need_root("umount")
+    take_down(_mounted(resolve(arguments.mountpoint)))
+    return 0
+
+
+def swapon(arguments: Arguments) -> int:
+    """Mount if need be, then make it active swap; print the device."""
+    _need_root("swapon")
+    mountpoint = resolve(arguments.mountpoint)
+    mounted = find_mount(mountpoint)
+    if mounted is None:
+        settings = make_settings(arguments, mountpoint)
+        _check_free(mountpoint)
+        _prepare_backing_folder(settings)
+        _tell_refusals(launch.start(settings), mountpoint)
+    else:
+        _refuse_mount_options(arguments, mountpoint)
+        if here := users(mountpoint, mounted.st_dev):
+            raise CommandError(f"{shown_path(mountpoint)} is in use already: {', '.join(here)}")
+    try:
+        print(attach(mountpoint, arguments.priority))
+    except BaseException:
+        if mounted is None and (ours := find_mount(mountpoint)) is not None:
+            take_down(ours)
+        raise
+    return 0
+
+
+def swapoff(arguments: Arguments) -> int:
+    """Take swap and loop device away, and the mount as well if wanted."""
+    _need_root("swapoff")
+    mounted = _mounted(resolve(arguments.mountpoint))
+    devices = detach(mounted.mountpoint, st_dev=mounted.st_dev, force=arguments.force)
+    if arguments.umount:
+        take_down(mounted)
+    elif not devices:
+        raise CommandError(f"no swap is on {shown_path(mounted.mountpoint)}")
+    return 0
+
+
+def status(arguments: Arguments) -> int:
+    """Print what one mount, or every mount, stores; 1 if a daemon does not answer."""
+    if arguments.one_mountpoint is None:
+        reports = [status_page.report(mount) for mount in zbudfs_mounts()]
+        text = status_page.as_json(reports) if arguments.json else status_page.as_pages(reports)
+    else:
+        reports = [status_page.report(_mounted(resolve(arguments.one_mountpoint)))]
+        if "error" in reports[0]:
+            raise CommandError(str(reports[0]["error"]))
+        text = status_page.as_json(reports[0]) if arguments.json else status_page.as_pages(reports)
+    print(text)
+    return 1 if any("error" in report for report in reports) else 0
+
+
+# ---- before ------------------------------------------------------------------------------------------------------
+
+
+def resolve(path: str) -> str:
+    """Return the absolute path without symbolic links; nothing need exist, and a dead mount is no obstacle.
+
+    Raises CommandError for what cannot be a path.
+    """
+    if not path or "\0" in path:
+        raise CommandError(f"{path!r} is not a path")
+    return os.path.realpath(path)
+
+
+def make_settings(arguments: Arguments, mountpoint: str) -> Settings:
+    """Return the daemon's settings: what was typed, the defaults for the rest. Raises SettingsError."""
+    ram = ram_bytes()
+    if arguments.pool is None:
+        pool_bytes = default_pool_bytes(ram)
+    else:
+        pool_bytes = parse_size_or_percent(arguments.pool, ram)
+        if arguments.pool.endswith("%"):
+            pool_bytes = pool_bytes // PAGE_BYTES * PAGE_BYTES
+        if pool_bytes > ram:
+            raise SettingsError(
+                f"pool of {format_size(pool_bytes)} is more than this machine's RAM of {format_size(ram)}: frames are"
+                " locked in RAM, so they must fit into it"
+            )
+    return Settings(
+        mountpoint=mountpoint,
+        size_bytes=default_size_bytes(ram) if arguments.size is None else arguments.size,
+        pool_bytes=pool_bytes,
+        backing=_backing(arguments.backing, mountpoint),
+        level=DEFAULT_LEVEL if arguments.level is None else arguments.level,
+    )
+
+
+def _backing(typed: str | None, mountpoint: str) -> str | None:
+    """Return the absolute path of the backing file, or None for none.
+
+    Folders are resolved, but a symbolic link in the last place is left for the daemon to refuse: whoever can put one
+    there could have root empty a file of his choice.
+    """
+    if typed is None:
+        return default_backing(mountpoint)
+    if typed == "none":
+        return None
+    folder, name = os.path.split(typed)
+    if name in ("", ".", "..") or "\0" in typed:
+        raise SettingsError(f"backing {typed!r} is not a file name: write the path of a file, or none")
+    return os.path.join(os.path.realpath(folder or "."), name)  # noqa: PTH118  the path may hold any bytes
+
+
+def _prepare_backing_folder(settings: Settings) -> None:
+    """Make the folder of default backing files, which only root may look into; any other folder must exist."""
+    if settings.backing is None:
+        return
+    folder = Path(settings.backing).parent
+    if str(folder) == BACKING_FOLDER:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        raise CommandError(f"the folder {shown_path(str(folder))} for the backing file does not exist")
+
+
+def _need_root(command: str) -> None:
+    if os.geteuid() != 0:
+        raise CommandError(f"{command} needs root: run it with sudo")
+
+
+def _mounted(mountpoint: str) -> Mount:
+    found = find_mount(mountpoint)
+    if found is None:
+        raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
+    return found
+
+
+def _check_free(mountpoint: str) -> None:
+    """Raise CommandError or MountError if nothing can be mounted there, before anything is done.
+
+    The daemon looks again; here a dead mount is known as such, with the remedy.
+    """
+    if find_mount(mountpoint) is not None and is_dead(mountpoint):
+        raise CommandError(
+            f"a zbudfs whose daemon has died is still mounted on {shown_path(mountpoint)}:"
+            f" run zbudfs umount {shown_path(mountpoint)} first"
+        )
+    check_mountpoint(mountpoint)
+
+
+def _refuse_mount_options(arguments: Arguments, mountpoint: str) -> None:
+    """What is mounted has its size and pool: silently ignoring others would be a lie."""
+    typed = [f"--{name}" for name in ("size", "pool", "backing", "level") if getattr(arguments, name) is not None]
+    if typed:
+        raise CommandError(f"{shown_path(mountpoint)} is mounted already: {', '.join(typed)} can only be set at mount")
+
+
+def _tell_refusals(ready: launch.Ready, mountpoint: str) -> None:
+    if ready.warnings:
+        nr = len(ready.warnings)
+        print(
+            f"zbudfs: the system refused {nr} of the daemon's protections; zbudfs status {shown_path(mountpoint)} says",
+            file=sys.stderr,
+        )
+
+
+# ---- after -------------------------------------------------------------------------------------------------------
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether the mount at `mountpoint` has lost its daemon. Waits if the daemon is alive and does not answer."""
+    try:
+        os.stat(mountpoint)  # noqa: PTH116  the path may hold any bytes
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+def take_down(mounted: Mount) -> None:
+    """Unmount, and return when the daemon has ended and its backing file is empty.
+
+    A mount whose daemon has died is taken away as well. Raises CommandError, with nothing changed, while swap or a
+    loop device is on it.
+    """
+    mountpoint = mounted.mountpoint
+    shown = shown_path(mountpoint)
+    if here := users(mountpoint, mounted.st_dev):
+        raise CommandError(f"{shown} is in use: {', '.join(here)}; run zbudfs swapoff {shown} first")
+    pidfd = _open_daemon(mountpoint)
+    if pidfd is None:
+        _unmount_dead(mountpoint)
+        return
+    try:
+        _unmount_when_idle(mountpoint)
+        _wait_for_end(pidfd, shown)
+    finally:
+        os.close(pidfd)
+
+
+def _open_daemon(mountpoint: str) -> int | None:
+    """Return a file descriptor that becomes readable when the daemon ends; None if it has ended."""
+    try:
+        return os.pidfd_open(int(Path(mountpoint, "stats/pid").read_text()))
+    except ProcessLookupError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return None
+        raise
+
+
+def _unmount_when_idle(mountpoint: str) -> None:
+    end = time.monotonic() + _BUSY_LIMIT_SECONDS
+    while True:
+        try:
+            unmount(mountpoint)
+            return
+        except MountError as error:
+            if error.code != errno.EBUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
+
+
+def _wait_for_end(pidfd: int, shown: str) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if not poll.poll(END_LIMIT_SECONDS * 1000):
+        raise CommandError(
+            f"{shown} is unmounted, but its daemon has not ended within {END_LIMIT_SECONDS:g} s:"
+            " its backing file may not be empty yet"
+        )
+
+
+def _unmount_dead(mountpoint: str) -> None:
+    """Take away what a dead daemon has left: the mount, and the memory of others in its backing file.
+
+    Only the backing file at the default place is known now; it is emptied unless another daemon has it locked.
+    """
+    # Nobody can use what is on it any more: the mount leaves the tree although files are still open.
+    unmount(mountpoint, lazy=True)
+    left = default_backing(mountpoint)
+    try:
+        fd = os.open(left, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        print(
+            f"zbudfs: the daemon of {shown_path(mountpoint)} had died; if it had a backing file of your choice, what"
+            " was written there is still in it: remove it",
+            file=sys.stderr,
+        )
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+    except BlockingIOError:
+        pass  # a new daemon's by now, which empties what it finds
+    finally:
+        os.close(fd)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""The command `zbudfs`: from words to one call, and from errors to one line and an exit status.
+
+    0    done
+    1    it could not be done: one line "zbudfs: ..." on stderr says why
+    2    it was asked for wrongly (an unknown option, a size that is none): one line as well
+    130  Ctrl-C
+
+A user's or a system's error never shows a traceback; a traceback is a bug. What the commands do is in `commands`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.commands import CommandError
+from zbudfs.cli.options import build_parser
+from zbudfs.service.launch import LaunchError
+from zbudfs.service.mountpoint import MountError
+from zbudfs.service.settings import SettingsError
+from zbudfs.swap.loop import SwapError
+
+FAILURE: Final = 1
+USAGE: Final = 2
+INTERRUPTED: Final = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (by default that of the process) and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+    try:
+        arguments = build_parser().parse_args(argv, Arguments())
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as end:  # argparse: 0 after --help and --version, 2 after an error that it has told
+        return end.code if isinstance(end.code, int) else USAGE
+    except SettingsError as error:
+        return _fail(error, USAGE)
+    except (CommandError, LaunchError, MountError, SwapError) as error:
+        return _fail(error, FAILURE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone. Nothing to tell it; and Python must not try again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except OSError as error:
+        return _fail(error, FAILURE)
+
+
+def _fail(why: object, status: int) -> int:
+    print(f"zbudfs: {why}", file=sys.stderr)
+    return status

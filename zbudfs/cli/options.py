@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""The words of the command line, and help that teaches by example.
+
+Values are checked where they are read, so that a bad one is a usage error (exit status 2) before anything is done.
+What depends on the machine, such as a percentage of its RAM, is worked out in `commands`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from zbudfs import __version__
+from zbudfs.cli import commands
+from zbudfs.cli.arguments import Arguments
+from zbudfs.core.sizes import GRAMMAR, parse_size, parse_size_or_percent
+from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
+from zbudfs.swap.attach import MAX_PRIORITY
+
+_EPILOG: Final = """\
+examples:
+  zbudfs swapon /mnt/zswap                      compressed swap as large as RAM, a quarter of RAM for its pool
+  zbudfs status                                 what is stored, and what that takes
+  zbudfs swapoff --umount /mnt/zswap            all of it away again
+
+  zbudfs mount --size 8G --pool 1G /mnt/zswap   only the file /mnt/zswap/swapfile, to do with as you like
+  zbudfs mount --backing none /mnt/zswap        in RAM alone, nothing is ever written to disk
+  zbudfs umount /mnt/zswap                      what was stored is gone after that
+
+The mountpoint is a directory that exists. All commands but status need root. `zbudfs COMMAND --help` tells more.
+"""
+
+_MOUNT_EPILOG: Final = f"""\
+A SIZE is {GRAMMAR}.
+
+What does not fit into the pool is written, still compressed, to the backing file. It grows as needed, to a little more
+than SIZE at most, and is emptied at umount.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells errors in one line, like every other error of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"zbudfs: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; what it gives is an `Arguments` whose `run` is the command."""
+    parser = _Parser(
+        prog="zbudfs",
+        description="Compressed swap: a file system whose one file keeps its pages compressed in RAM, two to a frame,"
+        " and writes the cold ones to disk.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"zbudfs {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Arguments], int], summary: str, epilog: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("mount", commands.mount, "mount a zbudfs and return when it is up", _MOUNT_EPILOG)
+    _add_mount_options(sub)
+    sub.add_argument("--foreground", action="store_true", help="stay at the terminal until Ctrl-C, and log to it")
+    sub.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory to mount on")
+
+    sub = command(
+        "umount",
+        commands.umount,
+        "unmount a zbudfs; what it stored is gone and its backing file is emptied",
+        "It refuses while swap or a loop device is on it. If the daemon has died, this cleans up after it.\n",
+    )
+    sub.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory that it is mounted on")
+
+    sub = command(
+        "swapon",
+        commands.swapon,
+        "make a zbudfs active swap, mounting it first if need be",
+        _MOUNT_EPILOG + "\nIf a step fails, the steps before it are undone.\n",
+    )
+    _add_mount_options(sub)
+    sub.add_argument(
+        "--priority",
+        type=_priority,
+        metavar="N",
+        help=f"0 to {MAX_PRIORITY}, the highest is used first (default: the kernel's choice, after all other swap)",
+    )
+    sub.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory that it is, or will be, mounted on")
+
+    sub = command(
+        "swapoff",
+        commands.swapoff,
+        "read everything back to RAM and end the swap on a zbudfs",
+        "If RAM is too short for what would come back, it fails and leaves everything running.\n",
+    )
+    sub.add_argument("--umount", action="store_true", help="unmount it as well")
+    sub.add_argument("--force", action="store_true", help="try it even if RAM seems to be too short")
+    sub.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory that it is mounted on")
+
+    sub = command(
+        "status",
+        commands.status,
+        "tell what is stored, what it takes, and what the system refused",
+        "examples:\n  zbudfs status\n  zbudfs status --json /mnt/zswap | jq .pool_used_bytes\n",
+    )
+    sub.add_argument(
+        "--json", action="store_true", help="print one object, or a list of objects if no MOUNTPOINT is given"
+    )
+    sub.add_argument("one_mountpoint", metavar="MOUNTPOINT", nargs="?", help="directory (default: every zbudfs)")
+    return parser
+
+
+def _add_mount_options(parser: argparse.ArgumentParser) -> None:
+    """Add what mount and swapon have in common."""
+    parser.add_argument(
+        "--size", type=_size, metavar="SIZE", help="size of the swap file, in whole pages of 4096 bytes (default: RAM)"
+    )
+    parser.add_argument(
+        "--pool",
+        type=_pool,
+        metavar="SIZE|PERCENT",
+        help=f"most RAM for what is stored; a percentage is one of RAM (default: {DEFAULT_POOL.replace('%', '%%')})",
+    )
+    parser.add_argument(
+        "--backing",
+        metavar="FILE|none",
+        help=f"where cold frames are written (default: a file in {BACKING_FOLDER}, named after the mountpoint)",
+    )
+    parser.add_argument(
+        "--level",
+        type=_level,
+        metavar="N",
+        help=f"zstd level, {MIN_LEVEL} (fast) to {MAX_LEVEL} (small), not 0 (default: {DEFAULT_LEVEL})",
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _pool(text: str) -> str:
+    try:
+        parse_size_or_percent(text, 0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _level(text: str) -> int:
+    return _whole_number(text, "a level", MIN_LEVEL, MAX_LEVEL)
+
+
+def _priority(text: str) -> int:
+    return _whole_number(text, "a priority", 0, MAX_PRIORITY)
+
+
+def _whole_number(text: str, what: str, low: int, high: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = low - 1
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}: write a whole number from {low} to {high}")
+    return number

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: MIT
+"""Which blocks of the backing file are free, and which zpages of the others are still wanted.
+
+The file is divided into segments of 64 blocks (256 KiB). A segment is a hole (the file system has given it
+nothing yet, or has got it back) or ready (allocated and written over, so that a write there changes no
+metadata). A ready segment has a 64-bit mask of its free blocks and is on the list of segments with that many
+free ones, so the emptiest segment, which has room for the longest run of neighbouring blocks, is found without
+a scan. Ready free blocks are always used before the file grows.
+
+    segment   hole --grow--> ready, 64 free --alloc--> ready, n free --last free--> ready, 64 free --punch--> hole
+
+A block is in use from `alloc` until its last live zpage is freed; which are live is a bit mask a block, one bit
+for each zpage that a frame can hold.
+"""
+
+from typing import Final
+
+from zbudfs.core.lists import IndexLists
+
+SEGMENT_BLOCKS: Final = 64
+NO_SEGMENT: Final = -1
+_ALL_FREE: Final = (1 << SEGMENT_BLOCKS) - 1
+_HOLES: Final = SEGMENT_BLOCKS + 1
+_LISTS: Final = SEGMENT_BLOCKS + 2
+HEADER_BLOCK: Final = 0
+"""The file's own: never free."""
+
+
+class BlockMap:
+    """The map of a backing file of at most `nr_segments` segments; all of them holes at first.
+
+    buffer: a zeroed writable memoryview of `table_size(nr_segments)` bytes.
+
+    I1: a block is free iff its bit in the segment's mask is set; then nothing of it is live.
+    I2: a ready segment with n free blocks is on list n; a hole is on the list of holes.
+    """
+
+    def __init__(self, buffer: memoryview, nr_segments: int) -> None:
+        if len(buffer) < self.table_size(nr_segments):
+            raise ValueError(f"a table of {len(buffer)} bytes is too small for {nr_segments} segments")
+        self.nr_segments = nr_segments
+        nodes = nr_segments + _LISTS
+        masks_end = 8 * nr_segments
+        next_end = masks_end + 4 * nodes
+        prev_end = next_end + 4 * nodes
+        self._masks = buffer[:masks_end].cast("Q")
+        nexts, prevs = buffer[masks_end:next_end].cast("I"), buffer[next_end:prev_end].cast("I")
+        self._lists = IndexLists(nexts, prevs, nr_segments, _LISTS)
+        self._live = buffer[prev_end : prev_end + nr_segments * SEGMENT_BLOCKS]
+        self._lengths = [0] * _LISTS
+        self._nonempty = 0
+        self.free_blocks = 0
+        """Ready and free."""
+        self.used_blocks = 0
+        """With a live zpage, or being written."""
+        self.ready_segments = 0
+        for segment in range(nr_segments):
+            self._link(segment, _HOLES)
+
+    @staticmethod
+    def table_size(nr_segments: int) -> int:
+        """Bytes of the table: 1.25 a block, and half a KiB."""
+        return nr_segments * (8 + 8 + SEGMENT_BLOCKS) + 8 * _LISTS
+
+    def _link(self, segment: int, which: int) -> None:
+        self._lists.append(which, segment)
+        self._lengths[which] += 1
+        self._nonempty |= 1 << which
+
+    def _unlink(self, segment: int, which: int) -> None:
+        self._lists.remove(segment)
+        self._lengths[which] -= 1
+        if not self._lengths[which]:
+            self._nonempty &= ~(1 << which)
+
+    # ---- growing and giving back -------------------------------------------------------------------------------
+
+    def take_holes(self, most: int) -> tuple[int, int]:
+        """Up to `most` neighbouring holes to be made ready, taken off the list: (first segment, count), count 0 if none."""
+        first = self._lists.oldest(_HOLES)
+        if first >= self.nr_segments:
+            return NO_SEGMENT, 0
+        count = 0
+        while count < most and first + count < self.nr_segments and self._lists.oldest(_HOLES) == first + count:
+            self._unlink(first + count, _HOLES)
+            count += 1
+        return first, count
+
+    def return_holes(self, first: int, count: int) -> None:
+        """Segments of `take_holes` that could not be made ready, or of `take_free` that were punched."""
+        for segment in range(first, first + count):
+            self._masks[segment] = 0
+            self._link(segment, _HOLES)
+
+    def add_ready(self, first: int, count: int) -> None:
+        """Segments of `take_holes` that are ready now."""
+        for segment in range(first, first + count):
+            free = SEGMENT_BLOCKS
+            self._masks[segment] = _ALL_FREE
+            if segment == HEADER_BLOCK // SEGMENT_BLOCKS:
+                self._masks[segment] &= ~(1 << HEADER_BLOCK)
+                free -= 1
+            self.free_blocks += free
+            self.ready_segments += 1
+            self._link(segment, free)
+
+    def take_free(self, keep_blocks: int) -> int:
+        """A wholly free segment to be punched, taken off its list, if more than `keep_blocks` free ones remain; else -1."""
+        segment = self._lists.oldest(SEGMENT_BLOCKS)
+        if segment >= self.nr_segments or self.free_blocks - SEGMENT_BLOCKS < keep_blocks:
+            return NO_SEGMENT
+        self._unlink(segment, SEGMENT_BLOCKS)
+        self.free_blocks -= SEGMENT_BLOCKS
+        self.ready_segments -= 1
+        return segment
+
+    # ---- blocks --------------------------------------------------------------------------------------------------
+
+    def alloc(self, most: int) -> tuple[int, int]:
+        """A run of at most `most` neighbouring free blocks from the emptiest segment: (first block, count), count 0 if none."""
+        ready = self._nonempty & (_ALL_FREE << 1)  # lists 1..64
+        if not ready:
+            return 0, 0
+        free = ready.bit_length() - 1
+        segment = self._lists.oldest(free)
+        mask = self._masks[segment]
+        low = (mask & -mask).bit_length() - 1
+        upward = mask >> low
+        run = (~upward & (upward + 1)).bit_length() - 1
+        count = min(most, run)
+        self._masks[segment] = mask & ~(((1 << count) - 1) << low)
+        self._unlink(segment, free)
+        self._link(segment, free - count)
+        self.free_blocks -= count
+        self.used_blocks += count
+        return segment * SEGMENT_BLOCKS + low, count
+
+    def set_live(self, block: int, live: int) -> None:
+        """Block `block`, from `alloc`, now holds the zpages of the bit mask `live`; with 0 it is free again."""
+        self._live[block] = live
+        if not live:
+            self._release(block)
+
+    def live(self, block: int) -> int:
+        """The bit mask of the live zpages of a block."""
+        return self._live[block]
+
+    def free(self, block: int, index: int) -> bool:
+        """Forget zpage `index` of a block. True if that was the last one, and the block is free now."""
+        bit = 1 << index
+        live = self._live[block]
+        if not live & bit:
+            raise AssertionError(f"zpage {index} of block {block} is not live")
+        self._live[block] = live ^ bit
+        if live != bit:
+            return False
+        self._release(block)
+        return True
+
+    def _release(self, block: int) -> None:
+        segment, bit = divmod(block, SEGMENT_BLOCKS)
+        mask = self._masks[segment]
+        if mask >> bit & 1:
+            raise AssertionError(f"block {block} is free already")
+        free = mask.bit_count()
+        self._masks[segment] = mask | 1 << bit
+        self._unlink(segment, free)
+        self._link(segment, free + 1)
+        self.free_blocks += 1
+        self.used_blocks -= 1
+
+    @property
+    def holes(self) -> int:
+        """Segments that are holes and on the list of them."""
+        return self._lengths[_HOLES]
+
+    def check(self) -> None:
+        """Recount; AssertionError where a list or counter disagrees. O(blocks)."""
+        free_blocks = ready = 0
+        for which in range(_LISTS):
+            members = list(self._lists.members(which))
+            assert len(members) == self._lengths[which], f"length of list {which} is wrong"
+            assert bool(members) == bool(self._nonempty >> which & 1), f"mask bit {which} is wrong"
+            for segment in members:
+                mask = self._masks[segment]
+                assert mask.bit_count() == (0 if which == _HOLES else which), f"segment {segment} is on list {which}"
+                if which != _HOLES:
+                    free_blocks += which
+                    ready += 1
+                for bit in range(SEGMENT_BLOCKS):
+                    if mask >> bit & 1:
+                        assert not self._live[segment * SEGMENT_BLOCKS + bit], "I1: a free block has a live zpage"
+        assert free_blocks == self.free_blocks, f"{self.free_blocks} free blocks, a recount gives {free_blocks}"
+        assert ready == self.ready_segments, f"{self.ready_segments} ready segments, a recount gives {ready}"

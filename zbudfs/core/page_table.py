@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""The page table: one 8-byte entry a page of the device, and the truth about where each page is.
+
+    63                  39 38                                3 2    0
+    | check, 24 bits      |  zbudref in a frame or a block    | kind |      (bit 63 is 0)
+    | word, 61 bits                                           | kind |
+
+One 8-byte store of an entry is the commit of whatever led to it. The check is the end of the stored form's
+checksum: an outdated copy of the same page is seen for what it is. A block is a copy of a frame, so a place in
+a block is a zbudref with the block number instead of the frame number.
+
+Same-filled pages: a word has 64 bits and an entry has room for 61. Zero-extended, sign-extended and twice
+repeated 32-bit words go in as they are; what is left over (a double such as 0.1) becomes a zpage of one chunk.
+"""
+
+from typing import Final
+
+from zbudfs.core.codec import CHECK_BITS
+from zbudfs.core.units import WORD_SIZE
+
+ENTRY_SIZE: Final = 8
+
+ABSENT: Final = 0
+"""Never written, or discarded: reads as zeros. The entry is 0 as a whole."""
+WORD: Final = 1
+"""Same-filled: the word itself, below 2**61."""
+WORD_INVERTED: Final = 2
+"""Same-filled: all bits of the word inverted."""
+WORD_HALVES: Final = 3
+"""Same-filled: a 32-bit pattern, which is both halves of the word."""
+FRAME: Final = 4
+"""A zpage in a frame of the pool."""
+RAW_FRAME: Final = 5
+"""The page itself, in a frame of the pool."""
+BLOCK: Final = 6
+"""A zpage in a block of the backing file."""
+RAW_BLOCK: Final = 7
+"""The page itself, in a block of the backing file."""
+
+KIND_BITS: Final = 3
+KIND_MASK: Final = (1 << KIND_BITS) - 1
+REF_WIDTH: Final = 36
+REF_MASK: Final = (1 << REF_WIDTH) - 1
+CHECK_SHIFT: Final = KIND_BITS + REF_WIDTH
+TO_BLOCK: Final = BLOCK - FRAME
+"""What is added to FRAME or RAW_FRAME to get BLOCK or RAW_BLOCK."""
+
+_WORD_LIMIT: Final = 1 << (64 - KIND_BITS)
+_ALL_ONES: Final = (1 << 64) - 1
+_SCAN_PAGES: Final = 512
+_EMPTY_SCAN: Final = bytes(_SCAN_PAGES * ENTRY_SIZE)
+
+assert CHECK_SHIFT + CHECK_BITS <= 64
+
+
+def entry(kind: int, ref: int, check: int) -> int:
+    """The entry of a page kept at `ref`; kind is one of FRAME, RAW_FRAME, BLOCK, RAW_BLOCK."""
+    return check << CHECK_SHIFT | ref << KIND_BITS | kind
+
+
+def entry_of_word(word: int) -> int | None:
+    """The entry of a same-filled page, or None if its word does not fit."""
+    if word < _WORD_LIMIT:
+        return word << KIND_BITS | WORD
+    inverted = word ^ _ALL_ONES
+    if inverted < _WORD_LIMIT:
+        return inverted << KIND_BITS | WORD_INVERTED
+    if word >> 32 == word & 0xFFFFFFFF:
+        return word >> 32 << KIND_BITS | WORD_HALVES
+    return None
+
+
+def word_of_entry(entry: int) -> int:
+    """The word of a same-filled page's entry."""
+    payload = entry >> KIND_BITS
+    kind = entry & KIND_MASK
+    if kind == WORD:
+        return payload
+    if kind == WORD_INVERTED:
+        return payload ^ _ALL_ONES
+    return payload << 32 | payload
+
+
+class PageTable:
+    """The entries of `nr_pages` pages in `buffer`, a zeroed writable memoryview of bytes.
+
+    `counts[kind]` is how many entries are of each kind.
+    """
+
+    def __init__(self, buffer: memoryview, nr_pages: int) -> None:
+        self.nr_pages = nr_pages
+        self._bytes = buffer[: nr_pages * ENTRY_SIZE]
+        self.entries = self._bytes.cast("Q")
+        self.counts = [0] * (KIND_MASK + 1)
+        self.counts[ABSENT] = nr_pages
+
+    def store(self, page: int, entry: int) -> int:
+        """Commit: the page is now what `entry` says. Returns the entry that stood there."""
+        entries = self.entries
+        old: int = entries[page]
+        entries[page] = entry
+        counts = self.counts
+        counts[old & KIND_MASK] -= 1
+        counts[entry & KIND_MASK] += 1
+        return old
+
+    def next_stored(self, page: int, stop: int) -> int:
+        """The first page from `page` on, below `stop`, that is not absent; `stop` if there is none.
+
+        Absent stretches are skipped 512 pages at a time, for a fraction of a nanosecond a page.
+        """
+        entries = self.entries
+        while page < stop:
+            if not page % _SCAN_PAGES:
+                while page + _SCAN_PAGES <= stop and (
+                    bytes(self._bytes[page * WORD_SIZE : (page + _SCAN_PAGES) * WORD_SIZE]) == _EMPTY_SCAN
+                ):
+                    page += _SCAN_PAGES
+                if page >= stop:
+                    break
+            if entries[page]:
+                return page
+            page += 1
+        return stop
+
+    @property
+    def stored_pages(self) -> int:
+        """Pages that are not absent."""
+        return self.nr_pages - self.counts[ABSENT]
+
+    def check(self) -> None:
+        """AssertionError if the counts are not what a recount gives. O(pages)."""
+        recount = [0] * (KIND_MASK + 1)
+        for value in self.entries:
+            recount[value & KIND_MASK] += 1
+        assert recount == self.counts, f"kinds are {self.counts}, a recount gives {recount}"

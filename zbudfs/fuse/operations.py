@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT
+"""The FUSE handlers: thin, and the only place where an error becomes an errno."""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import pyfuse3
+import trio
+
+from zbudfs.core.errors import BackingError, BackingFull, LayoutError, OutOfRange, PageLost, PoolFull, ZbudfsError
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.fuse import shim
+from zbudfs.fuse.nodes import ROOT, STATS, STATS_NAME, SWAPFILE, SWAPFILE_NAME, Stats
+from zbudfs.store.page_store import PageStore
+
+ERRNO_OF: Final[Mapping[type[ZbudfsError], int]] = {
+    PoolFull: errno.ENOSPC,
+    PageLost: errno.EIO,
+    BackingError: errno.EIO,
+    BackingFull: errno.ENOSPC,
+    OutOfRange: errno.EINVAL,
+    LayoutError: errno.EIO,
+}
+
+FOREVER_SECONDS: Final = 86400.0 * 365
+"""How long the kernel may keep names and attributes: the tree never changes, and no look-up should need the daemon."""
+
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+_DISCARDS: Final = frozenset(
+    {FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, FALLOC_FL_ZERO_RANGE, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE}
+)
+
+_log = logging.getLogger(__name__)
+
+
+def fuse_error(error: Exception) -> pyfuse3.FUSEError:
+    """What to tell the kernel; something that is not ours is a bug, and is logged with its traceback."""
+    if isinstance(error, ZbudfsError):
+        return pyfuse3.FUSEError(ERRNO_OF[type(error)])
+    _log.error("a request failed on a bug in zbudfs", exc_info=error)
+    return pyfuse3.FUSEError(errno.EIO)
+
+
+class Operations(pyfuse3.Operations):
+    """What the kernel may ask of one mount. `started` is called when it has sent its first request (FUSE_INIT)."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, store: PageStore, stats: Stats, nursery: trio.Nursery, born_ns: int) -> None:
+        super().__init__()
+        self._store = store
+        self._stats = stats
+        self._nursery = nursery
+        self._born_ns = born_ns
+        self.started = trio.Event()
+        self.open_swapfiles = 0
+        """Open files of the swapfile: a loop device is one."""
+        self._snapshots: dict[int, bytes] = {}
+        """By file handle: what a file of stats/ held when it was opened."""
+        self._next_handle = SWAPFILE + 1
+        self._read = store.read
+        self._write = store.write
+        shim.set_fallocate(self._fallocate)
+
+    def init(self) -> None:
+        """FUSE_INIT has come: the mount answers from now on."""
+        self.started.set()
+
+    # ---- the tree --------------------------------------------------------------------------------------------------
+
+    def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(inode)
+        entry.attr_timeout = entry.entry_timeout = FOREVER_SECONDS
+        entry.st_uid = entry.st_gid = 0
+        entry.st_blksize = PAGE_SIZE
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._born_ns
+        if inode in (ROOT, STATS):
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o555)
+            entry.st_nlink = 3 if inode == ROOT else 2
+        elif inode == SWAPFILE:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o600)
+            entry.st_nlink = 1
+            entry.st_size = self._store.size_bytes
+            entry.st_blocks = self._store.size_bytes // 512  # fewer would be a file with holes, which swapon refuses
+        elif self._stats.name(inode) is not None:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o444)
+            entry.st_nlink = 1
+        else:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return entry
+
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """A name in a directory."""
+        inode: int | None = None
+        if parent_inode == ROOT:
+            inode = {SWAPFILE_NAME: SWAPFILE, STATS_NAME: STATS}.get(name)
+        elif parent_inode == STATS:
+            inode = self._stats.inode(name)
+        if inode is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._attributes(inode)
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        """Inodes are fixed: nothing to forget."""
+
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """The attributes of an inode."""
+        return self._attributes(inode)
+
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """Nothing can be changed. Times are taken and forgotten, as are sizes that are what they were."""
+        current = self._attributes(inode)
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        if fields.update_size and attr.st_size != current.st_size:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return current
+
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        """Open a directory: its handle is its inode."""
+        if inode not in (ROOT, STATS):
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return pyfuse3.FileHandleT(inode)
+
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """The names of a directory, from number `start_id` on."""
+        if fh == ROOT:
+            entries = [(SWAPFILE_NAME, SWAPFILE), (STATS_NAME, STATS)]
+        else:
+            entries = [(name, self._stats.inode(name) or 0) for name in self._stats.names]
+        for number, (name, inode) in enumerate(entries[start_id:], start_id + 1):
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._attributes(inode), number):
+                break
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """The device as a full file system of one file."""
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = PAGE_SIZE
+        answer.f_blocks = self._store.size_bytes // PAGE_SIZE
+        answer.f_bfree = answer.f_bavail = 0
+        answer.f_files = len(self._stats.names) + 3
+        answer.f_ffree = answer.f_favail = 0
+        answer.f_namemax = 255
+        return answer
+
+    async def access(self, inode: pyfuse3.InodeT, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        """The kernel checks the modes itself (default_permissions)."""
+        return True
+
+    # ---- what a tree of fixed files does not do -----------------------------------------------------------------
+
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
+        """There are no symbolic links."""
+        raise pyfuse3.FUSEError(errno.EINVAL)
+
+    async def _refuse(self, *_: object) -> None:
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    mknod = mkdir = unlink = rmdir = symlink = rename = link = create = _refuse  # type: ignore[assignment]
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    async def open(self, inode: pyfuse3.InodeT, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open the swapfile, past the page cache, or a file of stats/, whose content is fixed at this moment."""
+        if inode == SWAPFILE:
+            self.open_swapfiles += 1
+            return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(SWAPFILE), direct_io=True)
+        name = self._stats.name(inode)
+        if name is None:
+            raise pyfuse3.FUSEError(errno.EISDIR)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise pyfuse3.FUSEError(errno.EACCES)
+        handle = pyfuse3.FileHandleT(self._next_handle)
+        self._next_handle += 1
+        self._snapshots[handle] = self._stats.content(name)
+        return pyfuse3.FileInfo(fh=handle, direct_io=True)
+
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """The last user of an open file is gone."""
+        if fh == SWAPFILE:
+            self.open_swapfiles -= 1
+        else:
+            self._snapshots.pop(fh, None)
+
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        """Bytes of a file."""
+        if fh != SWAPFILE:
+            return self._snapshots[fh][off : off + size]
+        try:
+            return await self._read(off, size)
+        except Exception as error:
+            raise fuse_error(error) from None
+
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        """Store bytes in the swapfile. Beyond its end it is full, as a block device is."""
+        length = min(len(buf), self._store.size_bytes - off)
+        if length <= 0:
+            raise pyfuse3.FUSEError(errno.ENOSPC)
+        try:
+            await self._write(off, buf if length == len(buf) else buf[:length])
+        except Exception as error:
+            raise fuse_error(error) from None
+        return length
+
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """A file is closed: nothing is held back that could be flushed."""
+
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        """What was written is stored; what of it was written back is on the disk."""
+        try:
+            await self._store.sync()
+        except Exception as error:
+            raise fuse_error(error) from None
+
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        """Directories never change."""
+
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """Nothing to let go of."""
+
+    # ---- fallocate, which comes from the shim ----------------------------------------------------------------------
+
+    def _fallocate(self, request: int, inode: int, mode: int, offset: int, length: int) -> None:
+        """Punching and zeroing are discards; anything else is not supported. Never ENOSYS: it would be the last call."""
+        try:
+            if inode != SWAPFILE or mode not in _DISCARDS:
+                shim.reply(request, errno.EOPNOTSUPP)
+            elif not mode & FALLOC_FL_KEEP_SIZE and offset + length > self._store.size_bytes:
+                shim.reply(request, errno.EFBIG)
+            else:
+                self._nursery.start_soon(self._discard, request, offset, length)
+        except BaseException as error:
+            shim.reply(request, errno.EIO)
+            fuse_error(error) if isinstance(error, Exception) else None
+
+    async def _discard(self, request: int, offset: int, length: int) -> None:
+        try:
+            await self._store.discard(offset, length)
+        except Exception as error:
+            shim.reply(request, fuse_error(error).errno)
+        else:
+            shim.reply(request, 0)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: MIT
+"""One FUSE session: pyfuse3's loop on a file descriptor of /dev/fuse that somebody else has opened and mounted."""
+
+from pathlib import Path
+from typing import Final
+
+import pyfuse3
+
+from zbudfs.fuse import shim
+from zbudfs.fuse.operations import Operations
+
+MAX_BACKGROUND: Final = 12
+"""Requests that the kernel keeps in flight on its own account (swap is all of these): the kernel's default."""
+
+MAX_REQUESTS: Final = 16
+"""Requests in work at once: those, and a few of people who look at stats/ meanwhile."""
+
+MAX_REQUEST_BYTES: Final = 1 << 20
+"""Largest read or write that the kernel sends."""
+
+HEAP_BYTES: Final = (MAX_REQUESTS + 4) * MAX_REQUEST_BYTES
+"""Memory that all requests in work may need at once, set aside in advance: the data of each, and the parts of a few."""
+
+
+def open_session(operations: Operations, fuse_fd: int) -> None:
+    """Start the session on `fuse_fd`, which is mounted already. shim.ShimError if pyfuse3 does not go through the shim."""
+    shim.verify(Path("/proc/self/maps").read_text(errors="replace"))
+    shim.set_max_background(MAX_BACKGROUND)
+    pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())
+
+
+async def serve() -> None:
+    """Answer requests until the mount is gone."""
+    # Tasks are made as they are needed and then kept: making one needs memory.
+    await pyfuse3.main(min_tasks=MAX_REQUESTS, max_tasks=MAX_REQUESTS)
+
+
+def close_session() -> None:
+    """Let go of the session. The mount is not this module's: it is neither made nor taken away here."""
+    pyfuse3.close(unmount=False)

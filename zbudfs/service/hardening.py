@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: MIT
+"""What keeps a daemon that serves swap from waiting for itself.
+
+Under global memory pressure every page that the daemon touches for the first time, and every allocation that the
+kernel makes on its behalf, may start reclaim; reclaim swaps out; swapping out waits for the daemon. One such wait and
+the machine hangs. Each step here closes one way in; a run that survived without one of them was lucky.
+
+    before_threads()        the process as a whole: IO flusher, OOM score, malloc, scheduling, sizes of stacks.
+                            Before any thread exists: threads inherit all of it when they start, not later.
+    use_arena_allocator()   Python's objects come from malloc too, whose heap is the part that is locked.
+    ... everything is allocated, threads are started, once around every code path ...
+    lock_memory()           no collector, every page present, every page locked, and those to come as well.
+
+No step is fatal. A system may refuse any of them (containers do); each refusal comes back as one plain sentence that
+says what was refused, what that means, and the remedy, for the log and for `status`. Success says nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import gc
+import os
+import resource
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+PROCESS_NAME: Final = "zbudfs"
+"""What ps and the kernel's log call the process; 15 bytes at most."""
+
+THREAD_STACK_BYTES: Final = 256 << 10
+"""Stack of every thread started later, all of it locked. The default of 8 MiB a thread would be locked as well.
+
+Guessed, not measured: the daemon's threads run file I/O and zstd, whose largest buffers are on the heap.
+"""
+
+MAIN_STACK_BYTES: Final = 512 << 10
+"""Stack that the main thread has before memory is locked. Guessed, not measured: it runs the event loop."""
+
+TOP_PAD_BYTES: Final = 1 << 20
+"""malloc takes this much more than it needs each time the heap must grow after all: fewer, larger steps."""
+
+PRIORITY: Final = 1
+"""Real-time priority, the lowest: above every ordinary program, below whatever else has a reason to be real-time."""
+
+_PR_SET_DUMPABLE: Final = 4
+_PR_SET_NAME: Final = 15
+_PR_SET_THP_DISABLE: Final = 41
+_PR_SET_IO_FLUSHER: Final = 57
+
+_M_TRIM_THRESHOLD: Final = -1
+_M_TOP_PAD: Final = -2
+_M_MMAP_MAX: Final = -4
+_M_ARENA_MAX: Final = -8
+
+_MCL_CURRENT: Final = 1
+_MCL_FUTURE: Final = 2
+_MCL_ONFAULT: Final = 4
+
+_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
+
+_PAGE_BYTES: Final = resource.getpagesize()
+_OOM_NEVER: Final = -1000
+
+
+def before_threads(heap_bytes: int) -> list[str]:
+    """Prepare the process; to be called once, early, while it has one thread. Return what was refused.
+
+    `heap_bytes` is what all requests in work may need at one time beyond the frames: malloc's heap is grown by that
+    much once and never shrinks again.
+    """
+    steps = (
+        _set_name(),
+        _set_undumpable(),
+        _disable_huge_pages(),
+        _set_io_flusher(),
+        _protect_from_oom_killer(),
+        _pin_heap(heap_bytes),
+        _schedule_realtime(),
+    )
+    threading.stack_size(THREAD_STACK_BYTES)
+    return [refusal for refusal in steps if refusal]
+
+
+def lock_memory(skip: Iterable[tuple[int, int]] = ()) -> list[str]:
+    """Make every page of the process present and locked, and stop the cyclic collector. Return what was refused.
+
+    To be called once, when everything is allocated and all threads run. `skip` holds (address, length in bytes) of
+    ranges that someone else fills in, step by step: they are locked as pages come to be, but not filled here. Shared
+    mappings are left to their owner as well, except the text and data of programs and libraries.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    refusals = [_grow_main_stack(MAIN_STACK_BYTES), _populate(tuple(skip)), _lock()]
+    return [refusal for refusal in refusals if refusal]
+
+
+def use_arena_allocator(alloc_address: int, free_address: int) -> None:
+    """Have CPython take its object arenas from `alloc(ctx, size)` and give them back to `free(ctx, address, size)`.
+
+    Both are addresses of C functions (a Python callback would need objects to allocate objects). Arenas that exist
+    already are freed with `free` too, once they are empty: it must know those it made from those that CPython's own
+    allocator made with mmap(2), and munmap(2) or keep the latter.
+    """
+    allocator = _ArenaAllocator(None, alloc_address, free_address)
+    ctypes.pythonapi.PyObject_SetArenaAllocator(ctypes.byref(allocator))  # it is copied
+
+
+class _ArenaAllocator(ctypes.Structure):
+    """PyObjectArenaAllocator of CPython's C API."""
+
+    _fields_ = (("ctx", ctypes.c_void_p), ("alloc", ctypes.c_void_p), ("free", ctypes.c_void_p))
+
+
+# ---- the process as a whole --------------------------------------------------------------------------------------
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int | ctypes.Array[ctypes.c_char]) -> int:
+    """Call prctl(2); return 0 or the errno."""
+    argument = ctypes.c_ulong(value) if isinstance(value, int) else value
+    zero = ctypes.c_ulong(0)
+    return 0 if _libc().prctl(option, argument, zero, zero, zero) == 0 else ctypes.get_errno()
+
+
+def _set_name() -> str | None:
+    code = _prctl(_PR_SET_NAME, ctypes.create_string_buffer(PROCESS_NAME.encode()))
+    return f"the process could not be named {PROCESS_NAME} ({os.strerror(code)}): that is all" if code else None
+
+
+def _set_undumpable() -> str | None:
+    """No core dumps and no ptrace by the same user: other processes' memory is in here."""
+    code = _prctl(_PR_SET_DUMPABLE, 0)
+    return (
+        f"core dumps could not be turned off ({os.strerror(code)}): a crash may write out what other programs keep in"
+        " memory; set the core limit to 0 (ulimit -c 0)"
+        if code
+        else None
+    )
+
+
+def _disable_huge_pages() -> str | None:
+    """A huge page in the heap would be 2 MiB locked for a few kilobytes used."""
+    code = _prctl(_PR_SET_THP_DISABLE, 1)
+    return f"huge pages could not be turned off ({os.strerror(code)}): the daemon may lock more RAM" if code else None
+
+
+def _set_io_flusher() -> str | None:
+    """Reclaim that starts from the daemon's own allocations does no I/O (Linux 5.6)."""
+    code = _prctl(_PR_SET_IO_FLUSHER, 1)
+    if not code:
+        return None
+    cause, remedy = {
+        errno.EPERM: ("it needs CAP_SYS_RESOURCE, which this process lacks", "start zbudfs with that capability"),
+        errno.EINVAL: ("the kernel does not know it", "use Linux 5.6 or later"),
+    }.get(code, (os.strerror(code), "look in the kernel's log"))
+    return (
+        f"IO flusher mode was refused ({cause}): when all memory is short the daemon may have to wait for swap, which"
+        f" is itself, and the machine may hang; {remedy}"
+    )
+
+
+def _protect_from_oom_killer(root: str = "/") -> str | None:
+    """Set the lowest OOM score that the system allows. `root` holds `proc/`."""
+    knob = Path(root, "proc/self/oom_score_adj")
+    try:
+        high = int(knob.read_text())
+        if _write_number(knob, _OOM_NEVER):
+            return None
+        # Not allowed that low (CAP_SYS_RESOURCE): find the lowest value that is. `low` is refused, `high` holds.
+        low = _OOM_NEVER
+        while high - low > 1:
+            middle = (low + high) // 2
+            if _write_number(knob, middle):
+                high = middle
+            else:
+                low = middle
+    except (OSError, ValueError) as error:
+        return f"the OOM killer could not be told to spare the daemon ({error}): it may kill it, and swap with it"
+    return (
+        f"the OOM score could not be set to {_OOM_NEVER}, only to {high} (it needs CAP_SYS_RESOURCE): when memory runs"
+        " out the kernel may kill the daemon, and swap with it; start zbudfs with that capability, or set"
+        f" OOMScoreAdjust={_OOM_NEVER} in its service"
+    )
+
+
+def _write_number(knob: Path, number: int) -> bool:
+    try:
+        knob.write_text(str(number))
+    except PermissionError:
+        return False
+    return True
+
+
+def _pin_heap(heap_bytes: int) -> str | None:
+    """Have malloc keep to one heap that never shrinks, and grow that heap by `heap_bytes` now."""
+    libc = _libc()
+    try:
+        mallopt, malloc, free = libc.mallopt, libc.malloc, libc.free
+    except AttributeError:
+        mallopt = None
+    if mallopt is None:
+        return (
+            "malloc cannot be pinned (this C library has no mallopt): the daemon may have to ask for memory when there"
+            " is none, and the machine may hang; use a system with the GNU C library"
+        )
+    malloc.restype = ctypes.c_void_p
+    malloc.argtypes = [ctypes.c_size_t]
+    free.argtypes = [ctypes.c_void_p]
+    # -1 becomes the largest size_t: the top of the heap is never given back.
+    wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, TOP_PAD_BYTES))
+    refused = [option for option, value in wanted if mallopt(option, value) != 1]
+    block = malloc(heap_bytes)
+    free(block)
+    if block is None:
+        return f"{heap_bytes} bytes of heap could not be set aside in advance: the daemon may have to ask for it later"
+    if refused:
+        return f"malloc refused options {refused}: the daemon may have to ask for memory when there is none"
+    return None
+
+
+def _schedule_realtime() -> str | None:
+    """Become real-time, so that the daemon runs beside a storm and may use the kernel's reserve of free pages.
+
+    Without SCHED_RESET_ON_FORK: that flag would put every thread started later back to ordinary scheduling (a thread
+    is a fork to the kernel), and the threads that write back are just those that must run. The daemon starts no
+    programs that could inherit it. Round robin, so that no thread of the daemon keeps the others waiting.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
+    except OSError as error:
+        cause = "it needs CAP_SYS_NICE, or the cgroup has no real-time budget" if error.errno == errno.EPERM else ""
+        return (
+            f"real-time scheduling was refused ({cause or error.strerror}): under heavy load the daemon may starve"
+            " behind the programs that wait for it, and writeback may hang when all memory is short; start zbudfs with"
+            " that capability, outside of limited cgroups"
+        )
+    return None
+
+
+# ---- locking -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One line of /proc/PID/maps."""
+
+    start: int
+    """First address."""
+    end: int
+    """First address behind it."""
+    access: str
+    """Four letters: r, w, x or "-", then p (private) or s (shared)."""
+    name: str
+    """Path of the file, a name in brackets such as "[heap]", or empty for anonymous memory."""
+
+
+def parse_maps(text: str) -> Iterator[Mapping]:
+    """Yield the mappings in `text`, the contents of /proc/PID/maps."""
+    for line in text.splitlines():
+        # start-end access offset device inode [name]
+        words = line.split(None, 5)
+        start, _, end = words[0].partition("-")
+        yield Mapping(int(start, 16), int(end, 16), words[1], words[5] if len(words) > 5 else "")
+
+
+def ranges_to_fill(mappings: Iterable[Mapping], skip: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, end, for writing?) of what must be present in memory, in the order of `mappings`.
+
+    Private memory that may be written is made present for writing: a copy-on-write page that is merely there would
+    still have to be copied later. What may only be read (text and constants of libraries) is made present for reading.
+    Left out: pages nobody may touch, the kernel's own ([vvar], [vsyscall]), shared memory, devices, and `skip`.
+    """
+    for mapping in mappings:
+        readable, writable, private = mapping.access[0] == "r", mapping.access[1] == "w", mapping.access[3] == "p"
+        special = mapping.name.startswith(("[v", "[uprobes")) or mapping.name.startswith("/dev/")
+        if readable and private and not special:
+            for start, end in _without(mapping.start, mapping.end, skip):
+                yield start, end, writable
+
+
+def _without(start: int, end: int, skip: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int]]:
+    """Yield the parts of [start, end) that no range (address, length) of `skip` touches."""
+    for address, length in sorted(skip):
+        if length > 0 and address < end and address + length > start:
+            if start < address:
+                yield start, address
+            start = min(address + length, end)
+    if start < end:
+        yield start, end
+
+
+def _whole_pages(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return `ranges`, (address, length in bytes) each, grown to the pages that they touch."""
+    whole = []
+    for address, length in ranges:
+        start = address // _PAGE_BYTES * _PAGE_BYTES
+        whole.append((start, -(-(address + length - start) // _PAGE_BYTES) * _PAGE_BYTES if length > 0 else 0))
+    return tuple(whole)
+
+
+def _populate(skip: Iterable[tuple[int, int]]) -> str | None:
+    """Make present what `ranges_to_fill` names in this process."""
+    libc = _libc()
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    failed_bytes = 0
+    reason = 0
+    mappings = parse_maps(Path("/proc/self/maps").read_text(errors="replace"))
+    for start, end, writing in ranges_to_fill(mappings, _whole_pages(skip)):
+        advice = _MADV_POPULATE_WRITE if writing else _MADV_POPULATE_READ
+        if libc.madvise(start, end - start, advice) == 0:
+            continue
+        # Before Linux 5.14 there is no such advice; mlock(2) makes present as well, but needs the right to lock.
+        if ctypes.get_errno() == errno.EINVAL and libc.mlock(start, end - start) == 0:
+            continue
+        reason = ctypes.get_errno()
+        failed_bytes += end - start
+    if failed_bytes:
+        return (
+            f"{failed_bytes} bytes of the daemon's memory could not be made present in advance ({os.strerror(reason)}):"
+            " it may have to wait for memory later"
+        )
+    return None
+
+
+def _grow_main_stack(wanted_bytes: int) -> str | None:
+    """Use `wanted_bytes` of the main thread's stack once, so that its pages are there to be locked.
+
+    The kernel extends that stack as it is used. A Python function that calls itself through C takes some of it at
+    every level; a Python function that calls itself in Python would take none. Other threads have their whole stack
+    from the start.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    callback_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+    def descend(levels: int) -> None:
+        if levels > 0:
+            callback(levels - 1)
+
+    callback = callback_type(descend)
+    # Half of the interpreter's own limit, which counts these levels twice.
+    most = sys.getrecursionlimit() // 3
+    for levels in range(most // 8, most, most // 8):
+        if _main_stack_bytes() >= wanted_bytes:
+            return None
+        callback(levels)
+    return None
+
+
+def _main_stack_bytes() -> int:
+    """Return how far the main thread's stack has been extended, in bytes."""
+    maps = parse_maps(Path("/proc/self/maps").read_text(errors="replace"))
+    return sum(mapping.end - mapping.start for mapping in maps if mapping.name == "[stack]")
+
+
+def _lock() -> str | None:
+    """Lock all that is present, and whatever comes to be present later."""
+    # With CAP_IPC_LOCK the limit does not count; without it mlockall() tells whether it was enough.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if _libc().mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0:
+        return None
+    code = ctypes.get_errno()
+    cause = {
+        errno.EPERM: "it needs CAP_IPC_LOCK",
+        errno.ENOMEM: "the limit on locked memory is too low (ulimit -l), and it lacks CAP_IPC_LOCK",
+    }.get(code, os.strerror(code))
+    return (
+        f"the daemon's memory could not be locked ({cause}): its own pages may be swapped out to itself, and the"
+        " machine may hang; start zbudfs with that capability, or with LimitMEMLOCK=infinity in its service"
+    )

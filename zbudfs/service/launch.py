@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT
+"""Starting a daemon: a fresh interpreter, told what to do through one pipe, answering through another.
+
+    zbudfs mount                                   the daemon (python -I -m zbudfs.service.daemon)
+        |-- settings, one line of JSON, end -->  --settings-fd N
+        |<- {"ready": true, "pid": P, "warnings": [...]}  or  {"error": "..."} --  --ready-fd M
+
+A fresh interpreter and not a fork: what is in this process (argparse, subprocess, the user's environment of imports)
+would stay in the daemon's locked memory for ever, and a fork would share its pages with a parent that goes away.
+`-I` keeps the caller's PYTHON* variables and working directory out of a process that runs as root for weeks.
+
+A daemon that says nothing and goes has died; its last words on stderr become the error. Everything waits with a limit.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO, Final
+
+from zbudfs.service.mountpoint import Mount, MountError, unmount, zbudfs_mounts
+from zbudfs.service.settings import Settings
+
+DAEMON_COMMAND: Final = (sys.executable, "-I", "-m", "zbudfs.service.daemon")
+"""How the daemon is started; its two options come behind."""
+
+READY_LIMIT_SECONDS: Final = 60.0
+"""Longest time that a daemon may take to be up. Arbitrary, and generous: it allocates and writes the first stretch of
+the backing file meanwhile, on a disk that may be slow."""
+
+_STOP_LIMIT_SECONDS: Final = 10.0
+"""Longest time between SIGTERM and SIGKILL for a daemon that did not come up. Arbitrary."""
+
+_LAST_WORDS_BYTES: Final = 64 << 10
+"""Most of a daemon's stderr that is kept for an error message."""
+
+
+class LaunchError(Exception):
+    """A daemon that did not come up; the text is for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a daemon says when it is up."""
+
+    pid: int
+    """Its process id."""
+    warnings: tuple[str, ...]
+    """What the system refused it, one plain sentence each."""
+
+
+def start(
+    settings: Settings, *, limit_seconds: float = READY_LIMIT_SECONDS, command: Sequence[str] = DAEMON_COMMAND
+) -> Ready:
+    """Start a daemon in the background and return when it is up.
+
+    It runs in a session of its own, in /, with nothing open but its pipes. Raises LaunchError, with the daemon gone,
+    when it reports an error, dies, or is not up within `limit_seconds`; the same holds for KeyboardInterrupt.
+    """
+    mounts_before = zbudfs_mounts()
+    daemon, ready_fd = _spawn(command, settings, foreground=False)
+    try:
+        ready, last_words = _wait_ready(daemon, ready_fd, limit_seconds)
+        if isinstance(ready, Ready):
+            daemon.returncode = 0  # it lives on and outlives us: there is nothing to wait for
+            return ready
+        _stop(daemon)
+        raise LaunchError(_why(ready, daemon.returncode, last_words))
+    except BaseException:
+        _stop(daemon)
+        _clear_mount(settings.mountpoint, mounts_before)
+        raise
+    finally:
+        os.close(ready_fd)
+        if daemon.stderr is not None:
+            daemon.stderr.close()
+
+
+def run_in_foreground(
+    settings: Settings,
+    on_ready: Callable[[Ready], None],
+    *,
+    limit_seconds: float = READY_LIMIT_SECONDS,
+    command: Sequence[str] = DAEMON_COMMAND,
+) -> int:
+    """Start a daemon that shares our terminal, wait until it ends, and return its exit status.
+
+    `on_ready` is called once it is up. Ctrl-C reaches the daemon by itself, as a member of the same process group, and
+    only it decides what to do (with swap attached it must not end); SIGTERM and SIGHUP are passed on to it. A daemon
+    that a signal has ended gives 128 and the signal's number, as in a shell. Raises LaunchError as `start` does.
+    """
+    daemon: subprocess.Popen[bytes] | None = None
+    mounts_before = zbudfs_mounts()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if daemon is not None and number != signal.SIGINT and daemon.poll() is None:
+            daemon.send_signal(number)
+
+    # Handlers rather than SIG_IGN: those are reset in the new program, an ignored signal would stay ignored in it.
+    with _handling({signal.SIGINT: pass_on, signal.SIGTERM: pass_on, signal.SIGHUP: pass_on}):
+        daemon, ready_fd = _spawn(command, settings, foreground=True)
+        try:
+            ready, last_words = _wait_ready(daemon, ready_fd, limit_seconds)
+            if not isinstance(ready, Ready):
+                _stop(daemon)
+                raise LaunchError(_why(ready, daemon.returncode, last_words))
+            on_ready(ready)
+            status = daemon.wait()  # no limit: this is what the user asked for
+        except BaseException:
+            _stop(daemon)
+            _clear_mount(settings.mountpoint, mounts_before)
+            raise
+        finally:
+            os.close(ready_fd)
+    return status if status >= 0 else 128 - status
+
+
+@contextmanager
+def _handling(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Have signals handled by `handlers` for a while."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _spawn(command: Sequence[str], settings: Settings, *, foreground: bool) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the daemon; return it and our end of its ready pipe (not blocking)."""
+    settings_read, settings_write = os.pipe()
+    ready_read, ready_write = os.pipe()
+    try:
+        # Less than the 64 KiB that a pipe takes at once (two paths of 4 KiB at most): this cannot block.
+        os.write(settings_write, settings.to_json().encode() + b"\n")
+        options = ["--settings-fd", str(settings_read), "--ready-fd", str(ready_write)]
+        daemon = subprocess.Popen(
+            [*command, *options, *(["--foreground"] if foreground else [])],
+            stdin=subprocess.DEVNULL,
+            stdout=None if foreground else subprocess.DEVNULL,
+            stderr=None if foreground else subprocess.PIPE,
+            cwd="/",
+            pass_fds=(settings_read, ready_write),
+            start_new_session=not foreground,
+        )
+    except OSError as error:
+        os.close(ready_read)
+        raise LaunchError(f"the daemon could not be started: {error}") from None
+    except BaseException:
+        os.close(ready_read)
+        raise
+    finally:
+        for fd in (settings_read, settings_write, ready_write):
+            os.close(fd)
+    os.set_blocking(ready_read, False)
+    return daemon, ready_read
+
+
+def _wait_ready(
+    daemon: subprocess.Popen[bytes], ready_fd: int, limit_seconds: float
+) -> tuple[Ready | str | None, bytes]:
+    """Wait until the daemon has said something.
+
+    Returns (what it says, its stderr so far): `Ready`, the text of its error, or None when it has closed the pipe
+    without a word. Raises LaunchError after `limit_seconds`.
+    """
+    end = time.monotonic() + limit_seconds
+    said, last_words = b"", b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(ready_fd, selectors.EVENT_READ, "ready")
+        if daemon.stderr is not None:
+            os.set_blocking(daemon.stderr.fileno(), False)
+            selector.register(daemon.stderr, selectors.EVENT_READ, "stderr")
+        while b"\n" not in said:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise LaunchError(f"the daemon was not up within {limit_seconds:g} s, and was stopped")
+            for key, _ in selector.select(left):
+                data = os.read(key.fd, 1 << 16)
+                if key.data == "stderr":
+                    last_words = (last_words + data)[-_LAST_WORDS_BYTES:]
+                    if not data:
+                        selector.unregister(key.fileobj)
+                elif data:
+                    said += data
+                else:
+                    return None, last_words + _rest(daemon.stderr)
+    return _parse(said), last_words
+
+
+def _rest(stream: IO[bytes] | None) -> bytes:
+    """Return what can be read from a stream that does not block."""
+    if stream is None:
+        return b""
+    try:
+        return stream.read(_LAST_WORDS_BYTES) or b""
+    except OSError:
+        return b""
+
+
+def _parse(said: bytes) -> Ready | str:
+    """Return what the daemon's line means: it is up, or an error."""
+    try:
+        answer = json.loads(said.partition(b"\n")[0])
+        if answer.get("ready"):
+            return Ready(int(answer["pid"]), tuple(str(text) for text in answer.get("warnings", ())))
+        return str(answer["error"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"the daemon's answer makes no sense: {said[:200]!r}"
+
+
+def _why(error: str | None, status: int | None, last_words: bytes) -> str:
+    """Return the text for a daemon that reported `error`, or died (None) with exit status `status`."""
+    if error is not None:
+        return error
+    if status is not None and status < 0:
+        how = f"was killed by {signal.Signals(-status).name}"
+    else:
+        how = f"ended with exit status {status}"
+    lines = last_words.decode("utf-8", "replace").strip().splitlines()
+    return f"the daemon {how} before it was up{f': {lines[-1].strip()}' if lines else ''}"
+
+
+def _stop(daemon: subprocess.Popen[bytes]) -> None:
+    """End a daemon that is of no use, with limits: it may have just died, be about to, or hang."""
+    try:
+        daemon.wait(0.5)  # most have gone already: then this is their own exit status
+    except subprocess.TimeoutExpired:
+        daemon.terminate()
+        try:
+            daemon.wait(_STOP_LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+
+
+def _clear_mount(mountpoint: str, before: list[Mount]) -> None:
+    """Take away the mount that a daemon which is gone has left at `mountpoint`, if it is not one of `before`.
+
+    Only one that answers as dead: another zbudfs may have been mounted there meanwhile, which is why ours failed.
+    """
+    if not any(mount.mountpoint == mountpoint and mount not in before for mount in zbudfs_mounts()):
+        return
+    try:
+        os.stat(mountpoint)  # noqa: PTH116  the path may hold any bytes
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            with suppress(MountError):
+                unmount(mountpoint, lazy=True)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""Mounting and unmounting, with mount(2) itself.
+
+    open("/dev/fuse") -> fd     mount("zbudfs", MOUNTPOINT, "fuse.zbudfs", flags, "fd=N,...")
+
+libfuse would do both inside its session, through a setuid helper, and would take the mount down again as it goes.
+Here the one who opens the file descriptor owns the mount: the session behind it can come and go. It needs root, which
+a daemon that locks memory and serves swap needs anyway.
+
+What is mounted is read from /proc/self/mountinfo and never from stat(2): a mount whose daemon has died, or hangs,
+answers every stat with an error, or not at all, and those are just the mounts that somebody wants to clean up.
+
+Mountpoints are absolute, resolved `str` paths here; bytes that are no UTF-8 are carried as surrogate escapes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+FSTYPE: Final = "fuse.zbudfs"
+"""The file system type in mount tables: FUSE, subtype zbudfs."""
+
+SOURCE: Final = "zbudfs"
+"""What stands for the device in mount tables."""
+
+MAX_READ_BYTES: Final = 1 << 20
+"""Largest read request that the kernel may send."""
+
+_MS_NOSUID: Final = 1 << 1
+_MS_NODEV: Final = 1 << 2
+_MS_NOEXEC: Final = 1 << 3
+_MS_NOATIME: Final = 1 << 10
+_MNT_DETACH: Final = 1 << 1
+_UMOUNT_NOFOLLOW: Final = 1 << 3
+
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
+_TIMEOUTS: Final = ("default_request_timeout", "max_request_timeout")
+_UNIT_SAFE: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
+
+
+class MountError(Exception):
+    """A mount or an unmount that cannot be done; the text is one sentence for the user, with the remedy if any."""
+
+    code: int
+    """The kernel's errno, 0 where it was not the kernel who refused."""
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        """Say `text`; `code` is the kernel's errno, if any."""
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mounted zbudfs, as the kernel lists it."""
+
+    mountpoint: str
+    """Absolute path, as seen by this process."""
+    device: str
+    """st_dev of everything on it, as "major:minor"; no two live mounts share one."""
+
+    @property
+    def st_dev(self) -> int:
+        """The same number as `os.stat_result.st_dev` has it."""
+        major, minor = self.device.split(":")
+        return os.makedev(int(major), int(minor))
+
+
+def zbudfs_mounts(root: str = "/") -> list[Mount]:
+    """Return every mounted zbudfs that this process can see, oldest first.
+
+    `root` is the folder that holds `proc/`. Raises OSError where the mount table cannot be read.
+    """
+    return parse_mountinfo(Path(root, "proc/self/mountinfo").read_bytes())
+
+
+def find_mount(mountpoint: str, root: str = "/") -> Mount | None:
+    """Return the zbudfs that is mounted at `mountpoint`, the topmost if there are several, or None."""
+    return next((mount for mount in reversed(zbudfs_mounts(root)) if mount.mountpoint == mountpoint), None)
+
+
+def parse_mountinfo(text: bytes) -> list[Mount]:
+    """Return the zbudfs mounts in `text`, the contents of a mountinfo file; other lines are passed over."""
+    mounts = []
+    for line in text.split(b"\n"):
+        # id parent major:minor root mountpoint options [tags...] - fstype source superoptions
+        fields, separator, rest = line.partition(b" - ")
+        words = fields.split(b" ")
+        if separator and len(words) >= 6 and rest.split(b" ")[0] == FSTYPE.encode():
+            mounts.append(Mount(os.fsdecode(unescape_octal(words[4])), words[2].decode("ascii")))
+    return mounts
+
+
+def unescape_octal(field: bytes) -> bytes:
+    r"""Undo the kernel's escapes in the tables of /proc: "\040" is a space, "\012" a newline."""
+    return _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field)
+
+
+def escape_path(path: str) -> str:
+    r"""Return `path` as one file name, just as `systemd-escape --path` does: "/mnt/my swap" -> "mnt-my\x20swap".
+
+    No two different absolute paths (without "." and ".." parts) have the same name.
+    """
+    trimmed = b"/".join(part for part in os.fsencode(path).split(b"/") if part not in (b"", b"."))
+    if not trimmed:
+        return "-"
+    return "".join(
+        "-" if byte == ord("/") else chr(byte) if byte in _UNIT_SAFE and (at or byte != ord(".")) else f"\\x{byte:02x}"
+        for at, byte in enumerate(trimmed)
+    )
+
+
+def request_timeout_warnings(root: str = "/") -> list[str]:
+    """Return a sentence for each limit that the system sets on the time a FUSE request may take.
+
+    The kernel ends a connection whose request is older than that limit, and with it all that was swapped out. A
+    daemon that was stopped for a while, or waits for a slow disk, must get away with it. `root` holds `proc/`.
+    """
+    warnings = []
+    for name in _TIMEOUTS:
+        try:
+            value = Path(root, "proc/sys/fs/fuse", name).read_text().strip()
+        except OSError:
+            continue  # older kernels have no such limit
+        if value != "0":
+            warnings.append(
+                f"fs.fuse.{name} is {value} s: the kernel will cut off the daemon, and lose what is swapped out, when a"
+                f" request takes longer; set it to 0 with sysctl fs.fuse.{name}=0"
+            )
+    return warnings
+
+
+def check_mountpoint(mountpoint: str, root: str = "/") -> None:
+    """Raise MountError unless a zbudfs can be mounted at `mountpoint`. `root` holds `proc/`."""
+    shown = shown_path(mountpoint)
+    if not mountpoint.startswith("/"):
+        raise MountError(f"the mountpoint {shown} is not an absolute path")
+    # The table first: a stat of a dead mount would only say "transport endpoint is not connected".
+    if find_mount(mountpoint, root) is not None:
+        raise MountError(f"zbudfs is mounted on {shown} already")
+    try:
+        mode = os.stat(mountpoint).st_mode  # noqa: PTH116  the path may hold any bytes
+    except FileNotFoundError:
+        raise MountError(f"the mountpoint {shown} does not exist: create the directory first") from None
+    except OSError as error:
+        raise MountError(f"the mountpoint {shown} cannot be used: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
+        raise MountError(f"the mountpoint {shown} is not a directory")
+
+
+def open_and_mount(mountpoint: str) -> int:
+    """Mount a zbudfs at `mountpoint` (absolute, resolved) and return the file descriptor of its connection.
+
+    The kernel's first request is waiting in the descriptor on return; nothing on the mount answers until somebody
+    serves it, and closing the last copy of the descriptor leaves a dead mount behind. Close-on-exec is set. Raises
+    MountError, with nothing mounted and nothing open.
+    """
+    if os.geteuid() != 0:
+        raise MountError("mounting needs root: run it with sudo")
+    check_mountpoint(mountpoint)
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, OSError) as error:
+        remedy = (
+            "load the module with modprobe fuse" if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO) else ""
+        )
+        raise MountError(f"/dev/fuse cannot be opened: {error.strerror}{remedy and ': ' + remedy}") from None
+    try:
+        _mount(fd, mountpoint)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _mount(fd: int, mountpoint: str) -> None:
+    """Call mount(2) for the connection `fd`; raise MountError where it refuses."""
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME
+    data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_READ_BYTES}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    target = os.fsencode(mountpoint)
+    if libc.mount(SOURCE.encode(), target, FSTYPE.encode(), ctypes.c_ulong(flags), data.encode()) != 0:
+        code = ctypes.get_errno()
+        hint = {
+            errno.EPERM: " (it needs CAP_SYS_ADMIN, which containers often lack)",
+            errno.ENODEV: " (this kernel has no FUSE: load the module with modprobe fuse)",
+        }.get(code, "")
+        raise MountError(f"the kernel refused to mount on {shown_path(mountpoint)}: {os.strerror(code)}{hint}", code)
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Take the mount at `mountpoint` away; works on a dead one as well.
+
+    With `lazy` the mount leaves the tree at once and ends when its last user does; without it a mount in use is left
+    as it is. Raises MountError; a symbolic link is not followed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
+    if libc.umount2(os.fsencode(mountpoint), ctypes.c_int(flags)) == 0:
+        return
+    code = ctypes.get_errno()
+    reason = {
+        errno.EBUSY: "it is in use: a program has a file open on it or stands in it (see fuser -vm)",
+        errno.EPERM: "unmounting needs root: run it with sudo",
+        errno.EINVAL: "nothing is mounted there",
+        errno.ENOENT: "it does not exist",
+    }.get(code, os.strerror(code))
+    raise MountError(f"cannot unmount {shown_path(mountpoint)}: {reason}", code)
+
+
+def shown_path(path: str) -> str:
+    """Return `path` for a message of one line: as it is when that is unambiguous, quoted otherwise."""
+    return path if path.isprintable() and " " not in path and path else repr(path)

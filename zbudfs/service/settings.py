@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""What a daemon is told: five values, checked once, handed over as JSON.
+
+The command line makes a `Settings` and so may a service manager; the daemon reads nothing else, no environment and no
+file. A value that cannot work is refused here, before anything is mounted, by a `SettingsError` that names the field,
+the value, and what would be right. A `Settings` that exists is valid: `__post_init__` runs every check.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Final
+
+from zbudfs.core.sizes import format_size, parse_size_or_percent
+from zbudfs.service.mountpoint import escape_path
+
+PAGE_BYTES: Final = 4096
+MIN_SIZE_BYTES: Final = 1 << 20
+MAX_SIZE_BYTES: Final = (1 << 44) - PAGE_BYTES
+"""16 TiB less a page: page numbers have 32 bits, and one of them means "none"."""
+MIN_POOL_BYTES: Final = 1 << 20
+"""256 frames: less than this cannot hold the requests in work and a batch of writeback beside them."""
+MIN_LEVEL: Final = -7
+MAX_LEVEL: Final = 19
+
+DEFAULT_LEVEL: Final = -1
+"""Measured: 8 us and 1025 bytes for a real page; level 1 takes 11 us for 941 bytes, and both pack 1.93 to a frame."""
+DEFAULT_POOL: Final = "25%"
+"""Share of RAM. Guessed, not measured: enough to matter, and the rest stays with the programs."""
+BACKING_FOLDER: Final = "/var/lib/zbudfs"
+
+_NAME_MAX: Final = 255
+"""Longest file name on Linux file systems, in bytes."""
+
+
+class SettingsError(ValueError):
+    """A value that cannot work; the text names the field, the value and what would be right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All that one daemon is told. Raises SettingsError for a value that cannot work."""
+
+    mountpoint: str
+    """Directory to mount on: absolute, symbolic links resolved."""
+    size_bytes: int
+    """Size of `swapfile`: whole pages, 1 MiB up to 16 TiB less a page."""
+    pool_bytes: int
+    """Most RAM that frames may take: 1 MiB or more; a part of a frame at the end is not used."""
+    backing: str | None
+    """Absolute path of the backing file; None: nothing is ever written back."""
+    level: int = DEFAULT_LEVEL
+    """zstd compression level: -7 (fast) to 19 (small), not 0."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("mountpoint", str), ("size_bytes", int), ("pool_bytes", int), ("level", int)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise SettingsError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+        _check_path("mountpoint", self.mountpoint)
+        _check_size(self.size_bytes)
+        if self.pool_bytes < MIN_POOL_BYTES:
+            raise SettingsError(
+                f"pool of {format_size(self.pool_bytes)} ({self.pool_bytes} bytes) is too small: it must be 1M or more"
+            )
+        if self.backing is not None:
+            if not isinstance(self.backing, str):
+                raise SettingsError(f"backing is {self.backing!r}: it must be a path or none")
+            _check_path("backing", self.backing)
+            if f"{self.backing}/".startswith(f"{self.mountpoint.rstrip('/')}/") and self.mountpoint != "/":
+                raise SettingsError(f"backing {self.backing!r} lies on the mountpoint: it must be somewhere else")
+        _check_level(self.level)
+
+    def to_json(self) -> str:
+        """Return the settings as one line of JSON, pure ASCII; paths that are no UTF-8 survive."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Settings:
+        """Return the settings in `text`. Raises SettingsError when it is not what `to_json` writes."""
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise SettingsError(f"settings are not JSON: {error}") from None
+        known = {field.name for field in fields(cls)}
+        if not isinstance(found, dict):
+            raise SettingsError(f"settings must be a JSON object with {', '.join(sorted(known))}")
+        if unknown := found.keys() - known:
+            raise SettingsError(f"unknown settings: {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+        if missing := known - found.keys() - {"level"}:
+            raise SettingsError(f"missing settings: {', '.join(sorted(missing))}")
+        return cls(**found)
+
+
+def ram_bytes(root: str = "/") -> int:
+    """Return the RAM of this machine, in bytes (MemTotal). `root` holds `proc/`; raises OSError, ValueError."""
+    for line in Path(root, "proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemTotal":
+            return int(value.split()[0]) * 1024
+    raise ValueError(f"no MemTotal in {Path(root, 'proc/meminfo')}")
+
+
+def default_size_bytes(ram: int) -> int:
+    """Return the default size for a machine with `ram` bytes: as large as RAM, in whole pages."""
+    return min(max(ram // PAGE_BYTES * PAGE_BYTES, MIN_SIZE_BYTES), MAX_SIZE_BYTES)
+
+
+def default_pool_bytes(ram: int) -> int:
+    """Return the default pool limit for a machine with `ram` bytes: a quarter, in whole frames."""
+    return max(parse_size_or_percent(DEFAULT_POOL, ram) // PAGE_BYTES * PAGE_BYTES, MIN_POOL_BYTES)
+
+
+def default_backing(mountpoint: str) -> str:
+    """Return the path of the backing file that belongs to `mountpoint`.
+
+    The name is that of the mountpoint, escaped, so that two mounts never meet; one too long for a file name is cut,
+    and a digest of the whole keeps it unique.
+    """
+    name = f"{escape_path(mountpoint)}.backing"
+    if len(name) > _NAME_MAX:
+        import hashlib  # only here: the daemon, which imports this module, has no use for it
+
+        digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:32]
+        name = f"{name[: _NAME_MAX - 48]}-{digest}.backing"
+    return f"{BACKING_FOLDER}/{name}"
+
+
+def _check_path(field: str, path: str) -> None:
+    if not path.startswith("/"):
+        raise SettingsError(f"{field} {path!r} is not an absolute path: it must start with /")
+    if "\0" in path:
+        raise SettingsError(f"{field} {path!r} holds a zero byte: no path can")
+
+
+def _check_size(size_bytes: int) -> None:
+    if size_bytes < MIN_SIZE_BYTES:
+        raise SettingsError(f"size of {size_bytes} bytes is too small: it must be 1M or more")
+    if size_bytes > MAX_SIZE_BYTES:
+        raise SettingsError(
+            f"size of {format_size(size_bytes)} ({size_bytes} bytes) is too large: the most is {MAX_SIZE_BYTES}"
+            " bytes, 16T less one page, since page numbers have 32 bits"
+        )
+    below = size_bytes // PAGE_BYTES * PAGE_BYTES
+    if below != size_bytes:
+        raise SettingsError(
+            f"size of {size_bytes} bytes is not a multiple of {PAGE_BYTES}: the nearest are {below} and"
+            f" {below + PAGE_BYTES}"
+        )
+
+
+def _check_level(level: int) -> None:
+    if level == 0:
+        raise SettingsError(
+            f'level 0 is refused: zstd takes it for "the default", which is level 3; write a level from {MIN_LEVEL} to'
+            f" {MAX_LEVEL} that says what is meant (-1 is the default here)"
+        )
+    if not MIN_LEVEL <= level <= MAX_LEVEL:
+        raise SettingsError(f"level {level} does not exist: write one from {MIN_LEVEL} (fast) to {MAX_LEVEL} (small)")

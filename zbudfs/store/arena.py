@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""Memory that the daemon decides about page by page: mapped at its full size at once, populated in steps.
+
+A page fault at the wrong moment is how a daemon in the swap path hangs: the kernel looks for memory, and the
+memory it finds is waiting for this daemon. So nothing here is touched before `populate` has given it pages, in
+a thread that may wait, and `release` is the only way that pages leave. Shared memory, not anonymous: it can be
+punched while it is locked, and a file of the same kind can outlive the process.
+"""
+
+import ctypes
+import mmap
+import os
+from typing import Final
+
+_MADV_POPULATE_WRITE: Final = 23
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)  # calls through it release the GIL
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _page_bounds(offset: int, length: int) -> tuple[int, int]:
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    return start, -(-(offset + length) // mmap.PAGESIZE) * mmap.PAGESIZE - start
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with a mode, which the os module has not; OSError. Releases the GIL."""
+    if _libc.fallocate(fd, mode, offset, length):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the bytes `offset` .. `offset + length` of a file back to the file system; OSError where it cannot."""
+    fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+class Arena:
+    """`size` bytes of zeroed shared memory called `name`, none of it populated.
+
+    `view` is a writable memoryview of all of it; `address` is where it starts.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.size = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._fd = os.memfd_create(f"zbudfs-{name}", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, self.size)
+        self._map = mmap.mmap(self._fd, self.size)
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def populate(self, offset: int, length: int) -> None:
+        """Give the bytes pages now; MemoryError if the system refuses. May wait for memory: for a worker thread."""
+        start, length = _page_bounds(offset, length)
+        if _libc.madvise(self.address + start, length, _MADV_POPULATE_WRITE):
+            try:  # before Linux 5.14: the pages, if not their mapping
+                fallocate(self._fd, 0, start, length)
+            except OSError as error:
+                raise MemoryError(f"no memory for {length} bytes: {error.strerror}") from None
+
+    def release(self, offset: int, length: int) -> None:
+        """Give the pages that lie wholly in these bytes back to the system; they read as zeros afterwards."""
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:
+            punch_hole(self._fd, start, end - start)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that have pages."""
+        return os.fstat(self._fd).st_blocks * 512

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""Threads for blocking calls, which exist from the start and are never abandoned.
+
+trio's own worker threads come and go, and a new thread needs memory (a stack, and all of it where memory is
+locked) at the very moment when there is none. These are started once. A call cannot be cancelled either: a
+write that was given up would land later, in a block that has a new owner by then.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, ParamSpec, TypeVar
+
+import outcome
+import trio
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class IoThread(Generic[T]):
+    """One thread, for calls that return a T, and its queue. Calls run in the order in which they were made."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call it in the thread and wait for what it returns or raises. Always a checkpoint; not cancelled meanwhile."""
+        task = trio.lowlevel.current_task()
+        token = trio.lowlevel.current_trio_token()
+
+        def job() -> None:
+            result = outcome.capture(function, *args, **kwargs)
+            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            return trio.lowlevel.Abort.FAILED
+
+        self._jobs.put(job)
+        value: T = await trio.lowlevel.wait_task_rescheduled(abort)
+        return value
+
+    def close(self) -> None:
+        """End the thread once it has done what was asked of it, and wait for that."""
+        self._jobs.put(None)
+        self._thread.join()

@@ -1,0 +1,637 @@
+# SPDX-License-Identifier: MIT
+"""The page store: reads, writes and discards of any byte range of the device.
+
+    write    page -> word / zpage / raw -> place in a frame (wait for one if there is none) -> commit
+    read     entry -> zeros / word / frame / block (read, checked, kept as an ephemeral frame if there is room)
+    discard  entry -> absent; the edges that are not whole pages are zeroed
+
+All state is changed on the one trio thread, and only between checkpoints. Nothing that was looked up is trusted
+across a checkpoint: it is looked up again. docs/concurrency.md numbers the races and where each is settled.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from zbudfs.core.block_map import BlockMap
+from zbudfs.core.codec import (
+    Codec,
+    check_of,
+    check_of_raw,
+    page_of_word,
+    repeated_word,
+    word_zpage,
+)
+from zbudfs.core.errors import BackingError, OutOfRange, PageLost, PoolFull, ZbudfsError
+from zbudfs.core.page_table import (
+    ABSENT,
+    BLOCK,
+    CHECK_SHIFT,
+    ENTRY_SIZE,
+    FRAME,
+    KIND_BITS,
+    KIND_MASK,
+    RAW_BLOCK,
+    RAW_FRAME,
+    REF_MASK,
+    WORD,
+    WORD_HALVES,
+    WORD_INVERTED,
+    PageTable,
+    entry_of_word,
+    word_of_entry,
+)
+from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS
+from zbudfs.core.zbud import REF_BITS, max_zpage_size
+from zbudfs.store.arena import Arena
+from zbudfs.store.backing import SEGMENT_BYTES, Backing
+from zbudfs.store.iothread import IoThread
+from zbudfs.store.pool import Pool
+from zbudfs.store.reclaimer import Reclaimer
+from zbudfs.store.state import State
+
+ZERO_PAGE: Final = bytes(PAGE_SIZE)
+DISCARD_STEP_PAGES: Final = 2048
+"""Stored pages that one stretch of a discard frees before it lets other requests in: some 4 ms."""
+
+_OFFSET_MASK: Final = PAGE_SIZE - 1
+_MAX_ZPAGE: Final = max_zpage_size()
+
+
+@dataclass(frozen=True, slots=True)
+class PageStoreStatistics:
+    """A snapshot. Cumulative counts are since the mount."""
+
+    size_bytes: int
+    """Of the device."""
+    pool_limit_bytes: int
+    """In force now: the configured limit, or less under memory pressure."""
+    pool_configured_bytes: int
+    pool_used_bytes: int
+    """Frames that hold something, zombies and ephemeral ones included."""
+    pool_ready_bytes: int
+    """Free frames that have memory: the reserve."""
+    stored_pages: int
+    """Not absent: same-filled, raw and written back ones included."""
+    same_filled_pages: int
+    """Kept as a word in the page table."""
+    raw_pages: int
+    """Kept uncompressed, in RAM or on disk: no zpage small enough for a buddy."""
+    compressed_bytes: int
+    """Of the zpages in RAM, ephemeral ones included, without handles."""
+    written_back_pages: int
+    """In the backing file and not in RAM."""
+    backing_used_bytes: int
+    """Blocks that hold something."""
+    backing_ready_bytes: int
+    """Allocated to the backing file by the file system, the free part included."""
+    cumul_writeback_bytes: int
+    """Bytes of frames written to the backing file."""
+    cumul_writeback_pages: int
+    """Pages that these frames held when they were written."""
+    cumul_writeback_frames: int
+    cumul_grown_bytes: int
+    """Zeros written to make the backing file ready ahead of need."""
+    cumul_pagein_blocks: int
+    """Blocks read back."""
+    cumul_pagein_pages: int
+    """Pages that were asked for and came from a block."""
+    cumul_read_pages: int
+    cumul_written_pages: int
+    cumul_discarded_pages: int
+    """Pages that were stored when they were discarded."""
+    refused_pool_full: int
+    """Writes answered with ENOSPC: no frame, and nothing could be written back or dropped."""
+    writeback_failures: int
+    """Batches that the backing file did not take; their frames stayed in RAM."""
+    pagein_failures: int
+    """Reads of a block that the backing file refused."""
+    lost_pages: int
+    """Reads answered with EIO because the zpage was missing, foreign or damaged."""
+    pressure_reports: int
+    """Times that the system reported memory pressure and the limit was lowered."""
+
+
+class PageStore:
+    """A device of `size_bytes` (a multiple of 4096) over a pool of `pool_frames` frames and, perhaps, a backing file.
+
+    `run` must be running while it is used. Not safe for use by two threads.
+    """
+
+    def __init__(self, size_bytes: int, pool_frames: int, backing: Backing | None, codec: Codec) -> None:
+        self.size_bytes = size_bytes
+        nr_pages = size_bytes >> PAGE_SHIFT
+        self._pages_arena = Arena("pages", nr_pages * ENTRY_SIZE)
+        self._pages_arena.populate(0, nr_pages * ENTRY_SIZE)
+        self._table = PageTable(self._pages_arena.view, nr_pages)
+        self._pool = Pool(pool_frames)
+        self._blocks_arena: Arena | None = None
+        blocks = None
+        if backing is not None:
+            # One more than the pages need: a block with a live page for each page at worst, and the header.
+            nr_segments = size_bytes // SEGMENT_BYTES + 2
+            self._blocks_arena = Arena("blocks", BlockMap.table_size(nr_segments))
+            self._blocks_arena.populate(0, self._blocks_arena.size)
+            blocks = BlockMap(self._blocks_arena.view, nr_segments)
+        self.state = State(self._table, self._pool, blocks)
+        self.backing = backing
+        self.codec = codec
+        self.reclaimer = Reclaimer(self.state, backing)
+        self._readers: list[IoThread[dict[int, BackingError]]] = []
+        if backing is not None:
+            self._readers = [IoThread("read-0"), IoThread("read-1")]
+        self._next_reader = 0
+        self._loading: dict[int, trio.Event] = {}
+        """By block: set when the read of it that is under way is over."""
+        self._bounce_free = trio.lowlevel.ParkingLot()
+        self._zbud = self._pool.zbud
+        self._entries = self._table.entries
+        self._cumul_read_pages = 0
+        self._cumul_written_pages = 0
+        self._cumul_discarded_pages = 0
+        self._cumul_pagein_blocks = 0
+        self._cumul_pagein_pages = 0
+        self._refused_pool_full = 0
+        self._pagein_failures = 0
+        self._lost_pages = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write back, grow, trim and populate until cancelled; started once the first frames are ready."""
+        await self.reclaimer.run(task_status=task_status)
+
+    def close(self) -> None:
+        """End the threads and empty the backing file. Nothing may be under way."""
+        self.reclaimer.close()
+        for reader in self._readers:
+            reader.close()
+        if self.backing is not None:
+            self.backing.close()
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """The memory that is populated in steps, not at once."""
+        return self._pool.arenas
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+            raise OutOfRange(f"bytes {offset} .. {offset + length} of a device of {self.size_bytes}")
+
+    # ---- read ------------------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """The bytes `offset` .. `offset + length`; fewer where the device ends. PageLost if one of its pages is.
+
+        A checkpoint only if a page is in the backing file alone.
+        """
+        if length == PAGE_SIZE and not offset & _OFFSET_MASK and offset + length <= self.size_bytes:
+            page = offset >> PAGE_SHIFT
+            self._cumul_read_pages += 1
+            content = self._load_nowait(page)
+            if content is None:
+                content = await self._load(page)  # CHECKPOINT
+            return content
+        end = min(offset + length, self.size_bytes)
+        if offset < 0:
+            raise OutOfRange(f"offset {offset}")
+        if offset >= end:
+            return b""
+        first = offset >> PAGE_SHIFT
+        pages = range(first, (end - 1 >> PAGE_SHIFT) + 1)
+        self._cumul_read_pages += len(pages)
+        whole = b"".join(await self._load_until_lost(pages))  # CHECKPOINT
+        if offset & _OFFSET_MASK or end & _OFFSET_MASK:
+            skip = offset & _OFFSET_MASK
+            return whole[skip : skip + end - offset]
+        return whole
+
+    async def _load(self, page: int) -> bytes:
+        """The content of a page. A checkpoint only if it is in the backing file alone. PageLost, BackingError."""
+        content = self._load_nowait(page)
+        if content is None:
+            loaded = (await self._page_in([page]))[page]  # CHECKPOINT
+            if not isinstance(loaded, bytes):
+                raise loaded
+            return loaded
+        return content
+
+    async def _load_until_lost(self, pages: Iterable[int]) -> list[bytes]:
+        """The contents of neighbouring pages up to the first that cannot be read; that error if it is the first of all.
+
+        A short read, and an error for the rest when that is asked for, keeps the loss of one page from its
+        neighbours: swap read-ahead asks for several at once.
+        """
+        found: list[bytes | None] = []
+        missing = []
+        lost: ZbudfsError | None = None
+        for page in pages:
+            try:
+                content = self._load_nowait(page)
+            except PageLost as error:
+                lost = error
+                break
+            found.append(content)
+            if content is None:
+                missing.append(page)
+        contents: list[bytes] = []
+        loaded = iter((await self._page_in(missing)).values()) if missing else iter(())  # CHECKPOINT
+        for content in found:
+            there = next(loaded) if content is None else content
+            if isinstance(there, ZbudfsError):
+                lost = there
+                break
+            contents.append(there)
+        if lost is not None and not contents:
+            raise lost
+        return contents
+
+    def _load_nowait(self, page: int) -> bytes | None:
+        """The content of a page that is in RAM, or None if it is in the backing file alone. PageLost."""
+        entry = self._entries[page]
+        kind = entry & KIND_MASK
+        if kind == FRAME:
+            zpage = self._zbud.zpage(entry >> KIND_BITS & REF_MASK, page)
+            return self._decode(page, zpage, entry)
+        if kind == ABSENT:
+            return ZERO_PAGE
+        if kind < FRAME:
+            return page_of_word(word_of_entry(entry))
+        if kind == RAW_FRAME:
+            return bytes(self._zbud.raw(entry >> KIND_BITS & REF_MASK))
+        return None
+
+    def _decode(self, page: int, zpage: memoryview | None, entry: int) -> bytes:
+        try:
+            if zpage is None:
+                raise PageLost(f"page {page}: its place holds another page")
+            if check_of(zpage) != entry >> CHECK_SHIFT:
+                raise PageLost(f"page {page}: its place holds another version of it")
+            return self.codec.decode(zpage)
+        except PageLost:
+            self._lost_pages += 1
+            raise
+
+    # ---- page-in ---------------------------------------------------------------------------------------------------
+
+    async def _page_in(self, pages: list[int]) -> dict[int, bytes | ZbudfsError]:
+        """The contents of pages, the ones that are in the backing file alone included, or why one cannot be had.
+
+        In the order in which they were asked for.
+        """
+        found: dict[int, bytes | ZbudfsError] = dict.fromkeys(pages, ZERO_PAGE)
+        todo = pages
+        while todo:
+            blocks: dict[int, list[int]] = {}
+            for page in todo:
+                try:
+                    content = self._load_nowait(page)
+                except PageLost as error:
+                    found[page] = error
+                    continue
+                if content is not None:
+                    found[page] = content
+                else:
+                    ref = self._entries[page] >> KIND_BITS & REF_MASK
+                    blocks.setdefault(ref >> REF_BITS, []).append(page)
+            under_way = [block for block in blocks if block in self._loading]
+            if under_way:
+                await self._loading[under_way[0]].wait()  # CHECKPOINT: everything is looked up again
+                todo = [page for wanted in blocks.values() for page in wanted]
+                continue
+            if not blocks:
+                break
+            if not self._pool.bounce:
+                await self._bounce_free.park()  # CHECKPOINT: everything is looked up again
+                todo = [page for wanted in blocks.values() for page in wanted]
+                continue
+            some = sorted(blocks)[: len(self._pool.bounce)]
+            later = [page for block, wanted in blocks.items() if block not in some for page in wanted]
+            stale = await self._read_blocks({block: blocks[block] for block in some}, found)  # CHECKPOINT
+            todo = later + stale
+        return found
+
+    async def _read_blocks(self, wanted: dict[int, list[int]], found: dict[int, bytes | ZbudfsError]) -> list[int]:
+        """Read blocks, put the contents of the wanted pages into `found`, and keep the blocks as ephemeral frames.
+
+        Returns the pages that moved while the read was under way: they must be looked up again.
+        """
+        assert self.backing is not None
+        pool, zbud, state = self._pool, self._zbud, self.state
+        over = trio.Event()
+        frames: dict[int, int] = {}
+        before = {page: self._entries[page] for pages in wanted.values() for page in pages}
+        for block in wanted:
+            self._loading[block] = over
+            state.hold_block(block)
+            frame = self._frame_to_keep()
+            if frame == NO_FRAME:
+                frame = pool.bounce.pop()
+            else:
+                zbud.fill_prep(frame)
+            frames[block] = frame
+        stale: list[int] = []
+        whole: set[int] = set()
+        try:
+            reader = self._readers[self._next_reader]
+            self._next_reader ^= 1
+            views = {block: zbud.raw(frame << REF_BITS) for block, frame in frames.items()}
+            refused = await reader.run(_read_runs, self.backing, views)  # CHECKPOINT, not cancelled
+            self._cumul_pagein_blocks += len(wanted)
+            for block, pages in wanted.items():
+                for page in pages:
+                    if self._entries[page] != before[page]:
+                        stale.append(page)
+                        continue
+                    try:
+                        if block in refused:
+                            self._pagein_failures += 1
+                            raise refused[block]
+                        found[page] = self._content_in(frames[block], page, before[page])
+                        self._cumul_pagein_pages += 1
+                        whole.add(block)
+                    except ZbudfsError as error:
+                        found[page] = error
+        finally:
+            for block, frame in frames.items():
+                if frame >= pool.nr_frames:
+                    pool.bounce.append(frame)
+                elif block not in whole or not self._adopt(frame, block, before, wanted[block]):
+                    zbud.fill_cancel(frame)
+                    pool.give_frame(frame)
+                state.release_block(block)
+                del self._loading[block]
+            over.set()
+            self._bounce_free.unpark_all()
+        return stale
+
+    def _content_in(self, frame: int, page: int, entry: int) -> bytes:
+        """The content of a page from a copy of the block that `entry` names."""
+        ref = entry >> KIND_BITS & REF_MASK
+        if entry & KIND_MASK == RAW_BLOCK:
+            content = bytes(self._zbud.raw(frame << REF_BITS))
+            if check_of_raw(content) != entry >> CHECK_SHIFT:
+                self._lost_pages += 1
+                raise PageLost(f"page {page}: its block is damaged or old")
+            return content
+        here = frame << REF_BITS | ref & ((1 << REF_BITS) - 1)
+        return self._decode(page, self._zbud.zpage(here, page), entry)
+
+    def _adopt(self, frame: int, block: int, before: dict[int, int], pages: list[int]) -> bool:
+        for page in pages:
+            if before[page] & KIND_MASK == RAW_BLOCK:
+                if self._entries[page] != before[page]:
+                    return False
+                self.state.adopt_raw(frame, block, page)
+                return True
+        return self.state.adopt(frame, block)
+
+    def _frame_to_keep(self) -> int:
+        """A frame for a block that is read back; one of the coldest ephemeral ones rather than one that writes need."""
+        pool = self._pool
+        if pool.free_frames <= self.reclaimer.watermarks.low_frames and not self.state.drop_ephemeral():
+            return NO_FRAME
+        return pool.take_frame()
+
+    # ---- write -----------------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, content: bytes) -> None:
+        """Store `content` at `offset`. OutOfRange, PoolFull.
+
+        All or an error: after an error some of the pages may be the new ones. A short count is never reported, since
+        the kernel's loop driver takes a short write for a complete one.
+        """
+        length = len(content)
+        self._check_range(offset, length)
+        if not (offset | length) & _OFFSET_MASK:
+            await self._write_pages(offset >> PAGE_SHIFT, content)
+            return
+        view = memoryview(content)
+        at = 0
+        while at < length:
+            page, skip = divmod(offset + at, PAGE_SIZE)
+            if not skip and length - at >= PAGE_SIZE:
+                whole = (length - at) & ~_OFFSET_MASK
+                await self._write_pages(page, bytes(view[at : at + whole]))
+                at += whole
+            else:
+                part = min(PAGE_SIZE - skip, length - at)
+                await self._patch(page, skip, bytes(view[at : at + part]))
+                at += part
+
+    async def _write_pages(self, page: int, content: bytes) -> None:
+        """Store whole pages from `page` on. A checkpoint only if there is no frame."""
+        words = memoryview(content).cast("Q")
+        view = memoryview(content)
+        compress = self.codec.encode
+        place = self.state.place
+        nr_pages = len(content) >> PAGE_SHIFT
+        self._cumul_written_pages += nr_pages
+        for index in range(nr_pages):
+            at = index << PAGE_SHIFT
+            piece = view[at : at + PAGE_SIZE]
+            # Two words apart that are equal are rare in other pages: the whole comparison is made for few.
+            word_at = index * PAGE_WORDS
+            if words[word_at] == words[word_at + PAGE_WORDS - 1] and words[word_at] == words[word_at + 77]:
+                word = repeated_word(content[at : at + PAGE_SIZE])
+                if word is not None:
+                    if not self._put_word(page + index, word):
+                        await self._put_waiting(page + index, word_zpage(word))
+                    continue
+            zpage = compress(piece)
+            if len(zpage) <= _MAX_ZPAGE:
+                if not place(page + index, zpage):
+                    await self._put_waiting(page + index, zpage)  # CHECKPOINT
+            elif not self.state.place_raw(page + index, piece):
+                await self._put_waiting(page + index, bytes(piece))  # CHECKPOINT
+        self.reclaimer.kick()
+
+    def _put_word(self, page: int, word: int) -> bool:
+        entry = entry_of_word(word)
+        if entry is not None:
+            self.state.set_word(page, entry)
+            return True
+        return self.state.place(page, word_zpage(word))
+
+    def _put_nowait(self, page: int, form: bytes) -> bool:
+        """Place a zpage, or a raw page: which it is shows in its length."""
+        if len(form) == PAGE_SIZE:
+            return self.state.place_raw(page, form)
+        return self.state.place(page, form)
+
+    async def _put_waiting(self, page: int, form: bytes) -> None:
+        """Place it as soon as there is a frame. A checkpoint. PoolFull."""
+        while True:
+            await self._wait_frame_free()  # CHECKPOINT
+            if self._put_nowait(page, form):
+                return
+
+    async def _wait_frame_free(self) -> None:
+        try:
+            await self.reclaimer.wait_frame_free()
+        except PoolFull:
+            self._refused_pool_full += 1
+            raise
+
+    def _form_of(self, content: bytes) -> bytes:
+        """The zpage of a page that is no word of the page table's, or the page itself if that is too large."""
+        zpage = self.codec.encode(content)
+        return zpage if len(zpage) <= _MAX_ZPAGE else content
+
+    async def _patch(self, page: int, skip: int, piece: bytes) -> None:
+        """Replace some bytes of a page.
+
+        What was read before a checkpoint is only used if the page has not changed since: otherwise it is read again.
+        """
+        watch = self.state.watched.setdefault(page, [0, 0])
+        watch[0] += 1
+        try:
+            while True:
+                changes = watch[1]
+                content = await self._load(page)  # CHECKPOINT if it is in the backing file
+                if watch[1] != changes:
+                    continue
+                content = content[:skip] + piece + content[skip + len(piece) :]
+                word = repeated_word(content)
+                if word is not None:
+                    if self._put_word(page, word):
+                        return
+                elif self._put_nowait(page, self._form_of(content)):
+                    return
+                await self._wait_frame_free()  # CHECKPOINT: the page may have changed, all over again
+        finally:
+            watch[0] -= 1
+            if not watch[0]:
+                del self.state.watched[page]
+
+    # ---- discard ---------------------------------------------------------------------------------------------------
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The bytes read as zeros from now on; whole pages are freed. What lies beyond the device is ignored.
+
+        Costs what is stored there, not how long it is. Lets others in after every few milliseconds of work.
+        """
+        if offset < 0 or length < 0:
+            raise OutOfRange(f"bytes {offset} .. {offset + length}")
+        end = min(offset + length, self.size_bytes)
+        if offset >= end:
+            return
+        first, skip = divmod(offset, PAGE_SIZE)
+        last, tail = divmod(end, PAGE_SIZE)
+        if skip and first == last:
+            await self._zero(first, skip, tail - skip)
+            return
+        if skip:
+            await self._zero(first, skip, PAGE_SIZE - skip)
+            first += 1
+        page = self._discard_some(first, last)
+        while page < last:
+            await trio.lowlevel.checkpoint()  # CHECKPOINT: pages before `page` may have been written anew, rightly so
+            page = self._discard_some(page, last)
+        if tail:
+            await self._zero(last, 0, tail)
+
+    def _discard_some(self, page: int, stop: int) -> int:
+        """Free up to DISCARD_STEP_PAGES stored pages; the page at which to go on, `stop` when done."""
+        forget = self.state.forget
+        next_stored = self._table.next_stored
+        for done in range(DISCARD_STEP_PAGES):
+            page = next_stored(page, stop)
+            if page >= stop:
+                self._cumul_discarded_pages += done
+                return stop
+            forget(page)
+            page += 1
+        self._cumul_discarded_pages += DISCARD_STEP_PAGES
+        return page
+
+    async def _zero(self, page: int, skip: int, length: int) -> None:
+        if self._entries[page] & KIND_MASK != ABSENT:
+            await self._patch(page, skip, bytes(length))
+
+    # ---- the rest --------------------------------------------------------------------------------------------------
+
+    async def sync(self) -> None:
+        """What was written before is stored, and what of it was written back is on the disk. BackingError."""
+        await self.reclaimer.sync()
+
+    def statistics(self) -> PageStoreStatistics:
+        """A snapshot of all counters."""
+        counts = self._table.counts
+        counters = self._zbud.counters()
+        reclaimer = self.reclaimer
+        blocks = self.state.blocks
+        return PageStoreStatistics(
+            size_bytes=self.size_bytes,
+            pool_limit_bytes=self._pool.limit_frames << PAGE_SHIFT,
+            pool_configured_bytes=self._pool.nr_frames << PAGE_SHIFT,
+            pool_used_bytes=self._pool.used_frames << PAGE_SHIFT,
+            pool_ready_bytes=self._pool.ready_frames << PAGE_SHIFT,
+            stored_pages=self._table.stored_pages,
+            same_filled_pages=counts[WORD] + counts[WORD_INVERTED] + counts[WORD_HALVES],
+            raw_pages=counts[RAW_FRAME] + counts[RAW_BLOCK],
+            compressed_bytes=counters["pers_zbytes"] + counters["eph_zbytes"],
+            written_back_pages=counts[BLOCK] + counts[RAW_BLOCK],
+            backing_used_bytes=blocks.used_blocks << PAGE_SHIFT if blocks is not None else 0,
+            backing_ready_bytes=self.backing.ready_bytes if self.backing is not None else 0,
+            cumul_writeback_bytes=self.state.cumul_writeback_frames << PAGE_SHIFT,
+            cumul_writeback_pages=self.state.cumul_writeback_pages,
+            cumul_writeback_frames=self.state.cumul_writeback_frames,
+            cumul_grown_bytes=reclaimer.cumul_grown_bytes,
+            cumul_pagein_blocks=self._cumul_pagein_blocks,
+            cumul_pagein_pages=self._cumul_pagein_pages,
+            cumul_read_pages=self._cumul_read_pages,
+            cumul_written_pages=self._cumul_written_pages,
+            cumul_discarded_pages=self._cumul_discarded_pages,
+            refused_pool_full=self._refused_pool_full,
+            writeback_failures=reclaimer.writeback_failures,
+            pagein_failures=self._pagein_failures,
+            lost_pages=self._lost_pages,
+            pressure_reports=reclaimer.governor.reports,
+        )
+
+    def forget_cumulative(self) -> None:
+        """Set what counts requests to zero: whoever tried the store out before it was in use does not count."""
+        self._cumul_read_pages = self._cumul_written_pages = self._cumul_discarded_pages = 0
+        self._zbud.forget_cumulative()
+
+    def zbud_counters(self) -> dict[str, int]:
+        """The allocator's counters, by the kernel's names."""
+        return self._zbud.counters()
+
+    def unbuddied_lists(self) -> list[int]:
+        """How many frames have one buddy that uses n chunks, for n from 0 to 63."""
+        return self._zbud.unbuddied_lists()
+
+    def chunk_histogram(self) -> list[int]:
+        """How many zpages use n chunks, for n from 0 to 63."""
+        return self._zbud.chunk_histogram()
+
+    def check(self) -> None:
+        """Recount everything; AssertionError where it disagrees. Only while nothing is under way. O(everything)."""
+        self.state.check()
+        assert not self._loading, "a block is being read"
+        assert not self.state.watched, "a page is being patched"
+        assert self._zbud.counters()["pers_zombie_count"] == 0, "a frame is being written back"
+
+
+def _read_runs(backing: Backing, views: dict[int, memoryview]) -> dict[int, BackingError]:
+    """Read blocks into views, neighbours together; which ones the file refused, and why. For a worker thread."""
+    refused: dict[int, BackingError] = {}
+    blocks = sorted(views)
+    start = 0
+    while start < len(blocks):
+        end = start + 1
+        while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
+            end += 1
+        run = blocks[start:end]
+        try:
+            backing.read_blocks(run[0], [views[block] for block in run])
+        except BackingError:
+            for block in run:  # one by one: a bad block must not take its neighbours along
+                try:
+                    backing.read_blocks(block, [views[block]])
+                except BackingError as error:
+                    refused[block] = error
+        start = end
+    return refused

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""The pool: frames of RAM, which of them are free, and how many may be in use.
+
+    bare      mapped, without memory             --populate-->  ready
+    ready     free and populated: can be used at once  --take--> used, --trim--> bare
+    used      the allocator's (a page in it, being filled, or being written back)
+
+A reserve of ready frames is kept ahead of need, so that storing a page never waits for memory as long as
+populating keeps up; the surplus is given back to the system. `used_frames <= limit_frames` holds whenever a
+frame is taken. Behind the frames of the pool lie a few bounce frames: never the allocator's, they take a block
+that is read when there is no frame to keep it in.
+"""
+
+import ctypes
+from typing import Final
+
+from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
+from zbudfs.core.zbud import Zbud
+from zbudfs.store.arena import Arena
+
+BOUNCE_FRAMES: Final = 32
+"""Blocks that can be read at once without a frame to keep them in: two requests of 64 KiB. Guessed."""
+
+RESERVE_FRAMES: Final = 2048
+"""Ready frames kept ahead of need: 8 MiB, some 80 ms of the fastest fill that was measured (25,000 frames a second)."""
+
+POPULATE_FRAMES: Final = 1024
+"""Frames populated with one call: 4 MiB, about 2 ms."""
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Neighbours joined: [(first, count), ...] in ascending order."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][0] + runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs
+
+
+class Pool:
+    """At most `nr_frames` frames; all bare at first.
+
+    `zbud` is the allocator over them, `frames` the memoryview of their bytes. `block_of[frame]` is the block
+    of which an ephemeral frame is a copy. `limit_frames` may be lowered below `nr_frames` and raised again.
+    """
+
+    def __init__(self, nr_frames: int) -> None:
+        self.nr_frames = nr_frames
+        self.limit_frames = nr_frames
+        self._frames_arena = Arena("frames", (nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT)
+        self._table_arena = Arena("frametable", Zbud.table_size(nr_frames))
+        self._own_arena = Arena("freeframes", 8 * nr_frames)
+        self.frames = self._frames_arena.view
+        own = self._own_arena.view[: 8 * nr_frames].cast("I")
+        self.block_of = own[:nr_frames]
+        self._stack = own[nr_frames:]  # ready frames from the left, bare ones that were ready before from the right
+        self.ready_frames = 0
+        self._trimmed = 0
+        self._fresh = 0  # frames from here on were never populated
+        self.used_frames = 0
+        self.used_frames_max = 0
+        self.bounce = list(range(nr_frames, nr_frames + BOUNCE_FRAMES))
+        self._frames_arena.populate(nr_frames << PAGE_SHIFT, BOUNCE_FRAMES << PAGE_SHIFT)
+        lists_end = Zbud.table_spans(nr_frames, nr_frames, 0)
+        for offset, _ in lists_end[:4]:  # the sentinels of the allocator's lists
+            self._table_arena.populate(offset, 4 * 128)
+        self.zbud = Zbud(self.frames, self._table_arena.view, nr_frames)
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """The memory that is populated in steps."""
+        return [self._frames_arena, self._table_arena, self._own_arena]
+
+    # ---- taking and giving -------------------------------------------------------------------------------------
+
+    def take_frame(self) -> int:
+        """A ready frame, used from now on; NO_FRAME at the limit or when none is ready."""
+        ready = self.ready_frames
+        used = self.used_frames
+        if not ready or used >= self.limit_frames:
+            return NO_FRAME
+        self.ready_frames = ready = ready - 1
+        self.used_frames = used = used + 1
+        if used > self.used_frames_max:
+            self.used_frames_max = used
+        return self._stack[ready]
+
+    def give_frame(self, frame: int) -> None:
+        """A used frame is free again."""
+        self._stack[self.ready_frames] = frame
+        self.ready_frames += 1
+        self.used_frames -= 1
+
+    @property
+    def free_frames(self) -> int:
+        """How many more frames may be used; negative while the limit is below what is in use."""
+        return self.limit_frames - self.used_frames
+
+    # ---- populating and trimming -------------------------------------------------------------------------------
+
+    @property
+    def reserve_frames(self) -> int:
+        """How many ready frames there should be now: the reserve, or all that the limit still allows."""
+        return max(0, min(RESERVE_FRAMES, self.free_frames))
+
+    def take_bare(self) -> list[tuple[int, int]]:
+        """Bare frames to be populated next, as runs (first, count); none if the reserve is full."""
+        want = min(self.reserve_frames - self.ready_frames, POPULATE_FRAMES)
+        if want <= 0:
+            return []
+        if self._trimmed:
+            count = min(want, self._trimmed)
+            end = self.nr_frames - self._trimmed
+            frames = list(self._stack[end : end + count])
+            self._trimmed -= count
+            return _runs(frames)
+        count = min(want, self.nr_frames - self._fresh)
+        self._fresh += count
+        return [(self._fresh - count, count)] if count else []
+
+    def populate(self, runs: list[tuple[int, int]]) -> None:
+        """Give the frames of `take_bare` memory; MemoryError. For a worker thread: it touches no state."""
+        for first, count in runs:
+            self._frames_arena.populate(first << PAGE_SHIFT, count << PAGE_SHIFT)
+            for offset, length in Zbud.table_spans(self.nr_frames, first, count):
+                self._table_arena.populate(offset, length)
+            for column in (0, 4 * self.nr_frames):
+                self._own_arena.populate(column + 4 * first, 4 * count)
+
+    def add_ready(self, runs: list[tuple[int, int]]) -> None:
+        """The frames of `take_bare` are populated."""
+        for first, count in runs:
+            for frame in range(first, first + count):
+                self._stack[self.ready_frames] = frame
+                self.ready_frames += 1
+
+    def add_bare(self, runs: list[tuple[int, int]]) -> None:
+        """The frames of `take_bare` could not be populated, or those of `take_surplus` are released."""
+        for first, count in runs:
+            for frame in range(first, first + count):
+                self._trimmed += 1
+                self._stack[self.nr_frames - self._trimmed] = frame
+
+    def take_surplus(self, keep: int, most: int) -> list[tuple[int, int]]:
+        """Up to `most` ready frames beyond `keep`, to be released, as runs (first, count)."""
+        count = min(self.ready_frames - keep, most)
+        if count <= 0:
+            return []
+        self.ready_frames -= count
+        return _runs(list(self._stack[self.ready_frames : self.ready_frames + count]))
+
+    def release(self, runs: list[tuple[int, int]]) -> None:
+        """Give the memory of the frames back to the system. For a worker thread."""
+        for first, count in runs:
+            self._frames_arena.release(first << PAGE_SHIFT, count << PAGE_SHIFT)
+
+    def check(self) -> None:
+        """AssertionError if the free frames and the allocator's do not make up the pool. O(frames)."""
+        bare = list(self._stack[self.nr_frames - self._trimmed :]) if self._trimmed else []
+        free = [*self._stack[: self.ready_frames], *bare, *range(self._fresh, self.nr_frames)]
+        assert len(set(free)) == len(free), "a frame is free twice"
+        counters = self.zbud.counters()
+        held = counters["pers_pageframes"] + counters["eph_pageframes"]
+        assert held == self.used_frames, f"{self.used_frames} frames used, the allocator holds {held}"
+        for frame in free:
+            assert not self.zbud.state(frame), f"free frame {frame} is the allocator's"

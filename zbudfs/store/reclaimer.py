@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: MIT
+"""Reclaim: keeping free frames, free blocks and the pool's limit as they should be. Three tasks, a thread each.
+
+    writeback   free frames below the low watermark: drop ephemeral frames, then write batches of the coldest
+                persistent ones to neighbouring blocks, until the high watermark is reached
+    memory      populate ready frames ahead of need, release the surplus when things are calm, and lower and
+                raise the pool's limit under memory pressure
+    disk        grow the backing file ahead of need, and give wholly free segments back when things are calm
+
+They have threads of their own so that a slow disk never keeps memory from coming, nor the other way round.
+
+A write that finds no frame waits in `wait_frame_free`. It is told to give up (PoolFull) only by a writeback round
+that began after it came and found nothing to do: no backing file, a full one, or one that has just failed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import trio
+
+from zbudfs.core.block_map import NO_SEGMENT, SEGMENT_BLOCKS
+from zbudfs.core.errors import BackingError, PoolFull
+from zbudfs.core.reclaim import BATCH_FRAMES, PressureGovernor, Watermarks
+from zbudfs.core.units import PAGE_SHIFT
+from zbudfs.store.backing import Backing
+from zbudfs.store.iothread import IoThread
+from zbudfs.store.pool import POPULATE_FRAMES
+from zbudfs.store.state import Eviction, State
+
+GROW_SEGMENTS: Final = 16
+"""Segments made ready with one call: 4 MiB."""
+
+GROW_AHEAD_BLOCKS: Final = 64 * SEGMENT_BLOCKS
+"""Free blocks kept ready: 16 MiB, or all that the pool can hold if that is less."""
+
+CALM_SECONDS: Final = 5.0
+"""Without a writeback for so long, free blocks and frames are surplus. Guessed."""
+
+TICK_SECONDS: Final = 1.0
+RETRY_SECONDS: Final = 1.0
+"""After a failed writeback the next one is not tried before. Guessed: a disk that fails at once must not be flooded."""
+
+PATIENCE_SECONDS: Final = 0.05
+"""How long a write waits for memory that is on its way before it has something written back instead.
+
+Populating 4 MiB takes some 2 ms, so by then the system is short of memory. Guessed.
+"""
+
+POPULATE_SECONDS: Final = 5.0
+"""How long a write waits for the system to give the pool memory, where writing back cannot help. Guessed."""
+
+
+class Reclaimer:
+    """The reclaim of one store. `log` is called with a sentence when something is worth telling."""
+
+    def __init__(self, state: State, backing: Backing | None, log: Callable[[str], None] | None = None) -> None:
+        self._state = state
+        self._pool = state.pool
+        self._backing = backing
+        self.log = log or (lambda _: None)
+        self.governor = PressureGovernor(self._pool.nr_frames)
+        self.watermarks = Watermarks.of(self._pool.nr_frames)
+        self.writeback_failures = 0
+        self.cumul_grown_bytes = 0
+        self._writer = IoThread[None]("writeback") if backing is not None else None
+        self._grower = IoThread[None]("grow") if backing is not None else None
+        self._populator = IoThread[None]("populate")
+        self._writeback_wanted = trio.Event()
+        self._memory_wanted = trio.Event()
+        self._disk_wanted = trio.Event()
+        self._grow_lock = trio.Lock()
+        self._waiting = trio.lowlevel.ParkingLot()
+        self._rounds = 0
+        """Writeback rounds that have begun."""
+        self._stuck = False
+        """The last round ended because there was nothing that it could free."""
+        self._populating_since: float | None = None
+        self._retry_at = 0.0
+        self._last_writeback = 0.0
+        self._failing = False
+        self._full = False
+
+    def kick(self) -> None:
+        """Frames are being used up: see whether there is something to do, soon."""
+        if self._pool.ready_frames < self._pool.reserve_frames >> 1:
+            self._memory_wanted.set()
+        if self._pool.free_frames < self.watermarks.low_frames or len(self._waiting):
+            self._writeback_wanted.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """All tasks, until cancelled. Started when the reserve of frames and blocks is there."""
+        await self._populate()
+        await self._grow()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write_back_for_ever)
+            nursery.start_soon(self._keep_memory_for_ever)
+            if self._backing is not None:
+                nursery.start_soon(self._keep_disk_for_ever)
+            task_status.started()
+
+    def close(self) -> None:
+        """End the threads."""
+        for thread in (self._populator, self._grower, self._writer):
+            if thread is not None:
+                thread.close()
+
+    async def wait_frame_free(self) -> None:
+        """Until a frame can be taken, or there is reason to try. PoolFull if nothing can be done about it."""
+        pool = self._pool
+        rounds_before = self._rounds
+        give_up_at = trio.current_time() + POPULATE_SECONDS
+        while not (pool.ready_frames and pool.free_frames > 0):
+            if self._state.drop_ephemeral():
+                continue
+            now = trio.current_time()
+            wake_at = float("inf")  # a round is under way, or will be: it wakes us
+            if self._populating_since is not None and pool.free_frames > 0:
+                wake_at = now + PATIENCE_SECONDS
+                if self._stuck and self._rounds > rounds_before and now >= give_up_at:
+                    raise PoolFull("the system gives the pool no memory, and no frame can be written back")
+            elif self._stuck and self._rounds > rounds_before:
+                raise PoolFull("no frame is free and none can be written back")
+            self._memory_wanted.set()
+            self._writeback_wanted.set()
+            with trio.move_on_at(wake_at):
+                await self._waiting.park()  # CHECKPOINT
+
+    async def sync(self) -> None:
+        """What was written back before is on the disk. BackingError."""
+        if self._writer is not None and self._backing is not None:
+            await self._writer.run(self._backing.sync)
+        else:
+            await trio.lowlevel.checkpoint()
+
+    def set_limit(self, frames: int) -> None:
+        """The pool's limit from now on; what is over it is written back."""
+        self._pool.limit_frames = frames
+        self.watermarks = Watermarks.of(frames)
+        self.kick()
+
+    def pressure(self) -> None:
+        """The system is short of memory: lower the limit for a while. Without a backing file there is nowhere to go."""
+        if self._backing is None:
+            return
+        before = self._pool.limit_frames
+        limit = self.governor.pressure(trio.current_time())
+        if limit != before:
+            self.set_limit(limit)
+            self.log(f"memory pressure: the pool's limit is {limit << PAGE_SHIFT >> 20} MiB for now")
+
+    # ---- writeback -------------------------------------------------------------------------------------------------
+
+    async def _write_back_for_ever(self) -> None:
+        while True:
+            await self._writeback_wanted.wait()
+            self._writeback_wanted = trio.Event()
+            self._rounds += 1
+            self._stuck = False
+            self._stuck = not await self._write_back()
+            self._waiting.unpark_all()
+
+    def _frames_to_free(self, *, under_way: bool) -> int:
+        need = self.watermarks.frames_to_free(self._pool.free_frames, under_way=under_way)
+        if not need and len(self._waiting) and not self._pool.ready_frames:
+            since = self._populating_since
+            if since is None or trio.current_time() - since >= PATIENCE_SECONDS:
+                return BATCH_FRAMES  # memory does not come: what is written back can be used at once
+        return need
+
+    async def _write_back(self) -> bool:
+        """One round. False if there was something to free and nothing that could be."""
+        under_way = False
+        while need := self._frames_to_free(under_way=under_way):
+            under_way = True
+            if self._state.drop_ephemeral():
+                self._waiting.unpark_all()
+                continue
+            if self._writer is None or trio.current_time() < self._retry_at:
+                return False
+            batch = self._state.begin_writeback(min(need, BATCH_FRAMES))
+            if not batch:
+                if not await self._blocks_may_come():
+                    return False
+                continue
+            if not await self._write(self._writer, batch):
+                return False
+            if self._state.blocks is not None and self._state.blocks.free_blocks < self._blocks_wanted() >> 1:
+                self._disk_wanted.set()
+            self._waiting.unpark_all()
+        return True
+
+    async def _blocks_may_come(self) -> bool:
+        """Called when no batch could be made: True if the backing file grew meanwhile."""
+        blocks = self._state.blocks
+        if blocks is None or blocks.free_blocks:
+            return False  # there are blocks, so it is frames that lack: all are being filled or written
+        await self._grow()
+        if not blocks.free_blocks and not self._full:
+            self._full = True
+            self.log("the backing file is full: from now on pages stay in RAM, and writes beyond the pool fail")
+        return bool(blocks.free_blocks)
+
+    async def _write(self, writer: IoThread[None], batch: list[Eviction]) -> bool:
+        """Write a batch of zombies; False if the backing file failed. Whatever happens, no frame stays a zombie."""
+        backing = self._backing
+        assert backing is not None
+        try:
+            await writer.run(_write_runs, backing, self._runs_of(batch))  # CHECKPOINT, not cancelled
+        except BackingError as error:
+            self._state.fail_writeback(batch)
+            self.writeback_failures += 1
+            self._retry_at = trio.current_time() + RETRY_SECONDS
+            if not self._failing:
+                self._failing = True
+                self.log(f"{error}; the pages stay in RAM, and it is tried again")
+            return False
+        except BaseException:
+            self._state.fail_writeback(batch)
+            raise
+        self._state.finish_writeback(batch)
+        self._last_writeback = trio.current_time()
+        if self._failing:
+            self._failing = False
+            self.log("the backing file takes pages again")
+        return True
+
+    def _runs_of(self, batch: list[Eviction]) -> list[tuple[int, list[memoryview]]]:
+        """A batch as (first block, frames' bytes) for each run of neighbouring blocks."""
+        zbud = self._pool.zbud
+        runs: list[tuple[int, list[memoryview]]] = []
+        expected = -1
+        for frame, block in batch:
+            if block != expected:
+                runs.append((block, []))
+            runs[-1][1].append(zbud.frame_bytes(frame))
+            expected = block + 1
+        return runs
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    async def _keep_memory_for_ever(self) -> None:
+        while True:
+            with trio.move_on_after(TICK_SECONDS):
+                await self._memory_wanted.wait()
+            self._memory_wanted = trio.Event()
+            await self._populate()
+            limit = self.governor.tick(trio.current_time())
+            if limit != self._pool.limit_frames:
+                self.set_limit(limit)
+            if self._calm():
+                await self._trim_frames()
+
+    def _calm(self) -> bool:
+        return trio.current_time() - self._last_writeback >= CALM_SECONDS
+
+    async def _populate(self) -> None:
+        """Make frames ready until the reserve is full."""
+        while runs := self._pool.take_bare():
+            self._populating_since = trio.current_time()
+            try:
+                await self._populator.run(self._pool.populate, runs)  # CHECKPOINT, not cancelled
+            except MemoryError:
+                self._pool.add_bare(runs)
+                return
+            except BaseException:
+                self._pool.add_bare(runs)
+                raise
+            finally:
+                self._populating_since = None
+            self._pool.add_ready(runs)
+            self._waiting.unpark_all()
+
+    async def _trim_frames(self) -> None:
+        """Give the memory of surplus ready frames back to the system."""
+        while runs := self._pool.take_surplus(self._pool.reserve_frames + POPULATE_FRAMES, POPULATE_FRAMES):
+            await self._populator.run(self._pool.release, runs)  # CHECKPOINT, not cancelled
+            self._pool.add_bare(runs)
+
+    # ---- disk ------------------------------------------------------------------------------------------------------
+
+    async def _keep_disk_for_ever(self) -> None:
+        while True:
+            with trio.move_on_after(TICK_SECONDS):
+                await self._disk_wanted.wait()
+            self._disk_wanted = trio.Event()
+            await self._grow()
+            if self._failing:  # the disk may be well again, with nobody writing meanwhile
+                self._writeback_wanted.set()
+            if self._calm():
+                await self._trim_blocks()
+
+    def _blocks_wanted(self) -> int:
+        return min(GROW_AHEAD_BLOCKS, self._pool.nr_frames)
+
+    async def _grow(self) -> None:
+        """Make segments of the backing file ready until there are enough free blocks."""
+        blocks, backing, grower = self._state.blocks, self._backing, self._grower
+        if blocks is None or backing is None or grower is None:
+            return
+        async with self._grow_lock:
+            while blocks.free_blocks < self._blocks_wanted():
+                first, count = blocks.take_holes(GROW_SEGMENTS)
+                if not count:
+                    return
+                try:
+                    await grower.run(backing.make_ready, first, count)  # CHECKPOINT, not cancelled
+                except BackingError as error:
+                    blocks.return_holes(first, count)
+                    if not self._full:
+                        self._full = True
+                        self.log(str(error))
+                    return
+                except BaseException:
+                    blocks.return_holes(first, count)
+                    raise
+                self._full = False
+                blocks.add_ready(first, count)
+                self.cumul_grown_bytes += count * SEGMENT_BLOCKS << PAGE_SHIFT
+
+    async def _trim_blocks(self) -> None:
+        """Give wholly free segments beyond the reserve back to the file system."""
+        blocks, backing, grower = self._state.blocks, self._backing, self._grower
+        if blocks is None or backing is None or grower is None:
+            return
+        while (segment := blocks.take_free(2 * self._blocks_wanted())) != NO_SEGMENT:
+            try:
+                await grower.run(backing.punch, segment, 1)  # CHECKPOINT, not cancelled
+            except BackingError:
+                blocks.add_ready(segment, 1)  # it still has its room
+                return
+            blocks.return_holes(segment, 1)
+
+
+def _write_runs(backing: Backing, runs: Sequence[tuple[int, Sequence[memoryview]]]) -> None:
+    """Write each run to its blocks; BackingError at the first that fails. For a worker thread."""
+    for block, frames in runs:
+        backing.write_blocks(block, frames)

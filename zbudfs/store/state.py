@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""Every change of where a page is. Synchronous: nothing here gives way, so nobody ever sees half a change.
+
+    absent, word   <-- set_word, forget
+    frame          <-- place                     persistent: RAM holds the only copy
+    block          <-- finish_writeback          from a persistent frame
+    frame + block  <-- adopt                     ephemeral: a clean copy of the block
+    block          <-- drop_ephemeral
+
+The order inside a change is always: the new form is complete, the entry is stored (the commit), the old form is
+freed. Whoever reads the page table alone therefore always finds whole pages.
+"""
+
+from typing import NamedTuple
+
+from zbudfs.core.block_map import BlockMap
+from zbudfs.core.codec import check_of, check_of_raw
+from zbudfs.core.page_table import (
+    ABSENT,
+    BLOCK,
+    CHECK_SHIFT,
+    FRAME,
+    KIND_BITS,
+    KIND_MASK,
+    RAW_BLOCK,
+    RAW_FRAME,
+    REF_MASK,
+    PageTable,
+)
+from zbudfs.core.units import NO_FRAME
+from zbudfs.core.zbud import EPHEMERAL_KIND, NO_REF, PERSISTENT_KIND, REF_BITS, max_zpage_size
+from zbudfs.store.pool import Pool
+
+INDEX_MASK = (1 << REF_BITS) - 1
+HOLD_INDEX = 7
+"""The live bit of a block that stands for "being read": the block is not reused meanwhile, whatever happens to its pages."""
+
+_MAX_ZPAGE = max_zpage_size()
+_CHECK_FIELD = ((1 << 64) - 1) >> CHECK_SHIFT << CHECK_SHIFT
+
+
+class Eviction(NamedTuple):
+    """One frame on its way to one block."""
+
+    frame: int
+    block: int
+
+
+class State:
+    """Page table, pool and block map, changed together.
+
+    `blocks` is None where there is no backing file.
+    I1: a page's entry names a zpage whose handle is that page.
+    I2: zpage i of block b is live iff an entry names it, or an entry names zpage i of an ephemeral frame with
+        block_of[frame] == b.
+    """
+
+    def __init__(self, table: PageTable, pool: Pool, blocks: BlockMap | None) -> None:
+        self.table = table
+        self.pool = pool
+        self.blocks = blocks
+        self.watched: dict[int, list[int]] = {}
+        """By page: [tasks that watch it, changes of its content]. Kept by whoever patches a page across a checkpoint."""
+        self.cumul_writeback_frames = 0
+        self.cumul_writeback_pages = 0
+        self.dropped_ephemeral_frames = 0
+
+    # ---- content ---------------------------------------------------------------------------------------------------
+
+    def place(self, page: int, zpage: bytes | memoryview) -> bool:
+        """Store a zpage as the content of `page`; False, and nothing has changed, if there is no frame for it.
+
+        One that is too large for a buddy is refused with ValueError: see `place_raw`.
+        """
+        zbud = self.pool.zbud
+        size = len(zpage)
+        ref = zbud.match_prep(size)
+        if ref == NO_REF:
+            frame = self.pool.take_frame()
+            if frame == NO_FRAME:
+                return False
+            ref = zbud.create_prep(frame, size)
+        zbud.match_finish(ref, page, zpage)
+        self._commit(page, check_of(zpage) << CHECK_SHIFT | ref << KIND_BITS | FRAME)
+        return True
+
+    def place_raw(self, page: int, content: bytes | memoryview) -> bool:
+        """Store the page as it is; False, and nothing has changed, if there is no frame for it."""
+        frame = self.pool.take_frame()
+        if frame == NO_FRAME:
+            return False
+        ref = self.pool.zbud.create_raw(frame, page, content)
+        self._commit(page, check_of_raw(content) << CHECK_SHIFT | ref << KIND_BITS | RAW_FRAME)
+        return True
+
+    def set_word(self, page: int, entry: int) -> None:
+        """Store a same-filled page by its entry (see `entry_of_word`)."""
+        self._commit(page, entry)
+
+    def forget(self, page: int) -> None:
+        """The page is absent from now on."""
+        self._commit(page, ABSENT)
+
+    def _commit(self, page: int, entry: int) -> None:
+        old = self.table.store(page, entry)
+        if self.watched:
+            watch = self.watched.get(page)
+            if watch is not None:
+                watch[1] += 1
+        kind = old & KIND_MASK
+        if kind >= FRAME:
+            ref = old >> KIND_BITS & REF_MASK
+            if kind >= BLOCK:
+                self._free_in_block(ref)
+            else:
+                self._free_in_frame(ref)
+
+    def _free_in_frame(self, ref: int) -> None:
+        zbud = self.pool.zbud
+        frame = ref >> REF_BITS
+        if zbud.is_ephemeral(frame):
+            self._free_in_block(self.pool.block_of[frame] << REF_BITS | ref & INDEX_MASK)
+        emptied = zbud.free(ref)
+        if emptied != NO_FRAME:
+            self.pool.give_frame(emptied)
+
+    def _free_in_block(self, ref: int) -> None:
+        assert self.blocks is not None
+        self.blocks.free(ref >> REF_BITS, ref & INDEX_MASK)
+
+    # ---- to the backing file -------------------------------------------------------------------------------------
+
+    def begin_writeback(self, most: int) -> list[Eviction]:
+        """Make up to `most` of the coldest persistent frames zombies and give them blocks; fewer, or none, if there are not."""
+        batch: list[Eviction] = []
+        zbud = self.pool.zbud
+        blocks = self.blocks
+        if blocks is None:
+            return batch
+        while len(batch) < most and zbud.oldest(PERSISTENT_KIND) != NO_FRAME:
+            block, count = blocks.alloc(most - len(batch))
+            if not count:
+                break
+            for at in range(block, block + count):
+                frame = zbud.oldest(PERSISTENT_KIND)
+                if frame == NO_FRAME:
+                    blocks.set_live(at, 0)
+                    continue
+                zbud.writeback_begin(frame)
+                batch.append(Eviction(frame, at))
+        return batch
+
+    def finish_writeback(self, batch: list[Eviction]) -> int:
+        """The frames are in their blocks: their pages are there from now on. Returns the number of frames freed.
+
+        A page that was overwritten or discarded while its frame was on the way is no resident any more, and its
+        place in the block counts as free.
+        """
+        assert self.blocks is not None
+        entries = self.table.entries
+        for frame, block in batch:
+            live = 0
+            for ref, page in self.pool.zbud.residents(frame):
+                index = ref & INDEX_MASK
+                old = entries[page]
+                kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
+                at = block << REF_BITS | index
+                self.table.store(page, old & _CHECK_FIELD | at << KIND_BITS | kind)
+                live |= 1 << index
+                self.cumul_writeback_pages += 1
+            self.blocks.set_live(block, live)
+            self.pool.give_frame(self.pool.zbud.writeback_done(frame))
+        self.cumul_writeback_frames += len(batch)
+        return len(batch)
+
+    def fail_writeback(self, batch: list[Eviction]) -> None:
+        """The write failed: the frames go back to the old end of the LRU, in their order, their blocks are free again."""
+        assert self.blocks is not None
+        for frame, block in reversed(batch):
+            self.blocks.set_live(block, 0)
+            emptied = self.pool.zbud.writeback_failed(frame)
+            if emptied != NO_FRAME:
+                self.pool.give_frame(emptied)
+
+    # ---- and back ----------------------------------------------------------------------------------------------------
+
+    def hold_block(self, block: int) -> None:
+        """The block is being read: do not use it for anything else until `release_block`."""
+        assert self.blocks is not None
+        self.blocks.set_live(block, self.blocks.live(block) | 1 << HOLD_INDEX)
+
+    def release_block(self, block: int) -> None:
+        """The read is over."""
+        assert self.blocks is not None
+        self.blocks.free(block, HOLD_INDEX)
+
+    def adopt(self, frame: int, block: int) -> bool:
+        """A frame of `fill_prep` holds a copy of `block`: let its pages be there. False if it is not what the table says.
+
+        The copy is taken only if every live zpage of it has its page's handle and check; else nothing has changed.
+        """
+        assert self.blocks is not None
+        zbud = self.pool.zbud
+        entries = self.table.entries
+        live = self.blocks.live(block) & ~(1 << HOLD_INDEX)
+        moves = []
+        for index in range(1 << REF_BITS):
+            if live >> index & 1:
+                ref = frame << REF_BITS | index
+                page = zbud.handle_at(ref)
+                zpage = zbud.zpage(ref, page)
+                if zpage is None or page >= self.table.nr_pages:
+                    return False
+                old = entries[page]
+                there = (block << REF_BITS | index) << KIND_BITS | BLOCK
+                if old != check_of(zpage) << CHECK_SHIFT | there:
+                    return False
+                moves.append((page, old & _CHECK_FIELD | ref << KIND_BITS | FRAME, ref))
+        if not moves:
+            return False
+        zbud.fill_finish(frame, [ref for _, _, ref in moves])
+        self.pool.block_of[frame] = block
+        for page, entry, _ in moves:
+            self.table.store(page, entry)
+        return True
+
+    def adopt_raw(self, frame: int, block: int, page: int) -> None:
+        """The same for a block that holds the raw page `page`, whose content has been checked."""
+        ref = self.pool.zbud.fill_finish_raw(frame, page)
+        self.pool.block_of[frame] = block
+        self.table.store(page, self.table.entries[page] & _CHECK_FIELD | ref << KIND_BITS | RAW_FRAME)
+
+    def drop_ephemeral(self) -> bool:
+        """Free the coldest ephemeral frame: its pages are in its block again. False if there is none."""
+        zbud = self.pool.zbud
+        frame = zbud.oldest(EPHEMERAL_KIND)
+        if frame == NO_FRAME:
+            return False
+        zbud.drop_begin(frame)
+        block = self.pool.block_of[frame]
+        for ref, page in zbud.residents(frame):
+            old = self.table.entries[page]
+            kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
+            at = block << REF_BITS | ref & INDEX_MASK
+            self.table.store(page, old & _CHECK_FIELD | at << KIND_BITS | kind)
+        self.pool.give_frame(zbud.drop_done(frame))
+        self.dropped_ephemeral_frames += 1
+        return True
+
+    # ---- itself --------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Recount all of it; AssertionError where two tables disagree. O(pages + frames + blocks)."""
+        self.table.check()
+        self.pool.check()
+        self.pool.zbud.check()
+        live: dict[int, int] = {}
+        refs = set()
+        for page, entry in enumerate(self.table.entries):
+            kind = entry & KIND_MASK
+            if kind < FRAME:
+                continue
+            ref = entry >> KIND_BITS & REF_MASK
+            if kind in (FRAME, RAW_FRAME):
+                assert ref not in refs, f"two pages at zbudref {ref}"
+                refs.add(ref)
+                assert (ref, page) in self.pool.zbud.residents(ref >> REF_BITS), f"I1: page {page} is not at {ref}"
+                if not self.pool.zbud.is_ephemeral(ref >> REF_BITS):
+                    continue
+                ref = self.pool.block_of[ref >> REF_BITS] << REF_BITS | ref & INDEX_MASK
+            bit = 1 << (ref & INDEX_MASK)
+            assert not live.get(ref >> REF_BITS, 0) & bit, f"two pages at {ref & INDEX_MASK} of block {ref >> REF_BITS}"
+            live[ref >> REF_BITS] = live.get(ref >> REF_BITS, 0) | bit
+        if self.blocks is not None:
+            self.blocks.check()
+            for block, expected in live.items():
+                have = self.blocks.live(block) & ~(1 << HOLD_INDEX)
+                assert have == expected, f"I2: live zpages of block {block}: {have:b}, a recount gives {expected:b}"

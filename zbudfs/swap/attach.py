@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""From a mounted zbudfs to active swap, in steps that are undone in reverse when one fails.
+
+    losetup --find --show --direct-io=on --sector-size 4096 MOUNTPOINT/swapfile
+    check that direct I/O is really on;  queue/wbt_lat_usec = 0
+    mkswap DEVICE
+    swapon --discard DEVICE
+
+Direct I/O: otherwise every page would be in the page cache as well, and memory would be needed to free memory.
+4096-byte sectors: all requests are whole pages. Discard: freed swap is told to the pool as holes. No write-back
+throttling: it holds back just those writes that free memory (a guess about its effect, not measured).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Final
+
+from zbudfs.swap.loop import SWAPFILE, SwapError, loop_devices, run_tool, swaps
+
+_STEP_LIMIT_SECONDS: Final = 60.0
+"""Longest time one program may take. Arbitrary; mkswap writes one page and swapon discards the whole device."""
+
+_RELEASE_LIMIT_SECONDS: Final = 10.0
+"""Longest wait for a loop device to let go of its file, while udev or blkid look at it. Arbitrary."""
+
+MAX_PRIORITY: Final = 32767
+"""Highest priority that swapon takes; the lowest is 0 (negative ones are the kernel's own)."""
+
+
+def attach(mountpoint: str, priority: int | None = None, root: str = "/") -> str:
+    """Make the swapfile of the zbudfs at `mountpoint` active swap; return the loop device it goes through.
+
+    `priority` is 0 to `MAX_PRIORITY`, None leaves it to the kernel. `root` holds `sys/` and `proc/`. Raises SwapError
+    with everything undone that was done here.
+    """
+    swapfile = Path(mountpoint, SWAPFILE)
+    try:
+        regular = stat.S_ISREG(swapfile.stat().st_mode)
+    except OSError:
+        regular = False
+    if not regular:
+        raise SwapError(f"there is no {SWAPFILE} in {mountpoint!r}: nothing is mounted there, or its daemon has died")
+    command: list[str | bytes] = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096"]
+    device = run_tool([*command, os.fsencode(swapfile)], limit_seconds=_STEP_LIMIT_SECONDS)
+    try:
+        _check_direct_io(device, root)
+        _stop_throttling(device, root)
+        run_tool(["mkswap", device], limit_seconds=_STEP_LIMIT_SECONDS)
+        options = [] if priority is None else ["--priority", str(priority)]
+        run_tool(["swapon", "--discard", *options, device], limit_seconds=_STEP_LIMIT_SECONDS)
+    except BaseException:
+        with contextlib.suppress(SwapError):  # the first error is the one to tell
+            _undo(device, root)
+        raise
+    return device
+
+
+def _undo(device: str, root: str) -> None:
+    """Take `device` down again, whether or not swapon had come to its end."""
+    if any(swap.path == device for swap in swaps(root)):
+        run_tool(["swapoff", device], limit_seconds=_STEP_LIMIT_SECONDS, own_session=True)
+    release(device, root)
+
+
+def release(device: str, root: str = "/") -> None:
+    """Detach the loop device `device` and wait until its file is free. Raises SwapError.
+
+    The kernel detaches later when somebody else, such as udev, still has the device open: then losetup succeeds, and
+    an unmount right after it would find the file busy.
+    """
+    run_tool(["losetup", "--detach", device], limit_seconds=_STEP_LIMIT_SECONDS)
+    end = time.monotonic() + _RELEASE_LIMIT_SECONDS
+    while any(loop.path == device for loop in loop_devices(root)):
+        if time.monotonic() > end:
+            raise SwapError(f"{device} is held open by another program (see fuser -v {device})")
+        time.sleep(0.02)
+
+
+def _check_direct_io(device: str, root: str) -> None:
+    """losetup only asks for direct I/O: the kernel may fall back without a word."""
+    if not any(loop.direct_io for loop in loop_devices(root) if loop.path == device):
+        raise SwapError(f"direct I/O is not possible on {device}: swap through the page cache would hang the machine")
+
+
+def _stop_throttling(device: str, root: str) -> None:
+    """Turn off write-back throttling where there is such a thing; harmless where there is not."""
+    with contextlib.suppress(OSError):
+        Path(root, "sys/block", Path(device).name, "queue/wbt_lat_usec").write_text("0")

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""From active swap back to a mounted zbudfs, if RAM has room for what comes back.
+
+swapoff reads every page in. Where memory is too short for them the kernel kills programs, or swapoff, and a killed
+swapoff may lose memory. So the room is counted first and the answer is no, with the figures, and all keeps running.
+
+    needed     what is in use of this swap, and a margin
+    there is   MemAvailable, and the free room of other swaps
+
+The count is on the safe side: the pool's own frames, which become free on the way, are not counted.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from zbudfs.core.sizes import format_size
+from zbudfs.swap.attach import release
+from zbudfs.swap.loop import Swap, SwapError, loop_devices_on, run_tool, swaps
+
+MARGIN_BYTES: Final = 64 << 20
+"""Memory that must be left over after swapoff. Guessed, not measured: page tables, and what else runs meanwhile."""
+
+
+def detach(mountpoint: str, *, st_dev: int | None = None, force: bool = False, root: str = "/") -> list[str]:
+    """Take swap and loop devices off the zbudfs at `mountpoint`; return the loop devices that were on it.
+
+    `force` skips the count of memory. Takes as long as reading all of it back takes, and Ctrl-C does not stop it.
+    Raises SwapError: where memory is short or swapoff fails, everything is left as it was and keeps running.
+    """
+    loops = loop_devices_on(mountpoint, st_dev, root)
+    devices = {loop.path for loop in loops}
+    active = swaps(root)
+    mine = [swap for swap in active if swap.path in devices]
+    if not force:
+        check_room(mine, [swap for swap in active if swap.path not in devices], available_bytes(root))
+    for swap in mine:
+        with _interrupts_ignored():
+            run_tool(["swapoff", swap.path], limit_seconds=None, own_session=True)
+    for loop in loops:
+        release(loop.path, root)
+    return [loop.path for loop in loops]
+
+
+def check_room(mine: list[Swap], others: list[Swap], available: int) -> None:
+    """Raise SwapError unless what is in `mine` fits into `available` bytes of RAM and the free room of `others`."""
+    used = sum(swap.used_bytes for swap in mine)
+    free = sum(swap.size_bytes - swap.used_bytes for swap in others)
+    if used and used + MARGIN_BYTES > available + free:
+        raise SwapError(
+            f"not enough memory for swapoff: {format_size(used)} would come back (and {format_size(MARGIN_BYTES)} must"
+            f" stay free), but only {format_size(available)} of RAM and {format_size(free)} of other swap are there;"
+            " end some programs or add other swap first; nothing was changed"
+        )
+
+
+def available_bytes(root: str = "/") -> int:
+    """Return the memory that programs can still get without swapping (MemAvailable), in bytes."""
+    for line in Path(root, "proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    raise SwapError(f"no MemAvailable in {Path(root, 'proc/meminfo')}: cannot tell whether swapoff would fit")
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Keep Ctrl-C from leaving swapoff alone half-way; it runs in a session of its own for the same reason."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

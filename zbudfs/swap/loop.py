@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Finding out what sits on a mount: loop devices and swaps, from the kernel's own tables.
+
+    /sys/block/loopN/loop/backing_file     which file; a path, as seen from wherever the kernel sees it
+    /dev/loopN, LOOP_GET_STATUS64          which device that file is on: the truth, if its file system answers
+    /proc/swaps                            which block devices are swap, how large and how full
+
+A path alone may mislead: it carries " (deleted)", belongs to another mount namespace, or is that of an earlier mount
+which has been lazily taken away. The device number of a mount is its own as long as it lives, so it decides where it
+can be had; a mount whose daemon has died answers no more, and then the path has to do.
+
+Every reader takes `root`, the folder that holds `proc/`, `sys/` and `dev/`, so that a test can make one up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+SWAPFILE: Final = "swapfile"
+"""Name of the one file that a zbudfs is for."""
+
+_LOOP_GET_STATUS64: Final = 0x4C05
+_LOOP_INFO64_BYTES: Final = 232
+_DELETED: Final = " (deleted)"
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
+
+
+class SwapError(Exception):
+    """Something about loop devices or swap that cannot be done; the text is one sentence for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopDevice:
+    """A loop device with a file behind it."""
+
+    path: str
+    """The block device, "/dev/loop3"."""
+    backing_file: str
+    """Path of the file behind it, as the kernel tells it, without " (deleted)"."""
+    direct_io: bool
+    """Whether it goes past the page cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One active swap."""
+
+    path: str
+    """The block device or file."""
+    size_bytes: int
+    """Room for pages."""
+    used_bytes: int
+    """Pages there now."""
+    priority: int
+    """Highest is used first."""
+
+
+def loop_devices(root: str = "/") -> list[LoopDevice]:
+    """Return all loop devices that have a file behind them, by number."""
+    found = []
+    for folder in sorted(Path(root, "sys/block").glob("loop*/loop"), key=lambda path: (len(path.parent.name), path)):
+        try:
+            # One newline ends the value; any other is part of the file's name.
+            backing_file = os.fsdecode((folder / "backing_file").read_bytes()).removesuffix("\n")
+            direct_io = (folder / "dio").read_text().strip() == "1"
+        except OSError:
+            continue  # detached meanwhile
+        found.append(LoopDevice(f"/dev/{folder.parent.name}", backing_file.removesuffix(_DELETED), direct_io))
+    return found
+
+
+def loop_devices_on(mountpoint: str, st_dev: int | None, root: str = "/") -> list[LoopDevice]:
+    """Return the loop devices whose file lies on the mount at `mountpoint` with device number `st_dev`.
+
+    `st_dev` None: the path decides alone.
+    """
+    inside = mountpoint.rstrip("/") + "/"
+    found = []
+    for loop in loop_devices(root):
+        path_fits = loop.backing_file.startswith(inside)
+        # Asking a loop device makes the kernel ask the file's file system: only those that may be ours.
+        if not path_fits and not loop.backing_file.endswith(f"/{SWAPFILE}"):
+            continue
+        backing_dev = _backing_dev(loop.path, root) if st_dev is not None else None
+        if path_fits if backing_dev is None else backing_dev == st_dev:
+            found.append(loop)
+    return found
+
+
+def swaps(root: str = "/") -> list[Swap]:
+    """Return all active swaps. Raises OSError where /proc/swaps cannot be read."""
+    return parse_swaps(Path(root, "proc/swaps").read_bytes())
+
+
+def parse_swaps(text: bytes) -> list[Swap]:
+    """Return the swaps in `text`, the contents of /proc/swaps."""
+    found = []
+    for line in text.splitlines()[1:]:
+        # Filename Type Size Used Priority; sizes in KiB
+        words = line.split()
+        if len(words) >= 5:
+            path = _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), words[0])
+            size, used, priority = (int(word) for word in words[-3:])
+            found.append(Swap(os.fsdecode(path).removesuffix(_DELETED), size * 1024, used * 1024, priority))
+    return found
+
+
+def users(mountpoint: str, st_dev: int | None = None, root: str = "/") -> list[str]:
+    """Return what sits on the mount at `mountpoint`, for people: "swap on /dev/loop0", "loop device /dev/loop3".
+
+    Empty when it can be unmounted as far as swap is concerned. `st_dev` as in `loop_devices_on`.
+    """
+    active = {swap.path for swap in swaps(root)}
+    return [
+        f"swap on {loop.path}" if loop.path in active else f"loop device {loop.path}"
+        for loop in loop_devices_on(mountpoint, st_dev, root)
+    ]
+
+
+def run_tool(command: Sequence[str | bytes], *, limit_seconds: float | None, own_session: bool = False) -> str:
+    """Run a program of util-linux and return what it prints.
+
+    Raises SwapError with the program's own words when it fails, is missing, or takes longer than `limit_seconds`
+    (None: no limit). With `own_session` a Ctrl-C at the terminal does not reach it.
+    """
+    name = os.fsdecode(command[0])
+    # A root shell made by su often has no sbin in its path; messages are read by people who may ask others: English.
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin", "LC_ALL": "C"}
+    try:
+        run = subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=limit_seconds,
+            env=environment,
+            start_new_session=own_session,
+        )
+    except FileNotFoundError:
+        raise SwapError(f"the program {name} is missing: install util-linux (apt-get install util-linux)") from None
+    except subprocess.TimeoutExpired:
+        raise SwapError(f"{name} did not end within {limit_seconds:g} s") from None
+    if run.returncode != 0:
+        words = run.stderr.decode("utf-8", "backslashreplace").strip().splitlines()
+        how = f"was killed by signal {-run.returncode}" if run.returncode < 0 else f"failed ({run.returncode})"
+        raise SwapError(words[-1] if words and run.returncode > 0 else f"{name} {how}")
+    return run.stdout.decode("utf-8", "surrogateescape").strip()
+
+
+def _backing_dev(device: str, root: str) -> int | None:
+    """Return the st_dev of the file behind a loop device; None when the device or the file's system does not tell."""
+    try:
+        fd = os.open(Path(root, device.lstrip("/")), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    encoded = struct.unpack_from("=Q", status)[0]
+    # huge_encode_dev() of the kernel: minor bits 0-7 and 20-31, major bits 8-19.
+    return os.makedev((encoded >> 8) & 0xFFF, (encoded & 0xFF) | ((encoded >> 12) & 0xFFF00))
