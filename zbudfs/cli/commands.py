@@ -28,6 +28,7 @@ from zbudfs.service.mountpoint import (
     MountError,
     check_mountpoint,
     find_mount,
+    is_dead,
     shown_path,
     unmount,
     zbudfs_mounts,
@@ -237,15 +238,6 @@ def _tell_refusals(ready: launch.Ready, mountpoint: str) -> None:
 
 
 # ---- after -------------------------------------------------------------------------------------------------------
-
-
-def is_dead(mountpoint: str) -> bool:
-    """Whether the mount at `mountpoint` has lost its daemon. Waits if the daemon is alive and does not answer."""
-    try:
-        os.stat(mountpoint)  # noqa: PTH116  the path may hold any bytes
-    except OSError as error:
-        return error.errno == errno.ENOTCONN
-    return False
 
 
 def take_down(mounted: Mount) -> None:

@@ -75,7 +75,8 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     def number(name: str) -> int:
         return int(report.get(name) or 0)
 
-    stored = number("stored_pages") * _PAGE_BYTES
+    pages = number("stored_pages")
+    stored = pages * _PAGE_BYTES
     taken = number("pool_used_bytes") + number("backing_used_bytes")
     kinds = [
         f"{number(name):,} {kind}"
@@ -95,11 +96,11 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("device", f"{size('size_bytes')}, zstd level {report.get('level')}, {_used_by(report)}"),
         ("daemon", f"zbudfs {report.get('version')}, pid {report.get('pid')}"),
-        ("stored", f"{format_size(stored)} in {number('stored_pages'):,} pages{_listed(kinds)}"),
+        ("stored", f"{format_size(stored)} in {pages:,} page{'s'[: pages != 1]}{_listed(kinds)}"),
         ("takes", f"{size('pool_used_bytes')} of RAM, {size('backing_used_bytes')} on disk"),
         ("saved", f"{format_size(stored - taken)} ({_percent(stored - taken, stored)})" if stored else ""),
         ("pool", f"{_percent(number('pool_used_bytes'), number('pool_limit_bytes'))} of {size('pool_limit_bytes')}"),
-        ("backing", f"{shown_path(str(backing))}, {size('backing_size_bytes')} large" if backing else "none"),
+        ("backing", f"{shown_path(str(backing))}, up to {size('backing_size_bytes')}" if backing else "none"),
         (
             "written",
             f"{written:,} pages as {size('cumul_writeback_bytes')}, {number('cumul_pagein_blocks'):,} blocks read back"

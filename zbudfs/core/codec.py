@@ -13,6 +13,7 @@ is the default because two zpages share a frame whether they are 840 or 760 byte
 frame at level -1 and at level 3), and it takes two thirds of the time of level 1.
 """
 
+import sys
 from typing import Final
 from zlib import crc32
 
@@ -32,22 +33,19 @@ CHECK_BITS: Final = 24
 _CHECK_MASK: Final = (1 << CHECK_BITS) - 1
 
 
-def repeated_word(page: bytes | memoryview) -> int | None:
-    """The 8-byte word (little endian, as the machine has it) of which the page consists, or None."""
-    word = bytes(page[:WORD_SIZE])
-    if page[-WORD_SIZE:] != word or page != word * PAGE_WORDS:
-        return None
-    return int.from_bytes(word, "little")
+def is_word(page: bytes | memoryview, word: int) -> bool:
+    """Whether the page consists of `word` (8 bytes, in the machine's order) repeated."""
+    return bytes(page) == word.to_bytes(WORD_SIZE, sys.byteorder) * PAGE_WORDS
 
 
 def page_of_word(word: int) -> bytes:
     """The page that consists of `word` repeated."""
-    return word.to_bytes(WORD_SIZE, "little") * PAGE_WORDS
+    return word.to_bytes(WORD_SIZE, sys.byteorder) * PAGE_WORDS
 
 
 def word_zpage(word: int) -> bytes:
     """A zpage for a page that consists of `word` repeated."""
-    content = word.to_bytes(WORD_SIZE, "little")
+    content = word.to_bytes(WORD_SIZE, sys.byteorder)
     return content + crc32(content).to_bytes(4, "little")
 
 

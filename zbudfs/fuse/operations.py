@@ -65,9 +65,7 @@ class Operations(pyfuse3.Operations):
         self._snapshots: dict[int, bytes] = {}
         """By file handle: what a file of stats/ held when it was opened."""
         self._next_handle = SWAPFILE + 1
-        self._read = store.read
-        self._write = store.write
-        shim.set_fallocate(self._fallocate)
+        shim.serve_file(SWAPFILE, self._read_served, self._write_served, self._fallocate_served)
 
     def init(self) -> None:
         """FUSE_INIT has come: the mount answers from now on."""
@@ -200,24 +198,8 @@ class Operations(pyfuse3.Operations):
             self._snapshots.pop(fh, None)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        """Bytes of a file."""
-        if fh != SWAPFILE:
-            return self._snapshots[fh][off : off + size]
-        try:
-            return await self._read(off, size)
-        except Exception as error:
-            raise fuse_error(error) from None
-
-    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        """Store bytes in the swapfile. Beyond its end it is full, as a block device is."""
-        length = min(len(buf), self._store.size_bytes - off)
-        if length <= 0:
-            raise pyfuse3.FUSEError(errno.ENOSPC)
-        try:
-            await self._write(off, buf if length == len(buf) else buf[:length])
-        except Exception as error:
-            raise fuse_error(error) from None
-        return length
+        """Bytes of a file of stats/; those of the swapfile do not come this way."""
+        return self._snapshots[fh][off : off + size]
 
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
         """A file is closed: nothing is held back that could be flushed."""
@@ -235,22 +217,57 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         """Nothing to let go of."""
 
-    # ---- fallocate, which comes from the shim ----------------------------------------------------------------------
+    # ---- the swapfile's data, which the shim asks for -------------------------------------------------------------
+    # Each answers at once where it can (bytes, 0 or an errno), or None and later, from a task, with `shim.reply`.
 
-    def _fallocate(self, request: int, inode: int, mode: int, offset: int, length: int) -> None:
-        """Punching and zeroing are discards; anything else is not supported. Never ENOSYS: it would be the last call."""
+    def _read_served(self, request: int, offset: int, length: int) -> bytes | int | None:
         try:
-            if inode != SWAPFILE or mode not in _DISCARDS:
-                shim.reply(request, errno.EOPNOTSUPP)
-            elif not mode & FALLOC_FL_KEEP_SIZE and offset + length > self._store.size_bytes:
-                shim.reply(request, errno.EFBIG)
-            else:
-                self._nursery.start_soon(self._discard, request, offset, length)
-        except BaseException as error:
-            shim.reply(request, errno.EIO)
-            fuse_error(error) if isinstance(error, Exception) else None
+            content = self._store.read_nowait(offset, length)
+        except Exception as error:
+            return fuse_error(error).errno
+        if content is None:
+            self._nursery.start_soon(self._read_later, request, offset, length)
+        return content
 
-    async def _discard(self, request: int, offset: int, length: int) -> None:
+    async def _read_later(self, request: int, offset: int, length: int) -> None:
+        try:
+            content = await self._store.read(offset, length)
+        except Exception as error:
+            shim.reply(request, fuse_error(error).errno)
+        else:
+            shim.reply_data(request, content)
+
+    def _write_served(self, request: int, offset: int, content: memoryview) -> int | None:
+        """`content` is good until this returns. Beyond the end the swapfile is full, as a block device is."""
+        if offset + len(content) > self._store.size_bytes:
+            return errno.ENOSPC
+        try:
+            done = self._store.write_nowait(offset, content)
+        except Exception as error:
+            return fuse_error(error).errno
+        if done == len(content):
+            return 0
+        self._nursery.start_soon(self._write_later, request, offset + done, bytes(content[done:]), len(content))
+        return None
+
+    async def _write_later(self, request: int, offset: int, content: bytes, length: int) -> None:
+        try:
+            await self._store.write(offset, content)
+        except Exception as error:
+            shim.reply(request, fuse_error(error).errno)
+        else:
+            shim.reply(request, 0, length)
+
+    def _fallocate_served(self, request: int, mode: int, offset: int, length: int) -> int | None:
+        """Punching and zeroing are discards; anything else is not supported. Never ENOSYS: it would be the last call."""
+        if mode not in _DISCARDS:
+            return errno.EOPNOTSUPP
+        if not mode & FALLOC_FL_KEEP_SIZE and offset + length > self._store.size_bytes:
+            return errno.EFBIG
+        self._nursery.start_soon(self._discard_later, request, offset, length)
+        return None
+
+    async def _discard_later(self, request: int, offset: int, length: int) -> None:
         try:
             await self._store.discard(offset, length)
         except Exception as error:

@@ -4,21 +4,30 @@
        pyfuse3  --fuse_session_new-->  shim  --same call-->  libfuse
 
    It is loaded RTLD_GLOBAL before pyfuse3 is imported, so that pyfuse3's calls find these definitions first; each one
-   calls the real function, which is the next one in the loader's order (RTLD_NEXT).
+   calls the real function, which is the next one in the loader's order (RTLD_NEXT). The same object is the Python
+   module zbudfs.fuse._shim, through which it is told what to do.
 
-   1. `fallocate`: pyfuse3 has no handler for it. The request goes to a callback, which answers it with fuse_reply_err().
-      Whatever happens it is never answered with ENOSYS: the kernel would stop sending fallocate for the whole connection.
-   2. No `write_buf`: with it libfuse asks for FUSE_CAP_SPLICE_READ and reads requests through a pipe, for which the kernel
-      allocates a page per page of data. Under memory pressure that allocation waits for swap, which is this daemon.
-   3. One receive buffer for the whole session. libfuse would allocate 1 MiB for each of pyfuse3's tasks. One is enough:
-      pyfuse3 receives and processes a request without giving way in between, and its handlers copy what they keep.
-   4. A bound on the requests that the kernel keeps in flight, so that the memory for them can be set aside in advance.
-   5. Python's object arenas from malloc (PyObject_SetArenaAllocator wants C functions), whose heap the daemon pins.
+   1. One served file. Its reads, writes and fallocates go straight to three Python functions, which mostly answer at
+      once: no coroutine, no copy of what is written (pyfuse3 makes both), and fallocate, which pyfuse3 has not.
+      Everything else (names, attributes, stats/) is pyfuse3's.
+   2. Bursts. pyfuse3 sleeps in trio before every request: two rounds of the scheduler and three system calls. After a
+      request for the served file, those that are already waiting are taken at once, up to a bound; then trio runs.
+   3. No `write_buf`: with it libfuse asks for FUSE_CAP_SPLICE_READ and reads requests through a pipe, for which the
+      kernel allocates a page per page of data. Under memory pressure that allocation waits for swap: this daemon.
+   4. One receive buffer for the whole session. libfuse would allocate 1 MiB for each of pyfuse3's tasks. One is enough:
+      a request is received and processed without giving way in between, and handlers copy what they keep.
+   5. A bound on the requests that the kernel keeps in flight, so that the memory for them can be set aside in advance.
+   6. Python's object arenas from malloc, whose heap the daemon pins, instead of from mmap().
+
+   Whatever happens, fallocate is never answered with ENOSYS: the kernel would not ask again on this connection.
 
    libfuse 3.14 (Debian 12) exports fuse_session_new; from 3.17 on (Debian 13) headers turn it into
-   fuse_session_new_versioned. Both are defined here; pyfuse3 calls the one it was built for. */
+   fuse_session_new_versioned. Both are defined here; pyfuse3 calls the one it was built for. All of this runs on the one
+   thread that runs trio, with the GIL held. */
+#define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
 #define FUSE_USE_VERSION 312
+#include <Python.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fuse_lowlevel.h>
@@ -30,17 +39,19 @@
 enum {
     MAX_WRITE = 1 << 20,
     RECEIVE_BYTES = MAX_WRITE + (64 << 10),
-    MAX_ARENAS = 1024 /* of 1 MiB each in CPython 3.11 */
+    MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
 };
+enum { READ, WRITE, FALLOCATE, NR_HANDLERS };
 
 struct libfuse_version;
-typedef void fallocate_callback(fuse_req_t, fuse_ino_t, int mode, int64_t offset, int64_t length);
 
-static struct fuse_lowlevel_ops shim_ops;
-static void (*pyfuse3_init)(void *, struct fuse_conn_info *);
-static fallocate_callback *on_fallocate;
-static unsigned max_background = 12;
-static int initialised;
+static struct fuse_lowlevel_ops pyfuse3_ops, shim_ops;
+static fuse_ino_t served_inode;
+static PyObject *handlers[NR_HANDLERS];
+static unsigned max_background = 12, max_burst = 1;
+static unsigned long long served_requests, bursts;
+static int initialised;       /* FUSE_INIT has been answered */
+static int answered_by_shim;  /* the request just processed was for the served file: pyfuse3 has no coroutine to await */
 static void *arenas[MAX_ARENAS];
 static char receive_buffer[RECEIVE_BYTES] __attribute__((aligned(4096)));
 
@@ -50,60 +61,91 @@ static void *next(const char *name) {
     return found;
 }
 
-/* ---- what Python sets ---------------------------------------------------------------------------------------- */
+/* ---- the served file ----------------------------------------------------------------------------------------- */
 
-void zbudfs_set_fallocate(fallocate_callback *callback) { on_fallocate = callback; }
-void zbudfs_set_max_background(unsigned requests) { max_background = requests; }
-void zbudfs_reply(fuse_req_t req, int error) { fuse_reply_err(req, error); }
-const char *zbudfs_libfuse_version(void) { return fuse_pkgversion(); }
-
-/* ---- Python's object arenas ---------------------------------------------------------------------------------- */
-
-void *zbudfs_arena_alloc(void *context, size_t size) {
-    (void)context;
-    for (int i = 0; i < MAX_ARENAS; i++)
-        if (!arenas[i]) return arenas[i] = malloc(size);
-    return NULL; /* Python raises MemoryError */
+/* Call a handler, taking over the references in `arguments`. A handler gives bytes to be sent, an int (0 or an errno), or
+   None when it will answer later; what it raises is a bug, told to sys.unraisablehook and answered with EIO. */
+static void handle(int which, fuse_req_t req, size_t size, PyObject **arguments, size_t count) {
+    answered_by_shim = 1;
+    served_requests++;
+    PyObject *result = NULL;
+    int complete = handlers[which] != NULL;
+    for (size_t i = 0; i < count; i++) complete = complete && arguments[i];
+    if (complete) result = PyObject_Vectorcall(handlers[which], arguments, count, NULL);
+    for (size_t i = 0; i < count; i++) Py_XDECREF(arguments[i]);
+    if (!result) {
+        if (PyErr_Occurred()) PyErr_WriteUnraisable(handlers[which]);
+        fuse_reply_err(req, EIO);
+    } else if (PyBytes_CheckExact(result)) {
+        fuse_reply_buf(req, PyBytes_AS_STRING(result), PyBytes_GET_SIZE(result));
+    } else if (PyLong_CheckExact(result)) {
+        long error = PyLong_AsLong(result);
+        if (error) fuse_reply_err(req, (int)error);
+        else if (which == WRITE) fuse_reply_write(req, size);
+        else fuse_reply_err(req, 0);
+    }
+    Py_XDECREF(result);
 }
 
-void zbudfs_arena_free(void *context, void *arena, size_t size) {
-    (void)context;
-    for (int i = 0; i < MAX_ARENAS; i++)
-        if (arenas[i] == arena) {
-            arenas[i] = NULL;
-            free(arena);
-            return;
-        }
-    munmap(arena, size); /* from before this allocator was set: Python's own came from mmap() */
+static void shim_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *file) {
+    if (ino != served_inode) {
+        pyfuse3_ops.read(req, ino, size, offset, file);
+        return;
+    }
+    PyObject *arguments[] = {PyLong_FromVoidPtr(req), PyLong_FromLongLong(offset), PyLong_FromSize_t(size)};
+    handle(READ, req, size, arguments, 3);
 }
 
-/* ---- operations ---------------------------------------------------------------------------------------------- */
+static void shim_write(fuse_req_t req, fuse_ino_t ino, const char *data, size_t size, off_t offset, struct fuse_file_info *file) {
+    if (ino != served_inode) {
+        pyfuse3_ops.write(req, ino, data, size, offset, file);
+        return;
+    }
+    PyObject *view = PyMemoryView_FromMemory((char *)data, (Py_ssize_t)size, PyBUF_READ);
+    PyObject *arguments[] = {PyLong_FromVoidPtr(req), PyLong_FromLongLong(offset), view};
+    Py_XINCREF(view);
+    handle(WRITE, req, size, arguments, 3);
+    if (view) { /* the buffer is used again at once: whoever kept the view must not see the next request in it */
+        PyObject *released = PyObject_CallMethod(view, "release", NULL);
+        if (!released) PyErr_WriteUnraisable(view);
+        Py_XDECREF(released);
+        Py_DECREF(view);
+    }
+}
+
+static void shim_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length, struct fuse_file_info *file) {
+    (void)file;
+    if (ino != served_inode) {
+        answered_by_shim = 1;
+        fuse_reply_err(req, EOPNOTSUPP);
+        return;
+    }
+    PyObject *arguments[] = {PyLong_FromVoidPtr(req), PyLong_FromLong(mode), PyLong_FromLongLong(offset), PyLong_FromLongLong(length)};
+    handle(FALLOCATE, req, 0, arguments, 4);
+}
 
 static void shim_init(void *userdata, struct fuse_conn_info *conn) {
-    if (pyfuse3_init) pyfuse3_init(userdata, conn);
+    if (pyfuse3_ops.init) pyfuse3_ops.init(userdata, conn);
     if (conn->max_write > MAX_WRITE) conn->max_write = MAX_WRITE; /* libfuse reads at most max_write and a 4 KiB header */
     conn->max_background = max_background;
     conn->congestion_threshold = max_background;
     initialised = 1;
 }
 
-static void shim_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length, struct fuse_file_info *file) {
-    (void)file;
-    if (on_fallocate) on_fallocate(req, ino, mode, offset, length);
-    else fuse_reply_err(req, EOPNOTSUPP);
-}
+/* ---- the calls taken over ------------------------------------------------------------------------------------ */
 
 static const struct fuse_lowlevel_ops *amended(const struct fuse_lowlevel_ops *ops, size_t size) {
-    memset(&shim_ops, 0, sizeof shim_ops);
-    memcpy(&shim_ops, ops, size < sizeof shim_ops ? size : sizeof shim_ops);
-    pyfuse3_init = shim_ops.init;
+    memset(&pyfuse3_ops, 0, sizeof pyfuse3_ops);
+    memcpy(&pyfuse3_ops, ops, size < sizeof pyfuse3_ops ? size : sizeof pyfuse3_ops);
+    shim_ops = pyfuse3_ops;
     shim_ops.init = shim_init;
+    shim_ops.read = shim_read;
+    shim_ops.write = shim_write;
     shim_ops.fallocate = shim_fallocate;
     shim_ops.write_buf = NULL;
+    initialised = 0;
     return &shim_ops;
 }
-
-/* ---- the calls taken over ------------------------------------------------------------------------------------ */
 
 struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *ops, size_t size, void *userdata) {
     struct fuse_session *(*real)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *) = next("fuse_session_new");
@@ -117,20 +159,131 @@ struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, const st
     return real(args, amended(ops, size), sizeof shim_ops, version, userdata);
 }
 
-int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf) {
+static int receive(struct fuse_session *session, struct fuse_buf *buf) {
     static int (*real)(struct fuse_session *, struct fuse_buf *);
     if (!real) real = next("fuse_session_receive_buf");
     /* Before FUSE_INIT libfuse may read more than MAX_WRITE: that one buffer it allocates itself. */
     if (initialised) buf->mem = receive_buffer;
     int got = real(session, buf);
     if (got <= 0 && buf->mem == receive_buffer) buf->mem = NULL; /* pyfuse3 frees what it finds there */
-    return got == -EAGAIN ? -EINTR : got; /* the request was withdrawn before it was read: pyfuse3 knows only EINTR */
+    return got;
 }
 
-void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *buf) {
+static void process(struct fuse_session *session, struct fuse_buf *buf) {
     static void (*real)(struct fuse_session *, const struct fuse_buf *);
     if (!real) real = next("fuse_session_process_buf");
+    answered_by_shim = 0;
     real(session, buf);
     if (buf->mem != receive_buffer) free(buf->mem);
-    ((struct fuse_buf *)buf)->mem = NULL;
+    buf->mem = NULL;
 }
+
+int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf) {
+    int got = receive(session, buf);
+    return got == -EAGAIN ? -EINTR : got; /* nothing there any more (a burst took it): pyfuse3 knows only EINTR */
+}
+
+void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *first) {
+    process(session, (struct fuse_buf *)first);
+    bursts++;
+    for (unsigned more = 1; more < max_burst && answered_by_shim && !fuse_session_exited(session); more++) {
+        struct fuse_buf buf = {.mem = NULL};
+        if (receive(session, &buf) <= 0) break; /* the session loop will see an error again */
+        process(session, &buf);                 /* the last of the burst if it left pyfuse3 a coroutine */
+    }
+}
+
+/* ---- Python's object arenas ---------------------------------------------------------------------------------- */
+
+static void *arena_alloc(void *context, size_t size) {
+    (void)context;
+    for (int i = 0; i < MAX_ARENAS; i++)
+        if (!arenas[i]) return arenas[i] = malloc(size);
+    return NULL; /* Python raises MemoryError */
+}
+
+static void arena_free(void *context, void *arena, size_t size) {
+    (void)context;
+    for (int i = 0; i < MAX_ARENAS; i++)
+        if (arenas[i] == arena) {
+            arenas[i] = NULL;
+            free(arena);
+            return;
+        }
+    munmap(arena, size); /* from before this allocator was set: Python's own came from mmap() */
+}
+
+/* ---- the Python module ----------------------------------------------------------------------------------------- */
+
+static PyObject *py_serve_file(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long inode;
+    PyObject *functions[NR_HANDLERS];
+    if (!PyArg_ParseTuple(args, "KOOO", &inode, &functions[READ], &functions[WRITE], &functions[FALLOCATE])) return NULL;
+    for (int i = 0; i < NR_HANDLERS; i++) {
+        Py_INCREF(functions[i]);
+        Py_XSETREF(handlers[i], functions[i]);
+    }
+    served_inode = inode;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_set_limits(PyObject *self, PyObject *args) {
+    (void)self;
+    if (!PyArg_ParseTuple(args, "II", &max_background, &max_burst)) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_reply(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long req;
+    int error;
+    Py_ssize_t written = -1;
+    if (!PyArg_ParseTuple(args, "Ki|n", &req, &error, &written)) return NULL;
+    fuse_req_t request = (fuse_req_t)(uintptr_t)req;
+    int result = !error && written >= 0 ? fuse_reply_write(request, (size_t)written) : fuse_reply_err(request, error);
+    return PyLong_FromLong(-result);
+}
+
+static PyObject *py_reply_data(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long req;
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "Ky*", &req, &data)) return NULL;
+    int result = fuse_reply_buf((fuse_req_t)(uintptr_t)req, data.buf, (size_t)data.len);
+    PyBuffer_Release(&data);
+    return PyLong_FromLong(-result);
+}
+
+static PyObject *py_take_arenas_from_malloc(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObjectArenaAllocator allocator = {NULL, arena_alloc, arena_free};
+    PyObject_SetArenaAllocator(&allocator);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_libfuse_version(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyUnicode_FromString(fuse_pkgversion());
+}
+
+static PyObject *py_counters(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return Py_BuildValue("KK", served_requests, bursts);
+}
+
+static PyMethodDef methods[] = {
+    {"serve_file", py_serve_file, METH_VARARGS, "serve_file(inode, read, write, fallocate): the handlers of the served file"},
+    {"set_limits", py_set_limits, METH_VARARGS, "set_limits(background, burst): requests in flight, and taken without a sleep"},
+    {"reply", py_reply, METH_VARARGS, "reply(request, errno, written=-1) -> errno: answer a request; a write with its length"},
+    {"reply_data", py_reply_data, METH_VARARGS, "reply_data(request, data) -> errno: answer a read"},
+    {"take_arenas_from_malloc", py_take_arenas_from_malloc, METH_NOARGS, "Python's object arenas come from malloc from now on"},
+    {"libfuse_version", py_libfuse_version, METH_NOARGS, "libfuse_version() -> str"},
+    {"counters", py_counters, METH_NOARGS, "counters() -> (requests for the served file, wake-ups that served one or more)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_shim", "The libfuse shim; see shim.c.", -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__shim(void);
+PyMODINIT_FUNC PyInit__shim(void) { return PyModule_Create(&module); }

@@ -62,7 +62,7 @@ class Daemon:
     def run(self) -> int:
         """Serve until the mount is gone; the exit status."""
         self._warnings += hardening.before_threads(HEAP_BYTES)
-        hardening.use_arena_allocator(*shim.arena_allocator())
+        shim.take_arenas_from_malloc()
         status = 0
         try:
             trio.run(self._run)

@@ -7,9 +7,10 @@ the machine hangs. Each step here closes one way in; a run that survived without
 
     before_threads()        the process as a whole: IO flusher, OOM score, malloc, scheduling, sizes of stacks.
                             Before any thread exists: threads inherit all of it when they start, not later.
-    use_arena_allocator()   Python's objects come from malloc too, whose heap is the part that is locked.
     ... everything is allocated, threads are started, once around every code path ...
     lock_memory()           no collector, every page present, every page locked, and those to come as well.
+
+That Python's objects come from malloc too, whose heap is set aside and locked here, is the shim's part (fuse/shim.c).
 
 No step is fatal. A system may refuse any of them (containers do); each refusal comes back as one plain sentence that
 says what was refused, what that means, and the remedy, for the log and for `status`. Success says nothing.
@@ -47,6 +48,9 @@ TOP_PAD_BYTES: Final = 1 << 20
 
 PRIORITY: Final = 1
 """Real-time priority, the lowest: above every ordinary program, below whatever else has a reason to be real-time."""
+
+NEVER_RUN: Final = ("libssl", "libcrypto", "_ssl.", "_hashlib.", "unicodedata.", "liblzma", "_lzma.", "libbz2", "_bz2.")
+"""Libraries that trio and the standard library load and the daemon never calls: 6 MiB that need not be in RAM."""
 
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
@@ -100,23 +104,6 @@ def lock_memory(skip: Iterable[tuple[int, int]] = ()) -> list[str]:
     gc.disable()
     refusals = [_grow_main_stack(MAIN_STACK_BYTES), _populate(tuple(skip)), _lock()]
     return [refusal for refusal in refusals if refusal]
-
-
-def use_arena_allocator(alloc_address: int, free_address: int) -> None:
-    """Have CPython take its object arenas from `alloc(ctx, size)` and give them back to `free(ctx, address, size)`.
-
-    Both are addresses of C functions (a Python callback would need objects to allocate objects). Arenas that exist
-    already are freed with `free` too, once they are empty: it must know those it made from those that CPython's own
-    allocator made with mmap(2), and munmap(2) or keep the latter.
-    """
-    allocator = _ArenaAllocator(None, alloc_address, free_address)
-    ctypes.pythonapi.PyObject_SetArenaAllocator(ctypes.byref(allocator))  # it is copied
-
-
-class _ArenaAllocator(ctypes.Structure):
-    """PyObjectArenaAllocator of CPython's C API."""
-
-    _fields_ = (("ctx", ctypes.c_void_p), ("alloc", ctypes.c_void_p), ("free", ctypes.c_void_p))
 
 
 # ---- the process as a whole --------------------------------------------------------------------------------------
@@ -283,7 +270,9 @@ def ranges_to_fill(mappings: Iterable[Mapping], skip: tuple[tuple[int, int], ...
     """
     for mapping in mappings:
         readable, writable, private = mapping.access[0] == "r", mapping.access[1] == "w", mapping.access[3] == "p"
-        special = mapping.name.startswith(("[v", "[uprobes")) or mapping.name.startswith("/dev/")
+        special = mapping.name.startswith(("[v", "[uprobes", "/dev/")) or any(
+            part in mapping.name.rpartition("/")[2] for part in NEVER_RUN
+        )
         if readable and private and not special:
             for start, end in _without(mapping.start, mapping.end, skip):
                 yield start, end, writable

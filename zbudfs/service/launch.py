@@ -14,7 +14,6 @@ A daemon that says nothing and goes has died; its last words on stderr become th
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import selectors
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Final
 
-from zbudfs.service.mountpoint import Mount, MountError, unmount, zbudfs_mounts
+from zbudfs.service.mountpoint import Mount, MountError, is_dead, unmount, zbudfs_mounts
 from zbudfs.service.settings import Settings
 
 DAEMON_COMMAND: Final = (sys.executable, "-I", "-m", "zbudfs.service.daemon")
@@ -251,9 +250,6 @@ def _clear_mount(mountpoint: str, before: list[Mount]) -> None:
     """
     if not any(mount.mountpoint == mountpoint and mount not in before for mount in zbudfs_mounts()):
         return
-    try:
-        os.stat(mountpoint)  # noqa: PTH116  the path may hold any bytes
-    except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            with suppress(MountError):
-                unmount(mountpoint, lazy=True)
+    if is_dead(mountpoint):
+        with suppress(MountError):
+            unmount(mountpoint, lazy=True)

@@ -86,6 +86,18 @@ def find_mount(mountpoint: str, root: str = "/") -> Mount | None:
     return next((mount for mount in reversed(zbudfs_mounts(root)) if mount.mountpoint == mountpoint), None)
 
 
+def is_dead(mountpoint: str) -> bool:
+    """Whether the mount at `mountpoint` has lost its daemon. Waits if the daemon is alive and does not answer.
+
+    Not with stat(2), which the kernel may answer from its cache: statfs(2) is passed on every time.
+    """
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
 def parse_mountinfo(text: bytes) -> list[Mount]:
     """Return the zbudfs mounts in `text`, the contents of a mountinfo file; other lines are passed over."""
     mounts = []

@@ -20,8 +20,8 @@ from zbudfs.core.codec import (
     Codec,
     check_of,
     check_of_raw,
+    is_word,
     page_of_word,
-    repeated_word,
     word_zpage,
 )
 from zbudfs.core.errors import BackingError, OutOfRange, PageLost, PoolFull, ZbudfsError
@@ -43,7 +43,7 @@ from zbudfs.core.page_table import (
     entry_of_word,
     word_of_entry,
 )
-from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS
+from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
 from zbudfs.core.zbud import REF_BITS, max_zpage_size
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
@@ -180,31 +180,48 @@ class PageStore:
 
     # ---- read ------------------------------------------------------------------------------------------------------
 
-    async def read(self, offset: int, length: int) -> bytes:
-        """The bytes `offset` .. `offset + length`; fewer where the device ends. PageLost if one of its pages is.
-
-        A checkpoint only if a page is in the backing file alone.
-        """
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """As `read`, for what is in RAM; None, and nothing was counted, if some of it is in the backing file alone."""
         if length == PAGE_SIZE and not offset & _OFFSET_MASK and offset + length <= self.size_bytes:
-            page = offset >> PAGE_SHIFT
-            self._cumul_read_pages += 1
-            content = self._load_nowait(page)
-            if content is None:
-                content = await self._load(page)  # CHECKPOINT
+            content = self._load_nowait(offset >> PAGE_SHIFT)
+            if content is not None:
+                self._cumul_read_pages += 1
             return content
-        end = min(offset + length, self.size_bytes)
-        if offset < 0:
-            raise OutOfRange(f"offset {offset}")
-        if offset >= end:
-            return b""
-        first = offset >> PAGE_SHIFT
-        pages = range(first, (end - 1 >> PAGE_SHIFT) + 1)
+        pages = self._pages_of(offset, length)
+        found: list[bytes] = []
+        for page in pages:
+            try:
+                content = self._load_nowait(page)
+            except PageLost:
+                if not found:
+                    raise
+                break
+            if content is None:
+                return None
+            found.append(content)
+        self._cumul_read_pages += len(found)
+        return self._cut(b"".join(found), offset, length)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """The bytes `offset` .. `offset + length`; fewer where the device ends, or a page is lost that is not the first.
+
+        A checkpoint only if a page is in the backing file alone. PageLost, BackingError.
+        """
+        pages = self._pages_of(offset, length)
         self._cumul_read_pages += len(pages)
-        whole = b"".join(await self._load_until_lost(pages))  # CHECKPOINT
-        if offset & _OFFSET_MASK or end & _OFFSET_MASK:
-            skip = offset & _OFFSET_MASK
-            return whole[skip : skip + end - offset]
-        return whole
+        return self._cut(b"".join(await self._load_until_lost(pages)), offset, length)  # CHECKPOINT
+
+    def _pages_of(self, offset: int, length: int) -> range:
+        if offset < 0 or length < 0:
+            raise OutOfRange(f"bytes {offset} .. {offset + length}")
+        end = min(offset + length, self.size_bytes)
+        return range(offset >> PAGE_SHIFT, (end + _OFFSET_MASK) >> PAGE_SHIFT if end > offset else 0)
+
+    def _cut(self, pages: bytes, offset: int, length: int) -> bytes:
+        """The part of neighbouring pages that was asked for."""
+        skip = offset & _OFFSET_MASK
+        length = min(length, max(self.size_bytes - offset, 0))
+        return pages if not skip and len(pages) <= length else pages[skip : skip + length]
 
     async def _load(self, page: int) -> bytes:
         """The content of a page. A checkpoint only if it is in the backing file alone. PageLost, BackingError."""
@@ -395,56 +412,60 @@ class PageStore:
 
     # ---- write -----------------------------------------------------------------------------------------------------
 
+    def write_nowait(self, offset: int, content: bytes | memoryview) -> int:
+        """Store what can be stored at once, from the start on: the number of bytes. OutOfRange.
+
+        Whole pages, and as many as there are frames for; the rest is for `write`. `content` is not kept.
+        """
+        length = len(content)
+        self._check_range(offset, length)
+        if (offset | length) & _OFFSET_MASK:
+            return 0
+        page = offset >> PAGE_SHIFT
+        view = memoryview(content)
+        words = view.cast("Q")
+        encode = self.codec.encode
+        state = self.state
+        for at in range(0, length, PAGE_SIZE):
+            piece = view[at : at + PAGE_SIZE]
+            word_at = at // WORD_SIZE
+            # Words far apart that are equal are rare in other pages: the whole comparison is made for few.
+            word = words[word_at]
+            if word == words[word_at + PAGE_WORDS - 1] and word == words[word_at + 77] and is_word(piece, word):
+                stored = self._put_word(page, word)
+            else:
+                zpage = encode(piece)
+                stored = state.place(page, zpage) if len(zpage) <= _MAX_ZPAGE else state.place_raw(page, piece)
+            if not stored:
+                length = at
+                break
+            page += 1
+        self._cumul_written_pages += length >> PAGE_SHIFT
+        self.reclaimer.kick()
+        return length
+
     async def write(self, offset: int, content: bytes) -> None:
-        """Store `content` at `offset`. OutOfRange, PoolFull.
+        """Store `content` at `offset`. OutOfRange, PoolFull. A checkpoint only if there is no frame, or to patch a page.
 
         All or an error: after an error some of the pages may be the new ones. A short count is never reported, since
         the kernel's loop driver takes a short write for a complete one.
         """
         length = len(content)
         self._check_range(offset, length)
-        if not (offset | length) & _OFFSET_MASK:
-            await self._write_pages(offset >> PAGE_SHIFT, content)
-            return
         view = memoryview(content)
         at = 0
         while at < length:
-            page, skip = divmod(offset + at, PAGE_SIZE)
-            if not skip and length - at >= PAGE_SIZE:
-                whole = (length - at) & ~_OFFSET_MASK
-                await self._write_pages(page, bytes(view[at : at + whole]))
-                at += whole
-            else:
+            skip = (offset + at) & _OFFSET_MASK
+            whole = (length - at) & ~_OFFSET_MASK
+            if skip or not whole:
                 part = min(PAGE_SIZE - skip, length - at)
-                await self._patch(page, skip, bytes(view[at : at + part]))
+                await self._patch((offset + at) >> PAGE_SHIFT, skip, bytes(view[at : at + part]))  # CHECKPOINT
                 at += part
-
-    async def _write_pages(self, page: int, content: bytes) -> None:
-        """Store whole pages from `page` on. A checkpoint only if there is no frame."""
-        words = memoryview(content).cast("Q")
-        view = memoryview(content)
-        compress = self.codec.encode
-        place = self.state.place
-        nr_pages = len(content) >> PAGE_SHIFT
-        self._cumul_written_pages += nr_pages
-        for index in range(nr_pages):
-            at = index << PAGE_SHIFT
-            piece = view[at : at + PAGE_SIZE]
-            # Two words apart that are equal are rare in other pages: the whole comparison is made for few.
-            word_at = index * PAGE_WORDS
-            if words[word_at] == words[word_at + PAGE_WORDS - 1] and words[word_at] == words[word_at + 77]:
-                word = repeated_word(content[at : at + PAGE_SIZE])
-                if word is not None:
-                    if not self._put_word(page + index, word):
-                        await self._put_waiting(page + index, word_zpage(word))
-                    continue
-            zpage = compress(piece)
-            if len(zpage) <= _MAX_ZPAGE:
-                if not place(page + index, zpage):
-                    await self._put_waiting(page + index, zpage)  # CHECKPOINT
-            elif not self.state.place_raw(page + index, piece):
-                await self._put_waiting(page + index, bytes(piece))  # CHECKPOINT
-        self.reclaimer.kick()
+                continue
+            done = self.write_nowait(offset + at, view[at : at + whole])
+            if done < whole:
+                await self._wait_frame_free()  # CHECKPOINT
+            at += done
 
     def _put_word(self, page: int, word: int) -> bool:
         entry = entry_of_word(word)
@@ -453,30 +474,12 @@ class PageStore:
             return True
         return self.state.place(page, word_zpage(word))
 
-    def _put_nowait(self, page: int, form: bytes) -> bool:
-        """Place a zpage, or a raw page: which it is shows in its length."""
-        if len(form) == PAGE_SIZE:
-            return self.state.place_raw(page, form)
-        return self.state.place(page, form)
-
-    async def _put_waiting(self, page: int, form: bytes) -> None:
-        """Place it as soon as there is a frame. A checkpoint. PoolFull."""
-        while True:
-            await self._wait_frame_free()  # CHECKPOINT
-            if self._put_nowait(page, form):
-                return
-
     async def _wait_frame_free(self) -> None:
         try:
             await self.reclaimer.wait_frame_free()
         except PoolFull:
             self._refused_pool_full += 1
             raise
-
-    def _form_of(self, content: bytes) -> bytes:
-        """The zpage of a page that is no word of the page table's, or the page itself if that is too large."""
-        zpage = self.codec.encode(content)
-        return zpage if len(zpage) <= _MAX_ZPAGE else content
 
     async def _patch(self, page: int, skip: int, piece: bytes) -> None:
         """Replace some bytes of a page.
@@ -492,11 +495,7 @@ class PageStore:
                 if watch[1] != changes:
                     continue
                 content = content[:skip] + piece + content[skip + len(piece) :]
-                word = repeated_word(content)
-                if word is not None:
-                    if self._put_word(page, word):
-                        return
-                elif self._put_nowait(page, self._form_of(content)):
+                if self.write_nowait(page << PAGE_SHIFT, content):
                     return
                 await self._wait_frame_free()  # CHECKPOINT: the page may have changed, all over again
         finally:

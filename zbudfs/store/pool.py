@@ -21,11 +21,11 @@ from zbudfs.store.arena import Arena
 BOUNCE_FRAMES: Final = 32
 """Blocks that can be read at once without a frame to keep them in: two requests of 64 KiB. Guessed."""
 
-RESERVE_FRAMES: Final = 2048
-"""Ready frames kept ahead of need: 8 MiB, some 80 ms of the fastest fill that was measured (25,000 frames a second)."""
+RESERVE_FRAMES: Final = 1024
+"""Ready frames kept ahead of need: 4 MiB, some 40 ms of the fastest fill that was measured (25,000 frames a second)."""
 
-POPULATE_FRAMES: Final = 1024
-"""Frames populated with one call: 4 MiB, about 2 ms."""
+POPULATE_FRAMES: Final = 512
+"""Frames populated with one call: 2 MiB, about 1 ms."""
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
