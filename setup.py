@@ -22,7 +22,9 @@ def _pkg_config(*wanted: str) -> list[str]:
         raise SystemExit(f"zbudfs: cannot build the libfuse shim: no pkg-config ({REMEDY})") from None
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip().splitlines()
-        raise SystemExit(f"zbudfs: cannot build the libfuse shim: {reason[0] if reason else error} ({REMEDY})") from None
+        raise SystemExit(
+            f"zbudfs: cannot build the libfuse shim: {reason[0] if reason else error} ({REMEDY})"
+        ) from None
     return shlex.split(run.stdout)
 
 

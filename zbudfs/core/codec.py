@@ -29,11 +29,13 @@ MAX_LEVEL: Final = 19
 WORD_ZPAGE_SIZE: Final = 12
 """Bytes of a zpage that holds a word: the word and its CRC-32. No zstd frame of a page is taken if it has this length."""
 
-CHECK_BITS: Final = 24
-_CHECK_MASK: Final = (1 << CHECK_BITS) - 1
+CHECK_BITS: Final = 25
+_CHECKSUM_MASK: Final = (1 << (CHECK_BITS - 1)) - 1
+WORD_CHECK: Final = 1 << (CHECK_BITS - 1)
+"""The highest bit of a check: the zpage is a word."""
 
 
-def is_word(page: bytes | memoryview, word: int) -> bool:
+def is_word(page: bytes | bytearray | memoryview, word: int) -> bool:
     """Whether the page consists of `word` (8 bytes, in the machine's order) repeated."""
     return bytes(page) == word.to_bytes(WORD_SIZE, sys.byteorder) * PAGE_WORDS
 
@@ -50,16 +52,17 @@ def word_zpage(word: int) -> bytes:
 
 
 def check_of(zpage: bytes | memoryview) -> int:
-    """24 bits that tell this zpage from another of the same page: the end of its checksum.
+    """25 bits that tell this zpage from another of the same page: the end of its checksum, and whether it is a word.
 
     They stand in the page table, so that an old copy of a block, right in itself, is seen to be old.
     """
-    return int.from_bytes(zpage[-4:], "little") & _CHECK_MASK
+    check = int.from_bytes(zpage[-4:], "little") & _CHECKSUM_MASK
+    return check if len(zpage) != WORD_ZPAGE_SIZE else check | WORD_CHECK
 
 
 def check_of_raw(page: bytes | memoryview) -> int:
     """The same for a raw page, which carries no checksum of its own."""
-    return crc32(page) & _CHECK_MASK
+    return crc32(page) & _CHECKSUM_MASK
 
 
 class Codec:

@@ -2,7 +2,7 @@
 """The page table: one 8-byte entry a page of the device, and the truth about where each page is.
 
     63                  39 38                                3 2    0
-    | check, 24 bits      |  zbudref in a frame or a block    | kind |      (bit 63 is 0)
+    | check, 25 bits      |  zbudref in a frame or a block    | kind |
     | word, 61 bits                                           | kind |
 
 One 8-byte store of an entry is the commit of whatever led to it. The check is the end of the stored form's
@@ -10,7 +10,8 @@ checksum: an outdated copy of the same page is seen for what it is. A block is a
 a block is a zbudref with the block number instead of the frame number.
 
 Same-filled pages: a word has 64 bits and an entry has room for 61. Zero-extended, sign-extended and twice
-repeated 32-bit words go in as they are; what is left over (a double such as 0.1) becomes a zpage of one chunk.
+repeated 32-bit words go in as they are; what is left over (a double such as 0.1) becomes a zpage of one chunk,
+which the highest bit of its check tells from others.
 """
 
 from typing import Final
@@ -81,10 +82,15 @@ def word_of_entry(entry: int) -> int:
     return payload << 32 | payload
 
 
+def is_word_zpage(entry: int) -> bool:
+    """Whether the entry is of a same-filled page that is kept as a zpage."""
+    return entry >> 63 == 1 and entry & KIND_MASK in (FRAME, BLOCK)
+
+
 class PageTable:
     """The entries of `nr_pages` pages in `buffer`, a zeroed writable memoryview of bytes.
 
-    `counts[kind]` is how many entries are of each kind.
+    `counts[kind]` is how many entries are of each kind, `word_zpages` how many are same-filled pages kept as a zpage.
     """
 
     def __init__(self, buffer: memoryview, nr_pages: int) -> None:
@@ -93,6 +99,7 @@ class PageTable:
         self.entries = self._bytes.cast("Q")
         self.counts = [0] * (KIND_MASK + 1)
         self.counts[ABSENT] = nr_pages
+        self.word_zpages = 0
 
     def store(self, page: int, entry: int) -> int:
         """Commit: the page is now what `entry` says. Returns the entry that stood there."""
@@ -102,6 +109,8 @@ class PageTable:
         counts = self.counts
         counts[old & KIND_MASK] -= 1
         counts[entry & KIND_MASK] += 1
+        if (old | entry) >> 63:
+            self.word_zpages += is_word_zpage(entry) - is_word_zpage(old)
         return old
 
     def next_stored(self, page: int, stop: int) -> int:
@@ -131,6 +140,9 @@ class PageTable:
     def check(self) -> None:
         """AssertionError if the counts are not what a recount gives. O(pages)."""
         recount = [0] * (KIND_MASK + 1)
+        word_zpages = 0
         for value in self.entries:
             recount[value & KIND_MASK] += 1
+            word_zpages += is_word_zpage(value)
+        assert word_zpages == self.word_zpages, f"{self.word_zpages} words in zpages, a recount gives {word_zpages}"
         assert recount == self.counts, f"kinds are {self.counts}, a recount gives {recount}"

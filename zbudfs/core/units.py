@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The units of the project, and the only place where they are converted.
 
-    page   4096 bytes of the device          numbered from 0
-    frame  4096 bytes of pool RAM            numbered from 0
-    block  4096 bytes of the backing file    numbered from 0; block 0 is the file's header
-    chunk  64 bytes, the unit of room inside a frame; a frame has NCHUNKS of them
+page   4096 bytes of the device          numbered from 0
+frame  4096 bytes of pool RAM            numbered from 0
+block  4096 bytes of the backing file    numbered from 0; block 0 is the file's header
+chunk  64 bytes, the unit of room inside a frame; a frame has NCHUNKS of them
 """
 
 from typing import Final

@@ -216,7 +216,9 @@ class Zbud:
         """
         chunks = (zpage_size + _ROUND_UP) >> CHUNK_SHIFT
         if chunks > MAX_CHUNKS:
-            raise ValueError(f"a zpage of {zpage_size} bytes is larger than the {max_zpage_size()} that a buddy can hold")
+            raise ValueError(
+                f"a zpage of {zpage_size} bytes is larger than the {max_zpage_size()} that a buddy can hold"
+            )
         fitting = self._masks[kind] & _FITS[chunks]
         if not fitting:
             return NO_REF
@@ -247,7 +249,9 @@ class Zbud:
         """
         chunks = (zpage_size + _ROUND_UP) >> CHUNK_SHIFT
         if chunks > MAX_CHUNKS:
-            raise ValueError(f"a zpage of {zpage_size} bytes is larger than the {max_zpage_size()} that a buddy can hold")
+            raise ValueError(
+                f"a zpage of {zpage_size} bytes is larger than the {max_zpage_size()} that a buddy can hold"
+            )
         if self._state[frame] != _FREE:
             raise AssertionError(f"frame {frame} was handed in while {FrameState(self._state[frame]).name}")
         self._state[frame] = _PERSISTENT if kind == PERSISTENT_KIND else _EPHEMERAL

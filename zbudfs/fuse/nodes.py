@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The tree that the mount shows, with inode numbers that never change.
 
-    /            1
-    /swapfile    2    0600, the device
-    /stats       3    one value a file, and all.json
-    /stats/...   16 and on, in the order of their names
+/            1
+/swapfile    2    0600, the device
+/stats       3    one value a file, and all.json
+/stats/...   16 and on, in the order of their names
 """
 
 import json
@@ -30,7 +30,9 @@ Value = int | str | list[int] | list[str] | None
 class Stats:
     """The files of stats/. `facts` gives what the store does not know: pid, mountpoint, warnings, ..."""
 
-    def __init__(self, store: PageStore, facts: Callable[[], Mapping[str, Value]], log: Callable[[], list[str]]) -> None:
+    def __init__(
+        self, store: PageStore, facts: Callable[[], Mapping[str, Value]], log: Callable[[], list[str]]
+    ) -> None:
         self._store = store
         self._facts = facts
         self._log = log

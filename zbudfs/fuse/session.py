@@ -36,8 +36,3 @@ async def serve() -> None:
     """Answer requests until the mount is gone."""
     # Tasks are made as they are needed and then kept: making one needs memory.
     await pyfuse3.main(min_tasks=MAX_TASKS, max_tasks=MAX_TASKS)
-
-
-def close_session() -> None:
-    """Let go of the session. The mount is not this module's: it is neither made nor taken away here."""
-    pyfuse3.close(unmount=False)

@@ -37,4 +37,6 @@ def verify(maps: str) -> None:
     """ShimError unless one libfuse is loaded, the shim's and pyfuse3's. `maps` is the text of /proc/self/maps."""
     loaded = {line.split(None, 5)[5] for line in maps.splitlines() if "/libfuse3.so" in line}
     if len(loaded) > 1:
-        raise ShimError(f"pyfuse3 and the libfuse shim use different libraries ({', '.join(sorted(loaded))}): reinstall both")
+        raise ShimError(
+            f"pyfuse3 and the libfuse shim use different libraries ({', '.join(sorted(loaded))}): reinstall both"
+        )

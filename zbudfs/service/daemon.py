@@ -34,7 +34,7 @@ from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.fuse import shim
 from zbudfs.fuse.nodes import Stats, Value
 from zbudfs.fuse.operations import Operations
-from zbudfs.fuse.session import HEAP_BYTES, MAX_REQUEST_BYTES, close_session, open_session, serve
+from zbudfs.fuse.session import HEAP_BYTES, MAX_REQUEST_BYTES, open_session, serve
 from zbudfs.service import hardening
 from zbudfs.service.log import Log, route_logging
 from zbudfs.service.mountpoint import MountError, open_and_mount, request_timeout_warnings, unmount
@@ -163,12 +163,16 @@ class Daemon:
             name = signal.Signals(number).name
             users = self._operations.open_swapfiles
             if users:
-                self._log.warning(f"{name}: not ending, the swapfile is open ({users} times): zbudfs swapoff comes first")
+                self._log.warning(
+                    f"{name}: not ending, the swapfile is open ({users} times): zbudfs swapoff comes first"
+                )
                 continue
             try:
                 await unmounter.run(unmount, self._settings.mountpoint)
             except MountError as error:
                 self._log.warning(f"{name}: not ending: {error}")
+            else:
+                return  # the session sees that the mount is gone, and ends
 
     def _facts(self) -> dict[str, Value]:
         settings = self._settings

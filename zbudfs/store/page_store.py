@@ -76,7 +76,7 @@ class PageStoreStatistics:
     stored_pages: int
     """Not absent: same-filled, raw and written back ones included."""
     same_filled_pages: int
-    """Kept as a word in the page table."""
+    """One 8-byte word repeated: kept as the word, in the page table or (a word too odd for it) in a zpage of one chunk."""
     raw_pages: int
     """Kept uncompressed, in RAM or on disk: no zpage small enough for a buddy."""
     compressed_bytes: int
@@ -567,7 +567,7 @@ class PageStore:
             pool_used_bytes=self._pool.used_frames << PAGE_SHIFT,
             pool_ready_bytes=self._pool.ready_frames << PAGE_SHIFT,
             stored_pages=self._table.stored_pages,
-            same_filled_pages=counts[WORD] + counts[WORD_INVERTED] + counts[WORD_HALVES],
+            same_filled_pages=counts[WORD] + counts[WORD_INVERTED] + counts[WORD_HALVES] + self._table.word_zpages,
             raw_pages=counts[RAW_FRAME] + counts[RAW_BLOCK],
             compressed_bytes=counters["pers_zbytes"] + counters["eph_zbytes"],
             written_back_pages=counts[BLOCK] + counts[RAW_BLOCK],

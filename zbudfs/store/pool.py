@@ -11,7 +11,6 @@ frame is taken. Behind the frames of the pool lie a few bounce frames: never the
 that is read when there is no frame to keep it in.
 """
 
-import ctypes
 from typing import Final
 
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+# Every target but help and clean first installs what is missing (scripts/setup.sh).
+#   PYTHON=python3.12 make test    another interpreter     VENV=/tmp/venv make test    another place
+
+VENV ?= .venv
+PYTHON ?= python3
+export VENV PYTHON
+BIN := $(abspath $(VENV))/bin
+SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
+
+.PHONY: help venv demo test lint format clean
+
+help:
+	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
+	@echo 'make demo     install what is missing, then swap a program that needs three times its memory, and count'
+	@echo 'make lint     ruff and mypy only'
+	@echo 'make format   let ruff lay out the sources'
+	@echo 'make venv     only the virtual environment, in $(VENV)'
+	@echo 'make clean    remove what was built'
+
+venv:
+	@scripts/setup.sh
+
+lint: venv
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy --strict $(filter-out setup.py,$(SOURCES))
+
+format: venv
+	$(BIN)/ruff format $(SOURCES)
+
+test: lint
+	$(BIN)/python -m pytest
+
+demo: venv
+	@$(BIN)/python scripts/demo.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find zbudfs tests scripts bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f zbudfs/fuse/*.so

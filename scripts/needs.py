@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""What the tests and the demonstration need from the machine, and why it may not be there.
+
+root     user 0 with CAP_SYS_ADMIN (mount, losetup, swapon)
+fuse     /dev/fuse can be opened
+loop     loop devices can be had, and the programs for them
+swap     swap can be turned on
+cell     a memory cgroup can be made
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from scripts.cell import CellError, find_tree
+
+_CAP_SYS_ADMIN: Final = 21
+_SBIN: Final = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+def why_not(need: str) -> str | None:
+    """Return why `need` cannot be had on this machine, with the remedy; None if it can. Raises KeyError."""
+    return NEEDS[need]()
+
+
+def _root() -> str | None:
+    if os.geteuid() != 0:
+        return "not root: run it with sudo"
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:") and not int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1:
+            return "no CAP_SYS_ADMIN: in a container, run it privileged"
+    return None
+
+
+def _fuse() -> str | None:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"/dev/fuse: {error.strerror} (modprobe fuse)"
+    return None
+
+
+def _loop() -> str | None:
+    if not Path("/dev/loop-control").exists():
+        return "no /dev/loop-control (modprobe loop)"
+    return _programs("losetup")
+
+
+def _swap() -> str | None:
+    if not Path("/proc/swaps").exists():
+        return "this kernel has no swap"
+    return _programs("mkswap", "swapon", "swapoff")
+
+
+def _cell() -> str | None:
+    try:
+        tree = find_tree()
+    except CellError as error:
+        return str(error)
+    return None if os.access(tree.path, os.W_OK) else f"{tree.path} cannot be written"
+
+
+def _programs(*names: str) -> str | None:
+    missing = [name for name in names if shutil.which(name, path=_SBIN) is None]
+    return f"no {', '.join(missing)} (apt-get install util-linux mount)" if missing else None
+
+
+NEEDS: Final[dict[str, Callable[[], str | None]]] = {
+    "root": _root,
+    "fuse": _fuse,
+    "loop": _loop,
+    "swap": _swap,
+    "cell": _cell,
+}
+"""Each need, and the function that says why it cannot be had."""

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Real swap: a program in a memory cgroup that needs more than it gets, and compares every byte."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.cell import Cell
+from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
+from zbudfs.swap.loop import loop_devices, swaps
+
+pytestmark = pytest.mark.needs("root", "fuse", "loop", "swap", "cell")
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Iterator[Path]:
+    """A directory to mount on, which is free again afterwards."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    yield folder
+    if is_mounted(folder):
+        zbudfs("swapoff", "--umount", folder)
+
+
+def storm(mountpoint: Path, name: str, *, limit_mib: int, needed_mib: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the hungry program; return the status when its memory was full, and what it found."""
+    with Cell(name, limit_mib * MIB) as cell:
+        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(needed_mib)])
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+            try:
+                assert program.stdout is not None
+                assert program.stdout.readline() == "filled\n"
+                full = status_of(mountpoint)
+                said, _ = program.communicate("\n", timeout=4 * LIMIT_SECONDS)
+            finally:
+                program.kill()
+    outcome: dict[str, Any] = json.loads(said)
+    return full, outcome
+
+
+def test_there_and_back(mountpoint: Path) -> None:
+    """One command has swap, one has none of it left."""
+    device = zbudfs(
+        "swapon", "--size", "64M", "--pool", "16M", "--backing", "none", "--priority", "5", mountpoint
+    ).strip()
+    (mine,) = [swap for swap in swaps() if swap.path == device]
+    assert mine.priority == 5
+    assert [loop.direct_io for loop in loop_devices() if loop.path == device] == [True]
+    assert Path("/sys/block", Path(device).name, "queue/logical_block_size").read_text() == "4096\n"
+    assert f"swap on {device}" in zbudfs("status", mountpoint)
+    zbudfs("swapoff", "--umount", mountpoint)
+    assert device not in [swap.path for swap in swaps()]
+    assert not is_mounted(mountpoint)
+
+
+def test_step_by_step(mountpoint: Path) -> None:
+    """On a mount that is there already; swapoff leaves it there; what cannot be done now is refused."""
+    zbudfs("mount", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint)
+    run = run_zbudfs("swapon", "--size", "64M", mountpoint)
+    assert run.returncode == 1
+    assert "--size can only be set at mount" in run.stderr
+    device = zbudfs("swapon", mountpoint).strip()
+    for command, reason in (
+        ("swapon", f"is in use already: swap on {device}"),
+        ("umount", f"is in use: swap on {device}; run zbudfs swapoff"),
+    ):
+        run = run_zbudfs(command, mountpoint)
+        assert run.returncode == 1
+        assert reason in run.stderr
+    assert device in [swap.path for swap in swaps()]
+    zbudfs("swapoff", mountpoint)
+    assert is_mounted(mountpoint)
+    run = run_zbudfs("swapoff", mountpoint)
+    assert (run.returncode, run.stderr) == (1, f"zbudfs: no swap is on {mountpoint}\n")
+    zbudfs("umount", mountpoint)
+
+
+def test_a_step_that_fails_undoes_those_before(
+    mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When swapon itself fails there is no loop device, no mount and no daemon."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "swapon").write_text("#!/bin/sh\necho swapon: not today >&2\nexit 255\n")
+    (tools / "swapon").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    run = run_zbudfs("swapon", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "zbudfs: swapon: not today"
+    assert not is_mounted(mountpoint)
+    assert not [loop for loop in loop_devices() if loop.backing_file.startswith(str(mountpoint))]
+
+
+def test_every_byte_comes_back(mountpoint: Path, tmp_path: Path) -> None:
+    """A program three times as large as its memory; the pool holds a part of it, the rest is written back."""
+    options = ["--size", "256M", "--pool", "16M", "--backing", str(tmp_path / "backing"), "--priority", "32767"]
+    zbudfs("swapon", *options, mountpoint)
+    full, outcome = storm(mountpoint, "storm", limit_mib=32, needed_mib=96)
+    assert outcome == {"pages": 96 * 256, "bad": 0}
+    assert full["stored_pages"] > 40 * 256
+    assert full["same_filled_pages"] > 0
+    assert full["raw_pages"] > 0
+    assert full["pool_used_bytes"] <= full["pool_limit_bytes"] == 16 * MIB
+    after = status_of(mountpoint)
+    assert after["cumul_writeback_pages"] > 0
+    assert after["cumul_pagein_blocks"] > 0
+    assert after["writeback_failures"] == after["refused_pool_full"] == 0
+    zbudfs("swapoff", "--umount", mountpoint)
+
+
+def test_in_memory_alone(mountpoint: Path) -> None:
+    """Without a backing file everything is in the pool, and comes back as well."""
+    zbudfs("swapon", "--size", "128M", "--pool", "64M", "--backing", "none", "--priority", "32767", mountpoint)
+    full, outcome = storm(mountpoint, "memory", limit_mib=32, needed_mib=80)
+    assert outcome == {"pages": 80 * 256, "bad": 0}
+    assert full["backing_used_bytes"] == 0
+    assert 0 < full["pool_used_bytes"] <= 64 * MIB
+    assert full["pool_used_bytes"] < full["stored_pages"] * 4096
+
+
+def test_a_full_pool_loses_nothing(mountpoint: Path) -> None:
+    """With a pool much too small and nowhere to write, the kernel keeps its pages: given more RAM, all is there."""
+    zbudfs("swapon", "--size", "128M", "--pool", "2M", "--backing", "none", "--priority", "32767", mountpoint)
+    with Cell("full", 32 * MIB) as cell:
+        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "48"])
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+            try:
+                wait_until(lambda: status_of(mountpoint)["refused_pool_full"] > 0, "a full pool")
+                assert status_of(mountpoint)["pool_used_bytes"] <= 2 * MIB
+                cell.set_limit(256 * MIB)
+                said, _ = program.communicate("\n", timeout=2 * LIMIT_SECONDS)
+            finally:
+                program.kill()
+    assert json.loads(said.splitlines()[-1])["bad"] == 0
+    zbudfs("swapoff", "--umount", mountpoint)
+
+
+@pytest.mark.parametrize("setting", [[], ["--force"]])
+def test_swapoff_reads_everything_back(setting: list[str], mountpoint: Path) -> None:
+    """swapoff while a program's memory is out: it still has every byte."""
+    zbudfs("swapon", "--size", "128M", "--pool", "32M", "--backing", "none", "--priority", "32767", mountpoint)
+    with Cell("off", 24 * MIB) as cell:
+        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "48"])
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+            try:
+                assert program.stdout is not None
+                assert program.stdout.readline() == "filled\n"
+                cell.set_limit(256 * MIB)
+                zbudfs("swapoff", *setting, mountpoint)
+                assert status_of(mountpoint)["users"] == []
+                said, _ = program.communicate("\n", timeout=2 * LIMIT_SECONDS)
+            finally:
+                program.kill()
+    assert json.loads(said)["bad"] == 0
+    zbudfs("umount", mountpoint)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+"""The command with wrong words: one line, the right exit status, nothing done; and what help and defaults say."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, run_zbudfs
+from zbudfs import __version__
+from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.commands import make_settings, resolve
+from zbudfs.cli.main import main
+from zbudfs.cli.options import build_parser
+from zbudfs.service.mountpoint import zbudfs_mounts
+from zbudfs.service.settings import SettingsError
+
+COMMANDS = ("mount", "umount", "swapon", "swapoff", "status")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "required: COMMAND"),
+        (["frob"], "invalid choice: 'frob'"),
+        (["mount"], "required: MOUNTPOINT"),
+        (["mount", "--size", "5x", "/x"], "argument --size: '5x' is not a size: write digits"),
+        (["mount", "--size", "4GB", "/x"], "is not a size"),
+        (["mount", "--pool", "101%", "/x"], "argument --pool: '101%' is more than the whole"),
+        (["mount", "--pool", "", "/x"], "argument --pool: '' is not a size"),
+        (["mount", "--level", "20", "/x"], "argument --level: '20' is not a level: write a whole number from -7 to 19"),
+        (["mount", "--level", "-8", "/x"], "'-8' is not a level"),
+        (["mount", "--level", "fast", "/x"], "'fast' is not a level"),
+        (["swapon", "--priority", "-1", "/x"], "'-1' is not a priority: write a whole number from 0 to 32767"),
+        (["mount", "--siz", "4G", "/x"], "unrecognized arguments: --siz"),
+        (["status", "/x", "/y"], "unrecognized arguments: /y"),
+    ],
+)
+def test_wrong_words_are_usage_errors(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2 and one line that says what was wrong and what would be right."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("zbudfs: ")
+    assert err.count("\n") == 1
+    assert reason in err
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--level", "0"], "zstd takes it for"),
+        (["--size", "5000000"], "the nearest are 4997120 and 5001216"),
+        (["--size", "4096"], "must be 1M or more"),
+        (["--size", "17T"], "16T less one page"),
+        (["--pool", "1K"], "must be 1M or more"),
+        (["--pool", "0%"], "must be 1M or more"),
+        (["--pool", "1000T"], "more than this machine's RAM"),
+        (["--backing", ""], "is not a file name"),
+        (["--backing", "/tmp/"], "is not a file name"),
+    ],
+)
+@pytest.mark.parametrize("command", ["mount", "swapon"])
+def test_values_that_cannot_work_are_usage_errors(
+    command: str, options: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2 as well, and nothing is mounted."""
+    assert main([command, *options, str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert reason in err
+    assert err.count("\n") == 1
+    assert str(tmp_path) not in [mount.mountpoint for mount in zbudfs_mounts()]
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["mount", "none"], "does not exist: create the directory first"),
+        (["mount", "file"], "is not a directory"),
+        (["mount", ""], "'' is not a path"),
+        (["mount", "--backing", "/none/at/all", "."], "for the backing file does not exist"),
+        (["umount", "."], "no zbudfs is mounted on"),
+        (["swapoff", "."], "no zbudfs is mounted on"),
+        (["swapon", "none"], "does not exist: create the directory first"),
+        (["status", "."], "no zbudfs is mounted on"),
+        (["umount", "--", "-x"], "no zbudfs is mounted on"),
+        (["status", "new\nline"], r"new\nline"),
+    ],
+)
+def test_what_cannot_be_done_is_a_failure(arguments: list[str], reason: str, tmp_path: Path) -> None:
+    """Exit status 1 and one line on stderr, from the real command, in any folder."""
+    (tmp_path / "file").touch()
+    run = run_zbudfs(*arguments, cwd=tmp_path)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr.startswith("zbudfs: ")
+    assert run.stderr.count("\n") == 1
+    assert reason in run.stderr
+
+
+@pytest.mark.parametrize("command", ["mount", "umount", "swapon", "swapoff"])
+def test_root_is_needed(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those who are not root are told so, before anything else is looked at."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main([command, str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err == f"zbudfs: {command} needs root: run it with sudo\n"
+
+
+def test_the_version() -> None:
+    """--version says it."""
+    run = run_zbudfs("--version")
+    assert (run.returncode, run.stdout) == (0, f"zbudfs {__version__}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Help says what every option does."""
+    assert main([command, "--help"]) == 0
+    assert "MOUNTPOINT" in capsys.readouterr().out
+    parser = build_parser()
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    assert tuple(commands.choices) == COMMANDS
+    assert all(action.help for action in commands.choices[command]._actions)
+
+
+def test_the_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every example in the help can be parsed."""
+    assert main(["--help"]) == 0
+    lines = [
+        line.split("   ")[0].split() for line in capsys.readouterr().out.splitlines() if line.startswith("  zbudfs ")
+    ]
+    assert len(lines) >= 5
+    for words in lines:
+        build_parser().parse_args(words[1:], Arguments())
+
+
+def test_status_without_a_mount(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing mounted is no failure."""
+    if zbudfs_mounts():
+        pytest.skip("something is mounted on this machine")
+    assert main(["status"]) == 0
+    assert capsys.readouterr().out == "no zbudfs is mounted\n"
+    assert main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def settings_for(*options: str) -> dict[str, object]:
+    """Return the settings that `zbudfs mount OPTIONS /mnt/z` would start a daemon with."""
+    arguments = build_parser().parse_args(["mount", *options, "/mnt/z"], Arguments())
+    loaded = json.loads(make_settings(arguments, "/mnt/z").to_json())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_defaults() -> None:
+    """Size is RAM, the pool a quarter of it, level -1, and the backing file is named after the mountpoint."""
+    found = settings_for()
+    size, pool = found["size_bytes"], found["pool_bytes"]
+    assert isinstance(size, int)
+    assert isinstance(pool, int)
+    assert 0 <= size // 4 - pool <= 4096
+    assert found["level"] == -1
+    assert found["backing"] == "/var/lib/zbudfs/mnt-z.backing"
+
+
+def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option arrives, with a relative path made absolute."""
+    monkeypatch.chdir(tmp_path)
+    found = settings_for("--size", "1.5G", "--pool", "64M", "--backing", "some file", "--level", "-7")
+    assert found == {
+        "mountpoint": "/mnt/z",
+        "size_bytes": 3 << 29,
+        "pool_bytes": 64 << 20,
+        "backing": str(tmp_path.resolve() / "some file"),
+        "level": -7,
+    }
+    assert settings_for("--backing", "none")["backing"] is None
+    assert settings_for("--backing", "./none")["backing"] == str(tmp_path.resolve() / "none")
+
+
+def test_a_symbolic_link_to_a_backing_file_is_left_to_be_refused(tmp_path: Path) -> None:
+    """Folders are resolved, the last part is not."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "way").symlink_to("folder")
+    (tmp_path / "folder/link").symlink_to("/etc/passwd")
+    assert settings_for("--backing", f"{tmp_path}/way/link")["backing"] == f"{tmp_path.resolve()}/folder/link"
+
+
+def test_a_backing_file_on_the_mountpoint_is_refused() -> None:
+    """It would wait for itself."""
+    with pytest.raises(SettingsError, match="lies on the mountpoint"):
+        settings_for("--backing", "/mnt/z/backing")
+
+
+def test_paths_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths and symbolic links lead to the directory itself."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("link/.") == resolve("./real/../link") == str(tmp_path.resolve() / "real")
+
+
+def test_the_daemons_own_modules_stay_lean() -> None:
+    """What the daemon imports of `service` imports neither programs nor parsers: it would all be locked in memory."""
+    for name in ("settings", "hardening", "mountpoint", "log"):
+        source = (ROOT / "zbudfs/service" / f"{name}.py").read_text()
+        for heavy in ("argparse", "subprocess", "launch", "zbudfs.cli", "zbudfs.swap"):
+            assert f"import {heavy}" not in source
+            assert f"from {heavy}" not in source

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""An allocator with its memory, and a caller of it that counts the frames it hands in and gets back."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from zbudfs.core.units import CHUNK_SIZE, NO_FRAME, PAGE_SIZE
+from zbudfs.core.zbud import HANDLE_SIZE, NO_REF, PERSISTENT_KIND, Zbud
+
+FILLER: Final = b"\xa5"
+"""What stands in every frame before anything is stored."""
+
+
+def size_of(chunks: int) -> int:
+    """Return the size of the largest zpage that takes `chunks` chunks."""
+    return chunks * CHUNK_SIZE - HANDLE_SIZE
+
+
+def content(page: int, size: int) -> bytes:
+    """Return `size` bytes that only this page's zpage has."""
+    return (b"<%d:%d>" % (page, size) * (size // 4 + 1))[:size]
+
+
+class Caller:
+    """Hands in the lowest free frame, and takes frames back; `zbud` is the allocator."""
+
+    def __init__(self, nr_frames: int) -> None:
+        self.buffer = bytearray(FILLER * (nr_frames * PAGE_SIZE))
+        self.zbud = Zbud(memoryview(self.buffer), memoryview(bytearray(Zbud.table_size(nr_frames))), nr_frames)
+        self.free_frames = list(range(nr_frames))
+
+    def take(self) -> int:
+        """Return a free frame."""
+        return self.free_frames.pop(0)
+
+    def give(self, frame: int) -> bool:
+        """Take a frame back, if it is one; it must be out."""
+        if frame == NO_FRAME:
+            return False
+        assert frame not in self.free_frames
+        self.free_frames = sorted([*self.free_frames, frame])
+        return True
+
+    def create(self, page: int, size: int, kind: int = PERSISTENT_KIND) -> int:
+        """Store a zpage in a frame of its own."""
+        ref = self.zbud.create_prep(self.take(), size, kind)
+        self.zbud.create_finish(ref, page, content(page, size))
+        return ref
+
+    def match(self, page: int, size: int, kind: int = PERSISTENT_KIND) -> int:
+        """Store a zpage beside another, or return NO_REF."""
+        ref = self.zbud.match_prep(size, kind)
+        if ref != NO_REF:
+            self.zbud.match_finish(ref, page, content(page, size))
+        return ref
+
+    def store(self, page: int, size: int, kind: int = PERSISTENT_KIND) -> int:
+        """Store a zpage beside another if possible, in a frame of its own otherwise."""
+        ref = self.match(page, size, kind)
+        return ref if ref != NO_REF else self.create(page, size, kind)
+
+    def raw(self, page: int) -> int:
+        """Store a raw page."""
+        return self.zbud.create_raw(self.take(), page, content(page, PAGE_SIZE))
+
+    def free(self, ref: int) -> bool:
+        """Free a zpage; whether its frame came back."""
+        return self.give(self.zbud.free(ref))
+
+    def zpage(self, ref: int, page: int) -> bytes | None:
+        """Return the bytes of a zpage."""
+        view = self.zbud.zpage(ref, page)
+        return None if view is None else bytes(view)
+
+    def lru(self, kind: int = PERSISTENT_KIND) -> list[int]:
+        """Return the frames on an LRU list, oldest first."""
+        return list(self.zbud.frames_of(kind))

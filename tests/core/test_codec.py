@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: MIT
+"""The codec: what is stored of a page gives that page back, and damage is an error and never wrong bytes."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import pytest
+import zstandard
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.core.samples import BIG, HALF, RAW, SMALL, page, text_page
+from zbudfs.core.codec import (
+    CHECK_BITS,
+    DEFAULT_LEVEL,
+    MAX_LEVEL,
+    MIN_LEVEL,
+    WORD_ZPAGE_SIZE,
+    Codec,
+    check_of,
+    check_of_raw,
+    is_word,
+    page_of_word,
+    word_zpage,
+)
+from zbudfs.core.errors import PageLost
+from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS, WORD_SIZE
+from zbudfs.core.zbud import max_zpage_size
+
+LEVELS = [level for level in range(MIN_LEVEL, MAX_LEVEL + 1) if level]
+CODEC = Codec()
+WORDS = [0, 1, 0xFF, 0x0102030405060708, 0x8000000000000000, (1 << 64) - 1, 0xDEADBEEF, 0xDEADBEEFDEADBEEF]
+WORDS += list(struct.unpack("4Q", struct.pack("4d", 0.1, -1.0, float("nan"), float("inf"))))
+SAMPLES = {
+    "text": text_page(1),
+    "half": page(2, HALF),
+    "small": page(3, SMALL),
+    "nearly nothing": page(4, 1),
+    "almost all zeros": bytes(PAGE_SIZE - 1) + b"x",
+    "a counter": struct.pack(f"{PAGE_WORDS}Q", *range(PAGE_WORDS)),
+    "a period of nine": (b"ninebytes" * PAGE_SIZE)[:PAGE_SIZE],
+    "the largest that fits": page(5, 3980),
+}
+
+
+def decoded(zpage: bytes) -> bytes | None:
+    """Return the page of a zpage, None if it is lost. Any other exception is a failure of the test."""
+    try:
+        return CODEC.decode(zpage)
+    except PageLost:
+        return None
+
+
+# ---- there and back ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_goes_there_and_back(level: int) -> None:
+    """Each level's zpages give their pages back, with the decompressor of any other level."""
+    codec = Codec(level)
+    assert codec.level == level
+    for content in [*SAMPLES.values(), page(6, RAW)]:
+        zpage = codec.encode(content)
+        assert codec.decode(zpage) == content
+        assert CODEC.decode(zpage) == content
+        assert codec.encode(memoryview(content)) == zpage
+        assert codec.decode(memoryview(zpage)) == content
+
+
+@pytest.mark.parametrize("level", [0, MIN_LEVEL - 1, MAX_LEVEL + 1, 100])
+def test_other_levels_are_refused(level: int) -> None:
+    """A level that zstd would silently read as another one is refused."""
+    with pytest.raises(ValueError, match=r"is not one of -7\.\.-1, 1\.\.19"):
+        Codec(level)
+
+
+def test_the_default_level() -> None:
+    """The default is the fast level that was measured to pack as well."""
+    assert CODEC.level == DEFAULT_LEVEL == -1
+
+
+def test_levels_make_a_difference() -> None:
+    """The level reaches zstd: a high one is smaller than a low one."""
+    content = text_page(9)
+    assert len(Codec(19).encode(content)) < len(Codec(1).encode(content)) < len(Codec(-7).encode(content))
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.binary(min_size=1, max_size=64),
+        st.builds(lambda piece, times: piece * times, st.binary(min_size=1, max_size=16), st.integers(2, 300)),
+        st.builds(
+            lambda seed, size: random.Random(seed).randbytes(size), st.integers(0, 1 << 30), st.integers(1, 3000)
+        ),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(PIECES)
+@example([bytes(PAGE_SIZE)])
+@example([random.Random(0).randbytes(PAGE_SIZE)])
+def test_any_page_goes_there_and_back(pieces: list[bytes]) -> None:
+    """A page made of noise, repetition and anything else comes back as it was."""
+    whole = b"".join(pieces)
+    content = (whole * (PAGE_SIZE // len(whole) + 1))[:PAGE_SIZE]
+    zpage = CODEC.encode(content)
+    assert len(zpage) != WORD_ZPAGE_SIZE
+    assert CODEC.decode(zpage) == content
+
+
+def test_noise_is_too_large_for_a_buddy() -> None:
+    """A page that does not compress gives a zpage beyond the limit, by which it is known to be kept raw."""
+    assert len(CODEC.encode(page(1, RAW))) > max_zpage_size()
+
+
+# ---- words --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", WORDS, ids=hex)
+def test_a_word_is_found_and_comes_back(word: int) -> None:
+    """A page of one repeated word is that word's page, as a zpage of its own kind too."""
+    content = page_of_word(word)
+    assert content == struct.pack("=Q", word) * PAGE_WORDS
+    assert is_word(content, word)
+    assert is_word(memoryview(content), word)
+    zpage = word_zpage(word)
+    assert len(zpage) == WORD_ZPAGE_SIZE
+    assert CODEC.decode(zpage) == content
+    assert CODEC.decode(memoryview(zpage)) == content
+
+
+@pytest.mark.parametrize("word", [0, 0x4141414141414141, (1 << 64) - 1], ids=hex)
+def test_one_other_byte_makes_it_no_word(word: int) -> None:
+    """A page that differs from the repeated word in one bit of any byte is not it."""
+    content = bytearray(page_of_word(word))
+    for at in range(PAGE_SIZE):
+        content[at] ^= 1 << at % 8
+        assert not is_word(content, word), f"byte {at}"
+        content[at] ^= 1 << at % 8
+    assert is_word(content, word)
+
+
+def test_another_word_is_not_it() -> None:
+    """The page of one word is not the page of another, nor of the same one shifted by a byte."""
+    assert not is_word(page_of_word(1), 2)
+    assert not is_word(page_of_word(1), 1 << 8)
+    assert not is_word(page_of_word(0), 1)
+
+
+def test_every_flip_of_a_word_zpage_is_seen() -> None:
+    """Whichever bit of the word or of its checksum is flipped: lost."""
+    for word in WORDS:
+        zpage = word_zpage(word)
+        for bit in range(len(zpage) * 8):
+            assert decoded(flipped(zpage, bit)) is None
+
+
+# ---- damage -------------------------------------------------------------------------------------------------------
+
+
+def flipped(zpage: bytes, *bits: int) -> bytes:
+    """Return a copy with some bits flipped."""
+    damaged = bytearray(zpage)
+    for bit in bits:
+        damaged[bit >> 3] ^= 1 << (bit & 7)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("level", [-7, -1, 1, 19])
+def test_every_flipped_bit_is_seen(name: str, level: int) -> None:
+    """Whichever single bit of a zpage is flipped: lost, or (a bit without a meaning) the right page; never another."""
+    content = SAMPLES[name]
+    zpage = Codec(level).encode(content)
+    harmless = sum(decoded_or_right(flipped(zpage, bit), content) for bit in range(len(zpage) * 8))
+    assert harmless <= 64, f"{harmless} bits of {len(zpage)} bytes mean nothing"
+
+
+def decoded_or_right(zpage: bytes, content: bytes) -> bool:
+    """Whether a damaged zpage gives its page all the same; a failure of the test if it gives another."""
+    found = decoded(zpage)
+    assert found in (None, content), "wrong bytes"
+    return found is not None
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_truncation_is_seen(name: str) -> None:
+    """However much of a zpage's end is missing: lost."""
+    zpage = CODEC.encode(SAMPLES[name])
+    for length in range(len(zpage)):
+        assert decoded(zpage[:length]) is None, f"{length} bytes of {len(zpage)}"
+
+
+@pytest.mark.parametrize("name", ["text", "half"])
+def test_no_first_byte_turns_the_checks_off(name: str) -> None:
+    """A damaged descriptor (it tells whether there is a checksum, and how much memory to take) does no harm.
+
+    Whatever the first byte is, damage behind it is still seen, and no error but PageLost comes out: not a
+    MemoryError for the gigabytes that a damaged content size asks for.
+    """
+    content = SAMPLES[name]
+    right = CODEC.encode(content)
+    generator = random.Random(name)
+    for first in range(256):
+        zpage = bytes([first]) + right[1:]
+        decoded_or_right(zpage, content)
+        for _ in range(40):
+            decoded_or_right(flipped(zpage, generator.randrange(8, len(zpage) * 8)), content)
+        for fill in (b"\xff", b"\x7f"):
+            decoded_or_right(zpage[:1] + fill * 9 + zpage[10:], content)
+            decoded_or_right(zpage[:2] + fill * 7 + zpage[9:], content)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_lost(garbage: bytes) -> None:
+    """Anything that is no zpage is lost, and no other error."""
+    assert decoded(garbage) is None
+
+
+@given(st.integers(0, 1 << 30), st.sampled_from([64, 512, 1024]), st.data())
+def test_a_torn_zpage_is_lost(seed: int, sector: int, data: st.DataObject) -> None:
+    """A zpage of which some sectors are another zpage's is lost."""
+    ours, theirs = CODEC.encode(page(seed, BIG)), CODEC.encode(page(seed + 1, BIG))
+    first = data.draw(st.integers(0, len(ours) // sector - 1)) * sector
+    torn = ours[:first] + theirs[first : first + sector] + ours[first + sector :]
+    assert decoded(torn) in (None, page(seed, BIG)) and (torn == ours or decoded(torn) is None)
+
+
+def magicless(content: bytes, *, checksum: bool) -> bytes:
+    """Return a zstd frame as the codec makes them, of content that need not be a page."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        1, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_checksum=checksum, write_content_size=False
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(content)
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE_SIZE - 1, PAGE_SIZE + 1, 2 * PAGE_SIZE])
+def test_less_or_more_than_a_page_is_lost(size: int) -> None:
+    """A right zstd frame of anything but 4096 bytes is no page."""
+    assert decoded(magicless(bytes(size), checksum=True)) is None
+
+
+def test_a_page_without_checksum_is_refused() -> None:
+    """A zstd frame that carries no checksum cannot be trusted, and none was ever stored."""
+    content = text_page(3)
+    assert decoded(magicless(content, checksum=True)) == content
+    assert decoded(magicless(content, checksum=False)) is None
+
+
+# ---- size and check ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_magicless_saves_bytes(name: str) -> None:
+    """Leaving out the magic number and the content size saves at least four bytes against an ordinary zstd frame."""
+    content = SAMPLES[name]
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        DEFAULT_LEVEL, source_size=PAGE_SIZE, write_checksum=True
+    )
+    ordinary = zstandard.ZstdCompressor(compression_params=parameters).compress(content)
+    zpage = CODEC.encode(content)
+    assert not zpage.startswith(zstandard.MAGIC_NUMBER.to_bytes(4, "little"))
+    assert len(ordinary) - len(zpage) >= 4
+
+
+def test_the_check_is_the_end_of_the_checksum() -> None:
+    """The check has 24 bits, depends on the checksum alone, and is the same of a view."""
+    zpage = CODEC.encode(text_page(4))
+    check = check_of(zpage)
+    assert check == int.from_bytes(zpage[-4:-1], "little") < 1 << CHECK_BITS
+    assert check_of(memoryview(zpage)) == check
+    assert check_of(b"x" * 100 + zpage[-4:]) == check
+
+
+def test_versions_of_a_page_have_different_checks() -> None:
+    """Pages that differ a little have different checks, as zpages, as words and raw."""
+    contents = [bytes([version]) + text_page(5)[1:] for version in range(200)]
+    assert len({check_of(CODEC.encode(content)) for content in contents}) == 200
+    assert len({check_of_raw(content) for content in contents}) == 200
+    assert len({check_of(word_zpage(word)) for word in range(200)}) == 200
+    assert check_of_raw(contents[0]) == check_of_raw(memoryview(contents[0])) < 1 << CHECK_BITS
+
+
+def test_a_word_length_is_no_zstd_length() -> None:
+    """No page's zstd frame has the length by which word zpages are known."""
+    lengths = {len(CODEC.encode(bytes(at) + b"x" + bytes(PAGE_SIZE - at - 1))) for at in range(0, PAGE_SIZE, 7)}
+    lengths |= {
+        len(CODEC.encode((bytes([number]) * run + b"y" * PAGE_SIZE)[:PAGE_SIZE]))
+        for number in range(16)
+        for run in range(16)
+    }
+    assert WORD_ZPAGE_SIZE not in lengths
+    assert WORD_SIZE < WORD_ZPAGE_SIZE

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: MIT
+"""The page table: entries of every kind, words at the borders of what fits, and the scan for stored pages."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from zbudfs.core.codec import CHECK_BITS
+from zbudfs.core.page_table import (
+    ABSENT,
+    BLOCK,
+    CHECK_SHIFT,
+    ENTRY_SIZE,
+    FRAME,
+    KIND_BITS,
+    KIND_MASK,
+    RAW_BLOCK,
+    RAW_FRAME,
+    REF_MASK,
+    TO_BLOCK,
+    WORD,
+    WORD_HALVES,
+    WORD_INVERTED,
+    PageTable,
+    entry,
+    entry_of_word,
+    word_of_entry,
+)
+
+PLACES = [FRAME, RAW_FRAME, BLOCK, RAW_BLOCK]
+LARGEST_CHECK = (1 << CHECK_BITS) - 1
+ALL_ONES = (1 << 64) - 1
+LIMIT = 1 << 61
+
+
+def make(nr_pages: int) -> PageTable:
+    """Return a table of absent pages."""
+    return PageTable(memoryview(bytearray(nr_pages * ENTRY_SIZE)), nr_pages)
+
+
+# ---- entries ------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(PLACES), st.integers(0, REF_MASK), st.integers(0, LARGEST_CHECK))
+@example(FRAME, 0, 0)
+@example(RAW_BLOCK, REF_MASK, LARGEST_CHECK)
+@example(BLOCK, REF_MASK, 0)
+@example(FRAME, 0, LARGEST_CHECK)
+def test_an_entry_keeps_its_parts(kind: int, ref: int, check: int) -> None:
+    """Kind, place and check come out of an entry as they went in, and it fits below bit 63."""
+    value = entry(kind, ref, check)
+    assert (value & KIND_MASK, value >> KIND_BITS & REF_MASK, value >> CHECK_SHIFT) == (kind, ref, check)
+    assert value < 1 << 63
+
+
+def test_kinds_are_apart() -> None:
+    """All kinds differ, fit their field, an absent page's entry is 0, and a frame's kind becomes its block's."""
+    kinds = [ABSENT, WORD, WORD_INVERTED, WORD_HALVES, *PLACES]
+    assert sorted(kinds) == list(range(KIND_MASK + 1))
+    assert ABSENT == 0
+    assert (FRAME + TO_BLOCK, RAW_FRAME + TO_BLOCK) == (BLOCK, RAW_BLOCK)
+
+
+def test_a_device_of_16_tib_has_room() -> None:
+    """The place of an entry holds every zbudref of 2**32 blocks."""
+    assert REF_MASK >= (1 << 32) * 2 + 1
+
+
+# ---- words --------------------------------------------------------------------------------------------------------
+
+FITTING = [
+    (0, WORD),
+    (1, WORD),
+    (LIMIT - 1, WORD),
+    (0xFFFFFFFF, WORD),
+    (ALL_ONES, WORD_INVERTED),
+    (ALL_ONES - 1, WORD_INVERTED),
+    (LIMIT - 1 ^ ALL_ONES, WORD_INVERTED),
+    (0xFFFFFFFF_80000000, WORD_INVERTED),
+    (0x20000000_20000000, WORD_HALVES),
+    (0x7F7F7F7F_7F7F7F7F, WORD_HALVES),
+    (0xDEADBEEF_DEADBEEF, WORD_HALVES),
+    (0x80000000_80000000, WORD_HALVES),
+]
+ODD = [LIMIT, LIMIT + 1, LIMIT ^ ALL_ONES, 0x80000000_00000000, 0x7FFFFFFF_FFFFFFFF, 0xDEADBEEF_DEADBEEE]
+ODD += [struct.unpack("Q", struct.pack("d", 0.1))[0]]
+
+
+@pytest.mark.parametrize(("word", "kind"), FITTING, ids=lambda value: f"{value:x}")
+def test_a_word_that_fits(word: int, kind: int) -> None:
+    """The words next to each border go in as they are."""
+    value = entry_of_word(word)
+    assert value is not None
+    assert value < 1 << 64
+    assert value & KIND_MASK == kind
+    assert word_of_entry(value) == word
+
+
+@pytest.mark.parametrize("word", ODD, ids=hex)
+def test_a_word_that_does_not_fit(word: int) -> None:
+    """A word beyond each border is told apart, and not cut."""
+    assert entry_of_word(word) is None
+
+
+@given(st.integers(0, ALL_ONES))
+@example(LIMIT)
+def test_no_word_comes_back_as_another(word: int) -> None:
+    """Any word is refused, or comes back whole from an entry that can be stored."""
+    value = entry_of_word(word)
+    if value is not None:
+        table = make(1)
+        table.store(0, value)
+        assert word_of_entry(table.entries[0]) == word
+        assert table.counts[value & KIND_MASK] == 1
+
+
+@given(st.integers(0, (1 << 32) - 1))
+def test_every_pattern_of_32_bits_fits(half: int) -> None:
+    """Any 32-bit number, zero-extended, sign-extended or twice repeated, needs no frame."""
+    negative = half | 0xFFFFFFFF_00000000
+    for word in (half, negative, half << 32 | half):
+        value = entry_of_word(word)
+        assert value is not None
+        assert word_of_entry(value) == word
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def test_store_gives_what_stood_there() -> None:
+    """Each store returns the old entry, and the counts follow."""
+    table = make(3)
+    one, two = entry(FRAME, 5, 7), entry(RAW_BLOCK, 9, 1)
+    assert table.store(1, one) == 0
+    assert table.store(1, two) == one
+    assert table.store(2, one) == 0
+    assert list(table.entries) == [0, two, one]
+    assert table.counts == [1, 0, 0, 0, 1, 0, 0, 1]
+    assert table.stored_pages == 2
+    assert table.store(1, 0) == two
+    assert table.stored_pages == 1
+    table.check()
+
+
+def test_check_sees_a_wrong_count() -> None:
+    """An entry that was changed behind the table's back is found by the recount."""
+    table = make(2)
+    table.entries[0] = entry(FRAME, 1, 1)
+    with pytest.raises(AssertionError, match="a recount gives"):
+        table.check()
+
+
+def test_the_entries_lie_in_the_buffer() -> None:
+    """An entry is 8 bytes of the caller's buffer, which may be longer than needed."""
+    buffer = bytearray(3 * ENTRY_SIZE)
+    PageTable(memoryview(buffer), 2).store(1, entry(BLOCK, 3, 4))
+    assert buffer == bytes(8) + struct.pack("=Q", entry(BLOCK, 3, 4)) + bytes(8)
+
+
+SOME = st.integers(0, 1700)
+
+
+@given(st.sets(SOME | st.sampled_from([0, 511, 512, 513, 1023, 1024, 1535, 1536, 1699]), max_size=6), SOME, SOME)
+@example({512}, 0, 512)
+@example({511}, 0, 512)
+@example({1536}, 0, 1700)
+@example({1699}, 1, 1700)
+@example({1699}, 0, 1699)
+def test_next_stored_agrees_with_a_walk(stored: set[int], page: int, stop: int) -> None:
+    """The scan finds the first stored page below the stop, wherever it starts and ends."""
+    table = make(1700)
+    for number in stored:
+        if number < 1700:
+            table.store(number, entry(FRAME, number, 0))
+    expected = next((number for number in range(page, stop) if table.entries[number]), stop)
+    assert table.next_stored(page, stop) == max(expected, stop if page >= stop else 0)
+
+
+def test_next_stored_sees_the_last_byte_of_an_entry() -> None:
+    """An entry of which only the highest bits are set is not skipped with an empty stretch."""
+    table = make(1024)
+    table.entries[700] = 1 << 62
+    assert table.next_stored(0, 1024) == 700

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""When writeback starts and stops, and how the pool's limit yields to pressure and comes back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zbudfs.core.reclaim import BATCH_FRAMES, PressureGovernor, Watermarks
+
+# ---- watermarks ---------------------------------------------------------------------------------------------------
+
+
+def test_watermarks_are_in_order() -> None:
+    """Low is below high where the pool allows, and at most a half of the pool is kept free."""
+    for limit in [*range(1, 600), 8192, 1 << 20]:
+        marks = Watermarks.of(limit)
+        assert 0 <= marks.low_frames <= marks.high_frames <= max(1, limit // 2), limit
+        assert limit < 4 or marks.low_frames < marks.high_frames, limit
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 100, 1 << 20])
+def test_a_pool_without_a_free_frame_is_always_written_back(limit: int) -> None:
+    """Whatever the pool's size: when no frame is free there is something to do, or a write would wait for nothing."""
+    assert Watermarks.of(limit).frames_to_free(0, under_way=False) > 0
+
+
+def test_watermarks_of_a_large_pool() -> None:
+    """They are parts of a large pool, and whole batches in a middling one."""
+    assert Watermarks.of(1 << 20) == Watermarks((1 << 20) // 64, (1 << 20) // 24)
+    assert Watermarks.of(1024) == Watermarks(BATCH_FRAMES, 2 * BATCH_FRAMES)
+
+
+@given(st.integers(0, 300), st.integers(-50, 600), st.integers(0, 300))
+def test_hysteresis(low: int, free: int, more: int) -> None:
+    """It starts below low and nowhere else, goes on until high, and never asks for more than high."""
+    marks = Watermarks(low, low + more)
+    assert marks.frames_to_free(free, under_way=True) == max(0, low + more - free)
+    starts = marks.frames_to_free(free, under_way=False)
+    assert starts == (max(0, low + more - free) if free < low else 0)
+
+
+def test_a_whole_cycle() -> None:
+    """Filling a pool frame by frame starts a writeback once, and it stops at high and not at low."""
+    marks = Watermarks(10, 30)
+    free, under_way, events = 40, False, []
+    for _ in range(70):
+        need = marks.frames_to_free(free, under_way=under_way)
+        if bool(need) != under_way:
+            events.append(("on" if need else "off", free))
+        under_way = bool(need)
+        free += 5 if under_way else -1
+    assert events == [("on", 9), ("off", 34), ("on", 9)]
+
+
+# ---- the governor -------------------------------------------------------------------------------------------------
+
+
+def test_pressure_lowers_the_limit_step_by_step() -> None:
+    """Each report takes an eighth off what is left, and is counted."""
+    governor = PressureGovernor(8000)
+    assert [governor.pressure(now) for now in (1.0, 3.0, 5.0)] == [7000, 6125, 5360]
+    assert governor.reports == 3
+    assert governor.limit_frames == 5360
+
+
+@pytest.mark.parametrize("configured", [1, 3, 100, 8000])
+def test_the_limit_has_a_floor(configured: int) -> None:
+    """However long the pressure lasts, a quarter of the pool stays, and never less than a frame."""
+    governor = PressureGovernor(configured)
+    limits = [governor.pressure(float(now)) for now in range(100)]
+    assert min(limits) >= max(1, configured // PressureGovernor.FLOOR)
+    assert limits == sorted(limits, reverse=True)
+    if configured == 8000:
+        assert limits[-1] == 2000
+
+
+def test_the_limit_comes_back_when_it_is_calm() -> None:
+    """After ten calm seconds an eighth of the pool comes back, and another each ten seconds, up to all of it."""
+    governor = PressureGovernor(8000)
+    for _ in range(20):
+        governor.pressure(100.0)
+    assert governor.tick(100.0 + PressureGovernor.CALM_SECONDS - 0.1) == 2000
+    assert governor.tick(110.0) == 3000
+    assert governor.tick(110.1) == 3000
+    assert governor.tick(119.9) == 3000
+    limits = [governor.tick(now) for now in (120.0, 130.0, 140.0, 150.0, 160.0, 170.0, 500.0)]
+    assert limits == [4000, 5000, 6000, 7000, 8000, 8000, 8000]
+
+
+def test_new_pressure_stops_the_recovery() -> None:
+    """A report while the limit comes back lowers it again, and the calm is counted anew."""
+    governor = PressureGovernor(8000)
+    for _ in range(20):
+        governor.pressure(0.0)
+    assert governor.tick(10.0) == 3000
+    assert governor.pressure(15.0) == 2625
+    assert governor.tick(20.0) == 2625
+    assert governor.tick(25.0) == 3625
+
+
+def test_without_pressure_nothing_changes() -> None:
+    """A governor that hears nothing keeps the configured limit."""
+    governor = PressureGovernor(77)
+    assert [governor.tick(now) for now in (0.0, 11.0, 1000.0)] == [77, 77, 77]
+    assert governor.reports == 0

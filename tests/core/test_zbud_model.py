@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: MIT
+"""The allocator against a model: a dict of what was stored, and lists of frames by age. The model knows no chunk columns.
+
+Every way of putting a zpage in and taking it out, the asynchronous ones in halves, in any order; after each step the
+allocator recounts itself, and contents, ages, matches and counters are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.core.frames import Caller, content
+from zbudfs.core.units import NCHUNKS, NO_FRAME, PAGE_SIZE
+from zbudfs.core.zbud import (
+    EPHEMERAL_KIND,
+    KINDS,
+    NO_REF,
+    PERSISTENT_KIND,
+    REF_BITS,
+    FrameState,
+    chunks_for,
+    max_zpage_size,
+)
+
+FRAMES = 8
+KIND = st.sampled_from([PERSISTENT_KIND, EPHEMERAL_KIND])
+SIZE = st.one_of(
+    st.integers(1, max_zpage_size()), st.integers(1, 130), st.sampled_from([1984, 2040, 2041, 3900, max_zpage_size()])
+)
+PERSISTENT, EPHEMERAL, ZOMBIE, DYING = FrameState.PERSISTENT, FrameState.EPHEMERAL, FrameState.ZOMBIE, FrameState.DYING
+
+
+@dataclass
+class Frame:
+    """What the model knows of a frame that is the allocator's."""
+
+    state: FrameState
+    zpages: dict[int, tuple[int, bytes]] = field(default_factory=dict)
+    """By zbudref: page and content."""
+    pending: dict[int, int] = field(default_factory=dict)
+    """By zbudref: size of a zpage whose place is taken and which is not filled yet."""
+    raw: tuple[int, bytes] | None = None
+    filling: bool = False
+
+    @property
+    def kind(self) -> int:
+        """Persistent or ephemeral."""
+        return EPHEMERAL_KIND if self.state in (EPHEMERAL, DYING) else PERSISTENT_KIND
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is unevictable."""
+        return self.filling or bool(self.pending)
+
+    @property
+    def listed(self) -> bool:
+        """Whether it is on the LRU list of its kind."""
+        return self.state in (PERSISTENT, EPHEMERAL)
+
+    @property
+    def chunks(self) -> list[int]:
+        """The chunks of each buddy."""
+        return [chunks_for(len(data)) for _, data in self.zpages.values()] + [
+            chunks_for(s) for s in self.pending.values()
+        ]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing in it."""
+        return not self.zpages and not self.pending and self.raw is None
+
+
+class ZbudMachine(RuleBasedStateMachine):
+    """Steps of a caller who does all that the page store does, and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.caller = Caller(FRAMES)
+        self.zbud = self.caller.zbud
+        self.frames: dict[int, Frame] = {}
+        self.ages: list[list[int]] = [[], []]
+        self.page = 0
+        self.cumul = [[0, 0], [0, 0]]
+        self.evicted = [0, 0]
+
+    # ---- what the model thinks -----------------------------------------------------------------------------------
+
+    def next_page(self) -> int:
+        """Return a page number that was not used yet."""
+        self.page += 1
+        return self.page
+
+    def recent(self, frame: int) -> None:
+        """A zpage was added to a frame."""
+        ages = self.ages[self.frames[frame].kind]
+        if frame in ages:
+            ages.remove(frame)
+        ages.append(frame)
+
+    def count(self, kind: int, size: int) -> None:
+        """A zpage was stored."""
+        self.cumul[kind][0] += 1
+        self.cumul[kind][1] += size
+
+    def handed_back(self, frame: int) -> None:
+        """The allocator gave a frame back."""
+        known = self.frames.pop(frame)
+        if frame in self.ages[known.kind]:
+            self.ages[known.kind].remove(frame)
+        assert self.caller.give(frame)
+
+    def best_match(self, size: int, kind: int) -> int | None:
+        """Return how many chunks the fullest frame uses that has room, None if none has."""
+        fitting = [
+            frame.chunks[0]
+            for frame in self.frames.values()
+            if frame.listed
+            and frame.kind == kind
+            and not frame.filling
+            and frame.raw is None
+            and len(frame.chunks) == 1
+            and frame.chunks[0] + chunks_for(size) <= NCHUNKS
+        ]
+        return max(fitting, default=None)
+
+    def of_state(self, *states: FrameState, pinned: bool = False) -> list[int]:
+        """Return the frames in one of some states, pinned ones only if asked for."""
+        return [
+            number for number, frame in self.frames.items() if frame.state in states and (pinned or not frame.pinned)
+        ]
+
+    # ---- storing ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, size: int, kind: int) -> int:
+        """Take a place, matched if possible; NO_REF if there is no frame for it."""
+        expected = self.best_match(size, kind)
+        ref = self.zbud.match_prep(size, kind)
+        assert (ref == NO_REF) == (expected is None)
+        if ref == NO_REF:
+            if not self.caller.free_frames:
+                return NO_REF
+            frame = self.caller.take()
+            ref = self.zbud.create_prep(frame, size, kind)
+            self.frames[frame] = Frame(PERSISTENT if kind == PERSISTENT_KIND else EPHEMERAL)
+        else:
+            assert self.frames[ref >> REF_BITS].chunks == [expected]
+        frame = ref >> REF_BITS
+        assert ref not in self.frames[frame].zpages
+        assert ref not in self.frames[frame].pending
+        self.frames[frame].pending[ref] = size
+        self.recent(frame)
+        return ref
+
+    def finish(self, ref: int) -> None:
+        """Fill a place."""
+        frame = self.frames[ref >> REF_BITS]
+        size = frame.pending.pop(ref)
+        page = self.next_page()
+        self.zbud.match_finish(ref, page, content(page, size))
+        frame.zpages[ref] = (page, content(page, size))
+        self.count(frame.kind, size)
+
+    @rule(size=SIZE, kind=KIND)
+    def store(self, size: int, kind: int) -> None:
+        """Both halves at once, as the page store does it."""
+        ref = self.prepare(size, kind)
+        if ref != NO_REF:
+            self.finish(ref)
+
+    @rule(size=SIZE, kind=KIND)
+    def prep(self, size: int, kind: int) -> None:
+        """The first half alone."""
+        self.prepare(size, kind)
+
+    @precondition(lambda self: any(frame.pending for frame in self.frames.values()))
+    @rule(data=st.data())
+    def finish_one(self, data: st.DataObject) -> None:
+        """The second half, some time later."""
+        self.finish(data.draw(st.sampled_from(sorted(ref for frame in self.frames.values() for ref in frame.pending))))
+
+    @precondition(lambda self: self.caller.free_frames)
+    @rule()
+    def store_raw(self) -> None:
+        """A raw page goes to the old end: it is the first to be written back."""
+        frame, page = self.caller.take(), self.next_page()
+        assert self.zbud.create_raw(frame, page, content(page, PAGE_SIZE)) >> REF_BITS == frame
+        self.frames[frame] = Frame(PERSISTENT, raw=(page, content(page, PAGE_SIZE)))
+        self.ages[PERSISTENT_KIND].insert(0, frame)
+
+    # ---- a copy of a block -----------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.caller.free_frames)
+    @rule()
+    def fill_prep(self) -> None:
+        """A block is being read into a free frame."""
+        frame = self.caller.take()
+        self.zbud.fill_prep(frame)
+        self.frames[frame] = Frame(EPHEMERAL, filling=True)
+        self.recent(frame)
+
+    def filling(self) -> list[int]:
+        """Return the frames that are being filled from a block."""
+        return [number for number, frame in self.frames.items() if frame.filling]
+
+    @precondition(lambda self: self.filling())
+    @rule(data=st.data())
+    def fill_cancel(self, data: st.DataObject) -> None:
+        """The read failed, or is not wanted any more."""
+        frame = data.draw(st.sampled_from(self.filling()))
+        self.zbud.fill_cancel(frame)
+        self.handed_back(frame)
+
+    @precondition(lambda self: self.filling() and any(frame.zpages for frame in self.frames.values()))
+    @rule(data=st.data(), which=st.integers(1, 3))
+    def fill_finish(self, data: st.DataObject, which: int) -> None:
+        """The block is a copy of some frame, and one or both of its zpages are still wanted."""
+        number = data.draw(st.sampled_from(self.filling()))
+        source = data.draw(st.sampled_from([number for number, frame in self.frames.items() if frame.zpages]))
+        self.zbud.frame_bytes(number)[:] = self.zbud.frame_bytes(source)
+        there = sorted(self.frames[source].zpages)
+        wanted = [ref for index, ref in enumerate(there) if which >> index & 1] or there[:1]
+        offset = (number - source) << REF_BITS
+        self.zbud.fill_finish(number, [ref + offset for ref in wanted])
+        frame = self.frames[number]
+        frame.filling = False
+        for ref in wanted:
+            page, data_of_it = self.frames[source].zpages[ref]
+            frame.zpages[ref + offset] = (page, data_of_it)
+            self.count(EPHEMERAL_KIND, len(data_of_it))
+
+    @precondition(lambda self: self.filling())
+    @rule(data=st.data())
+    def fill_finish_raw(self, data: st.DataObject) -> None:
+        """The block holds a raw page."""
+        number, page = data.draw(st.sampled_from(self.filling())), self.next_page()
+        self.zbud.frame_bytes(number)[:] = content(page, PAGE_SIZE)
+        assert self.zbud.fill_finish_raw(number, page) >> REF_BITS == number
+        self.frames[number].filling = False
+        self.frames[number].raw = (page, content(page, PAGE_SIZE))
+
+    # ---- taking out ------------------------------------------------------------------------------------------------
+
+    def refs(self) -> list[int]:
+        """Return all zbudrefs that can be freed."""
+        found = [ref for frame in self.frames.values() for ref in frame.zpages]
+        return sorted(found + [number << REF_BITS for number, frame in self.frames.items() if frame.raw is not None])
+
+    @precondition(lambda self: self.refs())
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        """Any zpage goes, whatever is happening to its frame."""
+        ref = data.draw(st.sampled_from(self.refs()))
+        number = ref >> REF_BITS
+        frame = self.frames[number]
+        freed = self.zbud.free(ref)
+        if frame.state is DYING:
+            assert freed == NO_FRAME
+            return
+        if frame.zpages.pop(ref, None) is None:
+            frame.raw = None
+        if frame.empty and frame.listed:
+            assert freed == number
+            self.handed_back(number)
+        else:
+            assert freed == NO_FRAME
+
+    # ---- reclaim ---------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.of_state(PERSISTENT))
+    @rule(data=st.data())
+    def writeback_begin(self, data: st.DataObject) -> None:
+        """Any persistent frame that is not unevictable may become a zombie, mostly the oldest."""
+        number = data.draw(st.sampled_from([self.zbud.oldest(PERSISTENT_KIND), *self.of_state(PERSISTENT)]))
+        self.zbud.writeback_begin(number)
+        self.frames[number].state = ZOMBIE
+        self.ages[PERSISTENT_KIND].remove(number)
+
+    @precondition(lambda self: self.of_state(ZOMBIE))
+    @rule(data=st.data())
+    def writeback_done(self, data: st.DataObject) -> None:
+        """What is still in a zombie is in its block now."""
+        number = data.draw(st.sampled_from(self.of_state(ZOMBIE)))
+        assert self.zbud.writeback_done(number) == number
+        self.evicted[PERSISTENT_KIND] += 1
+        self.handed_back(number)
+
+    @precondition(lambda self: self.of_state(ZOMBIE))
+    @rule(data=st.data())
+    def writeback_failed(self, data: st.DataObject) -> None:
+        """A zombie goes back to the old end with what is left of it."""
+        number = data.draw(st.sampled_from(self.of_state(ZOMBIE)))
+        empty = self.frames[number].empty
+        assert self.zbud.writeback_failed(number) == (number if empty else NO_FRAME)
+        self.frames[number].state = PERSISTENT
+        if empty:
+            self.handed_back(number)
+        else:
+            self.ages[PERSISTENT_KIND].insert(0, number)
+
+    @precondition(lambda self: self.of_state(EPHEMERAL))
+    @rule()
+    def drop_begin(self) -> None:
+        """The oldest ephemeral frame that is not unevictable is dropped."""
+        number = self.zbud.oldest(EPHEMERAL_KIND)
+        self.zbud.drop_begin(number)
+        self.frames[number].state = DYING
+        self.ages[EPHEMERAL_KIND].remove(number)
+
+    @precondition(lambda self: self.of_state(DYING))
+    @rule(data=st.data())
+    def drop_done(self, data: st.DataObject) -> None:
+        """Nothing refers to a dying frame any more."""
+        number = data.draw(st.sampled_from(self.of_state(DYING)))
+        assert self.zbud.drop_done(number) == number
+        self.evicted[EPHEMERAL_KIND] += 1
+        self.handed_back(number)
+
+    # ---- comparing -------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def recount(self) -> None:
+        """The allocator finds no fault in itself."""
+        self.zbud.check()
+
+    @invariant()
+    def contents(self) -> None:
+        """Each zpage is there, under its page and no other, and each frame is what the model says."""
+        for number in range(FRAMES):
+            frame = self.frames.get(number)
+            assert self.zbud.state(number) is (frame.state if frame else FrameState.FREE)
+            if frame is None:
+                continue
+            assert self.zbud.is_ephemeral(number) == (frame.state is EPHEMERAL)
+            assert self.zbud.is_raw(number) == (frame.raw is not None)
+            for ref, (page, data) in frame.zpages.items():
+                assert self.caller.zpage(ref, page) == data
+                assert self.caller.zpage(ref, page + 1) is None
+                assert self.zbud.handle_at(ref) == page
+            if frame.raw is not None:
+                assert self.zbud.raw(number << REF_BITS) == frame.raw[1]
+            if not frame.pinned:
+                there = {ref: page for ref, (page, _) in frame.zpages.items()}
+                if frame.raw is not None:
+                    there[number << REF_BITS] = frame.raw[0]
+                assert dict(self.zbud.residents(number)) == there
+
+    @invariant()
+    def order(self) -> None:
+        """Both LRU lists are in the model's order, and the oldest is the first that may be evicted."""
+        for kind in (PERSISTENT_KIND, EPHEMERAL_KIND):
+            assert self.caller.lru(kind) == self.ages[kind]
+            evictable = [number for number in self.ages[kind] if not self.frames[number].pinned]
+            assert self.zbud.oldest(kind) == (evictable[0] if evictable else NO_FRAME)
+
+    @invariant()
+    def counters(self) -> None:
+        """Every counter, list length and the histogram are what the model counts."""
+        counters = self.zbud.counters()
+        histogram, unbuddied = [0] * NCHUNKS, [0] * NCHUNKS
+        for kind, prefix in enumerate(KINDS):
+            mine = [frame for frame in self.frames.values() if frame.kind == kind]
+            sizes = [len(data) for frame in mine for _, data in frame.zpages.values()]
+            listed = [frame.chunks for frame in mine if frame.listed and frame.raw is None and not frame.filling]
+            expected = {
+                "pageframes": len(mine),
+                "zpages": len(sizes),
+                "zbytes": sum(sizes),
+                "cumul_zpages": self.cumul[kind][0],
+                "cumul_zbytes": self.cumul[kind][1],
+                "buddied_count": sum(len(chunks) == 2 for chunks in listed),
+                "unbuddied_count": sum(len(chunks) == 1 for chunks in listed),
+                "evicted_pageframes": self.evicted[kind],
+                "zombie_count": sum(frame.state is ZOMBIE for frame in mine),
+                "raw_count": sum(frame.raw is not None for frame in mine),
+            }
+            assert {name: counters[f"{prefix}_{name}"] for name in expected} == expected
+            for size in sizes:
+                histogram[chunks_for(size)] += 1
+            for chunks in listed:
+                if len(chunks) == 1:
+                    unbuddied[chunks[0]] += 1
+        assert self.zbud.chunk_histogram() == histogram
+        assert self.zbud.unbuddied_lists() == unbuddied
+
+
+TestZbudMachine = ZbudMachine.TestCase
+TestZbudMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

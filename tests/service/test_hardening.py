@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""Hardening: the choice of what to make present, and the real thing in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zbudfs.service.hardening import Mapping, _protect_from_oom_killer, parse_maps, ranges_to_fill
+
+MAPS = """\
+00400000-00401000 r-xp 00001000 fd:00 100   /usr/bin/python3.11
+00601000-00603000 rw-p 00000000 fd:00 100   /usr/bin/python3.11
+01000000-01100000 rw-p 00000000 00:00 0     [heap]
+7f0000000000-7f0000100000 rw-s 00000000 00:01 55 /memfd:zbudfs-frames (deleted)
+7f0000200000-7f0000300000 rw-p 00000000 00:00 0
+7f0000300000-7f0000301000 ---p 00000000 00:00 0
+7f0000400000-7f0000401000 rw-p 00000000 00:05 7  /dev/zero
+7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0     [stack]
+7ffc00100000-7ffc00104000 r--p 00000000 00:00 0     [vvar]
+7ffc00104000-7ffc00106000 r-xp 00000000 00:00 0     [vdso]
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0     [vsyscall]
+"""
+
+
+def test_the_right_mappings_are_made_present() -> None:
+    """Private memory for writing, text for reading; not shared, forbidden, special, or a device's."""
+    ranges = list(ranges_to_fill(parse_maps(MAPS), ()))
+    assert ranges == [
+        (0x400000, 0x401000, False),
+        (0x601000, 0x603000, True),
+        (0x1000000, 0x1100000, True),
+        (0x7F0000200000, 0x7F0000300000, True),
+        (0x7FFC00000000, 0x7FFC00021000, True),
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=5))
+def test_what_is_skipped_is_left_out(skip: list[tuple[int, int]]) -> None:
+    """What is left is the mapping less every skipped range, in order and without overlap."""
+    mapping = Mapping(10, 50, "rw-p", "")
+    ranges = list(ranges_to_fill([mapping], tuple(skip)))
+    left = [address for start, end, _ in ranges for address in range(start, end)]
+    skipped = {address for start, length in skip for address in range(start, start + length)}
+    assert left == [address for address in range(10, 50) if address not in skipped]
+
+
+def test_the_lowest_oom_score_that_is_allowed(tmp_path: Path) -> None:
+    """Where anything may be written, -1000 is written and there is nothing to tell."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    knob = tmp_path / "proc/self/oom_score_adj"
+    knob.write_text("0")
+    assert _protect_from_oom_killer(str(tmp_path)) is None
+    assert knob.read_text() == "-1000"
+    knob.unlink()
+    assert "could not be told" in str(_protect_from_oom_killer(str(tmp_path)))
+
+
+HARDENED = """
+import ctypes, json, mmap, os, sys, threading
+from zbudfs.service import hardening
+
+def memory():
+    lines = open("/proc/self/status").read().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Vm")}
+
+def smaps_missing(skip):
+    # bytes of private memory for writing that are not present
+    missing, name, private = 0, "", False
+    for line in open("/proc/self/smaps"):
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            start = int(words[0].split("-")[0], 16)
+            private = words[1].startswith("rw") and words[1][3] == "p" and start != skip
+            size = 0
+        elif words[0] == "Size:":
+            size = int(words[1])
+        elif words[0] == "Rss:" and private:
+            missing += size - int(words[1])
+    return missing
+
+out = {"refused": hardening.before_threads(4 << 20)}
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait)
+thread.start()
+pool = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+pool.madvise(mmap.MADV_NOHUGEPAGE)
+address = ctypes.addressof(ctypes.c_char.from_buffer(pool))
+out["refused"] += hardening.lock_memory([(address, len(pool))])
+out["memory"] = memory()
+out["missing_kib"] = smaps_missing(0)
+out["comm"] = open("/proc/self/comm").read().strip()
+out["scheduler"] = [os.sched_getscheduler(0), os.sched_getscheduler(thread.native_id)]
+out["stack_kib"] = hardening._main_stack_bytes() // 1024
+before = memory()["VmData"]
+big = bytearray(3 << 20)
+out["grown_kib"] = memory()["VmData"] - before
+stop.set()
+thread.join()
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def hardened() -> dict[str, Any]:
+    """What a process says that went through all of it."""
+    run = subprocess.run([sys.executable, "-c", HARDENED], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.needs("root")
+def test_a_process_goes_through_all_of_it(hardened: dict[str, Any]) -> None:
+    """The process has its name and a stack, and each refusal is one sentence with a reason."""
+    assert hardened["comm"] == "zbudfs"
+    assert hardened["stack_kib"] >= 512
+    for refusal in hardened["refused"]:
+        assert refusal[0].islower() or refusal.startswith("IO")
+        assert "\n" not in refusal
+
+
+@pytest.mark.needs("root")
+def test_all_memory_is_present_but_the_pool(hardened: dict[str, Any]) -> None:
+    """After locking only the skipped range may still fault; it is locked as far as it will come to be."""
+    if any("locked" in refusal for refusal in hardened["refused"]):
+        pytest.skip("this machine does not allow locking")
+    assert hardened["missing_kib"] <= 32 << 10
+    assert hardened["memory"]["VmLck"] >= hardened["memory"]["VmRSS"] // 2
+
+
+@pytest.mark.needs("root")
+def test_malloc_takes_from_the_heap_that_was_set_aside(hardened: dict[str, Any]) -> None:
+    """A large block comes from the heap: the process does not grow."""
+    assert hardened["grown_kib"] == 0
+
+
+@pytest.mark.needs("root")
+def test_threads_inherit_the_scheduling(hardened: dict[str, Any]) -> None:
+    """Main thread and later threads are scheduled alike."""
+    first, later = hardened["scheduler"]
+    assert first == later

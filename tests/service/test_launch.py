@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Starting a daemon: made-up daemons that are up, refuse, die, talk nonsense, or say nothing."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import is_running, wait_until
+from zbudfs.service.launch import LaunchError, Ready, run_in_foreground, start
+from zbudfs.service.settings import Settings
+
+SETTINGS = Settings(mountpoint="/none/ä \udce4", size_bytes=1 << 20, pool_bytes=1 << 20, backing=None)
+
+HEAD = """
+import json, os, signal, sys, time
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+settings = os.read(int(options["--settings-fd"]), 65536)
+def say(text):
+    os.write(int(options["--ready-fd"]), text.encode())
+"""
+
+
+def daemon(code: str) -> list[str]:
+    """Return the command of a daemon that does `code`."""
+    return [sys.executable, "-I", "-c", HEAD + code]
+
+
+def test_a_daemon_that_is_up(tmp_path: Path) -> None:
+    """It gets its settings, a session of its own, the root folder, and lives on after us."""
+    facts = tmp_path / "facts"
+    code = f"""
+with open({str(facts)!r}, "wb") as file:
+    file.write(b"%d %s\\n" % (os.getsid(0) == os.getpid(), os.getcwd().encode()) + settings)
+say(json.dumps({{"ready": True, "pid": os.getpid(), "warnings": ["a", "b"]}}) + "\\n")
+sys.stderr.write("talks to nobody")
+time.sleep(60)
+"""
+    ready = start(SETTINGS, command=daemon(code))
+    try:
+        assert ready.warnings == ("a", "b")
+        assert is_running(ready.pid)
+        head, _, settings = facts.read_bytes().partition(b"\n")
+        assert head == b"1 /"
+        assert Settings.from_json(settings) == SETTINGS
+    finally:
+        os.kill(ready.pid, signal.SIGKILL)
+        os.waitpid(ready.pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ('say(\'{"error": "no such thing"}\\n\')', "^no such thing$"),
+        ("sys.stderr.write('first\\nlast words\\n'); sys.exit(3)", "ended with exit status 3 before .*: last words$"),
+        ("raise ValueError('a bug')", "exit status 1 before it was up: ValueError: a bug$"),
+        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL before it was up$"),
+        ("say('{')", "ended with exit status 0 before it was up$"),
+        ("say('nonsense\\n')", "makes no sense"),
+        ("say('[]\\n')", "makes no sense"),
+        ("say('{\"ready\": true}\\n')", "makes no sense"),
+        ('say(\'{"error": "slow to go"}\\n\'); time.sleep(60)', "^slow to go$"),
+    ],
+)
+def test_a_daemon_that_does_not_come_up(code: str, reason: str) -> None:
+    """Whatever it does instead, the error says so, and it is gone."""
+    with pytest.raises(LaunchError, match=reason):
+        start(SETTINGS, command=daemon(code))
+
+
+def test_a_daemon_that_says_nothing(tmp_path: Path) -> None:
+    """Waiting has a limit, and the daemon is stopped."""
+    file = tmp_path / "pid"
+    code = f"open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with pytest.raises(LaunchError, match=r"not up within 1 s, and was stopped"):
+        start(SETTINGS, command=daemon(code), limit_seconds=1)
+    if file.exists():
+        assert not is_running(int(file.read_text()))
+
+
+def test_much_on_stderr_does_not_block_a_daemon() -> None:
+    """More than a pipe takes is read meanwhile."""
+    with pytest.raises(LaunchError, match=r"the end$"):
+        start(SETTINGS, command=daemon("sys.stderr.write('x' * 300000 + '\\nthe end\\n'); sys.exit(1)"))
+
+
+def test_a_program_that_is_not_there() -> None:
+    """A daemon that cannot be started is an error as well."""
+    with pytest.raises(LaunchError, match="could not be started"):
+        start(SETTINGS, command=["/none/at/all"])
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("sys.exit(0)", 0), ("sys.exit(5)", 5), ("os.kill(os.getpid(), 15)", 143)]
+)
+def test_in_the_foreground_the_exit_status_is_the_daemons(code: str, status: int) -> None:
+    """It is waited for, and what it returns is returned."""
+    seen: list[Ready] = []
+    up = "say(json.dumps({'ready': True, 'pid': os.getpid()}) + '\\n');"
+    assert run_in_foreground(SETTINGS, seen.append, command=daemon(up + code)) == status
+    assert [ready.warnings for ready in seen] == [()]
+
+
+def test_in_the_foreground_sigterm_is_passed_on() -> None:
+    """A SIGTERM to us ends the daemon; SIGINT is its own business."""
+    code = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+say(json.dumps({"ready": True, "pid": os.getpid()}) + "\\n")
+time.sleep(60)
+"""
+
+    def on_ready(ready: Ready) -> None:
+        wait_until(lambda: is_running(ready.pid), "the daemon")
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run_in_foreground(SETTINGS, on_ready, command=daemon(code)) == 7
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_in_the_foreground_errors_are_told() -> None:
+    """A daemon that refuses is the same error as in the background."""
+    with pytest.raises(LaunchError, match=r"^no$"):
+        run_in_foreground(SETTINGS, lambda _: None, command=daemon('say(\'{"error": "no"}\\n\')'))
