@@ -17,6 +17,7 @@ from zbudfs.core.codec import (
     DEFAULT_LEVEL,
     MAX_LEVEL,
     MIN_LEVEL,
+    WORD_CHECK,
     WORD_ZPAGE_SIZE,
     Codec,
     check_of,
@@ -268,12 +269,21 @@ def test_magicless_saves_bytes(name: str) -> None:
 
 
 def test_the_check_is_the_end_of_the_checksum() -> None:
-    """The check has 24 bits, depends on the checksum alone, and is the same of a view."""
+    """The check is 24 bits of the checksum and depends on it alone; it is the same of a view."""
     zpage = CODEC.encode(text_page(4))
     check = check_of(zpage)
     assert check == int.from_bytes(zpage[-4:-1], "little") < 1 << CHECK_BITS
     assert check_of(memoryview(zpage)) == check
     assert check_of(b"x" * 100 + zpage[-4:]) == check
+
+
+@pytest.mark.parametrize("word", WORDS, ids=hex)
+def test_the_check_tells_a_word(word: int) -> None:
+    """One bit of the check says that a zpage is a word; no other zpage and no raw page has it set."""
+    assert check_of(word_zpage(word)) & WORD_CHECK
+    assert check_of(word_zpage(word)) < 1 << CHECK_BITS
+    assert not check_of(CODEC.encode(page_of_word(word))) & WORD_CHECK
+    assert not check_of_raw(page_of_word(word)) & WORD_CHECK
 
 
 def test_versions_of_a_page_have_different_checks() -> None:

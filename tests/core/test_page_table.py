@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zbudfs.core.codec import CHECK_BITS
+from zbudfs.core.codec import CHECK_BITS, WORD_CHECK
 from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
@@ -51,10 +51,10 @@ def make(nr_pages: int) -> PageTable:
 @example(BLOCK, REF_MASK, 0)
 @example(FRAME, 0, LARGEST_CHECK)
 def test_an_entry_keeps_its_parts(kind: int, ref: int, check: int) -> None:
-    """Kind, place and check come out of an entry as they went in, and it fits below bit 63."""
+    """Kind, place and check come out of an entry as they went in, and it fits into 8 bytes."""
     value = entry(kind, ref, check)
     assert (value & KIND_MASK, value >> KIND_BITS & REF_MASK, value >> CHECK_SHIFT) == (kind, ref, check)
-    assert value < 1 << 63
+    assert value < 1 << 64
 
 
 def test_kinds_are_apart() -> None:
@@ -143,6 +143,26 @@ def test_store_gives_what_stood_there() -> None:
     assert table.stored_pages == 2
     assert table.store(1, 0) == two
     assert table.stored_pages == 1
+    table.check()
+
+
+def test_words_in_zpages_are_counted() -> None:
+    """A word too odd for an entry is known by its check, in a frame and in a block; a word of 61 bits is not one of them."""
+    table = make(3)
+    table.store(0, entry(FRAME, 1, WORD_CHECK | 5))
+    table.store(1, entry(FRAME, 2, WORD_CHECK - 1))
+    word = entry_of_word(LIMIT - 1)
+    assert word is not None
+    table.store(2, word)
+    assert table.word_zpages == 1
+    table.store(0, entry(BLOCK, 9, WORD_CHECK | 5))
+    table.check()
+    assert table.word_zpages == 1
+    table.store(1, entry(FRAME, 3, WORD_CHECK))
+    assert table.word_zpages == 2
+    table.store(0, word)
+    table.store(1, 0)
+    assert table.word_zpages == 0
     table.check()
 
 

@@ -45,7 +45,7 @@ def test_a_whole_cycle() -> None:
     """Filling a pool frame by frame starts a writeback once, and it stops at high and not at low."""
     marks = Watermarks(10, 30)
     free, under_way, events = 40, False, []
-    for _ in range(70):
+    for _ in range(64):
         need = marks.frames_to_free(free, under_way=under_way)
         if bool(need) != under_way:
             events.append(("on" if need else "off", free))

@@ -1,0 +1,811 @@
+# SPDX-License-Identifier: MIT
+"""The ten rules of the allocator, each by its name. The numbers are those of docs/design.md, section 2."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import zbudfs
+from tests.core.frames import FILLER, Caller, content, size_of
+from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, NO_FRAME, PAGE_SIZE
+from zbudfs.core.zbud import (
+    EPHEMERAL_KIND,
+    HANDLE_SIZE,
+    KINDS,
+    MAX_CHUNKS,
+    MAX_PAGE_NUMBER,
+    NEXT,
+    NO_REF,
+    PERSISTENT_KIND,
+    REF_BITS,
+    Event,
+    FrameState,
+    Resident,
+    Zbud,
+    chunks_for,
+    max_zpage_size,
+)
+from zbudfs.store.state import HOLD_INDEX
+
+HALF = size_of(NCHUNKS // 2)
+"""Size of a zpage of which two fill a frame."""
+BOTH = [PERSISTENT_KIND, EPHEMERAL_KIND]
+
+
+def frame_of(ref: int) -> int:
+    """Return the frame of a zbudref."""
+    return ref >> REF_BITS
+
+
+def fill(caller: Caller, page: int, zpages: dict[int, int] | None = None) -> tuple[int, list[int]]:
+    """Have an ephemeral frame filled with a copy of a block that holds page `page` and the next; its number and zbudrefs."""
+    scratch = Caller(1)
+    refs = [scratch.store(page, HALF), scratch.store(page + 1, HALF)]
+    frame = caller.take()
+    caller.zbud.fill_prep(frame)
+    caller.zbud.frame_bytes(frame)[:] = scratch.zbud.frame_bytes(0)
+    moved = [ref + (frame << REF_BITS) for ref in refs]
+    caller.zbud.fill_finish(frame, moved)
+    return frame, moved
+
+
+# ---- rule 1: two zpages to a frame, first and last, on boundaries of 64 bytes ------------------------------------
+
+
+def test_rule_1_the_first_starts_at_the_start() -> None:
+    """A first zpage of any size lies behind its handle at the start of its frame, and nothing else is written."""
+    for size in range(1, max_zpage_size() + 1):
+        caller = Caller(3)
+        caller.take()
+        ref = caller.create(7, size)
+        assert frame_of(ref) == 1
+        assert caller.zpage(ref, 7) == content(7, size)
+        end = PAGE_SIZE + HANDLE_SIZE + size
+        assert caller.buffer[PAGE_SIZE + HANDLE_SIZE : end] == content(7, size)
+        assert caller.buffer[:PAGE_SIZE] == FILLER * PAGE_SIZE
+        assert caller.buffer[end:] == FILLER * (3 * PAGE_SIZE - end)
+
+
+def test_rule_1_the_last_is_right_justified_on_a_boundary() -> None:
+    """A last zpage of any size starts on a chunk's boundary, ends with its handle at the frame's end, and touches no other."""
+    for size in range(1, size_of(NCHUNKS - 1) + 1):
+        caller = Caller(3)
+        caller.take()
+        first = caller.create(1, 56)
+        last = caller.match(2, size)
+        assert frame_of(last) == frame_of(first) == 1
+        assert last != first
+        assert caller.zpage(last, 2) == content(2, size)
+        assert caller.zpage(first, 1) == content(1, 56)
+        start = 2 * PAGE_SIZE - chunks_for(size) * CHUNK_SIZE
+        assert caller.buffer[start : start + size] == content(2, size)
+        assert caller.buffer[PAGE_SIZE + CHUNK_SIZE : start] == FILLER * (start - PAGE_SIZE - CHUNK_SIZE)
+        pad = slice(start + size, 2 * PAGE_SIZE - HANDLE_SIZE)
+        assert caller.buffer[pad] == FILLER * (pad.stop - pad.start)
+        assert caller.buffer[:PAGE_SIZE] == caller.buffer[2 * PAGE_SIZE :] == FILLER * PAGE_SIZE
+
+
+def test_rule_1_free_space_is_one_piece() -> None:
+    """Any two zpages whose chunks together fit into a frame share one, and no other two do."""
+    for first in range(1, NCHUNKS):
+        for second in range(1, NCHUNKS):
+            caller = Caller(1)
+            caller.create(1, size_of(first))
+            assert (caller.match(2, size_of(second)) != NO_REF) == (first + second <= NCHUNKS), (first, second)
+
+
+def test_rule_1_never_a_third() -> None:
+    """A frame with two buddies is matched with nothing, however small and however much room there is."""
+    caller = Caller(1)
+    caller.create(1, 1)
+    assert caller.match(2, 1) != NO_REF
+    assert caller.match(3, 1) == NO_REF
+
+
+@pytest.mark.parametrize("freed", [0, 1])
+@pytest.mark.parametrize("kind", BOTH)
+def test_rule_1_the_hole_joins_the_slack(freed: int, kind: int) -> None:
+    """Whichever buddy goes, the other stays where it is, and its place and the slack are one piece again."""
+    caller = Caller(1)
+    refs = [caller.create(0, size_of(20), kind), caller.match(1, size_of(30), kind)]
+    kept, used = 1 - freed, (30, 20)[freed]
+    assert caller.zbud.zpage(refs[kept], kept) is not None
+    before = bytes(caller.zbud.frame_bytes(0))
+    caller.free(refs[freed])
+    assert bytes(caller.zbud.frame_bytes(0)) == before
+    assert caller.match(2, size_of(NCHUNKS - used) + 1, kind) == NO_REF
+    assert caller.match(3, size_of(NCHUNKS - used), kind) == refs[freed]
+    assert caller.zpage(refs[kept], kept) == content(kept, size_of((20, 30)[kept]))
+    caller.zbud.check()
+
+
+# ---- rule 2: the handle, and the largest zpage --------------------------------------------------------------------
+
+
+def test_rule_2_the_handle_counts_towards_the_chunks() -> None:
+    """Zpage and handle together are rounded up to chunks."""
+    assert HANDLE_SIZE == 8
+    assert [chunks_for(size) for size in (1, 55, 56, 57, 120, 121)] == [1, 1, 1, 2, 2, 3]
+    assert all(chunks_for(size_of(chunks)) == chunks < chunks_for(size_of(chunks) + 1) for chunks in range(1, NCHUNKS))
+
+
+@pytest.mark.parametrize("page", [0, 1, 12345, MAX_PAGE_NUMBER])
+def test_rule_2_a_frame_says_whose_data_it_holds(page: int) -> None:
+    """The bytes of a frame alone, copied to another one, tell the pages and the lengths of both zpages."""
+    caller = Caller(2)
+    refs = [caller.create(page, 700), caller.match(MAX_PAGE_NUMBER - page, 900)]
+    caller.zbud.frame_bytes(1)[:] = caller.zbud.frame_bytes(0)
+    for ref, owner, size in zip(refs, (page, MAX_PAGE_NUMBER - page), (700, 900), strict=True):
+        copy = ref + (1 << REF_BITS)
+        assert caller.zbud.handle_at(copy) == owner
+        assert caller.zpage(copy, owner) == content(owner, size)
+        assert caller.zpage(copy, owner ^ 1) is None
+    assert caller.zbud.residents(0) == [Resident(refs[0], page), Resident(refs[1], MAX_PAGE_NUMBER - page)]
+
+
+def test_rule_2_a_frame_of_nonsense_holds_nothing() -> None:
+    """A handle with an impossible size is no zpage, whatever page it names."""
+    zbud = Caller(1).zbud
+    for size in (0, max_zpage_size() + 1, PAGE_SIZE - 1):
+        zbud.frame_bytes(0).cast("Q")[0] = 5 << 12 | size
+        zbud.frame_bytes(0).cast("Q")[511] = 5 << 12 | size
+        assert zbud.zpage(0, 5) is None
+        assert zbud.zpage(1, 5) is None
+    zbud.frame_bytes(0)[:] = bytes(PAGE_SIZE)
+    assert zbud.zpage(0, 0) is None
+
+
+def test_rule_2_the_largest_zpage() -> None:
+    """63 chunks less the handle fit; the frame has a chunk left, and it can be used."""
+    assert max_zpage_size() == 63 * 64 - 8 == size_of(MAX_CHUNKS)
+    caller = Caller(1)
+    ref = caller.create(1, max_zpage_size())
+    assert caller.zpage(ref, 1) == content(1, max_zpage_size())
+    assert caller.match(2, size_of(1) + 1) == NO_REF
+    assert caller.match(2, size_of(1)) != NO_REF
+    caller.zbud.check()
+
+
+@pytest.mark.parametrize("size", [max_zpage_size() + 1, PAGE_SIZE, 2 * PAGE_SIZE])
+@pytest.mark.parametrize("kind", BOTH)
+def test_rule_2_a_larger_one_is_refused(size: int, kind: int) -> None:
+    """A zpage that is too large is a ValueError, whether there is a frame for it or not, and nothing has changed."""
+    caller = Caller(2)
+    caller.create(1, 1, kind)
+    before, counters = bytes(caller.buffer), caller.zbud.counters()
+    with pytest.raises(ValueError, match="larger than the 4024"):
+        caller.zbud.match_prep(size, kind)
+    with pytest.raises(ValueError, match="larger than the 4024"):
+        caller.zbud.create_prep(1, size, kind)
+    assert (bytes(caller.buffer), caller.zbud.counters()) == (before, counters)
+    assert caller.zbud.state(1) is FrameState.FREE
+    caller.zbud.check()
+
+
+# ---- rule 3: best fit, without a scan ----------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, MAX_CHUNKS), min_size=1, max_size=12), st.integers(1, MAX_CHUNKS), st.sampled_from(BOTH))
+def test_rule_3_the_fullest_frame_that_fits(used: list[int], wanted: int, kind: int) -> None:
+    """Of all frames with one buddy, the one with the most chunks that leaves room is taken; a frame of its own if none does."""
+    caller = Caller(len(used))
+    for page, chunks in enumerate(used):
+        caller.create(page, size_of(chunks), kind)
+    best = max((chunks for chunks in used if chunks + wanted <= NCHUNKS), default=None)
+    ref = caller.match(99, size_of(wanted), kind)
+    if best is None:
+        assert ref == NO_REF
+    else:
+        assert used[frame_of(ref)] == best
+
+
+def test_rule_3_of_equals_the_oldest() -> None:
+    """Among frames that are equally full the match is the one that has waited longest, so that frames fill up in order."""
+    caller = Caller(4)
+    frames = [frame_of(caller.create(page, HALF)) for page in range(4)]
+    assert [frame_of(caller.match(9, HALF)) for _ in range(4)] == frames
+
+
+def steps_of(call: Callable[[], Any]) -> int:
+    """Return how many lines of Python are executed by a call."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.parametrize("wanted", [1, 31, MAX_CHUNKS])
+def test_rule_3_never_a_scan(wanted: int) -> None:
+    """Finding a match, or that there is none, takes no more steps with 2000 frames on all lists than with two on one."""
+    few, many, full = Caller(2), Caller(2000), Caller(2000)
+    for page in range(2):
+        few.create(page, size_of(1))
+    for page in range(2000):
+        many.create(page, size_of(1 + page % MAX_CHUNKS))
+        full.create(page, size_of(NCHUNKS - wanted + 1 if wanted > 1 else MAX_CHUNKS))
+    steps = steps_of(lambda: few.zbud.match_prep(size_of(wanted)))
+    assert steps_of(lambda: many.zbud.match_prep(size_of(wanted))) <= steps
+    assert steps_of(lambda: full.zbud.match_prep(size_of(wanted))) <= steps
+    assert steps_of(lambda: sum(1 for _ in range(100))) > 100
+
+
+def test_rule_3_nothing_else_scans_either() -> None:
+    """Storing, freeing and reclaiming take as many steps with 2000 frames as with ten."""
+
+    def cycle(caller: Caller) -> int:
+        zbud = caller.zbud
+        spare = caller.take()
+
+        def work() -> None:
+            ref = zbud.create_prep(spare, HALF)
+            zbud.create_finish(ref, 5, content(5, HALF))
+            zbud.free(ref)
+            oldest = zbud.oldest(PERSISTENT_KIND)
+            zbud.writeback_begin(oldest)
+            zbud.writeback_failed(oldest)
+            zbud.fill_prep(spare)
+            zbud.fill_cancel(spare)
+
+        return steps_of(work)
+
+    small, large = Caller(11), Caller(2001)
+    for caller in (small, large):
+        while len(caller.free_frames) > 1:
+            caller.create(len(caller.free_frames), size_of(40))
+    assert cycle(small) == cycle(large)
+
+
+# ---- rule 4: the LRU ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_rule_4_adding_promotes(kind: int) -> None:
+    """A frame becomes the most recent one when its first zpage is added, and again with its second."""
+    caller = Caller(3)
+    frames = [frame_of(caller.create(page, HALF, kind)) for page in range(3)]
+    assert caller.lru(kind) == frames
+    assert frame_of(caller.match(9, HALF, kind)) == frames[0]
+    assert caller.lru(kind) == [frames[1], frames[2], frames[0]]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_rule_4_reading_does_not_promote(kind: int) -> None:
+    """A frame keeps its place when its zpages are read, in every way in which they can be."""
+    caller = Caller(3)
+    refs = [caller.create(page, HALF, kind) for page in range(3)]
+    before = caller.lru(kind)
+    assert caller.zpage(refs[0], 0) == content(0, HALF)
+    caller.zbud.residents(frame_of(refs[0]))
+    caller.zbud.raw(refs[0])
+    caller.zbud.frame_bytes(frame_of(refs[0]))
+    assert caller.lru(kind) == before
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("kind", BOTH)
+def test_rule_4_freeing_does_not_promote(which: int, kind: int) -> None:
+    """A frame keeps its place when one of its zpages is freed."""
+    caller = Caller(3)
+    caller.create(0, 1, kind)
+    pair = [caller.create(1, size_of(40), kind), caller.match(2, size_of(20), kind)]
+    caller.create(3, size_of(60), kind)
+    before = caller.lru(kind)
+    assert frame_of(pair[0]) == frame_of(pair[1]) == before[1]
+    assert not caller.free(pair[which])
+    assert caller.lru(kind) == before
+
+
+def test_rule_4_reclaim_takes_whole_frames_from_the_old_end() -> None:
+    """The oldest frame goes first, with both its zpages, then the next."""
+    caller = Caller(3)
+    for page in range(6):
+        caller.store(page, HALF)
+    order = caller.lru()
+    assert order == [0, 1, 2]
+    for frame in order:
+        assert caller.zbud.oldest(PERSISTENT_KIND) == frame
+        caller.zbud.writeback_begin(frame)
+        assert [resident.page for resident in caller.zbud.residents(frame)] == [2 * frame, 2 * frame + 1]
+        assert caller.zbud.writeback_done(frame) == frame
+    assert caller.zbud.oldest(PERSISTENT_KIND) == NO_FRAME
+
+
+def test_rule_4_raw_pages_go_first() -> None:
+    """A raw page holds a frame for one page: it goes to the old end at once."""
+    caller = Caller(3)
+    caller.create(1, HALF)
+    raw = frame_of(caller.raw(2))
+    assert caller.zbud.oldest(PERSISTENT_KIND) == raw
+    caller.create(3, max_zpage_size())
+    assert caller.lru()[0] == raw
+    assert caller.zbud.residents(raw) == [Resident(raw << REF_BITS, 2)]
+
+
+# ---- rule 5: persistent and ephemeral frames apart ----------------------------------------------------------------
+
+
+def test_rule_5_each_kind_has_its_own_lru() -> None:
+    """A frame is on the list of its kind only."""
+    caller = Caller(4)
+    persistent = [frame_of(caller.create(page, HALF)) for page in range(2)]
+    ephemeral, _ = fill(caller, 10)
+    other = frame_of(caller.create(3, HALF, EPHEMERAL_KIND))
+    assert caller.lru(PERSISTENT_KIND) == persistent
+    assert caller.lru(EPHEMERAL_KIND) == [ephemeral, other]
+    assert caller.zbud.oldest(EPHEMERAL_KIND) == ephemeral
+    assert [caller.zbud.is_ephemeral(frame) for frame in range(4)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_rule_5_kinds_are_never_matched_with_each_other(kind: int) -> None:
+    """A zpage of one kind does not join a frame of the other, however well it would fit."""
+    caller = Caller(2)
+    caller.create(1, HALF, 1 - kind)
+    assert caller.match(2, HALF, kind) == NO_REF
+    assert caller.match(2, HALF, 1 - kind) != NO_REF
+
+
+def test_rule_5_a_copy_with_one_buddy_takes_no_persistent_zpage() -> None:
+    """A clean copy of a block of which one zpage is wanted stays a clean copy."""
+    caller = Caller(2)
+    _, refs = fill(caller, 10)
+    caller.free(refs[0])
+    assert caller.match(2, 1) == NO_REF
+    caller.zbud.check()
+
+
+def test_rule_5_only_ephemeral_frames_are_dropped() -> None:
+    """Dropping a frame that is the only copy, and writing back a clean one, are bugs and raise."""
+    caller = Caller(2)
+    persistent = frame_of(caller.create(1, HALF))
+    ephemeral, _ = fill(caller, 10)
+    with pytest.raises(AssertionError, match="DROP_BEGUN cannot happen"):
+        caller.zbud.drop_begin(persistent)
+    with pytest.raises(AssertionError, match="WRITEBACK_BEGUN cannot happen"):
+        caller.zbud.writeback_begin(ephemeral)
+    caller.zbud.check()
+
+
+# ---- rule 6: unevictable -------------------------------------------------------------------------------------------
+
+
+def test_rule_6_a_frame_being_filled_is_unevictable() -> None:
+    """From prep to finish reclaim steps over the frame, and cannot be made to take it."""
+    caller = Caller(2)
+    ref = caller.zbud.create_prep(caller.take(), HALF)
+    assert caller.zbud.oldest(PERSISTENT_KIND) == NO_FRAME
+    with pytest.raises(AssertionError, match="unevictable"):
+        caller.zbud.writeback_begin(frame_of(ref))
+    other = frame_of(caller.create(2, max_zpage_size()))
+    assert caller.lru() == [frame_of(ref), other]
+    assert caller.zbud.oldest(PERSISTENT_KIND) == other
+    caller.zbud.create_finish(ref, 1, content(1, HALF))
+    assert caller.zbud.oldest(PERSISTENT_KIND) == frame_of(ref)
+    caller.zbud.writeback_begin(frame_of(ref))
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("kind", BOTH)
+def test_rule_6_at_most_two_and_both_must_finish(order: list[int], kind: int) -> None:
+    """A frame can be matched while its first zpage is still being filled; it is evictable when both are done."""
+    caller = Caller(1)
+    refs = [caller.zbud.create_prep(caller.take(), HALF, kind), caller.zbud.match_prep(HALF, kind)]
+    assert frame_of(refs[0]) == frame_of(refs[1])
+    assert caller.zbud.match_prep(1, kind) == NO_REF
+    for index in order:
+        assert caller.zbud.oldest(kind) == NO_FRAME
+        caller.zbud.check()
+        caller.zbud.match_finish(refs[index], index, content(index, HALF))
+    assert caller.zbud.oldest(kind) == 0
+    assert [caller.zpage(refs[index], index) for index in (0, 1)] == [content(0, HALF), content(1, HALF)]
+    caller.zbud.check()
+
+
+def test_rule_6_a_matched_frame_is_unevictable_again() -> None:
+    """An evictable frame is no longer so from match_prep to match_finish."""
+    caller = Caller(1)
+    caller.create(1, HALF)
+    ref = caller.zbud.match_prep(HALF)
+    assert caller.zbud.oldest(PERSISTENT_KIND) == NO_FRAME
+    caller.zbud.match_finish(ref, 2, content(2, HALF))
+    assert caller.zbud.oldest(PERSISTENT_KIND) == frame_of(ref)
+
+
+def test_rule_6_a_frame_being_read_into_is_unevictable() -> None:
+    """From fill_prep to its finish or cancel reclaim does not take the frame, and nothing is matched with it."""
+    caller = Caller(3)
+    frame = caller.take()
+    caller.zbud.fill_prep(frame)
+    assert caller.zbud.oldest(EPHEMERAL_KIND) == NO_FRAME
+    assert caller.match(1, 1, EPHEMERAL_KIND) == NO_REF
+    with pytest.raises(AssertionError, match="unevictable"):
+        caller.zbud.drop_begin(frame)
+    caller.zbud.check()
+    caller.zbud.fill_finish_raw(frame, 3)
+    assert caller.zbud.oldest(EPHEMERAL_KIND) == frame
+    other = caller.take()
+    caller.zbud.fill_prep(other)
+    caller.zbud.fill_cancel(other)
+    assert caller.zbud.state(other) is FrameState.FREE
+    assert caller.lru(EPHEMERAL_KIND) == [frame]
+    caller.zbud.check()
+
+
+# ---- rule 7: zombies and dying frames ----------------------------------------------------------------------------
+
+
+def zombie(caller: Caller) -> list[int]:
+    """Have a frame with pages 1 and 2 written back; its zbudrefs."""
+    refs = [caller.create(1, size_of(20)), caller.match(2, size_of(20))]
+    caller.zbud.writeback_begin(frame_of(refs[0]))
+    return refs
+
+
+def test_rule_7_a_zombie_is_off_all_lists_and_readable() -> None:
+    """A frame being written back is not reclaimed again and not matched with, and its zpages can be read."""
+    caller = Caller(2)
+    refs = zombie(caller)
+    assert caller.zbud.state(0) is FrameState.ZOMBIE
+    assert caller.lru() == []
+    assert caller.zbud.counters()["pers_zombie_count"] == 1
+    assert [caller.zpage(ref, page) for ref, page in zip(refs, (1, 2), strict=True)] == [
+        content(1, size_of(20)),
+        content(2, size_of(20)),
+    ]
+    assert [resident.page for resident in caller.zbud.residents(0)] == [1, 2]
+    caller.free(refs[0])
+    assert caller.match(3, 1) == NO_REF
+    assert sum(caller.zbud.unbuddied_lists()) == 0
+    with pytest.raises(AssertionError, match="cannot happen"):
+        caller.zbud.writeback_begin(0)
+    caller.zbud.check()
+
+
+@pytest.mark.parametrize("freed", [[], [0], [1], [0, 1], [1, 0]])
+@pytest.mark.parametrize("ends", ["done", "failed"])
+def test_rule_7_pages_of_a_zombie_go_at_any_moment(freed: list[int], ends: str) -> None:
+    """Whatever is freed meanwhile, the frame comes back when the write is done; after a failure only if it is empty."""
+    caller = Caller(1)
+    refs = zombie(caller)
+    for index in freed:
+        assert not caller.free(refs[index])
+        caller.zbud.check()
+    left = [resident for index, resident in enumerate(map(Resident, refs, (1, 2))) if index not in freed]
+    assert caller.zbud.residents(0) == left
+    assert caller.zbud.counters()["pers_zpages"] == len(left)
+    if ends == "done":
+        assert caller.zbud.writeback_done(0) == 0
+        assert caller.zbud.counters()["pers_evicted_pageframes"] == 1
+    else:
+        assert caller.zbud.writeback_failed(0) == (NO_FRAME if left else 0)
+        assert caller.zbud.counters()["pers_evicted_pageframes"] == 0
+    gone = ends == "done" or not left
+    assert caller.zbud.state(0) is (FrameState.FREE if gone else FrameState.PERSISTENT)
+    assert caller.zbud.counters()["pers_pageframes"] == (not gone)
+    assert caller.zbud.counters()["pers_zombie_count"] == 0
+    caller.zbud.check()
+
+
+def test_rule_7_a_failed_writeback_goes_back_to_the_old_end() -> None:
+    """Zombies whose write failed are the next candidates again, in front of all others, with their contents."""
+    caller = Caller(3)
+    for page in range(3):
+        caller.create(page, max_zpage_size())
+    for frame in (0, 1):
+        caller.zbud.writeback_begin(frame)
+    for frame in (1, 0):
+        assert caller.zbud.writeback_failed(frame) == NO_FRAME
+    assert caller.lru() == [0, 1, 2]
+    assert caller.zpage(0, 0) == content(0, max_zpage_size())
+
+
+@pytest.mark.parametrize("freed", [0, 1])
+def test_rule_7_what_is_left_of_a_failed_writeback_can_be_matched(freed: int) -> None:
+    """A frame that lost a buddy as a zombie is unbuddied when it is back, with the right amount of room."""
+    caller = Caller(1)
+    refs = zombie(caller)
+    caller.free(refs[freed])
+    caller.zbud.writeback_failed(0)
+    assert caller.zbud.unbuddied_lists()[20] == 1
+    assert caller.match(3, size_of(NCHUNKS - 20) + 1) == NO_REF
+    assert caller.match(3, size_of(NCHUNKS - 20)) == refs[freed]
+    caller.zbud.check()
+
+
+@pytest.mark.parametrize("freed", [False, True])
+def test_rule_7_a_raw_zombie(freed: bool) -> None:
+    """A raw page may be overwritten as well while it is being written back."""
+    caller = Caller(1)
+    ref = caller.raw(5)
+    caller.zbud.writeback_begin(0)
+    assert caller.zbud.raw(ref) == content(5, PAGE_SIZE)
+    if freed:
+        assert not caller.free(ref)
+        assert caller.zbud.residents(0) == []
+    caller.zbud.check()
+    assert caller.zbud.writeback_failed(0) == (0 if freed else NO_FRAME)
+    caller.zbud.check()
+    assert caller.lru() == ([] if freed else [0])
+
+
+def test_rule_7_frees_in_a_dying_frame_are_ignored() -> None:
+    """While a frame is dropped a free of its zpages does nothing: the frame comes back once, at the end."""
+    caller = Caller(1)
+    frame, refs = fill(caller, 10)
+    caller.zbud.drop_begin(frame)
+    assert caller.zbud.state(frame) is FrameState.DYING
+    assert caller.lru(EPHEMERAL_KIND) == []
+    for ref in refs:
+        assert not caller.free(ref)
+    assert [resident.page for resident in caller.zbud.residents(frame)] == [10, 11]
+    assert caller.match(1, 1, EPHEMERAL_KIND) == NO_REF
+    caller.zbud.check()
+    assert caller.zbud.drop_done(frame) == frame
+    assert caller.zbud.counters()["eph_evicted_pageframes"] == 1
+    assert caller.zbud.counters()["eph_zpages"] == 0
+    caller.zbud.check()
+
+
+CALLS: dict[Event, Callable[[Zbud, int], object]] = {
+    Event.PERSISTENT_CREATED: lambda zbud, frame: zbud.create_prep(frame, HALF),
+    Event.EPHEMERAL_CREATED: lambda zbud, frame: zbud.fill_prep(frame),
+    Event.WRITEBACK_BEGUN: lambda zbud, frame: zbud.writeback_begin(frame),
+    Event.WRITEBACK_FAILED: lambda zbud, frame: zbud.writeback_failed(frame),
+    Event.WRITEBACK_DONE: lambda zbud, frame: zbud.writeback_done(frame),
+    Event.DROP_BEGUN: lambda zbud, frame: zbud.drop_begin(frame),
+    Event.DROP_DONE: lambda zbud, frame: zbud.drop_done(frame),
+}
+
+
+def in_state(state: FrameState) -> Caller:
+    """Return a caller whose frame 0 is in some state."""
+    caller = Caller(1)
+    if state in (FrameState.EPHEMERAL, FrameState.DYING):
+        fill(caller, 10)
+    elif state is not FrameState.FREE:
+        caller.create(1, HALF)
+    if state is FrameState.ZOMBIE:
+        caller.zbud.writeback_begin(0)
+    elif state is FrameState.DYING:
+        caller.zbud.drop_begin(0)
+    assert caller.zbud.state(0) is state
+    return caller
+
+
+@pytest.mark.parametrize("state", list(FrameState), ids=lambda state: state.name)
+@pytest.mark.parametrize("event", list(CALLS), ids=lambda event: event.name)
+def test_rule_7_what_is_not_in_the_table_raises(state: FrameState, event: Event) -> None:
+    """For each state and each event: the state after it, or an AssertionError where there is none."""
+    caller = in_state(state)
+    if (state, event) in NEXT:
+        CALLS[event](caller.zbud, 0)
+        assert caller.zbud.state(0) is NEXT[state, event]
+        caller.zbud.check()
+    else:
+        with pytest.raises(AssertionError):
+            CALLS[event](caller.zbud, 0)
+
+
+def test_rule_7_the_table_of_states() -> None:
+    """The only copy is never freed but by its owner or after its write, and a zombie never becomes a clean copy."""
+    assert {event for state, event in NEXT if state is FrameState.ZOMBIE} == {
+        Event.WRITEBACK_DONE,
+        Event.WRITEBACK_FAILED,
+    }
+    assert {event for state, event in NEXT if state is FrameState.PERSISTENT} == {Event.EMPTIED, Event.WRITEBACK_BEGUN}
+    assert NEXT[FrameState.ZOMBIE, Event.WRITEBACK_FAILED] is FrameState.PERSISTENT
+
+
+# ---- rule 8: frames are handed in and out --------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, max_zpage_size()), max_size=40), st.randoms(use_true_random=False))
+def test_rule_8_every_frame_comes_back(sizes: list[int], generator: Any) -> None:
+    """Each frame that was handed in comes back exactly once, when its last zpage goes."""
+    caller = Caller(40)
+    refs = [caller.store(page, size) for page, size in enumerate(sizes)]
+    out = {frame_of(ref) for ref in refs}
+    assert len(caller.free_frames) == 40 - len(out)
+    left = [frame_of(ref) for ref in refs]
+    generator.shuffle(refs)
+    for ref in refs:
+        left.remove(frame_of(ref))
+        assert caller.free(ref) == (frame_of(ref) not in left)
+    assert caller.free_frames == list(range(40))
+    assert caller.zbud.counters()["pers_pageframes"] == 0
+    caller.zbud.check()
+
+
+def test_rule_8_a_frame_in_use_is_not_taken() -> None:
+    """A frame that is the allocator's already is refused, whatever it is handed in for."""
+    caller = Caller(1)
+    caller.create(1, HALF)
+    for call in (
+        lambda: caller.zbud.create_prep(0, 1),
+        lambda: caller.zbud.create_raw(0, 1, bytes(PAGE_SIZE)),
+        lambda: caller.zbud.fill_prep(0),
+    ):
+        with pytest.raises(AssertionError):
+            call()
+    assert caller.zpage(0, 1) == content(1, HALF)
+    caller.zbud.check()
+
+
+@pytest.mark.parametrize("ref", [0, 1])
+def test_rule_8_a_zpage_is_freed_once(ref: int) -> None:
+    """Freeing what is not there is a bug and raises."""
+    caller = Caller(1)
+    refs = [caller.create(1, HALF), caller.match(2, HALF)]
+    caller.free(refs[ref])
+    with pytest.raises(AssertionError, match="no zpage"):
+        caller.free(refs[ref])
+
+
+def test_rule_8_no_memory_of_its_own() -> None:
+    """Storing into 2000 frames takes no memory but the buffers, and the table is at most 32 bytes a frame."""
+    caller = Caller(2000)
+    zbud, data = caller.zbud, content(1, HALF)
+    for ref in (zbud.create_prep(1999, HALF), zbud.match_prep(HALF)):
+        zbud.match_finish(ref, 1, data)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for frame in range(1999):
+            for ref in (zbud.create_prep(frame, HALF), zbud.match_prep(HALF)):
+                zbud.match_finish(ref, frame, data)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert zbud.counters()["pers_zpages"] == 4000
+    assert after - before < 4000
+    assert Zbud.table_size(2000) - Zbud.table_size(0) <= 32 * 2000
+    assert Zbud.table_size(0) <= 2048
+
+
+def test_rule_8_the_buffers_are_the_callers() -> None:
+    """A table that is too short is refused, and the spans of the table are within it and apart from each other."""
+    with pytest.raises(ValueError, match="too small for 10 frames"):
+        Zbud(memoryview(bytearray(10 * PAGE_SIZE)), memoryview(bytearray(Zbud.table_size(10) - 1)), 10)
+    spans = [span for first in (0, 4) for span in Zbud.table_spans(10, first, 4)]
+    covered = [byte for offset, length in spans for byte in range(offset, offset + length)]
+    assert len(covered) == len(set(covered))
+    assert max(covered) < Zbud.table_size(10)
+
+
+# ---- rule 9: counters ----------------------------------------------------------------------------------------------
+
+NAMES = ["pageframes", "zpages", "zbytes", "cumul_zpages", "cumul_zbytes", "buddied_count", "unbuddied_count"]
+NAMES += ["evicted_pageframes", "zombie_count"]
+
+
+def test_rule_9_the_kernels_names() -> None:
+    """Each of the kernel's counters is there for both kinds, and at first they are 0."""
+    counters = Caller(1).zbud.counters()
+    assert KINDS == ("pers", "eph")
+    assert {f"{kind}_{name}" for kind in KINDS for name in NAMES} <= counters.keys()
+    assert set(counters.values()) == {0}
+
+
+def test_rule_9_counters_follow() -> None:
+    """A short story, with every counter of both kinds after each part."""
+    caller = Caller(8)
+
+    def numbers(kind: str) -> list[int]:
+        counters = caller.zbud.counters()
+        return [counters[f"{kind}_{name}"] for name in [*NAMES, "raw_count"]]
+
+    first = caller.create(1, 100)
+    second = caller.match(2, 200)
+    caller.create(3, 3000)
+    raw = caller.raw(4)
+    assert numbers("pers") == [3, 3, 3300, 3, 3300, 1, 1, 0, 0, 1]
+    frame, refs = fill(caller, 10)
+    assert numbers("eph") == [1, 2, 2 * HALF, 2, 2 * HALF, 1, 0, 0, 0, 0]
+    caller.free(second)
+    assert numbers("pers") == [3, 2, 3100, 3, 3300, 0, 2, 0, 0, 1]
+    caller.zbud.writeback_begin(frame_of(first))
+    assert numbers("pers") == [3, 2, 3100, 3, 3300, 0, 1, 0, 1, 1]
+    caller.give(caller.zbud.writeback_done(frame_of(first)))
+    assert numbers("pers") == [2, 1, 3000, 3, 3300, 0, 1, 1, 0, 1]
+    caller.free(raw)
+    assert numbers("pers") == [1, 1, 3000, 3, 3300, 0, 1, 1, 0, 0]
+    caller.free(refs[1])
+    assert numbers("eph") == [1, 1, HALF, 2, 2 * HALF, 0, 1, 0, 0, 0]
+    caller.zbud.drop_begin(frame)
+    caller.give(caller.zbud.drop_done(frame))
+    assert numbers("eph") == [0, 0, 0, 2, 2 * HALF, 0, 0, 1, 0, 0]
+    caller.zbud.forget_cumulative()
+    assert numbers("pers") == [1, 1, 3000, 0, 0, 0, 1, 1, 0, 0]
+    caller.zbud.check()
+
+
+def test_rule_9_what_the_kernel_could_not_show() -> None:
+    """The length of each unbuddied list, and how many zpages there are of each number of chunks, of both kinds together."""
+    caller = Caller(8)
+    caller.create(1, size_of(1))
+    for page in range(2):
+        caller.create(page, size_of(63))
+    caller.create(2, size_of(5), EPHEMERAL_KIND)
+    caller.create(2, size_of(40))
+    assert caller.match(3, size_of(2)) != NO_REF
+    unbuddied, histogram = caller.zbud.unbuddied_lists(), caller.zbud.chunk_histogram()
+    assert len(unbuddied) == len(histogram) == NCHUNKS == 64
+    assert {chunks: count for chunks, count in enumerate(unbuddied) if count} == {1: 1, 5: 1, 63: 2}
+    assert {chunks: count for chunks, count in enumerate(histogram) if count} == {1: 1, 2: 1, 5: 1, 40: 1, 63: 2}
+    unbuddied[1] = histogram[1] = 99
+    assert 99 not in caller.zbud.unbuddied_lists() + caller.zbud.chunk_histogram()
+
+
+def test_rule_9_check_finds_what_does_not_add_up() -> None:
+    """The recount notices a handle, a chunk count or a frame that was changed behind the allocator's back."""
+    for offset, value in ((0, 5), (PAGE_SIZE - HANDLE_SIZE, 3900)):
+        caller = Caller(1)
+        caller.create(1, HALF)
+        caller.match(2, HALF)
+        caller.zbud.check()
+        caller.buffer[offset : offset + 2] = value.to_bytes(2, "little")
+        with pytest.raises(AssertionError):
+            caller.zbud.check()
+
+
+# ---- rule 10: two, or possibly more ------------------------------------------------------------------------------
+
+SOURCES = sorted(Path(zbudfs.__file__).parent.rglob("*.py"))
+ALLOCATOR = Path(zbudfs.__file__).parent / "core" / "zbud.py"
+INSIDE = {"CHUNK_SIZE", "CHUNK_SHIFT", "NCHUNKS", "MAX_CHUNKS", "RAW_CHUNKS", "HANDLE_SIZE", "SIZE_BITS", "SIZE_MASK"}
+"""Names about the inside of a frame."""
+
+
+def about_refs(node: ast.expr) -> bool:
+    """Whether an expression is called a zbudref, or is computed from one."""
+    return any(
+        "ref" in (name.id if isinstance(name, ast.Name) else name.attr).split("_")
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name | ast.Attribute)
+    )
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path != ALLOCATOR], ids=lambda path: path.stem)
+def test_rule_10_nobody_else_knows_that_a_frame_holds_two(path: Path) -> None:
+    """Outside the allocator nobody looks into a frame, and a zbudref is taken apart by REF_BITS, never by a number."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and path.name != "units.py":
+            inside = INSIDE & {alias.name for alias in node.names}
+            assert not inside, f"line {node.lineno}: {inside} is for the allocator"
+        if isinstance(node, ast.Attribute):
+            assert node.attr.lstrip("_") not in ("first_chunks", "last_chunks"), f"line {node.lineno}"
+        if isinstance(node, ast.BinOp) and isinstance(
+            node.op, ast.RShift | ast.LShift | ast.Mod | ast.BitAnd | ast.BitXor
+        ):
+            sides = [(node.left, node.right)]
+            if isinstance(node.op, ast.BitAnd | ast.BitXor):
+                sides.append((node.right, node.left))
+            for side, other in sides:
+                number = isinstance(other, ast.Constant) and isinstance(other.value, int)
+                assert not (number and about_refs(side)), f"line {node.lineno}: a zbudref is taken apart by a number"
+
+
+def test_rule_10_blocks_have_room_for_more() -> None:
+    """The mask of a block's live zpages has a bit for each index of a zbudref, and one more for its reader."""
+    assert 1 << REF_BITS <= HOLD_INDEX < 8

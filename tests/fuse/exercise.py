@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""A program that does the same random calls to a zbudfs and to a plain file, and compares every byte that comes back.
+
+    python -m tests.fuse.exercise same TARGET PLAIN START LENGTH UNIT SEED STEPS
+    python -m tests.fuse.exercise race TARGET WRITER PAGES SEED STEPS
+
+`same` keeps to its range, so several can be at work at once; their ranges may share pages. UNIT is what offsets and
+lengths are multiples of: 1 for a file, the sector size for a block device, which is then opened with O_DIRECT. It
+ends with status 1 and the history of the page where the first wrong byte is.
+
+`race` has several writers in the same pages: a page that is read is one that somebody wrote, or zeros, never a mix.
+It prints what it did last to every page.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import struct
+import sys
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from tests.fuse.calls import KEEP_SIZE, MIB, PAGE, PUNCH, ZERO_RANGE, fallocate
+
+_POOL_BYTES: Final = 2 * MIB
+_MARK: Final = struct.Struct("<III")
+_NOISE: Final = random.Random(20).randbytes(_POOL_BYTES)
+_TEXT: Final = b"".join(b"%d bottles of beer on the wall, %x\n" % (n, n * n) for n in range(60000))[:_POOL_BYTES]
+_HALF: Final = b"".join(_NOISE[at : at + 24] + bytes(40) for at in range(0, _POOL_BYTES, 64))
+
+
+def content(source: random.Random, length: int) -> bytes:
+    """Return bytes as memory has them: zeros, words, text, half-full pages and noise, in stretches."""
+    pieces = []
+    left = length
+    while left:
+        part = min(left, source.choice((100, 512, 2000, PAGE, PAGE, 2 * PAGE, 16 * PAGE, 64 * PAGE)))
+        kind = source.randrange(6)
+        if kind < 2:
+            word = bytes(8) if kind else source.choice((b"\xff" * 8, source.randbytes(8), bytes(7) + b"\1"))
+            pieces.append((word * (part // 8 + 1))[:part])
+        else:
+            pool = (_TEXT, _TEXT, _HALF, _NOISE)[kind - 2]
+            at = source.randrange(_POOL_BYTES - part)
+            pieces.append(pool[at : at + part])
+        left -= part
+    return b"".join(pieces)
+
+
+class Same:
+    """One range of the target and of the plain file, which always hold the same."""
+
+    def __init__(self, target: str, plain: str, start: int, length: int, unit: int, seed: int) -> None:
+        self._target = os.open(target, os.O_RDWR | (os.O_DIRECT if unit > 1 else 0))
+        self._plain = os.open(plain, os.O_RDWR)
+        self._start, self._end, self._unit, self._seed = start, start + length, unit, seed
+        self._source = random.Random(seed)
+        self._buffer = mmap.mmap(-1, MIB)
+        self._done: list[tuple[str, int, int]] = []
+
+    def run(self, steps: int) -> None:
+        """Do `steps` random calls, then compare all of the range."""
+        calls: list[Callable[[int, int], None]] = [self.write, self.read, self.punch, self.zero, self.zero_keep]
+        for _ in range(steps):
+            call = self._source.choices(calls, (45, 30, 12, 7, 6))[0]
+            offset, length = self._range(longest=MIB if call in (self.write, self.read) else 4 * MIB)
+            self._done.append((call.__name__, offset, length))
+            try:
+                call(offset, length)
+            except OSError as error:
+                self._fail(f"{error}", offset)
+            if not self._source.randrange(400):
+                os.fsync(self._target)
+        for at in range(self._start, self._end, MIB):
+            self.read(at, min(MIB, self._end - at))
+
+    def _range(self, longest: int) -> tuple[int, int]:
+        """Choose an offset and a length: most are short, many begin or end on a page, some are as long as can be."""
+        source, unit = self._source, self._unit
+        length = source.choice((100, 1000, PAGE, PAGE, 5000, 4 * PAGE, 16 * PAGE, 64 << 10, 200_000, longest))
+        if source.randrange(3) == 0:
+            length = source.randrange(1, length + 1)
+        offset = source.randrange(self._start, self._end)
+        if source.randrange(3) == 0:
+            offset = offset // PAGE * PAGE
+        offset = max(offset // unit * unit, self._start)
+        length = max(length // unit * unit, unit)
+        return offset, min(length, self._end - offset)
+
+    def write(self, offset: int, length: int) -> None:
+        """The same bytes to both."""
+        view = memoryview(self._buffer)[:length]
+        view[:] = content(self._source, length)
+        for fd in (self._target, self._plain):
+            done = os.pwritev(fd, [view], offset)
+            if done != length:
+                self._fail(f"a write of {length} bytes took {done}", offset)
+
+    def read(self, offset: int, length: int) -> None:
+        """What the target gives is what the plain file gives."""
+        view = memoryview(self._buffer)[:length]
+        done = os.preadv(self._target, [view], offset)
+        wanted = os.pread(self._plain, length, offset)
+        if done != len(wanted):
+            self._fail(f"a read of {len(wanted)} bytes gave {done}", offset)
+        if bytes(view) != wanted:  # views are compared byte by byte, and slowly
+            first = next(at for at in range(length) if view[at] != wanted[at])
+            end = min(first + 16, length)
+            self._fail(f"{view[first:end].hex()} instead of {wanted[first:end].hex()}", offset + first)
+
+    def punch(self, offset: int, length: int) -> None:
+        """A hole in both."""
+        self._fallocate(PUNCH, offset, length)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Zeros in both."""
+        self._fallocate(ZERO_RANGE, offset, length)
+
+    def zero_keep(self, offset: int, length: int) -> None:
+        """Zeros in both, asked for in another way."""
+        self._fallocate(ZERO_RANGE | KEEP_SIZE, offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        for fd in (self._target, self._plain):
+            fallocate(fd, mode, offset, length)
+
+    def _fail(self, what: str, offset: int) -> NoReturn:
+        page = offset // PAGE
+        print(f"seed {self._seed}, call {len(self._done)}, byte {offset} (page {page}): {what}; so far there:")
+        for number, (name, at, length) in enumerate(self._done):
+            if at < (page + 1) * PAGE and at + length > page * PAGE:
+                print(f"  {number}: {name} {at} .. {at + length}")
+        sys.exit(1)
+
+
+def marked_page(writer: int, number: int, page: int) -> bytes:
+    """Return what `writer` writes to `page` as its write `number`: every byte follows from these three."""
+    mark = _MARK.pack(writer + 1, number, page)
+    at = (writer * 7919 + number * 104729) % (_POOL_BYTES - PAGE)
+    pool = _NOISE if number % 2 else _TEXT
+    return mark + pool[at : at + PAGE - 2 * _MARK.size] + mark
+
+
+def whose_page(page: int, found: bytes) -> tuple[int, int] | None:
+    """Return (writer, number) of the write that `found` is, None for zeros. ValueError if it is neither."""
+    if found == bytes(PAGE):
+        return None
+    writer, number, of_page = _MARK.unpack_from(found)
+    if of_page != page or found != marked_page(writer - 1, number, page):
+        raise ValueError(f"page {page} holds a mix: {found[:12].hex()} .. {found[-12:].hex()}")
+    return writer - 1, number
+
+
+def race(target: str, writer: int, pages: int, seed: int, steps: int) -> dict[int, int]:
+    """Write, read and punch pages that others write too; the number of the last write of each page, 0 for a punch."""
+    fd = os.open(target, os.O_RDWR | os.O_DIRECT)
+    source = random.Random(seed)
+    buffer = mmap.mmap(-1, 16 * PAGE)
+    last: dict[int, int] = {}
+    for number in range(1, steps + 1):
+        count = source.choice((1, 1, 2, 4, 16))
+        first = source.randrange(pages - count + 1)
+        mine = range(first, first + count)
+        view = memoryview(buffer)[: count * PAGE]
+        kind = source.randrange(10)
+        if kind < 5:
+            view[:] = b"".join(marked_page(writer, number, page) for page in mine)
+            assert os.pwritev(fd, [view], first * PAGE) == len(view), f"seed {seed}: short write"
+            last.update(dict.fromkeys(mine, number))
+        elif kind < 9:
+            assert os.preadv(fd, [view], first * PAGE) == len(view), f"seed {seed}: short read"
+            for at, page in enumerate(mine):
+                whose_page(page, bytes(view[at * PAGE : (at + 1) * PAGE]))
+        else:
+            fallocate(fd, PUNCH, first * PAGE, len(view))
+            last.update(dict.fromkeys(mine, 0))
+    return last
+
+
+if __name__ == "__main__":
+    how, where, *rest = sys.argv[1:]
+    if how == "same":
+        start, length, unit, seed, steps = map(int, rest[1:])
+        Same(where, rest[0], start, length, unit, seed).run(steps)
+    else:
+        print(json.dumps(race(where, *map(int, rest))))

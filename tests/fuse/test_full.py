@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""When nothing more fits: ENOSPC for what is new, everything that was there stays readable, and room made is used.
+
+A page that is overwritten needs a frame for the new form before the old one goes, so a full pool refuses that as
+well, and the old content stays. What takes no frame (zeros, same-filled pages, discards) always works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.fuse.calls import (
+    MIB,
+    PAGE,
+    PUNCH,
+    all_stats,
+    disk_mounted,
+    fallocate,
+    looped,
+    opened,
+    require_tools,
+    stat_of,
+    tool,
+)
+from tests.support import mounted, wait_until
+
+pytestmark = pytest.mark.needs("root", "fuse")
+
+SIZE: Final = 64 * MIB
+POOL: Final = 4 * MIB
+DISK: Final = 16 * MIB
+CHUNK: Final = 16 * PAGE
+
+
+def fill(fd: int, source: random.Random) -> list[bytes]:
+    """Write noise from the start until it is refused; return all that was taken."""
+    taken: list[bytes] = []
+    for at in range(0, SIZE, CHUNK):
+        data = source.randbytes(CHUNK)
+        error = refusal(fd, data, at)
+        if error:
+            assert error == errno.ENOSPC
+            return taken
+        taken.append(data)
+    pytest.fail("the device never was full")
+
+
+def assert_still_there(fd: int, taken: list[bytes]) -> None:
+    """All that was taken reads back; of the write that was refused each page is the old one (zeros) or the new one."""
+    wrong = [number for number, data in enumerate(taken) if os.pread(fd, CHUNK, number * CHUNK) != data]
+    assert wrong == []
+    behind = (len(taken) + 1) * CHUNK
+    assert os.pread(fd, MIB, behind) == bytes(MIB)
+
+
+def refusal(fd: int, data: bytes, offset: int) -> int:
+    """The errno that a write gives, 0 if it is taken."""
+    try:
+        assert os.pwrite(fd, data, offset) == len(data)
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system that is far too small for the device."""
+    require_tools("mkfs.ext4", "losetup")
+    image = tmp_path / "image"
+    with image.open("wb") as stream:
+        stream.truncate(DISK)
+    tool("mkfs.ext4", "-q", "-O", "^has_journal", image)
+    with looped(image, sector_bytes=512, direct=False) as device, disk_mounted(device, tmp_path / "disk") as folder:
+        yield folder
+
+
+def test_pool_full_without_a_disk(tmp_path: Path) -> None:
+    """The pool takes what it has room for and refuses the rest; each refusal is counted and harms nothing."""
+    source = random.Random(11)
+    options = ("--size", str(SIZE), "--pool", str(POOL))
+    with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
+        taken = fill(fd, source)
+        assert len(taken) == POOL // CHUNK
+        counts = all_stats(mountpoint)
+        assert counts["pool_used_bytes"] == POOL
+        assert counts["refused_pool_full"] == 1
+        assert_still_there(fd, taken)
+
+        for offset in (0, 5 * PAGE, POOL + 8 * MIB):  # over something, and elsewhere; twice, to be sure it stays so
+            assert [refusal(fd, source.randbytes(PAGE), offset) for _ in range(2)] == [errno.ENOSPC] * 2
+        assert refusal(fd, b"some bytes", 3 * PAGE + 100) == errno.ENOSPC
+        assert all_stats(mountpoint)["refused_pool_full"] == 8
+        assert_still_there(fd, taken)
+
+        for word in (bytes(8), b"\xff" * 8, b"\0\0\0\0\0\0\0\7"):
+            assert refusal(fd, word * (PAGE // 8), SIZE - PAGE) == 0
+            assert os.pread(fd, PAGE, SIZE - PAGE) == word * (PAGE // 8)
+        assert all_stats(mountpoint)["lost_pages"] == 0
+
+
+def test_room_made_in_a_full_pool_is_used(tmp_path: Path) -> None:
+    """After a hole was punched just as much can be written, anywhere; all that was not punched is still there."""
+    source = random.Random(12)
+    options = ("--size", str(SIZE), "--pool", str(POOL))
+    with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
+        taken = fill(fd, source)
+        fallocate(fd, PUNCH, 2 * CHUNK, 4 * CHUNK)
+        taken[2:6] = [bytes(CHUNK)] * 4
+        assert_still_there(fd, taken)
+        data = [source.randbytes(CHUNK) for _ in range(4)]
+        assert [refusal(fd, data[at], SIZE - MIB + at * CHUNK) for at in range(4)] == [0] * 4
+        assert refusal(fd, source.randbytes(PAGE), SIZE - PAGE) == errno.ENOSPC
+        assert_still_there(fd, taken)
+        assert os.pread(fd, 4 * CHUNK, SIZE - MIB) == b"".join(data)
+        # A page of zeros over one of noise is a frame as well.
+        assert refusal(fd, bytes(CHUNK), 0) == 0
+        taken[0] = bytes(CHUNK)
+        assert refusal(fd, source.randbytes(CHUNK), SIZE - CHUNK) == 0
+        assert_still_there(fd, taken)
+
+
+@pytest.mark.needs("loop")
+def test_disk_too_small(small_disk: Path, tmp_path: Path) -> None:
+    """With a disk that fills up, more fits than in the pool, then writes are refused, and nothing is lost on the way."""
+    source = random.Random(13)
+    options = ("--size", str(SIZE), "--pool", str(POOL), "--backing", small_disk / "backing")
+    with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
+        taken = fill(fd, source)
+        assert POOL + DISK // 3 < len(taken) * CHUNK < POOL + DISK
+        counts = all_stats(mountpoint)
+        assert counts["refused_pool_full"] > 0
+        assert counts["written_back_pages"] > 0
+        assert_still_there(fd, taken)
+        assert "the backing file cannot be grown: No space left" in (mountpoint / "stats/log").read_text()
+        assert (counts["writeback_failures"], counts["lost_pages"], counts["pagein_failures"]) == (0, 0, 0)
+
+        # Room is made where pages are on the disk and where they are in RAM; both are used again.
+        for first in (0, len(taken) - 32):
+            fallocate(fd, PUNCH, first * CHUNK, 16 * CHUNK)
+            taken[first : first + 16] = [bytes(CHUNK)] * 16
+        data = [source.randbytes(CHUNK) for _ in range(24)]
+        assert [refusal(fd, piece, SIZE - 4 * MIB + at * CHUNK) for at, piece in enumerate(data)] == [0] * 24
+        assert_still_there(fd, taken)
+        assert os.pread(fd, 24 * CHUNK, SIZE - 4 * MIB) == b"".join(data)
+
+        fallocate(fd, PUNCH, 0, SIZE)
+        wait_until(lambda: stat_of(mountpoint, "pool_used_bytes") == 0, "an empty pool")
+        assert stat_of(mountpoint, "backing_used_bytes") == 0
+        again = fill(fd, source)
+        assert len(again) > len(taken) - 16
+        assert_still_there(fd, again)
+
+
+@pytest.mark.needs("loop")
+def test_a_disk_that_somebody_else_fills(small_disk: Path, tmp_path: Path) -> None:
+    """Room that others take from the file system, and give back, is room that the backing file lacks, and has again."""
+    source = random.Random(14)
+    options = ("--size", str(SIZE), "--pool", str(POOL), "--backing", small_disk / "backing")
+    with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
+        other = small_disk / "other"
+        with opened(other, os.O_WRONLY | os.O_CREAT) as stream, contextlib.suppress(OSError):
+            for at in range(0, DISK, MIB):
+                os.pwrite(stream, bytes(MIB), at)
+        assert os.statvfs(small_disk).f_bavail * PAGE < MIB
+        few = fill(fd, source)
+        other.unlink()
+        for number, data in enumerate(few):
+            assert os.pread(fd, CHUNK, number * CHUNK) == data
+        offset = len(few) * CHUNK
+        data = source.randbytes(CHUNK)
+        wait_until(lambda: refusal(fd, data, offset) == 0, "the backing file to grow again")
+        more = [*few, data]
+        while len(more) * CHUNK < len(few) * CHUNK + 2 * MIB:
+            more.append(source.randbytes(CHUNK))
+            wait_until(lambda: refusal(fd, more[-1], (len(more) - 1) * CHUNK) == 0, "a write to be taken")
+        assert_still_there(fd, more)
+        assert stat_of(mountpoint, "lost_pages") == 0

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""What the mount shows: two names, who may read what, sizes, and statistics of one moment."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, opened, stat_of
+from tests.support import LIMIT_SECONDS, mounted, wait_until
+
+pytestmark = pytest.mark.needs("root", "fuse")
+
+SIZE: Final = 12 * MIB + 5 * PAGE
+"""Whole pages, and nothing rounder."""
+NOBODY: Final = 65534
+LISTS: Final = ("unbuddied_lists", "chunk_histogram")
+TEXTS: Final = ("mountpoint", "version", "backing_path")
+LINES: Final = ("warnings", "log")
+_DIRENT: Final = struct.Struct("<QqHB")
+
+
+@pytest.fixture
+def mnt(tmp_path: Path) -> Iterator[Path]:
+    """A small mount without a disk."""
+    with mounted(tmp_path / "mnt", "--size", str(SIZE), "--pool", "8M") as mountpoint:
+        yield mountpoint
+
+
+def names_in_steps(folder: Path, step_bytes: int) -> list[tuple[str, int, int]]:
+    """List a directory with a buffer so small that it takes many calls: (name, offset behind it, type) for each."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(step_bytes)
+    found = []
+    with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        while (got := libc.getdents64(fd, buffer, ctypes.c_size_t(step_bytes))) > 0:
+            at = 0
+            while at < got:
+                _, offset, length, kind = _DIRENT.unpack_from(buffer, at)
+                name = buffer.raw[at + _DIRENT.size : at + length].split(b"\0")[0]
+                found.append((name.decode(), offset, kind))
+                at += length
+        assert got == 0, os.strerror(ctypes.get_errno())
+    return found
+
+
+def run_as_nobody(mountpoint: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a program as somebody without any rights, standing on the mount."""
+    return subprocess.run(
+        command,
+        cwd=mountpoint,
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=(),
+        env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+
+
+def test_names_and_modes(mnt: Path) -> None:
+    """The root has a swapfile of mode 0600 and stats/, whose files are 0444; all is root's, nothing is writable."""
+    seen = {entry.name: entry for entry in os.scandir(mnt)}
+    assert set(seen) == {"swapfile", "stats"}
+    assert stat.filemode(mnt.stat().st_mode) == "dr-xr-xr-x"
+    assert stat.filemode((mnt / "stats").stat().st_mode) == "dr-xr-xr-x"
+    assert stat.filemode((mnt / "swapfile").stat().st_mode) == "-rw-------"
+    for path in (mnt / "stats").iterdir():
+        assert stat.filemode(path.lstat().st_mode) == "-r--r--r--", path
+    for path in (mnt, *mnt.rglob("*")):
+        status = path.stat()
+        assert (status.st_uid, status.st_gid) == (0, 0), path
+        assert status.st_nlink == {mnt: 3, mnt / "stats": 2}.get(path, 1), path
+
+
+def test_sizes(mnt: Path) -> None:
+    """The swapfile is as large as configured and has no holes, by any way of asking, before and after it is used."""
+    for _ in range(2):
+        status = (mnt / "swapfile").stat()
+        assert (status.st_size, status.st_blocks * 512, status.st_blksize) == (SIZE, SIZE, PAGE)
+        with opened(mnt / "swapfile") as fd:
+            assert os.fstat(fd).st_size == SIZE
+            assert os.lseek(fd, 0, os.SEEK_END) == SIZE
+            assert os.lseek(fd, 0, os.SEEK_HOLE) == SIZE
+            assert stat_of(mnt, "size_bytes") == SIZE
+            os.pwrite(fd, b"x" * MIB, 100)
+            fallocate(fd, PUNCH, 0, SIZE)
+
+
+def test_statfs(mnt: Path) -> None:
+    """The device is a full file system of its size, with all its names counted."""
+    answer = os.statvfs(mnt)
+    assert (answer.f_bsize, answer.f_frsize, answer.f_blocks) == (PAGE, PAGE, SIZE // PAGE)
+    assert (answer.f_bfree, answer.f_bavail, answer.f_ffree, answer.f_favail) == (0, 0, 0, 0)
+    assert answer.f_files == len(list(mnt.rglob("*"))) + 1
+    assert answer.f_namemax == 255
+    assert answer.f_flag & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC) == os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
+
+
+@pytest.mark.parametrize("step_bytes", [64, 300, 1 << 16])
+def test_directories_are_listed_completely(step_bytes: int, mnt: Path) -> None:
+    """Each name once, in however many steps, with the type and inode number that stat gives."""
+    for folder, wanted in ((mnt, {"swapfile", "stats"}), (mnt / "stats", {*all_stats(mnt), "all.json", "log"})):
+        found = [entry for entry in names_in_steps(folder, step_bytes) if entry[0] not in (".", "..")]
+        assert sorted(name for name, _, _ in found) == sorted(wanted)
+        for name, _, kind in found:
+            assert kind == stat.S_IFMT((folder / name).stat().st_mode) >> 12, name
+        for entry in os.scandir(folder):
+            assert entry.inode() == entry.stat().st_ino, entry.name
+
+
+def test_listing_goes_on_where_it_was_left(mnt: Path) -> None:
+    """A directory's offsets can be sought: from each on come just the names behind it."""
+    listed = names_in_steps(mnt / "stats", 1 << 16)
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(1 << 16)
+    with opened(mnt / "stats", os.O_RDONLY | os.O_DIRECTORY) as fd:
+        for number, (_, offset, _) in enumerate(listed[:-1]):
+            os.lseek(fd, offset, os.SEEK_SET)
+            assert libc.getdents64(fd, buffer, ctypes.c_size_t(len(buffer))) > 0
+            length = _DIRENT.unpack_from(buffer, 0)[2]
+            assert buffer.raw[_DIRENT.size : length].split(b"\0")[0].decode() == listed[number + 1][0]
+
+
+def test_inode_numbers_are_fixed(tmp_path: Path) -> None:
+    """Another mount with other settings has the same numbers, and none of them twice."""
+    numbers: list[dict[str, int]] = []
+    for options in (("--size", "1M", "--pool", "1M"), ("--size", "8M", "--backing", tmp_path / "backing")):
+        with mounted(tmp_path / "mnt", *options) as mountpoint:
+            found = [mountpoint, *mountpoint.rglob("*")]
+            numbers.append({str(path): path.stat().st_ino for path in found})
+            assert len({path.stat().st_dev for path in found}) == 1
+    assert numbers[0] == numbers[1]
+    assert len(set(numbers[0].values())) == len(numbers[0])
+    assert numbers[0][str(tmp_path / "mnt")] == 1
+
+
+def test_nobody_reads_statistics_but_not_memory(mnt: Path) -> None:
+    """A user without rights lists everything and reads stats/, and cannot open the swapfile in any way."""
+    with opened(mnt / "swapfile") as fd:
+        os.pwrite(fd, b"somebody's secret", 0)
+    assert run_as_nobody(mnt, "ls", ".").stdout == b"stats\nswapfile\n"
+    assert int(run_as_nobody(mnt, "cat", "stats/stored_pages").stdout) == 1
+    for name in [path.name for path in (mnt / "stats").iterdir()]:
+        run = run_as_nobody(mnt, "cat", f"stats/{name}")
+        assert (run.returncode, run.stderr) == (0, b""), name
+    for command in (["cat", "swapfile"], ["dd", "of=swapfile", "if=/dev/zero", "count=1", "conv=notrunc"]):
+        run = run_as_nobody(mnt, *command)
+        assert run.returncode == 1
+        assert b"Permission denied" in run.stderr
+        assert b"secret" not in run.stdout
+    for name in ("chmod 777 swapfile", "rm -f swapfile", "mkdir other", "touch other", "truncate -s 0 swapfile"):
+        assert run_as_nobody(mnt, *name.split()).returncode != 0, name
+    with opened(mnt / "swapfile") as fd:
+        assert os.pread(fd, 17, 0) == b"somebody's secret"
+
+
+def test_each_file_holds_one_value(mnt: Path) -> None:
+    """A number, 64 numbers, one line of text, or lines; a newline ends it; all.json has just the same."""
+    before = all_stats(mnt)
+    single = {name: (mnt / "stats" / name).read_text() for name in before}
+    after = all_stats(mnt)
+    for name, text in single.items():
+        assert text.endswith("\n") or name in LINES, name
+        value: Any = text.removesuffix("\n")
+        if name in LISTS:
+            value = [int(number) for number in value.split(" ")]
+            assert len(value) == 64
+        elif name in LINES:
+            value = text.splitlines()
+        elif name not in TEXTS:
+            value = int(value)
+        elif name == "backing_path":
+            value = value or None
+        assert value in (before[name], after[name]), name
+        assert type(value) is type(before[name]), name
+    assert "info: zbudfs" in (mnt / "stats/log").read_text()
+    assert before["mountpoint"] == str(mnt)
+
+
+def test_numbers_count_what_was_done(mnt: Path) -> None:
+    """Pages of each form, written, read and discarded, are counted as what they are."""
+    same, text, noise = 10, 24, 5
+    with opened(mnt / "swapfile") as fd:
+        empty = all_stats(mnt)
+        os.pwrite(fd, bytes(range(8)) * (PAGE // 8 * same), 0)
+        os.pwrite(fd, b"".join((b"page %03d of some\n" % number * PAGE)[:PAGE] for number in range(text)), MIB)
+        os.pwrite(fd, os.urandom(noise * PAGE), 2 * MIB)
+        full = all_stats(mnt)
+        os.pread(fd, 16 * PAGE, MIB)
+        read = all_stats(mnt)
+        fallocate(fd, PUNCH, MIB, 4 * PAGE)
+        fallocate(fd, PUNCH, 3 * MIB, MIB)
+        punched = all_stats(mnt)
+    zeros = ("stored_pages", "pool_used_bytes", "compressed_bytes", "cumul_written_pages", "cumul_read_pages")
+    assert {name: empty[name] for name in zeros} == dict.fromkeys(zeros, 0)
+    assert (full["stored_pages"], full["same_filled_pages"], full["raw_pages"]) == (same + text + noise, same, noise)
+    assert full["cumul_written_pages"] == same + text + noise
+    assert full["pers_zpages"] == sum(full["chunk_histogram"]) == text
+    assert full["pool_used_bytes"] == (text // 2 + noise) * PAGE
+    assert read["cumul_read_pages"] == 16
+    assert punched["cumul_discarded_pages"] == 4
+    assert punched["stored_pages"] == full["stored_pages"] - 4
+    assert punched["written_back_pages"] == punched["refused_pool_full"] == punched["lost_pages"] == 0
+
+
+def test_an_open_file_is_of_one_moment(mnt: Path) -> None:
+    """What was opened stays what it was, read byte by byte and again from the start; opened anew it has moved on."""
+    with opened(mnt / "swapfile") as fd, opened(mnt / "stats/stored_pages", os.O_RDONLY) as old:
+        os.pwrite(fd, b"x" * 20 * PAGE, 0)
+        with opened(mnt / "stats/all.json", os.O_RDONLY) as moment:
+            fallocate(fd, PUNCH, 0, SIZE)
+            text = b"".join(iter(lambda: os.read(moment, 1), b""))
+            assert os.pread(moment, 1 << 20, 0) == text
+            assert os.pread(moment, 10, len(text)) == os.pread(moment, 10, 1 << 40) == b""
+        assert json.loads(text)["stored_pages"] == 20
+        assert os.pread(old, 100, 0) == b"0\n"
+        assert os.pread(old, 1, 1) == b"\n"
+        assert stat_of(mnt, "stored_pages") == 0
+
+
+def test_a_moment_is_one_while_all_is_moving(tmp_path: Path) -> None:
+    """Numbers that must agree do so in every all.json that is read while pages come, go out and vanish."""
+    code = (
+        "import os, random, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from tests.fuse.calls import PUNCH, fallocate\n"
+        "from tests.fuse.exercise import content\n"
+        "fd, source = os.open(sys.argv[1], os.O_RDWR), random.Random(4)\n"
+        "for _ in range(600):\n"
+        "    at = source.randrange(2500) * 4096\n"
+        "    if source.randrange(4): os.pwrite(fd, content(source, 40 * 4096), at)\n"
+        "    else: fallocate(fd, PUNCH, at, 80 * 4096)\n"
+    )
+    options = ("--size", str(SIZE), "--pool", "1M", "--backing", tmp_path / "backing")
+    with mounted(tmp_path / "mnt", *options) as mountpoint:
+        command = [sys.executable, "-c", code, str(mountpoint / "swapfile"), os.fspath(Path(__file__).parents[2])]
+        with subprocess.Popen(command) as writer:
+            try:
+                moments = [all_stats(mountpoint)]
+                while writer.poll() is None:
+                    moments.append(all_stats(mountpoint))
+            finally:
+                writer.kill()
+        assert writer.returncode == 0
+    assert moments[-1]["cumul_writeback_pages"] > 0
+    for before, now in itertools.pairwise(moments):
+        in_pool = now["pers_zpages"] + now["eph_zpages"]
+        assert sum(now["chunk_histogram"]) == in_pool
+        kept = now["pers_raw_count"] + now["eph_raw_count"]
+        stored = now["same_filled_pages"] + now["written_back_pages"] + in_pool + kept
+        # A same-filled page whose word needs a zpage is counted as both.
+        assert 0 <= stored - now["stored_pages"] <= now["same_filled_pages"]
+        assert now["pool_used_bytes"] <= now["pool_configured_bytes"]
+        for name in now:
+            if name.startswith("cumul_"):
+                assert now[name] >= before[name], name
+
+
+def test_open_swapfiles_are_counted(mnt: Path) -> None:
+    """Each open of the swapfile counts until the last descriptor of it is closed."""
+    assert stat_of(mnt, "open_swapfiles") == 0
+    with opened(mnt / "swapfile") as fd, opened(mnt / "swapfile", os.O_RDONLY):
+        with os.fdopen(os.dup(fd), "rb", buffering=0):
+            assert stat_of(mnt, "open_swapfiles") == 2
+        assert stat_of(mnt, "open_swapfiles") == 2
+    wait_until(lambda: stat_of(mnt, "open_swapfiles") == 0, "the kernel to tell that the files are closed")

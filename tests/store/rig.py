@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""A page store that runs, on a clock that the test can push forward, and ways to look at where a page is."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import trio
+import trio.testing
+
+from tests.store.faulty import FaultyBacking
+from zbudfs.core.codec import Codec
+from zbudfs.core.page_table import BLOCK, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, RAW_FRAME, REF_MASK
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.core.zbud import REF_BITS
+from zbudfs.store.page_store import PageStore
+
+LIMIT_SECONDS: Final = 60.0
+"""Longest time that a whole test may take, on its own clock. A failure, not a measurement."""
+POLL_SECONDS: Final = 0.001
+
+# A store is made once in a process and keeps its memory files until the end; here there are many of them.
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    """Run a test, limited in time. Its clock goes as fast as the real one, and `push` jumps."""
+
+    async def limited() -> None:
+        with trio.fail_after(LIMIT_SECONDS):
+            await main()
+
+    trio.run(limited, clock=trio.testing.MockClock(rate=1.0))
+
+
+def push(seconds: float) -> None:
+    """Move the test's clock forward."""
+    clock = trio.lowlevel.current_clock()
+    assert isinstance(clock, trio.testing.MockClock)
+    clock.jump(seconds)
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait until something holds; a failure of the test if it does not."""
+    try:
+        with trio.fail_after(LIMIT_SECONDS / 3):
+            while not condition():
+                await trio.sleep(POLL_SECONDS)
+    except trio.TooSlowError:
+        raise AssertionError(f"waited in vain until {what}") from None
+
+
+@contextlib.asynccontextmanager
+async def running(store: PageStore) -> AsyncIterator[PageStore]:
+    """Have a store's tasks run; at the end they are stopped, and the store is closed."""
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(store.run)
+            yield store
+            nursery.cancel_scope.cancel()
+    finally:
+        store.close()
+
+
+@contextlib.asynccontextmanager
+async def backed_store(
+    folder: Path, nr_pages: int = 512, nr_frames: int = 64
+) -> AsyncIterator[tuple[PageStore, FaultyBacking]]:
+    """Have a running store with a backing file that can be held and made to fail.
+
+    With 64 frames the low watermark is 16 and the high one 32: the 49th frame starts a writeback of 17.
+    """
+    backing = FaultyBacking(str(folder / "backing"))
+    store = PageStore(nr_pages * PAGE_SIZE, nr_frames, backing, Codec())
+    async with running(store):
+        yield store, backing
+
+
+async def quiet(store: PageStore) -> None:
+    """Wait until every task waits and no frame is being written back; then all must add up."""
+    await trio.testing.wait_all_tasks_blocked()
+    while store.zbud_counters()["pers_zombie_count"]:
+        await trio.sleep(POLL_SECONDS)
+        await trio.testing.wait_all_tasks_blocked()
+    store.check()
+
+
+# ---- one page ------------------------------------------------------------------------------------------------------
+
+
+async def put(store: PageStore, page: int, content: bytes) -> None:
+    """Write pages from `page` on."""
+    await store.write(page * PAGE_SIZE, content)
+
+
+async def get(store: PageStore, page: int, count: int = 1) -> bytes:
+    """Read pages from `page` on."""
+    return await store.read(page * PAGE_SIZE, count * PAGE_SIZE)
+
+
+async def drop(store: PageStore, page: int, count: int = 1) -> None:
+    """Discard pages from `page` on."""
+    await store.discard(page * PAGE_SIZE, count * PAGE_SIZE)
+
+
+def kind_of(store: PageStore, page: int) -> int:
+    """Return how a page is kept: ABSENT, FRAME, BLOCK, ..."""
+    return store.state.table.entries[page] & KIND_MASK
+
+
+def place_of(store: PageStore, page: int) -> tuple[int, int]:
+    """Return the frame or block of a page, and its index in there."""
+    ref = store.state.table.entries[page] >> KIND_BITS & REF_MASK
+    return ref >> REF_BITS, ref & ((1 << REF_BITS) - 1)
+
+
+def in_ram(store: PageStore, page: int) -> bool:
+    """Whether a page is in a frame."""
+    return kind_of(store, page) in (FRAME, RAW_FRAME)
+
+
+def in_block(store: PageStore, page: int) -> bool:
+    """Whether a page is in the backing file alone."""
+    return kind_of(store, page) in (BLOCK, RAW_BLOCK)
+
+
+def block_of(store: PageStore, page: int) -> int:
+    """Return the block of a page that is in the backing file alone."""
+    assert in_block(store, page), f"page {page} is in RAM"
+    return place_of(store, page)[0]
