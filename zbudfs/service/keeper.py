@@ -38,7 +38,7 @@ from zbudfs.store.backing import Backing
 from zbudfs.store.board import Field
 from zbudfs.store.memory import StoreMemory
 
-HANG_SECONDS: Final = 10.0
+HANG_SECONDS: Final = 5.0
 """A worker whose heartbeat stands still for so long is killed. Guessed: a whole rebuild takes less than a second a GiB."""
 
 POLL_SECONDS: Final = 0.2
@@ -144,17 +144,16 @@ class Keeper:
         os.set_blocking(self._fuse_fd, False)
         self._prepare(time.time_ns())
 
-    def adopt(self, channel: socket.socket) -> None:
-        """Take over memory, backing file and mount from the keeper at the other end of `channel`."""
+    def adopt(self, descriptors: list[int], born_ns: int) -> None:
+        """Take over memory, backing file and mount, whose descriptors another keeper has handed over."""
         self._warnings += hardening.before_threads(0)
         shim.take_arenas_from_malloc()
-        handed, descriptors = receive_with_descriptors(channel)
         self._fuse_fd, lock_fd = descriptors[0], descriptors[1]
         self._directory = PoolDirectory.adopt(self._settings, lock_fd)
         backing = self._settings.backing
         self._backing = Backing(backing, adopted_fd=descriptors[2]) if backing is not None else None
         self._memory = self._make_memory()
-        self._prepare(int(str(handed["born_ns"])))
+        self._prepare(born_ns)
 
     def _prepare(self, born_ns: int) -> None:
         self._born_ns = born_ns
@@ -529,13 +528,10 @@ def _receive_line(channel: socket.socket) -> dict[str, object]:
 
 def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool) -> int:
     """Be the keeper that takes over from the one at the other end of `channel`: the exit status."""
-    peeked = socket.recv_fds(channel, 65536, 8, socket.MSG_PEEK)
-    for descriptor in peeked[1]:
-        os.close(descriptor)
-    settings = Settings.from_json(str(json.loads(peeked[0])["settings"]))
-    keeper = Keeper(settings, log, foreground=foreground)
     try:
-        keeper.adopt(channel)
+        handed, descriptors = receive_with_descriptors(channel)
+        keeper = Keeper(Settings.from_json(str(handed["settings"])), log, foreground=foreground)
+        keeper.adopt(descriptors, int(str(handed["born_ns"])))
         keeper.start()
     except Exception as error:
         channel.sendall(json.dumps({"error": str(error) or repr(error)}).encode() + b"\n")
