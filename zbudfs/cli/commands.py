@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""The five commands, each a function of what was typed that returns the exit status or raises.
+"""The commands, each a function of what was typed that returns the exit status or raises.
 
     mount    settings -> a daemon that mounts           umount    no users? -> unmount -> wait for the daemon's end
     swapon   mount if need be -> loop -> mkswap -> on   swapoff   room? -> off -> loop -> umount if wanted
-    status   in `status`
+    restart  order to the keeper -> it hands over     status    in `status`
 
 They decide the order and undo what they did; how each step is done is known to `service` and `swap`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import json
 import os
 import select
+import socket
 import sys
 import time
 from pathlib import Path
@@ -33,6 +36,7 @@ from zbudfs.service.mountpoint import (
     unmount,
     zbudfs_mounts,
 )
+from zbudfs.service.pooldir import PoolDirectoryError, path_of, remove_dead
 from zbudfs.service.settings import (
     BACKING_FOLDER,
     DEFAULT_LEVEL,
@@ -50,6 +54,9 @@ from zbudfs.swap.loop import users
 
 END_LIMIT_SECONDS: Final = 60.0
 """Longest wait for a daemon to end after its unmount. Arbitrary, and generous: it may have to wait for the disk."""
+
+RESTART_LIMIT_SECONDS: Final = 120.0
+"""Longest wait for a restart. Arbitrary, and generous: starting an interpreter may take long when memory is short."""
 
 _BUSY_LIMIT_SECONDS: Final = 2.0
 """How long "busy" is not believed. Arbitrary: closing the last file of a loop device is finished a little later."""
@@ -116,6 +123,16 @@ def swapoff(arguments: Arguments) -> int:
         take_down(mounted)
     elif not devices:
         raise CommandError(f"no swap is on {shown_path(mounted.mountpoint)}")
+    return 0
+
+
+def restart(arguments: Arguments) -> int:
+    """Hand a mount over to the version of zbudfs that runs this command; swap stays on."""
+    _need_root("restart")
+    mounted = _mounted(resolve(arguments.mountpoint))
+    answer = _order_restart(mounted.mountpoint)
+    _wait_served(mounted.mountpoint, answer["pid"])
+    print(f"zbudfs {answer['version']} serves {shown_path(mounted.mountpoint)} now, pid {answer['pid']}")
     return 0
 
 
@@ -248,12 +265,13 @@ def take_down(mounted: Mount) -> None:
     """
     mountpoint = mounted.mountpoint
     shown = shown_path(mountpoint)
-    if here := users(mountpoint, mounted.st_dev):
-        raise CommandError(f"{shown} is in use: {', '.join(here)}; run zbudfs swapoff {shown} first")
     pidfd = _open_daemon(mountpoint)
     if pidfd is None:
-        _unmount_dead(mountpoint)
+        _clean_up_dead(mounted)
         return
+    if here := users(mountpoint, mounted.st_dev):
+        os.close(pidfd)
+        raise CommandError(f"{shown} is in use: {', '.join(here)}; run zbudfs swapoff {shown} first")
     try:
         _unmount_when_idle(mountpoint)
         _wait_for_end(pidfd, shown)
@@ -295,22 +313,22 @@ def _wait_for_end(pidfd: int, shown: str) -> None:
         )
 
 
-def _unmount_dead(mountpoint: str) -> None:
-    """Take away what a dead daemon has left: the mount, and the memory of others in its backing file.
+def _clean_up_dead(mounted: Mount) -> None:
+    """Take away what dead processes have left: swap, loop devices, mount, memory, and the content of the backing file.
 
-    Only the backing file at the default place is known now; it is emptied unless another daemon has it locked.
+    What was swapped out is gone with them; programs that need it are ended by the kernel.
     """
+    mountpoint = mounted.mountpoint
+    detach(mountpoint, st_dev=mounted.st_dev, force=True)
     # Nobody can use what is on it any more: the mount leaves the tree although files are still open.
     unmount(mountpoint, lazy=True)
-    left = default_backing(mountpoint)
+    try:
+        left = remove_dead(mountpoint) or default_backing(mountpoint)
+    except PoolDirectoryError as error:
+        raise CommandError(f"{shown_path(mountpoint)} is unmounted, but its memory is still in use: {error}") from None
     try:
         fd = os.open(left, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        print(
-            f"zbudfs: the daemon of {shown_path(mountpoint)} had died; if it had a backing file of your choice, what"
-            " was written there is still in it: remove it",
-            file=sys.stderr,
-        )
         return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,3 +337,41 @@ def _unmount_dead(mountpoint: str) -> None:
         pass  # a new daemon's by now, which empties what it finds
     finally:
         os.close(fd)
+
+
+# ---- restart -----------------------------------------------------------------------------------------------------
+
+
+def _order_restart(mountpoint: str) -> dict[str, object]:
+    """Have the keeper hand over to the zbudfs that runs this; its answer. CommandError."""
+    shown = shown_path(mountpoint)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        channel.settimeout(RESTART_LIMIT_SECONDS)
+        try:
+            channel.connect(f"{path_of(mountpoint)}/control")
+            channel.sendall(json.dumps({"order": "restart", "interpreter": sys.executable}).encode())
+            answer = b""
+            while piece := channel.recv(4096):
+                answer += piece
+        except TimeoutError:
+            raise CommandError(f"the keeper of {shown} has not answered within {RESTART_LIMIT_SECONDS:g} s") from None
+        except OSError as error:
+            raise CommandError(f"the keeper of {shown} cannot be reached: {error.strerror}") from None
+    try:
+        found: dict[str, object] = json.loads(answer)
+    except ValueError:
+        raise CommandError(f"the keeper of {shown} ended before it had answered") from None
+    if "error" in found:
+        raise CommandError(f"{shown} goes on as it was: {found['error']}")
+    return found
+
+
+def _wait_served(mountpoint: str, pid: object) -> None:
+    """Wait until the keeper `pid` has a worker that serves."""
+    end = time.monotonic() + RESTART_LIMIT_SECONDS
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, ValueError):
+            if int(Path(mountpoint, "stats/keeper_pid").read_text()) == pid:
+                return
+        time.sleep(0.05)
+    raise CommandError(f"{shown_path(mountpoint)} was handed over, but does not answer yet: see zbudfs status")

@@ -112,6 +112,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory that it is mounted on")
 
     sub = command(
+        "restart",
+        commands.restart,
+        "have this version of zbudfs take over a running mount; swap stays on",
+        "What is stored stays where it is. If this version cannot take over, the running one goes on.\n",
+    )
+    sub.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory that it is mounted on")
+
+    sub = command(
         "status",
         commands.status,
         "tell what is stored, what it takes, and what the system refused",

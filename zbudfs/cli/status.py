@@ -87,7 +87,8 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{number(name):,} {what}"
         for name, what in (
             ("refused_pool_full", "writes refused for want of room"),
-            ("writeback_failures", "frames that the backing file did not take"),
+            ("lost_pages", "reads of pages that were lost"),
+            ("writeback_failures", "writebacks that the backing file did not take"),
         )
         if number(name)
     ]
@@ -95,7 +96,7 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     written = number("cumul_writeback_pages")
     return [
         ("device", f"{size('size_bytes')}, zstd level {report.get('level')}, {_used_by(report)}"),
-        ("daemon", f"zbudfs {report.get('version')}, pid {report.get('pid')}"),
+        ("daemon", f"zbudfs {report.get('version')}, pid {report.get('pid')}, {_standby(report)}"),
         ("stored", f"{format_size(stored)} in {pages:,} page{'s'[: pages != 1]}{_listed(kinds)}"),
         ("takes", f"{size('pool_used_bytes')} of RAM, {size('backing_used_bytes')} on disk"),
         ("saved", f"{format_size(stored - taken)} ({_percent(stored - taken, stored)})" if stored else ""),
@@ -109,6 +110,13 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("trouble", ", ".join(troubles)),
     ]
+
+
+def _standby(report: Mapping[str, Any]) -> str:
+    """Return who would take over, and how often that has happened."""
+    ready = "standby ready" if report.get("standby_ready") else "no standby yet"
+    recoveries = int(report.get("recoveries") or 0)
+    return f"{ready}, {recoveries:,} recover{'y' if recoveries == 1 else 'ies'}" if recoveries else ready
 
 
 def _used_by(report: Mapping[str, Any]) -> str:

@@ -27,15 +27,17 @@ HEADER_BLOCK: Final = 0
 
 
 class BlockMap:
-    """The map of a backing file of at most `nr_segments` segments; all of them holes at first.
+    """The map of a backing file of at most `nr_segments` segments; all of them holes where the table is zeros.
 
     buffer: a zeroed writable memoryview of `table_size(nr_segments)` bytes.
 
     I1: a block is free iff its bit in the segment's mask is set; then nothing of it is live.
     I2: a ready segment with n free blocks is on list n; a hole is on the list of holes.
+
+    With `attach` nothing is written, and nothing may be asked, before `reset`.
     """
 
-    def __init__(self, buffer: memoryview, nr_segments: int) -> None:
+    def __init__(self, buffer: memoryview, nr_segments: int, *, attach: bool = False) -> None:
         if len(buffer) < self.table_size(nr_segments):
             raise ValueError(f"a table of {len(buffer)} bytes is too small for {nr_segments} segments")
         self.nr_segments = nr_segments
@@ -45,8 +47,15 @@ class BlockMap:
         prev_end = next_end + 4 * nodes
         self._masks = buffer[:masks_end].cast("Q")
         nexts, prevs = buffer[masks_end:next_end].cast("I"), buffer[next_end:prev_end].cast("I")
-        self._lists = IndexLists(nexts, prevs, nr_segments, _LISTS)
-        self._live = buffer[prev_end : prev_end + nr_segments * SEGMENT_BLOCKS]
+        self._lists = IndexLists(nexts, prevs, nr_segments, _LISTS, attach=True)
+        live_end = prev_end + nr_segments * SEGMENT_BLOCKS
+        self._live = buffer[prev_end:live_end]
+        self._ready = buffer[live_end : live_end + nr_segments]
+        self._zero_counters()
+        if not attach:
+            self.reset()
+
+    def _zero_counters(self) -> None:
         self._lengths = [0] * _LISTS
         self._nonempty = 0
         self.free_blocks = 0
@@ -54,13 +63,39 @@ class BlockMap:
         self.used_blocks = 0
         """With a live zpage, or being written."""
         self.ready_segments = 0
-        for segment in range(nr_segments):
-            self._link(segment, _HOLES)
+
+    def reset(self) -> None:
+        """No block is in use. Segments are ready or holes as the table says."""
+        self._zero_counters()
+        self._lists.clear()
+        self._live[:] = bytes(len(self._live))
+        for segment in range(self.nr_segments):
+            if self._ready[segment]:
+                self.add_ready(segment, 1)
+            else:
+                self._masks[segment] = 0
+                self._link(segment, _HOLES)
+
+    def restore(self, block: int, index: int) -> bool:
+        """After `reset`: zpage `index` of the block is live. False if that cannot be, or it is already."""
+        segment, bit = divmod(block, SEGMENT_BLOCKS)
+        if not 0 < block < self.nr_segments * SEGMENT_BLOCKS or not self._ready[segment] or self._live[block] >> index & 1:
+            return False
+        mask = self._masks[segment]
+        if mask >> bit & 1:
+            free = mask.bit_count()
+            self._masks[segment] = mask & ~(1 << bit)
+            self._unlink(segment, free)
+            self._link(segment, free - 1)
+            self.free_blocks -= 1
+            self.used_blocks += 1
+        self._live[block] |= 1 << index
+        return True
 
     @staticmethod
     def table_size(nr_segments: int) -> int:
-        """Bytes of the table: 1.25 a block, and half a KiB."""
-        return nr_segments * (8 + 8 + SEGMENT_BLOCKS) + 8 * _LISTS
+        """Bytes of the table: 1.27 a block, and half a KiB."""
+        return nr_segments * (8 + 8 + SEGMENT_BLOCKS + 1) + 8 * _LISTS
 
     def _link(self, segment: int, which: int) -> None:
         self._lists.append(which, segment)
@@ -96,6 +131,7 @@ class BlockMap:
         """Segments of `take_holes` that are ready now."""
         for segment in range(first, first + count):
             free = SEGMENT_BLOCKS
+            self._ready[segment] = 1
             self._masks[segment] = _ALL_FREE
             if segment == HEADER_BLOCK // SEGMENT_BLOCKS:
                 self._masks[segment] &= ~(1 << HEADER_BLOCK)
@@ -110,6 +146,7 @@ class BlockMap:
         if segment >= self.nr_segments or self.free_blocks - SEGMENT_BLOCKS < keep_blocks:
             return NO_SEGMENT
         self._unlink(segment, SEGMENT_BLOCKS)
+        self._ready[segment] = 0
         self.free_blocks -= SEGMENT_BLOCKS
         self.ready_segments -= 1
         return segment

@@ -18,17 +18,19 @@ class IndexLists:
     """`lists` lists over `nodes` members.
 
     `nexts` and `prevs` are memoryviews of format "I" with `nodes + lists` entries. What stands at a
-    member that is on no list means nothing: whoever owns the lists must know where a member is.
+    member that is on no list means nothing: whoever owns the lists must know where a member is. With
+    `attach` nothing is written, and nothing may be asked, before `clear`.
     """
 
     __slots__ = ("lists", "nexts", "nodes", "prevs")
 
-    def __init__(self, nexts: memoryview, prevs: memoryview, nodes: int, lists: int) -> None:
+    def __init__(self, nexts: memoryview, prevs: memoryview, nodes: int, lists: int, *, attach: bool = False) -> None:
         self.nexts = nexts
         self.prevs = prevs
         self.nodes = nodes
         self.lists = lists
-        self.clear()
+        if not attach:
+            self.clear()
 
     def clear(self) -> None:
         """Empty every list."""

@@ -14,6 +14,7 @@ repeated 32-bit words go in as they are; what is left over (a double such as 0.1
 which the highest bit of its check tells from others.
 """
 
+from collections.abc import Iterator
 from typing import Final
 
 from zbudfs.core.codec import CHECK_BITS
@@ -37,6 +38,9 @@ BLOCK: Final = 6
 """A zpage in a block of the backing file."""
 RAW_BLOCK: Final = 7
 """The page itself, in a block of the backing file."""
+
+LOST: Final = RAW_BLOCK
+"""The entry of a page that was lost: a raw page in block 0, which is the backing file's header and holds none."""
 
 KIND_BITS: Final = 3
 KIND_MASK: Final = (1 << KIND_BITS) - 1
@@ -112,6 +116,26 @@ class PageTable:
         if (old | entry) >> 63:
             self.word_zpages += is_word_zpage(entry) - is_word_zpage(old)
         return old
+
+    def stretches(self) -> Iterator[tuple[int, list[int]]]:
+        """(first page, entries) of each stretch of pages in which something is stored, absent ones among them."""
+        for first in range(0, self.nr_pages, _SCAN_PAGES):
+            stretch = self.entries[first : first + _SCAN_PAGES]
+            if bytes(stretch) != _EMPTY_SCAN[: len(stretch) * ENTRY_SIZE]:
+                yield first, stretch.tolist()
+
+    def recount(self) -> None:
+        """Make `counts` and `word_zpages` say what the entries are."""
+        counts = [0] * (KIND_MASK + 1)
+        word_zpages = 0
+        for _, values in self.stretches():
+            for value in values:
+                counts[value & KIND_MASK] += 1
+                if value >> 63:
+                    word_zpages += is_word_zpage(value)
+        counts[ABSENT] = self.nr_pages - sum(counts[1:])
+        self.counts = counts
+        self.word_zpages = word_zpages
 
     def next_stored(self, page: int, stop: int) -> int:
         """The first page from `page` on, below `stop`, that is not absent; `stop` if there is none.

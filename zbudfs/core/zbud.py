@@ -27,7 +27,7 @@ Zbud is Dan Magenheimer's design, from Linux's zcache (drivers/staging/zcache/zb
 from its description. The names of the counters are the kernel's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -145,9 +145,11 @@ class Zbud:
     I2: a FREE frame has no buddy, no pin, and is on no list.
     I3: bit n of the mask is set iff unbuddied list n is not empty.
     I4: each counter is what a recount of the frames gives.
+
+    With `attach` nothing is written, and nothing may be asked, before `reset`: the memory may be another process's still.
     """
 
-    def __init__(self, frames: memoryview, table: memoryview, nr_frames: int) -> None:
+    def __init__(self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool = False) -> None:
         if len(table) < self.table_size(nr_frames):
             raise ValueError(f"a table of {len(table)} bytes is too small for {nr_frames} frames")
         self.nr_frames = nr_frames
@@ -160,8 +162,13 @@ class Zbud:
         self._last_chunks = last
         self._state = state
         self._pins = pins
-        self._lru = IndexLists(lru_next.cast("I"), lru_prev.cast("I"), nr_frames, 2)
-        self._budlists = IndexLists(bud_next.cast("I"), bud_prev.cast("I"), nr_frames, 2 * NCHUNKS)
+        self._lru = IndexLists(lru_next.cast("I"), lru_prev.cast("I"), nr_frames, 2, attach=True)
+        self._budlists = IndexLists(bud_next.cast("I"), bud_prev.cast("I"), nr_frames, 2 * NCHUNKS, attach=True)
+        self._zero_counters()
+        if not attach:
+            self.reset()
+
+    def _zero_counters(self) -> None:
         # Each by kind: [persistent, ephemeral].
         self._masks = [0, 0]
         self._unbuddied = [[0] * NCHUNKS, [0] * NCHUNKS]
@@ -206,6 +213,69 @@ class Zbud:
         widths = [4] * 5 + [1] * 4
         spans = zip(cls._columns(nr_frames), widths, strict=True)
         return [(offset + first * width, count * width) for (offset, _), width in spans]
+
+    @classmethod
+    def sentinel_spans(cls, nr_frames: int) -> list[tuple[int, int]]:
+        """(offset, length) of the parts of the table that belong to no frame: the ends of the lists."""
+        return [(offset + 4 * nr_frames, 8 * NCHUNKS) for offset, _ in cls._columns(nr_frames)[:4]]
+
+    # ---- beginning ---------------------------------------------------------------------------------------------
+
+    def reset(self, populated: Iterable[tuple[int, int]] = ()) -> None:
+        """No frame is the allocator's. `populated` are the frames (first, count) whose part of the table is not zeros."""
+        for first, count in populated:
+            for column in (self._first_chunks, self._last_chunks, self._state, self._pins):
+                column[first : first + count] = bytes(count)
+        self._lru.clear()
+        self._budlists.clear()
+        self._zero_counters()
+
+    def restore(self, ref: int, page: int) -> bool:
+        """After `reset`: claim the zpage at `ref`, found by its handle, for `page`. False if it is not that or is taken.
+
+        `restore_done` must follow for its frame when all are claimed.
+        """
+        frame = ref >> 1
+        if frame >= self.nr_frames:
+            return False
+        handle = self._words[(frame + 1) * PAGE_WORDS - 1] if ref & 1 else self._words[frame * PAGE_WORDS]
+        size = handle & SIZE_MASK
+        chunks = (size + _ROUND_UP) >> CHUNK_SHIFT
+        mine, other = (self._last_chunks, self._first_chunks) if ref & 1 else (self._first_chunks, self._last_chunks)
+        if handle >> SIZE_BITS != page or not size or chunks > MAX_CHUNKS:
+            return False
+        if mine[frame] or chunks + other[frame] > NCHUNKS:
+            return False
+        mine[frame] = chunks
+        self._account(PERSISTENT_KIND, chunks, size)
+        return True
+
+    def restore_raw(self, ref: int, page: int) -> bool:
+        """After `reset`: claim the whole frame of `ref` for the raw page `page`. False if it is taken."""
+        frame = ref >> 1
+        if frame >= self.nr_frames or ref & 1 or self._first_chunks[frame] or self._last_chunks[frame]:
+            return False
+        self._first_chunks[frame] = RAW_CHUNKS
+        self._owner[frame] = page
+        self._raw_count[PERSISTENT_KIND] += 1
+        return True
+
+    def restore_done(self, frame: int) -> bool:
+        """All that is in the frame was claimed: let it be a persistent frame. False if nothing was."""
+        first, last = self._first_chunks[frame], self._last_chunks[frame]
+        if not first and not last:
+            return False
+        self._state[frame] = _PERSISTENT
+        self._pageframes[PERSISTENT_KIND] += 1
+        if first == RAW_CHUNKS:
+            self._lru.prepend(PERSISTENT_KIND, frame)
+            return True
+        self._lru.append(PERSISTENT_KIND, frame)
+        if first and last:
+            self._buddied[PERSISTENT_KIND] += 1
+        else:
+            self._link_unbuddied(frame, first + last, PERSISTENT_KIND)
+        return True
 
     # ---- adding a zpage ----------------------------------------------------------------------------------------
 

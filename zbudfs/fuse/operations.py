@@ -15,6 +15,8 @@ from zbudfs.core.errors import BackingError, BackingFull, LayoutError, OutOfRang
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.fuse import shim
 from zbudfs.fuse.nodes import ROOT, STATS, STATS_NAME, SWAPFILE, SWAPFILE_NAME, Stats
+from zbudfs.store.board import Field
+from zbudfs.store.memory import PARKING_SLOT_BYTES
 from zbudfs.store.page_store import PageStore
 
 ERRNO_OF: Final[Mapping[type[ZbudfsError], int]] = {
@@ -48,7 +50,7 @@ def fuse_error(error: Exception) -> pyfuse3.FUSEError:
 
 
 class Operations(pyfuse3.Operations):
-    """What the kernel may ask of one mount. `started` is called when it has sent its first request (FUSE_INIT)."""
+    """What the kernel may ask of one mount. `started` is set when FUSE_INIT has come, from the kernel or replayed."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -60,8 +62,10 @@ class Operations(pyfuse3.Operations):
         self._nursery = nursery
         self._born_ns = born_ns
         self.started = trio.Event()
-        self.open_swapfiles = 0
-        """Open files of the swapfile: a loop device is one."""
+        self._board = store.memory.board
+        parking = store.memory.parking.view
+        self._parking = [parking[at : at + PARKING_SLOT_BYTES] for at in range(0, len(parking), PARKING_SLOT_BYTES)]
+        """Free slots."""
         self._snapshots: dict[int, bytes] = {}
         """By file handle: what a file of stats/ held when it was opened."""
         self._next_handle = SWAPFILE + 1
@@ -69,6 +73,8 @@ class Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         """FUSE_INIT has come: the mount answers from now on."""
+        if not self._board.init():
+            self._board.save_init(shim.first_request())
         self.started.set()
 
     # ---- the tree --------------------------------------------------------------------------------------------------
@@ -178,7 +184,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: pyfuse3.InodeT, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open the swapfile, past the page cache, or a file of stats/, whose content is fixed at this moment."""
         if inode == SWAPFILE:
-            self.open_swapfiles += 1
+            self._board.fields[Field.OPEN_SWAPFILES] += 1
             return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(SWAPFILE), direct_io=True)
         name = self._stats.name(inode)
         if name is None:
@@ -193,13 +199,16 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """The last user of an open file is gone."""
         if fh == SWAPFILE:
-            self.open_swapfiles -= 1
+            self._board.fields[Field.OPEN_SWAPFILES] -= 1
         else:
             self._snapshots.pop(fh, None)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """Bytes of a file of stats/; those of the swapfile do not come this way."""
-        return self._snapshots[fh][off : off + size]
+        snapshot = self._snapshots.get(fh)
+        if snapshot is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)  # opened before a new worker took over
+        return snapshot[off : off + size]
 
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
         """A file is closed: nothing is held back that could be flushed."""
@@ -247,16 +256,28 @@ class Operations(pyfuse3.Operations):
             return fuse_error(error).errno
         if done == len(content):
             return 0
-        self._nursery.start_soon(self._write_later, request, offset + done, bytes(content[done:]), len(content))
+        slot = self._parking.pop() if self._parking else None
+        rest: bytes | memoryview
+        if slot is None:  # more than the kernel keeps in flight on its own account: somebody's own direct writes
+            rest = bytes(content[done:])
+        else:
+            rest = slot[: len(content) - done]
+            rest[:] = content[done:]
+        self._nursery.start_soon(self._write_later, request, offset + done, rest, len(content), slot)
         return None
 
-    async def _write_later(self, request: int, offset: int, content: bytes, length: int) -> None:
+    async def _write_later(
+        self, request: int, offset: int, content: bytes | memoryview, length: int, slot: memoryview | None
+    ) -> None:
         try:
             await self._store.write(offset, content)
         except Exception as error:
             shim.reply(request, fuse_error(error).errno)
         else:
             shim.reply(request, 0, length)
+        finally:
+            if slot is not None:
+                self._parking.append(slot)
 
     def _fallocate_served(self, request: int, mode: int, offset: int, length: int) -> int | None:
         """Punching and zeroing are discards; anything else is not supported. Never ENOSYS: it would be the last call."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One FUSE session: pyfuse3's loop on a file descriptor of /dev/fuse that somebody else has opened and mounted."""
 
+import os
+import struct
 from pathlib import Path
 from typing import Final
 
@@ -8,9 +10,11 @@ import pyfuse3
 
 from zbudfs.fuse import shim
 from zbudfs.fuse.operations import Operations
+from zbudfs.store.memory import PARKING_SLOTS
 
-MAX_BACKGROUND: Final = 12
-"""Requests that the kernel keeps in flight on its own account (swap is all of these): the kernel's default."""
+MAX_BACKGROUND: Final = PARKING_SLOTS
+"""Requests that the kernel keeps in flight on its own account (swap is all of these). Its default is 12; one thread
+serves them, so more in flight is more memory and no more speed."""
 
 MAX_BURST: Final = 32
 """Requests taken without a sleep before the other tasks get their turn: some 0.3 ms. Guessed."""
@@ -21,8 +25,14 @@ MAX_TASKS: Final = 4
 MAX_REQUEST_BYTES: Final = 1 << 20
 """Largest read or write that the kernel sends."""
 
-HEAP_BYTES: Final = (MAX_BACKGROUND + 4) * MAX_REQUEST_BYTES
-"""Memory that all requests in work may need at once, set aside in advance: the data of each that has to wait, and more."""
+HEAP_BYTES: Final = 3 * MAX_REQUEST_BYTES
+"""Heap that requests may need at once, set aside in advance: the pages of a large read, and all of it in one piece.
+
+What waits to be written lies in the store's parking, not here.
+"""
+
+
+FUSE_NOTIFY_RESEND: Final = 7
 
 
 def open_session(operations: Operations, fuse_fd: int) -> None:
@@ -30,6 +40,21 @@ def open_session(operations: Operations, fuse_fd: int) -> None:
     shim.verify(Path("/proc/self/maps").read_text(errors="replace"))
     shim.set_limits(MAX_BACKGROUND, MAX_BURST)
     pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())
+
+
+def resume(first_request: bytes) -> None:
+    """Go on with a session that another process has begun, of which this is the first request."""
+    if not shim.replay(first_request):
+        raise shim.ShimError("libfuse did not take the session over")
+
+
+def resend(fuse_fd: int) -> bool:
+    """Have the kernel send again what was taken and not answered. False if it cannot (before Linux 6.9)."""
+    try:
+        os.write(fuse_fd, struct.pack("=IiQ", 16, FUSE_NOTIFY_RESEND, 0))
+    except OSError:
+        return False
+    return True
 
 
 async def serve() -> None:

@@ -19,6 +19,9 @@
    5. A bound on the requests that the kernel keeps in flight, so that the memory for them can be set aside in advance.
    6. Python's object arenas from malloc, whose heap the daemon pins, instead of from mmap().
 
+   7. Resuming. The kernel's first request, FUSE_INIT, is kept; a later process with the same descriptor replays it to its
+      own libfuse, which then knows what was agreed on (its reply goes nowhere: the kernel says ENOENT, libfuse ignores it).
+
    Whatever happens, fallocate is never answered with ENOSYS: the kernel would not ask again on this connection.
 
    libfuse 3.14 (Debian 12) exports fuse_session_new; from 3.17 on (Debian 13) headers turn it into
@@ -39,6 +42,8 @@
 enum {
     MAX_WRITE = 1 << 20,
     RECEIVE_BYTES = MAX_WRITE + (64 << 10),
+    MAX_INIT = 1024,
+    OPCODE_INIT = 26,
     MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
 };
 enum { READ, WRITE, FALLOCATE, NR_HANDLERS };
@@ -52,6 +57,9 @@ static unsigned max_background = 12, max_burst = 1;
 static unsigned long long served_requests, bursts;
 static int initialised;       /* FUSE_INIT has been answered */
 static int answered_by_shim;  /* the request just processed was for the served file: pyfuse3 has no coroutine to await */
+static struct fuse_session *the_session;
+static char init_request[MAX_INIT];
+static size_t init_length;
 static void *arenas[MAX_ARENAS];
 static char receive_buffer[RECEIVE_BYTES] __attribute__((aligned(4096)));
 
@@ -149,14 +157,14 @@ static const struct fuse_lowlevel_ops *amended(const struct fuse_lowlevel_ops *o
 
 struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *ops, size_t size, void *userdata) {
     struct fuse_session *(*real)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *) = next("fuse_session_new");
-    return real(args, amended(ops, size), sizeof shim_ops, userdata);
+    return the_session = real(args, amended(ops, size), sizeof shim_ops, userdata);
 }
 
 struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *ops, size_t size,
                                                 struct libfuse_version *version, void *userdata) {
     struct fuse_session *(*real)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, struct libfuse_version *, void *) =
         next("fuse_session_new_versioned");
-    return real(args, amended(ops, size), sizeof shim_ops, version, userdata);
+    return the_session = real(args, amended(ops, size), sizeof shim_ops, version, userdata);
 }
 
 static int receive(struct fuse_session *session, struct fuse_buf *buf) {
@@ -165,6 +173,8 @@ static int receive(struct fuse_session *session, struct fuse_buf *buf) {
     /* Before FUSE_INIT libfuse may read more than MAX_WRITE: that one buffer it allocates itself. */
     if (initialised) buf->mem = receive_buffer;
     int got = real(session, buf);
+    if (!initialised && got > 8 && got <= MAX_INIT && ((unsigned *)buf->mem)[1] == OPCODE_INIT)
+        memcpy(init_request, buf->mem, init_length = (size_t)got);
     if (got <= 0 && buf->mem == receive_buffer) buf->mem = NULL; /* pyfuse3 frees what it finds there */
     return got;
 }
@@ -255,6 +265,24 @@ static PyObject *py_reply_data(PyObject *self, PyObject *args) {
     return PyLong_FromLong(-result);
 }
 
+static PyObject *py_first_request(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyBytes_FromStringAndSize(init_request, (Py_ssize_t)init_length);
+}
+
+static PyObject *py_replay(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer request;
+    if (!PyArg_ParseTuple(args, "y*", &request)) return NULL;
+    char *copy = the_session ? malloc((size_t)request.len) : NULL; /* process() frees it */
+    if (copy) {
+        struct fuse_buf buf = {.mem = memcpy(copy, request.buf, (size_t)request.len), .size = (size_t)request.len};
+        process(the_session, &buf);
+    }
+    PyBuffer_Release(&request);
+    return PyBool_FromLong(initialised);
+}
+
 static PyObject *py_take_arenas_from_malloc(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     PyObjectArenaAllocator allocator = {NULL, arena_alloc, arena_free};
@@ -277,6 +305,8 @@ static PyMethodDef methods[] = {
     {"set_limits", py_set_limits, METH_VARARGS, "set_limits(background, burst): requests in flight, and taken without a sleep"},
     {"reply", py_reply, METH_VARARGS, "reply(request, errno, written=-1) -> errno: answer a request; a write with its length"},
     {"reply_data", py_reply_data, METH_VARARGS, "reply_data(request, data) -> errno: answer a read"},
+    {"first_request", py_first_request, METH_NOARGS, "first_request() -> bytes: FUSE_INIT as it came, empty if it has not"},
+    {"replay", py_replay, METH_VARARGS, "replay(request) -> bool: have libfuse process FUSE_INIT; whether it has"},
     {"take_arenas_from_malloc", py_take_arenas_from_malloc, METH_NOARGS, "Python's object arenas come from malloc from now on"},
     {"libfuse_version", py_libfuse_version, METH_NOARGS, "libfuse_version() -> str"},
     {"counters", py_counters, METH_NOARGS, "counters() -> (requests for the served file, wake-ups that served one or more)"},

@@ -92,6 +92,11 @@ def before_threads(heap_bytes: int) -> list[str]:
     return [refusal for refusal in steps if refusal]
 
 
+def grow_heap(heap_bytes: int) -> str | None:
+    """Grow malloc's heap by so much, once, in a process that was forked from one prepared with less. What was refused."""
+    return _pin_heap(heap_bytes)
+
+
 def lock_memory(skip: Iterable[tuple[int, int]] = ()) -> list[str]:
     """Make every page of the process present and locked, and stop the cyclic collector. Return what was refused.
 

@@ -25,7 +25,7 @@ import socket
 import sys
 import time
 from collections import deque
-from typing import Final
+from typing import Final, Protocol
 
 RING_LINES_NR: Final = 200
 """Lines kept in memory. Guessed, not measured: more than a daemon says in its life when all is well."""
@@ -37,6 +37,13 @@ below the 1024 bytes that old syslog services keep."""
 _SYSLOG_PATH: Final = "/dev/log"
 _FACILITY_DAEMON: Final = 3 << 3
 _SEVERITIES: Final = {"error": 3, "warning": 4, "info": 6}
+
+
+class Ring(Protocol):
+    """Keeps lines where other processes see them."""
+
+    def add_line(self, line: str) -> None:
+        """Keep a line; must not raise or wait."""
 
 
 class Log:
@@ -52,6 +59,8 @@ class Log:
         """
         self.dropped = 0
         self._ring: deque[str] = deque(maxlen=RING_LINES_NR)
+        self.ring: Ring | None = None
+        """Where lines are kept as well, for other processes; set once it exists."""
         self._stderr_fd = 2 if stderr_fd is None else stderr_fd
         self._foreground = foreground
         self._syslog_path = syslog_path
@@ -85,6 +94,8 @@ class Log:
         for line in text.splitlines() or [""]:
             cut = line.encode("utf-8", "backslashreplace")[:LINE_BYTES].decode("utf-8", "ignore")
             self._ring.append(f"{stamp} {severity}: {cut}")
+            if self.ring is not None:
+                self.ring.add_line(f"{stamp} {severity}: {cut}")
             sent = self._to_stderr(severity, cut) if self._foreground else self._to_syslog(severity, cut)
             if not sent:
                 self.dropped += 1

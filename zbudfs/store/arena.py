@@ -4,13 +4,16 @@
 A page fault at the wrong moment is how a daemon in the swap path hangs: the kernel looks for memory, and the
 memory it finds is waiting for this daemon. So nothing here is touched before `populate` has given it pages, in
 a thread that may wait, and `release` is the only way that pages leave. Shared memory, not anonymous: it can be
-punched while it is locked, and a file of the same kind can outlive the process.
+punched while it is locked, and it outlives the process: children of the one that made it have it mapped, and
+where it is a file, a stranger can open it.
 """
 
 import ctypes
 import mmap
 import os
 from typing import Final
+
+from zbudfs.core.errors import LayoutError
 
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_FL_KEEP_SIZE: Final = 1
@@ -39,14 +42,22 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 class Arena:
-    """`size` bytes of zeroed shared memory called `name`, none of it populated.
+    """`size` bytes of shared memory called `name`: the file of that name in `folder`, or a file without a name.
 
-    `view` is a writable memoryview of all of it; `address` is where it starts.
+    A new one is zeroed, and nothing of it is populated; a file that is there already is taken with what it holds.
+    LayoutError if that has another size. `view` is a writable memoryview of all of it; `address` is where it starts.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, folder: str | None = None) -> None:
         self.size = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._fd = os.memfd_create(f"zbudfs-{name}", os.MFD_CLOEXEC)
+        if folder is None:
+            self._fd = os.memfd_create(f"zbudfs-{name}", os.MFD_CLOEXEC)
+        else:
+            self._fd = os.open(f"{folder}/{name}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        existing = os.fstat(self._fd).st_size
+        if existing not in (0, self.size):
+            os.close(self._fd)
+            raise LayoutError(f"the table {name} has {existing} bytes instead of {self.size}")
         os.ftruncate(self._fd, self.size)
         self._map = mmap.mmap(self._fd, self.size)
         self.view = memoryview(self._map)
@@ -67,6 +78,24 @@ class Arena:
         end = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:
             punch_hole(self._fd, start, end - start)
+
+    def populated(self) -> list[tuple[int, int]]:
+        """(offset, length) of the parts that have pages, as the kernel knows them."""
+        parts: list[tuple[int, int]] = []
+        end = 0
+        while end < self.size:
+            try:
+                start = os.lseek(self._fd, end, os.SEEK_DATA)
+            except OSError:  # ENXIO: nothing further
+                break
+            end = os.lseek(self._fd, start, os.SEEK_HOLE)
+            parts.append((start, end - start))
+        return parts
+
+    def map_populated(self) -> None:
+        """Map what is populated into this process, so that a touch of it is no page fault. For memory of another's."""
+        for start, length in self.populated():
+            _libc.madvise(self.address + start, length, _MADV_POPULATE_WRITE)
 
     @property
     def resident_bytes(self) -> int:

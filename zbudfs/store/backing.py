@@ -42,10 +42,19 @@ class Backing:
     for a file with content that is not a backing file of this version.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, adopted_fd: int | None = None) -> None:
+        """Open the file and empty it; or, with the descriptor of a running mount's, go on with it as it is."""
         self.path = path
         self.ready_bytes = 0
         """Bytes allocated and written over."""
+        segment = mmap.mmap(-1, SEGMENT_BYTES)  # aligned, as O_DIRECT wants it
+        segment[:1] = b"\0"
+        self._zeros = memoryview(segment)
+        if adopted_fd is not None:
+            self._fd = adopted_fd
+            os.set_inheritable(adopted_fd, False)
+            self.direct = bool(fcntl.fcntl(adopted_fd, fcntl.F_GETFL) & _DIRECT)
+            return
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         except OSError as error:
@@ -57,9 +66,10 @@ class Backing:
         except BaseException:
             os.close(self._fd)
             raise
-        segment = mmap.mmap(-1, SEGMENT_BYTES)  # aligned, as O_DIRECT wants it
-        segment[:1] = b"\0"
-        self._zeros = memoryview(segment)
+
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._fd
 
     def _claim(self) -> None:
         status = os.fstat(self._fd)

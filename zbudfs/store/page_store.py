@@ -29,10 +29,10 @@ from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
     CHECK_SHIFT,
-    ENTRY_SIZE,
     FRAME,
     KIND_BITS,
     KIND_MASK,
+    LOST,
     RAW_BLOCK,
     RAW_FRAME,
     REF_MASK,
@@ -45,16 +45,34 @@ from zbudfs.core.page_table import (
 )
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
 from zbudfs.core.zbud import REF_BITS, max_zpage_size
-from zbudfs.store.arena import Arena
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
 from zbudfs.store.iothread import IoThread
+from zbudfs.store.memory import StoreMemory
 from zbudfs.store.pool import Pool
 from zbudfs.store.reclaimer import Reclaimer
+from zbudfs.store.recovery import Recovery, rebuild
 from zbudfs.store.state import State
 
 ZERO_PAGE: Final = bytes(PAGE_SIZE)
 DISCARD_STEP_PAGES: Final = 2048
 """Stored pages that one stretch of a discard frees before it lets other requests in: some 4 ms."""
+
+CUMULATIVE: Final = (
+    ("store", "_cumul_read_pages"),
+    ("store", "_cumul_written_pages"),
+    ("store", "_cumul_discarded_pages"),
+    ("store", "_cumul_pagein_blocks"),
+    ("store", "_cumul_pagein_pages"),
+    ("store", "_refused_pool_full"),
+    ("store", "_pagein_failures"),
+    ("store", "_lost_pages"),
+    ("state", "cumul_writeback_frames"),
+    ("state", "cumul_writeback_pages"),
+    ("state", "dropped_ephemeral_frames"),
+    ("reclaimer", "cumul_grown_bytes"),
+    ("reclaimer", "writeback_failures"),
+)
+"""Counters that a new worker goes on with: whose, and which."""
 
 _OFFSET_MASK: Final = PAGE_SIZE - 1
 _MAX_ZPAGE: Final = max_zpage_size()
@@ -117,24 +135,29 @@ class PageStoreStatistics:
 class PageStore:
     """A device of `size_bytes` (a multiple of 4096) over a pool of `pool_frames` frames and, perhaps, a backing file.
 
-    `run` must be running while it is used. Not safe for use by two threads.
+    `run` must be running while it is used. Not safe for use by two threads. With `memory`, which must be made for the same
+    numbers, nothing is touched, and nothing may be asked, before `recover`.
     """
 
-    def __init__(self, size_bytes: int, pool_frames: int, backing: Backing | None, codec: Codec) -> None:
+    def __init__(
+        self,
+        size_bytes: int,
+        pool_frames: int,
+        backing: Backing | None,
+        codec: Codec,
+        memory: StoreMemory | None = None,
+    ) -> None:
         self.size_bytes = size_bytes
-        nr_pages = size_bytes >> PAGE_SHIFT
-        self._pages_arena = Arena("pages", nr_pages * ENTRY_SIZE)
-        self._pages_arena.populate(0, nr_pages * ENTRY_SIZE)
-        self._table = PageTable(self._pages_arena.view, nr_pages)
-        self._pool = Pool(pool_frames)
-        self._blocks_arena: Arena | None = None
+        attach = memory is not None
+        if memory is None:
+            memory = StoreMemory(size_bytes, pool_frames, backed=backing is not None)
+            memory.populate()
+        self.memory = memory
+        self._table = PageTable(memory.pages.view, memory.nr_pages)
+        self._pool = Pool(memory, attach=attach)
         blocks = None
-        if backing is not None:
-            # One more than the pages need: a block with a live page for each page at worst, and the header.
-            nr_segments = size_bytes // SEGMENT_BYTES + 2
-            self._blocks_arena = Arena("blocks", BlockMap.table_size(nr_segments))
-            self._blocks_arena.populate(0, self._blocks_arena.size)
-            blocks = BlockMap(self._blocks_arena.view, nr_segments)
+        if memory.blocks is not None:
+            blocks = BlockMap(memory.blocks.view, memory.nr_segments, attach=attach)
         self.state = State(self._table, self._pool, blocks)
         self.backing = backing
         self.codec = codec
@@ -157,6 +180,24 @@ class PageStore:
         self._pagein_failures = 0
         self._lost_pages = 0
 
+    def recover(self) -> Recovery:
+        """Take over what is in the memory, from whoever worked with it before. Nobody else may be."""
+        found = rebuild(self.state)
+        if self.backing is not None and self.state.blocks is not None:
+            self.backing.ready_bytes = self.state.blocks.ready_segments * SEGMENT_BYTES
+        values = self.memory.board.counters(len(CUMULATIVE))
+        for (owner, name), value in zip(CUMULATIVE, values, strict=True):
+            setattr(self._owner(owner), name, value)
+        self._lost_pages += found.lost_pages
+        return found
+
+    def save_counters(self) -> None:
+        """Put the cumulative counters where they survive this process; what comes after the last time is lost with it."""
+        self.memory.board.save_counters([getattr(self._owner(owner), name) for owner, name in CUMULATIVE])
+
+    def _owner(self, owner: str) -> object:
+        return {"store": self, "state": self.state, "reclaimer": self.reclaimer}[owner]
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write back, grow, trim and populate until cancelled; started once the first frames are ready."""
         await self.reclaimer.run(task_status=task_status)
@@ -168,11 +209,6 @@ class PageStore:
             reader.close()
         if self.backing is not None:
             self.backing.close()
-
-    @property
-    def arenas(self) -> list[Arena]:
-        """The memory that is populated in steps, not at once."""
-        return self._pool.arenas
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size_bytes:
@@ -308,6 +344,9 @@ class PageStore:
                     continue
                 if content is not None:
                     found[page] = content
+                elif self._entries[page] == LOST:
+                    self._lost_pages += 1
+                    found[page] = PageLost(f"page {page} was lost when a worker died")
                 else:
                     ref = self._entries[page] >> KIND_BITS & REF_MASK
                     blocks.setdefault(ref >> REF_BITS, []).append(page)
@@ -444,7 +483,7 @@ class PageStore:
         self.reclaimer.kick()
         return length
 
-    async def write(self, offset: int, content: bytes) -> None:
+    async def write(self, offset: int, content: bytes | memoryview) -> None:
         """Store `content` at `offset`. OutOfRange, PoolFull. A checkpoint only if there is no frame, or to patch a page.
 
         All or an error: after an error some of the pages may be the new ones. A short count is never reported, since

@@ -15,10 +15,7 @@ from typing import Final
 
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
 from zbudfs.core.zbud import Zbud
-from zbudfs.store.arena import Arena
-
-BOUNCE_FRAMES: Final = 32
-"""Blocks that can be read at once without a frame to keep them in: two requests of 64 KiB. Guessed."""
+from zbudfs.store.memory import BOUNCE_FRAMES, StoreMemory
 
 RESERVE_FRAMES: Final = 1024
 """Ready frames kept ahead of need: 4 MiB, some 40 ms of the fastest fill that was measured (25,000 frames a second)."""
@@ -39,20 +36,19 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
 
 
 class Pool:
-    """At most `nr_frames` frames; all bare at first.
+    """The frames of `memory`; all bare at first.
 
     `zbud` is the allocator over them, `frames` the memoryview of their bytes. `block_of[frame]` is the block
     of which an ephemeral frame is a copy. `limit_frames` may be lowered below `nr_frames` and raised again.
+    With `attach` nothing is written, and nothing may be asked, before `restore`.
     """
 
-    def __init__(self, nr_frames: int) -> None:
-        self.nr_frames = nr_frames
+    def __init__(self, memory: StoreMemory, *, attach: bool = False) -> None:
+        self.memory = memory
+        self.nr_frames = nr_frames = memory.nr_frames
         self.limit_frames = nr_frames
-        self._frames_arena = Arena("frames", (nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT)
-        self._table_arena = Arena("frametable", Zbud.table_size(nr_frames))
-        self._own_arena = Arena("freeframes", 8 * nr_frames)
-        self.frames = self._frames_arena.view
-        own = self._own_arena.view[: 8 * nr_frames].cast("I")
+        self.frames = memory.frames.view
+        own = memory.free_frames.view[: 8 * nr_frames].cast("I")
         self.block_of = own[:nr_frames]
         self._stack = own[nr_frames:]  # ready frames from the left, bare ones that were ready before from the right
         self.ready_frames = 0
@@ -61,16 +57,27 @@ class Pool:
         self.used_frames = 0
         self.used_frames_max = 0
         self.bounce = list(range(nr_frames, nr_frames + BOUNCE_FRAMES))
-        self._frames_arena.populate(nr_frames << PAGE_SHIFT, BOUNCE_FRAMES << PAGE_SHIFT)
-        lists_end = Zbud.table_spans(nr_frames, nr_frames, 0)
-        for offset, _ in lists_end[:4]:  # the sentinels of the allocator's lists
-            self._table_arena.populate(offset, 4 * 128)
-        self.zbud = Zbud(self.frames, self._table_arena.view, nr_frames)
+        self.zbud = Zbud(self.frames, memory.frame_table.view, nr_frames, attach=attach)
 
-    @property
-    def arenas(self) -> list[Arena]:
-        """The memory that is populated in steps."""
-        return [self._frames_arena, self._table_arena, self._own_arena]
+    def restore(self, populated: list[tuple[int, int]]) -> None:
+        """The zpages of a store are claimed (`Zbud.restore`): sort its frames into used, ready and bare ones.
+
+        `populated` are the frames that have memory, as runs (first, count).
+        """
+        self.used_frames = self.ready_frames = self._trimmed = self._fresh = 0
+        self.memory.populate_frames(populated)
+        restore_done = self.zbud.restore_done
+        for first, count in populated:
+            if first > self._fresh:
+                self.add_bare([(self._fresh, first - self._fresh)])
+            self._fresh = first + count
+            for frame in range(first, first + count):
+                if restore_done(frame):
+                    self.used_frames += 1
+                else:
+                    self._stack[self.ready_frames] = frame
+                    self.ready_frames += 1
+        self.used_frames_max = self.used_frames
 
     # ---- taking and giving -------------------------------------------------------------------------------------
 
@@ -121,12 +128,7 @@ class Pool:
 
     def populate(self, runs: list[tuple[int, int]]) -> None:
         """Give the frames of `take_bare` memory; MemoryError. For a worker thread: it touches no state."""
-        for first, count in runs:
-            self._frames_arena.populate(first << PAGE_SHIFT, count << PAGE_SHIFT)
-            for offset, length in Zbud.table_spans(self.nr_frames, first, count):
-                self._table_arena.populate(offset, length)
-            for column in (0, 4 * self.nr_frames):
-                self._own_arena.populate(column + 4 * first, 4 * count)
+        self.memory.populate_frames(runs)
 
     def add_ready(self, runs: list[tuple[int, int]]) -> None:
         """The frames of `take_bare` are populated."""
@@ -153,7 +155,7 @@ class Pool:
     def release(self, runs: list[tuple[int, int]]) -> None:
         """Give the memory of the frames back to the system. For a worker thread."""
         for first, count in runs:
-            self._frames_arena.release(first << PAGE_SHIFT, count << PAGE_SHIFT)
+            self.memory.frames.release(first << PAGE_SHIFT, count << PAGE_SHIFT)
 
     def check(self) -> None:
         """AssertionError if the free frames and the allocator's do not make up the pool. O(frames)."""

@@ -22,6 +22,7 @@ from zbudfs.core.page_table import (
     FRAME,
     KIND_BITS,
     KIND_MASK,
+    LOST,
     RAW_BLOCK,
     RAW_FRAME,
     REF_MASK,
@@ -125,6 +126,8 @@ class State:
             self.pool.give_frame(emptied)
 
     def _free_in_block(self, ref: int) -> None:
+        if not ref:
+            return  # the page was LOST
         assert self.blocks is not None
         self.blocks.free(ref >> REF_BITS, ref & INDEX_MASK)
 
@@ -261,6 +264,8 @@ class State:
             if kind < FRAME:
                 continue
             ref = entry >> KIND_BITS & REF_MASK
+            if entry == LOST:
+                continue
             if kind in (FRAME, RAW_FRAME):
                 assert ref not in refs, f"two pages at zbudref {ref}"
                 refs.add(ref)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""The kill campaign: workers are killed with SIGKILL at random moments while a program lives on the swap they serve.
+
+    campaign_kill.py [--kills 100] [--mib 1024] [--limit 256] [--pool 192M] [--seed 1]
+
+A program that knows what each of its bytes must be fills, rereads and rewrites `--mib` MiB in a memory cgroup of `--limit`
+MiB, again and again, until `--kills` workers are dead. The pool is smaller than what is stored, so writeback and page-in
+go on, and each program that ends has its swap discarded. Meanwhile a probe reads a page of the swapfile every few
+milliseconds: the longest of these reads is the longest stall.
+
+Prints one line of JSON and exits with 0 if no byte was wrong, no read failed, nobody was killed but the workers, and each
+kill was followed by a takeover.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.cell import Cell  # noqa: E402  after the path is known
+from zbudfs.service.mountpoint import find_mount  # noqa: E402
+
+PAGE_BYTES: Final = 4096
+STORM_LIMIT_SECONDS: Final = 1800.0
+
+
+def zbudfs(*arguments: str) -> str:
+    """Run the command; what it prints. CalledProcessError."""
+    command = [sys.executable, "-m", "zbudfs", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300, cwd=ROOT).stdout
+
+
+def stats(mountpoint: Path) -> dict[str, Any]:
+    """Everything that the mount says about itself. Also while workers die: an open file of a dead one is opened anew."""
+    while True:
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            found: dict[str, Any] = json.loads((mountpoint / "stats/all.json").read_text())
+            return found
+        time.sleep(0.01)
+
+
+class Probe:
+    """Reads a page of the swapfile all the time; `longest_seconds` is the longest that it took, `errors` failed."""
+
+    def __init__(self, swapfile: Path) -> None:
+        self.longest_seconds = 0.0
+        self.reads = self.errors = 0
+        self._fd = os.open(swapfile, os.O_RDONLY)
+        self._end = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        page = mmap.mmap(-1, PAGE_BYTES)
+        while not self._end:
+            began = time.monotonic()
+            try:
+                os.preadv(self._fd, [page], 0)
+            except OSError:
+                self.errors += 1
+            self.reads += 1
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        """Stop."""
+        self._end = True
+        self._thread.join()
+        os.close(self._fd)
+
+
+class Killer:
+    """Kills the worker of the mount at random moments, until `wanted` are dead or it is told to stop."""
+
+    def __init__(self, mountpoint: Path, wanted: int, seed: int) -> None:
+        self.kills = 0
+        self.longest_recovery_us = 0
+        self.stored_at_longest = 0
+        self._mountpoint = mountpoint
+        self._wanted = wanted
+        self._random = random.Random(seed)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self.kills < self._wanted and not self._end.wait(self._random.uniform(0.1, 1.5)):
+            found = stats(self._mountpoint)
+            before, pid = found["recoveries"], found["worker_pid"]
+            os.kill(pid, signal.SIGKILL)
+            self.kills += 1
+            if self._random.random() < 0.2:
+                continue  # and perhaps the next one at once, before there is a standby
+            while (found := stats(self._mountpoint))["recoveries"] == before or found["worker_pid"] == pid:
+                time.sleep(0.01)
+            if found["last_recovery_us"] > self.longest_recovery_us:
+                self.longest_recovery_us = found["last_recovery_us"]
+                self.stored_at_longest = found["stored_pages"]
+
+    @property
+    def done(self) -> bool:
+        """Whether all that were wanted are dead."""
+        return self.kills >= self._wanted
+
+    def close(self) -> None:
+        """Stop."""
+        self._end.set()
+        self._thread.join()
+
+
+def kernel_errors() -> int:
+    """Lines of the kernel's log that say that swap, a loop device or a task is in trouble."""
+    log = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
+    wanted = ("Read-error on swap", "Write-error on swap", "I/O error, dev loop", "blocked for more than", "Out of memory")
+    return sum(any(words in line for words in wanted) for line in log.splitlines())
+
+
+def run(kills: int, mib: int, limit: int, pool: str, seed: int) -> dict[str, Any]:
+    """One campaign: the report."""
+    report: dict[str, Any] = {"bad": 0, "storms": 0, "failed_storms": 0}
+    errors_before = kernel_errors()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="zbudfs-kill-", dir="/var/tmp") as folder:
+        mountpoint = Path(folder, "mnt")
+        mountpoint.mkdir()
+        size = f"{max(mib * 3 // 2, 64)}M"
+        zbudfs("swapon", "--size", size, "--pool", pool, "--backing", f"{folder}/backing", "--priority", "32767", str(mountpoint))
+        probe = Probe(mountpoint / "swapfile")
+        killer = Killer(mountpoint, kills, seed)
+        try:
+            with Cell("kill", limit << 20) as cell:
+                while not killer.done:
+                    command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(mib), str(seed + report["storms"])])
+                    storm = subprocess.run(
+                        command, input="go on\n", capture_output=True, text=True, timeout=STORM_LIMIT_SECONDS, check=False
+                    )
+                    report["storms"] += 1
+                    if storm.returncode in (0, 1):
+                        report["bad"] += json.loads(storm.stdout.splitlines()[-1])["bad"]
+                    else:
+                        report["failed_storms"] += 1
+                        print(storm.returncode, storm.stderr[-500:], file=sys.stderr)
+        finally:
+            killer.close()
+            probe.close()
+            time.sleep(1.0)
+            found = stats(mountpoint)
+            print((mountpoint / "stats/log").read_text().splitlines()[-3:], file=sys.stderr)
+            zbudfs("swapoff", "--umount", str(mountpoint))
+            assert find_mount(str(mountpoint)) is None
+    report |= {
+        "kills": killer.kills,
+        "recoveries": found["recoveries"],
+        "lost_pages": found["lost_pages"],
+        "longest_stall_seconds": round(probe.longest_seconds, 3),
+        "probe_reads": probe.reads,
+        "probe_errors": probe.errors,
+        "longest_recovery_seconds": round(killer.longest_recovery_us / 1e6, 3),
+        "stored_mib_then": killer.stored_at_longest >> 8,
+        "cumul_writeback_pages": found["cumul_writeback_pages"],
+        "cumul_pagein_pages": found["cumul_pagein_pages"],
+        "cumul_discarded_pages": found["cumul_discarded_pages"],
+        "kernel_errors": kernel_errors() - errors_before,
+        "seconds": round(time.monotonic() - began),
+    }
+    return report
+
+
+def sound(report: dict[str, Any]) -> bool:
+    """Whether nothing went wrong in a campaign."""
+    wrong = ("bad", "failed_storms", "lost_pages", "probe_errors", "kernel_errors")
+    return not any(report[name] for name in wrong) and report["recoveries"] >= report["kills"] > 0
+
+
+def main() -> int:
+    """Run a campaign; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--limit", type=int, default=256)
+    parser.add_argument("--pool", default="192M")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    report = run(arguments.kills, arguments.mib, arguments.limit, arguments.pool, arguments.seed)
+    print(json.dumps(report))
+    return 0 if sound(report) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

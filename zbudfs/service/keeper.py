@@ -1,0 +1,545 @@
+# SPDX-License-Identifier: MIT
+"""The keeper: makes the mount and its memory, and keeps a worker serving it and a standby ready to.
+
+    keeper ---fork---> worker     serves
+           ---fork---> standby    everything done but the last step; waits on an eventfd
+
+Why a standby and not a fresh start: a new worker needs memory just when swap is dead. A fork copies page tables, its
+mlockall() every copy-on-write page; starting an interpreter needs more still. All of that is done here while things
+are calm. When the worker dies the keeper writes eight bytes to an eventfd, and forks the next standby when swap works
+again. If a worker dies before the next standby is there, the keeper gives a ballast of locked memory back to the
+system and forks a worker on it.
+
+The keeper has one thread, no event loop, and allocates as little as it can. It waits for: the end of its children
+(pidfds), signals, a heartbeat that stands still, and orders on a socket in the pool directory.
+"""
+
+import array
+import contextlib
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import time
+from typing import Final, NoReturn
+
+from zbudfs import __version__
+from zbudfs.core.units import PAGE_SHIFT
+from zbudfs.fuse import shim
+from zbudfs.service import hardening
+from zbudfs.service.log import Log
+from zbudfs.service.mountpoint import MountError, open_and_mount, request_timeout_warnings, unmount
+from zbudfs.service.pooldir import PoolDirectory
+from zbudfs.service.settings import BACKING_FOLDER, Settings
+from zbudfs.service.worker import FAILED, Mounted, work
+from zbudfs.store.backing import Backing
+from zbudfs.store.board import Field
+from zbudfs.store.memory import StoreMemory
+
+HANG_SECONDS: Final = 5.0
+"""A worker whose heartbeat stands still for so long is killed. Guessed: a whole rebuild takes less than a second a GiB."""
+
+POLL_SECONDS: Final = 0.2
+STANDBY_DELAY_SECONDS: Final = 0.2
+"""After a worker has begun to serve, before the next standby is forked: what waited for swap goes first. Guessed."""
+
+START_LIMIT_SECONDS: Final = 45.0
+"""How long the first worker may take to come up. Arbitrary."""
+
+MAX_FAILURES: Final = 8
+"""Workers in a row that do not come up, before the keeper gives up. With the back-off that is some 25 seconds."""
+
+BALLAST_BYTES: Final = 4 << 20
+"""Locked memory that is let go of when a worker must be forked while swap is dead. Guessed: the pages that it writes to."""
+
+
+class StartError(Exception):
+    """The mount could not come up; the text is for the user."""
+
+
+class Child:
+    """A worker or standby."""
+
+    def __init__(self, pid: int, order_fd: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._order_fd = order_fd
+        self.ordered_at = 0.0
+
+    def order(self) -> None:
+        """Have it take over."""
+        self.ordered_at = time.monotonic()
+        os.eventfd_write(self._order_fd, 1)
+
+    def has_ended(self) -> bool:
+        """Whether the process, with all its threads, is gone."""
+        return bool(select.select([self.pidfd], [], [], 0)[0])
+
+    def kill(self) -> None:
+        """End it."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """Its exit status (negative: the signal); waits for its end."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        os.close(self._order_fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+class Keeper:
+    """The keeper of one mount."""
+
+    def __init__(self, settings: Settings, log: Log, *, foreground: bool) -> None:
+        self._settings = settings
+        self._log = log
+        self._foreground = foreground
+        self._warnings: list[str] = []
+        self._worker: Child | None = None
+        self._standby: Child | None = None
+        self._served_once = False
+        self._failures = 0
+        self._retry_at = 0.0
+        self._heartbeat = (0, 0.0)
+        self._serving_since = 0.0
+        self._ballast: mmap.mmap | None = None
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._control: socket.socket | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the system refused, and what follows; complete after `serve_first`."""
+        return self._warnings
+
+    # ---- coming up -------------------------------------------------------------------------------------------------
+
+    def make(self) -> None:
+        """Make memory, backing file and mount. Raises what they raise, with nothing left behind."""
+        settings = self._settings
+        self._warnings += hardening.before_threads(0)
+        shim.take_arenas_from_malloc()
+        self._directory = PoolDirectory.create(settings)
+        try:
+            self._backing = self._open_backing()
+            try:
+                self._memory = self._make_memory()
+                self._memory.populate()
+                self._warnings += request_timeout_warnings()
+                if not self._directory.survives:
+                    self._warnings.append(
+                        "the pool is in memory without a name: `zbudfs restart` cannot hand it to a newer version (it"
+                        " needs a tmpfs with noswap: Linux 6.4 or later, and the right to mount)"
+                    )
+                self._fuse_fd = open_and_mount(settings.mountpoint)
+            except BaseException:
+                if self._backing is not None:
+                    self._backing.close()
+                raise
+        except BaseException:
+            self._directory.remove()
+            raise
+        os.set_blocking(self._fuse_fd, False)
+        self._prepare(time.time_ns())
+
+    def adopt(self, descriptors: list[int], born_ns: int) -> None:
+        """Take over memory, backing file and mount, whose descriptors another keeper has handed over."""
+        self._warnings += hardening.before_threads(0)
+        shim.take_arenas_from_malloc()
+        self._fuse_fd, lock_fd = descriptors[0], descriptors[1]
+        self._directory = PoolDirectory.adopt(self._settings, lock_fd)
+        backing = self._settings.backing
+        self._backing = Backing(backing, adopted_fd=descriptors[2]) if backing is not None else None
+        self._memory = self._make_memory()
+        self._prepare(born_ns)
+
+    def _prepare(self, born_ns: int) -> None:
+        self._born_ns = born_ns
+        board = self._memory.board
+        board.fields[Field.KEEPER_PID] = os.getpid()
+        self._log.ring = board
+        self._mounted = Mounted(
+            self._settings, self._memory, self._backing, self._fuse_fd, os.getpid(), born_ns, self._warnings, self._log
+        )
+
+    def _make_memory(self) -> StoreMemory:
+        settings = self._settings
+        return StoreMemory(
+            settings.size_bytes,
+            settings.pool_bytes >> PAGE_SHIFT,
+            backed=settings.backing is not None,
+            folder=self._directory.memory_folder,
+        )
+
+    def _open_backing(self) -> Backing | None:
+        path = self._settings.backing
+        if path is None:
+            return None
+        if os.path.dirname(path) == BACKING_FOLDER:  # noqa: PTH120  the path may hold any bytes
+            os.makedirs(BACKING_FOLDER, mode=0o700, exist_ok=True)  # noqa: PTH103
+        backing = Backing(path)
+        if not backing.direct:
+            self._warnings.append(
+                f"the file system of {path} refuses direct I/O: writeback goes through the page cache, which needs"
+                " memory when there is little; put the backing file on ext4, xfs or btrfs"
+            )
+        return backing
+
+    def start(self) -> list[str]:
+        """Fork the first worker and wait until it is ready to serve: the warnings. StartError."""
+        self._worker = self._fork(as_standby=True)
+        end = time.monotonic() + START_LIMIT_SECONDS
+        fields = self._memory.board.fields
+        while not fields[Field.STANDBY_READY]:
+            if self._worker.has_ended():
+                self._worker.reap()
+                self._worker = None
+                raise StartError(self._memory.board.take_error() or "the worker died before it was ready")
+            if time.monotonic() > end:
+                self._worker.kill()
+                self._worker.reap()
+                self._worker = None
+                raise StartError(f"the worker was not ready within {START_LIMIT_SECONDS:g} s")
+            time.sleep(0.005)
+        self._promote(self._worker)
+        return self._warnings
+
+    def serve_first(self) -> None:
+        """Order the first worker to serve and wait until it does. StartError."""
+        assert self._worker is not None
+        self._worker.order()
+        end = time.monotonic() + START_LIMIT_SECONDS
+        while not self._memory.board.fields[Field.SERVING]:
+            if self._worker.has_ended() or time.monotonic() > end:
+                self._worker.kill()
+                self._worker.reap()
+                self._worker = None
+                raise StartError(self._memory.board.take_error() or "the worker died before it served")
+            time.sleep(0.005)
+        self._served_once = True
+        self._serving_since = time.monotonic()
+        # The keeper acts when swap is dead: its memory must be there.
+        self._warnings += [
+            text
+            for text in hardening.lock_memory([(arena.address, arena.size) for arena in self._memory.arenas])
+            if text not in self._warnings
+        ]
+        self._load_ballast()
+        for warning in self._warnings:
+            self._log.warning(warning)
+        settings = self._settings
+        self._log.info(
+            f"zbudfs {__version__} on {settings.mountpoint}: {settings.size_bytes >> 20} MiB, pool of"
+            f" {settings.pool_bytes >> 20} MiB, {settings.backing or 'no backing file'}; libfuse {shim.libfuse_version()}"
+        )
+
+    def undo(self) -> None:
+        """Take away what `make` made, after a start that failed."""
+        with contextlib.suppress(MountError):
+            unmount(self._settings.mountpoint, lazy=True)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        os.close(self._fuse_fd)
+        if self._backing is not None:
+            self._backing.close()
+        if self._control is not None:
+            self._control.close()
+        self._directory.remove()
+
+    def _load_ballast(self) -> None:
+        self._ballast = mmap.mmap(-1, BALLAST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+
+    # ---- children ------------------------------------------------------------------------------------------------
+
+    def _fork(self, *, as_standby: bool) -> Child:
+        fields = self._memory.board.fields
+        order_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if as_standby:
+            fields[Field.STANDBY_READY] = 0
+        pid = os.fork()
+        if not pid:
+            self._be_child(order_fd, as_standby=as_standby)
+        if as_standby:
+            fields[Field.STANDBY_PID] = pid
+        return Child(pid, order_fd)
+
+    def _be_child(self, order_fd: int, *, as_standby: bool) -> NoReturn:
+        """In the forked process: work, and end without any of the keeper's clean-up."""
+        status = FAILED
+        try:
+            signal.set_wakeup_fd(-1)
+            if as_standby:
+                self._memory.board.fields[Field.STANDBY_PID] = os.getpid()
+            if self._ballast is not None:
+                self._ballast.close()
+            if self._control is not None:
+                self._control.close()
+            status = work(self._mounted, order_fd)
+        finally:
+            os._exit(status)
+
+    def _promote(self, child: Child) -> None:
+        """The standby is the worker from now on."""
+        fields = self._memory.board.fields
+        fields[Field.WORKER_PID] = child.pid
+        if fields[Field.STANDBY_PID] == child.pid:
+            fields[Field.STANDBY_PID] = 0
+            fields[Field.STANDBY_READY] = 0
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Keep the mount served until it is gone: the exit status."""
+        self._listen()
+        while True:
+            self._wait()
+            status = self._look_after_worker()
+            if status is not None:
+                break
+            self._look_after_standby()
+            if self._control is not None and select.select([self._control], [], [], 0)[0] and self._serve_control():
+                return 0  # handed over: nothing of this is ours any more
+        if self._standby is not None:
+            self._standby.kill()
+            self._standby.reap()
+        self._clean_up()
+        return status
+
+    def _listen(self) -> None:
+        def wake(number: int, frame: object) -> None:
+            if self._worker is not None and not (number == signal.SIGINT and self._foreground):
+                with contextlib.suppress(ProcessLookupError):  # it decides: with swap attached it must not end
+                    signal.pidfd_send_signal(self._worker.pidfd, number)
+
+        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, wake)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        path = f"{self._directory.path}/control"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108
+        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._control.bind(path)
+            os.chmod(path, 0o600)  # noqa: PTH101
+            self._control.listen(4)
+        except OSError as error:  # a path that is too long for a socket
+            self._control.close()
+            self._control = None
+            self._log.warning(f"`zbudfs restart` will not work: {path}: {error.strerror}")
+
+    def _wait(self) -> None:
+        watched = [self._wake, *(child.pidfd for child in (self._worker, self._standby) if child is not None)]
+        if self._control is not None:
+            watched.append(self._control.fileno())
+        ready, _, _ = select.select(watched, [], [], POLL_SECONDS)
+        if self._wake in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake, 64)
+
+    def _look_after_worker(self) -> int | None:
+        """Replace the worker if it is gone; the exit status when the mount is, or nobody can serve it."""
+        fields = self._memory.board.fields
+        if self._worker is not None:
+            self._watch_heartbeat(self._worker)
+            if not self._worker.has_ended():
+                return None
+            served = fields[Field.SERVING]
+            fields[Field.SERVING] = 0
+            status = self._worker.reap()
+            pid, self._worker = self._worker.pid, None
+            if status == 0:
+                return 0
+            if not self._mount_is_there():
+                return 0  # it was unmounted while nobody served it
+            self._failures = 0 if served else self._failures + 1
+            why = self._memory.board.take_error() if status == FAILED else signal.Signals(-status).name
+            self._retry_at = time.monotonic() + (min(0.1 * 2**self._failures, 10.0) if self._failures else 0.0)
+            self._take_over()
+            self._log.error(f"worker {pid} died ({why or status}); {self._standby_said()}")
+        if self._worker is None:
+            if self._failures >= MAX_FAILURES:
+                self._log.error(f"{self._failures} workers in a row did not come up: giving up, what is swapped out is lost")
+                with contextlib.suppress(MountError):
+                    unmount(self._settings.mountpoint, lazy=True)
+                return 1
+            self._take_over()
+        return None
+
+    def _standby_said(self) -> str:
+        return f"worker {self._worker.pid} takes over" if self._worker is not None else "another is tried soon"
+
+    def _take_over(self) -> None:
+        """Make the standby the worker, or fork one. With a failure behind it, not before the back-off is over."""
+        if time.monotonic() < self._retry_at:
+            return
+        child, self._standby = self._standby, None
+        if child is not None and child.has_ended():
+            child.reap()
+            child = None
+        if child is None:
+            if self._ballast is not None:
+                self._ballast.close()
+                self._ballast = None
+            child = self._fork(as_standby=False)
+        child.order()
+        self._worker = child
+        self._promote(child)
+        fields = self._memory.board.fields
+        fields[Field.RECOVERIES] += 1
+        self._heartbeat = (fields[Field.HEARTBEAT], time.monotonic())
+        self._serving_since = 0.0
+
+    def _watch_heartbeat(self, worker: Child) -> None:
+        fields = self._memory.board.fields
+        now = time.monotonic()
+        if fields[Field.SERVING] and not self._serving_since:
+            self._serving_since = now
+            self._failures = 0
+        beat = fields[Field.HEARTBEAT]
+        if beat != self._heartbeat[0] or not self._heartbeat[1]:
+            self._heartbeat = (beat, now)
+        elif now - self._heartbeat[1] > (HANG_SECONDS if self._serving_since else START_LIMIT_SECONDS):
+            self._log.error(f"worker {worker.pid} has not answered for {now - self._heartbeat[1]:.0f} s: it is killed")
+            self._heartbeat = (beat, now)
+            worker.kill()
+
+    def _look_after_standby(self) -> None:
+        now = time.monotonic()
+        if self._standby is not None:
+            if self._standby.has_ended():
+                status = self._standby.reap()
+                self._standby = None
+                self._memory.board.fields[Field.STANDBY_READY] = self._memory.board.fields[Field.STANDBY_PID] = 0
+                why = self._memory.board.take_error() if status == FAILED else f"status {status}"
+                self._log.warning(f"the standby died ({why}); another is made")
+                self._retry_at = now + 1.0
+            return
+        if self._worker is None or not self._serving_since or now < self._retry_at:
+            return
+        if now - self._serving_since >= STANDBY_DELAY_SECONDS:
+            self._standby = self._fork(as_standby=True)
+            if self._ballast is None:
+                self._load_ballast()
+
+    def _mount_is_there(self) -> bool:
+        """Whether the connection is alive: a poll of a connection that was unmounted or aborted says error."""
+        poll = select.poll()
+        poll.register(self._fuse_fd, 0)
+        return not poll.poll(0)
+
+    # ---- handing over to a newer version -------------------------------------------------------------------------
+
+    def _serve_control(self) -> bool:
+        """Answer one order on the socket. True if another keeper has everything now."""
+        assert self._control is not None
+        connection, _ = self._control.accept()
+        with connection:
+            connection.settimeout(5.0)
+            try:
+                order = json.loads(connection.recv(4096))
+                interpreter = str(order["interpreter"])
+                if order["order"] != "restart":
+                    raise ValueError("the only order is restart")
+                answer = self._restart(interpreter)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                answer = {"error": f"the order was not understood: {error}"}
+            with contextlib.suppress(OSError):
+                connection.sendall(json.dumps(answer).encode() + b"\n")
+            return "pid" in answer
+
+    def _restart(self, interpreter: str) -> dict[str, object]:
+        """Have a fresh keeper of the version that `interpreter` has take over; the answer for whoever ordered it."""
+        if not self._directory.survives:
+            return {"error": "the pool is in memory without a name, which cannot be handed over: swapoff, umount, mount"}
+        fields = self._memory.board.fields
+        shared = (Field.KEEPER_PID, Field.STANDBY_PID, Field.STANDBY_READY)
+        before = [fields[field] for field in shared]
+        answer = self._try_restart(interpreter)
+        if "error" in answer:
+            for field, value in zip(shared, before, strict=True):
+                fields[field] = value
+        return answer
+
+    def _try_restart(self, interpreter: str) -> dict[str, object]:
+        mine, theirs = socket.socketpair()
+        arguments = [interpreter, "-I", "-m", "zbudfs.service.daemon", "--adopt-fd", str(theirs.fileno())]
+        arguments += ["--foreground"] if self._foreground else []
+        os.set_inheritable(theirs.fileno(), True)
+        try:
+            pid = os.posix_spawn(interpreter, arguments, dict(os.environ))
+        except OSError as error:
+            return {"error": f"{interpreter} cannot be started: {error.strerror}"}
+        finally:
+            theirs.close()
+        mine.settimeout(START_LIMIT_SECONDS + 5)
+        with mine:
+            try:
+                descriptors = [self._fuse_fd, self._directory.lock_fd]
+                descriptors += [self._backing.fileno()] if self._backing is not None else []
+                message = {"settings": self._settings.to_json(), "born_ns": self._born_ns}
+                send_with_descriptors(mine, message, descriptors)
+                reply = _receive_line(mine)
+                if "ready" not in reply:
+                    os.waitpid(pid, 0)
+                    return {"error": str(reply.get("error", "the new version died before it was ready"))}
+                # From here on there is no way back: the old worker must be gone before the new one takes over.
+                for child in (self._standby, self._worker):
+                    if child is not None:
+                        child.kill()
+                        child.reap()
+                self._worker = self._standby = None
+                self._memory.board.fields[Field.SERVING] = 0
+                mine.sendall(b'{"go": true}\n')
+                return {"pid": pid, "version": reply["version"]}
+            except OSError as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return {"error": f"the new version did not come up: {error}"}
+
+
+def send_with_descriptors(channel: socket.socket, message: dict[str, object], descriptors: list[int]) -> None:
+    """Send a message, in one line of JSON, with open files."""
+    data = json.dumps(message).encode() + b"\n"
+    channel.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
+
+
+def receive_with_descriptors(channel: socket.socket) -> tuple[dict[str, object], list[int]]:
+    """What `send_with_descriptors` sent."""
+    data, descriptors, _, _ = socket.recv_fds(channel, 65536, 8)
+    message: dict[str, object] = json.loads(data)
+    return message, descriptors
+
+
+def _receive_line(channel: socket.socket) -> dict[str, object]:
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = channel.recv(4096)
+        if not piece:
+            return {}
+        data += piece
+    message: dict[str, object] = json.loads(data)
+    return message
+
+
+def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool) -> int:
+    """Be the keeper that takes over from the one at the other end of `channel`: the exit status."""
+    try:
+        handed, descriptors = receive_with_descriptors(channel)
+        keeper = Keeper(Settings.from_json(str(handed["settings"])), log, foreground=foreground)
+        keeper.adopt(descriptors, int(str(handed["born_ns"])))
+        keeper.start()
+    except Exception as error:
+        channel.sendall(json.dumps({"error": str(error) or repr(error)}).encode() + b"\n")
+        return 1
+    channel.sendall(json.dumps({"ready": True, "version": __version__}).encode() + b"\n")
+    if "go" not in _receive_line(channel):
+        return 1  # the old one is gone or has thought better of it: it is still the one that serves
+    channel.close()
+    keeper.serve_first()
+    return keeper.run()
+

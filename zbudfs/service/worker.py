@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""A worker: the process that serves the mount, forked by the keeper (service/keeper.py).
+
+Every worker starts as a standby. It gets ready while things are calm:
+
+    threads, event loop     the store's threads start, the session is opened on the descriptor
+    warm up                 once around every path, on a small store of its own
+    lock memory             whatever exists now stays; "ready" is written on the board
+    ... waits for the order, an eventfd ...
+
+and then, when there may be no memory to be had:
+
+    rebuild                 frames, lists, blocks and counters from the page table and the frames (store/recovery.py)
+    replay FUSE_INIT        unless it is still to come
+    resend                  the kernel sends again what the dead one had taken and not answered
+    serve
+
+The exit status is 0 when the mount is gone, FAILED when it could not come up; anything else is a death.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from zbudfs import __version__
+from zbudfs.core.codec import Codec
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.fuse import shim
+from zbudfs.fuse.nodes import Stats, Value
+from zbudfs.fuse.operations import Operations
+from zbudfs.fuse.session import HEAP_BYTES, MAX_REQUEST_BYTES, open_session, resend, resume, serve
+from zbudfs.service import hardening
+from zbudfs.service.log import Log
+from zbudfs.service.mountpoint import MountError, unmount
+from zbudfs.service.settings import Settings
+from zbudfs.store.backing import Backing
+from zbudfs.store.board import Field
+from zbudfs.store.iothread import IoThread
+from zbudfs.store.memory import StoreMemory
+from zbudfs.store.page_store import PageStore
+from zbudfs.store.pressure import PressureMonitor
+
+FAILED: Final = 3
+"""Exit status of a worker that could not come up; why stands on the board."""
+
+HEARTBEAT_SECONDS: Final = 0.5
+REMAP_SECONDS: Final = 2.0
+"""How often a standby maps what the worker has populated meanwhile."""
+
+SCRATCH_BYTES: Final = 4 << 20
+_PR_SET_PDEATHSIG: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """What the keeper has made and every worker works with."""
+
+    settings: Settings
+    memory: StoreMemory
+    backing: Backing | None
+    fuse_fd: int
+    keeper_pid: int
+    born_ns: int
+    """Times of all files."""
+    warnings: list[str]
+    """What the system refused, and what follows."""
+    log: Log
+
+
+def work(mounted: Mounted, order_fd: int) -> int:
+    """Be a worker, in a process of its own; the exit status. `order_fd` is the eventfd on which to wait."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a standby ends with its keeper
+    _die_with_keeper(signal.SIGKILL)
+    try:
+        trio.run(Worker(mounted, order_fd).run)
+    except BaseException as error:
+        first = _first(error)
+        mounted.log.error(f"a worker failed: {first!r}")
+        mounted.memory.board.save_error(str(first) or repr(first))
+        return FAILED
+    return 0
+
+
+def _die_with_keeper(number: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number), *[ctypes.c_ulong(0)] * 3)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first error in a group of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class Worker:
+    """One worker's life."""
+
+    def __init__(self, mounted: Mounted, order_fd: int) -> None:
+        self._mounted = mounted
+        self._order_fd = order_fd
+        self._board = mounted.memory.board
+        self._log = mounted.log
+        self._active = False
+
+    async def run(self) -> None:
+        """Get ready, wait for the order, take over, serve until the mount is gone."""
+        mounted = self._mounted
+        settings = mounted.settings
+        fields = self._board.fields
+        await _warm_up(settings.level)
+        store = PageStore(
+            settings.size_bytes, mounted.memory.nr_frames, mounted.backing, Codec(settings.level), mounted.memory
+        )
+        store.reclaimer.log = self._log.warning
+        helper = IoThread[None]("helper")
+        async with trio.open_nursery() as nursery:
+            stats = Stats(store, self._facts, self._board.lines)
+            operations = Operations(store, stats, nursery, mounted.born_ns)
+            open_session(operations, mounted.fuse_fd)
+            with self._monitor(store), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                await helper.run(mounted.memory.map_populated)
+                hardening.grow_heap(HEAP_BYTES)
+                refused = hardening.lock_memory([(arena.address, arena.size) for arena in mounted.memory.arenas])
+                if refused and not fields[Field.SERVING]:
+                    mounted.warnings[:] = list(dict.fromkeys([*mounted.warnings, *refused]))
+                if fields[Field.STANDBY_PID] == os.getpid():
+                    fields[Field.STANDBY_READY] = 1
+                nursery.start_soon(self._heartbeat, store)
+                nursery.start_soon(self._end_on_signals, signals, helper)
+                async with trio.open_nursery() as waiting:
+                    waiting.start_soon(self._remap, helper)
+                    await trio.lowlevel.wait_readable(self._order_fd)
+                    waiting.cancel_scope.cancel()
+                await self._take_over(store, operations, nursery)
+                await serve()
+                fields[Field.SERVING] = 0
+                self._log.info(f"unmounted from {settings.mountpoint}")
+                nursery.cancel_scope.cancel()
+
+    async def _take_over(self, store: PageStore, operations: Operations, nursery: trio.Nursery) -> None:
+        began = time.monotonic_ns()
+        fields = self._board.fields
+        self._active = True
+        _die_with_keeper(0)
+        found = store.recover()
+        first_request = self._board.init()
+        if first_request:
+            nursery.start_soon(store.run)
+            resume(first_request)
+        else:
+            await nursery.start(store.run)  # the first of all: the reserves come before the first request
+        fields[Field.CAN_RESEND] = 1 if resend(self._mounted.fuse_fd) else 2
+        fields[Field.LAST_RECOVERY_US] = (time.monotonic_ns() - began) // 1000
+        fields[Field.LOST_IN_RECOVERY] += found.lost_pages
+        fields[Field.SERVING] = 1
+        if first_request:
+            self._log.info(
+                f"worker {os.getpid()} has taken over {found.stored_pages} pages in {found.frames} frames and"
+                f" {found.blocks} blocks within {fields[Field.LAST_RECOVERY_US] // 1000} ms"
+            )
+        if found.lost_pages:
+            self._log.error(f"{found.lost_pages} pages were lost: their frames did not confirm the page table")
+
+    async def _heartbeat(self, store: PageStore) -> None:
+        while True:
+            await trio.sleep(HEARTBEAT_SECONDS)
+            if self._active:
+                self._board.fields[Field.HEARTBEAT] += 1
+                store.save_counters()
+
+    async def _remap(self, helper: IoThread[None]) -> None:
+        while True:
+            await trio.sleep(REMAP_SECONDS)
+            await helper.run(self._mounted.memory.map_populated)
+
+    @contextlib.contextmanager
+    def _monitor(self, store: PageStore) -> Iterator[None]:
+        def report() -> None:
+            if self._active:
+                store.reclaimer.pressure()
+
+        try:
+            monitor = PressureMonitor(report)
+        except OSError as error:
+            self._log.info(f"memory pressure is not watched: {error.strerror} (PSI)")
+            yield
+            return
+        try:
+            yield
+        finally:
+            monitor.close()
+
+    async def _end_on_signals(self, signals: AsyncIterator[int], helper: IoThread[None]) -> None:
+        async for number in signals:
+            if not self._active:
+                continue
+            name = signal.Signals(number).name
+            users = self._board.fields[Field.OPEN_SWAPFILES]
+            if users:
+                self._log.warning(f"{name}: not ending, the swapfile is open ({users} times): zbudfs swapoff comes first")
+                continue
+            try:
+                await helper.run(unmount, self._mounted.settings.mountpoint)
+            except MountError as error:
+                self._log.warning(f"{name}: not ending: {error}")
+            else:
+                return  # the session sees that the mount is gone, and ends
+
+    def _facts(self) -> dict[str, Value]:
+        mounted = self._mounted
+        settings = mounted.settings
+        fields = self._board.fields
+        keeper_lives = os.getppid() == mounted.keeper_pid
+        return {
+            "mountpoint": settings.mountpoint,
+            "pid": mounted.keeper_pid if keeper_lives else os.getpid(),
+            "keeper_pid": fields[Field.KEEPER_PID],
+            "worker_pid": fields[Field.WORKER_PID],
+            "standby_pid": fields[Field.STANDBY_PID],
+            "standby_ready": bool(fields[Field.STANDBY_READY]),
+            "recoveries": fields[Field.RECOVERIES],
+            "last_recovery_us": fields[Field.LAST_RECOVERY_US],
+            "lost_in_recovery": fields[Field.LOST_IN_RECOVERY],
+            "survives_crash": self._survives(),
+            "version": __version__,
+            "level": settings.level,
+            "backing_path": settings.backing,
+            "backing_size_bytes": settings.size_bytes if settings.backing is not None else 0,
+            "open_swapfiles": fields[Field.OPEN_SWAPFILES],
+            "log_dropped": mounted.log.dropped,
+            "warnings": [*mounted.warnings, *self._present_warnings(keeper_lives=keeper_lives)],
+        }
+
+    def _survives(self) -> bool:
+        return self._board.fields[Field.CAN_RESEND] == 1
+
+    def _present_warnings(self, *, keeper_lives: bool) -> list[str]:
+        found = []
+        if not self._survives():
+            found.append(
+                "a crash of the daemon would lose what is swapped out: the kernel does not send requests again"
+                " (FUSE_NOTIFY_RESEND, Linux 6.9 or later)"
+            )
+        if not keeper_lives:
+            found.append("the keeper has died: nobody would take over; swapoff and mount anew")
+        return found
+
+
+async def _warm_up(level: int) -> None:
+    """Use each path once, on a small store: a page that compresses, one that does not, a word; a large request, a part."""
+    store = PageStore(SCRATCH_BYTES, SCRATCH_BYTES // PAGE_SIZE, None, Codec(level))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        compressible = bytes(range(256)) * (PAGE_SIZE // 256)
+        samples = [os.urandom(PAGE_SIZE), compressible * (MAX_REQUEST_BYTES // PAGE_SIZE), bytes(PAGE_SIZE), b"zbudfs"]
+        for sample in samples:
+            await store.write(0, sample)
+            if await store.read(0, len(sample)) != sample:
+                raise MemoryError("the store does not give back what it was given: this memory cannot be trusted")
+        store.recover()
+        await store.discard(0, SCRATCH_BYTES)
+        nursery.cancel_scope.cancel()
+    store.close()
+

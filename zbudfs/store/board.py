@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""The board: one small piece of shared memory in which the processes of a mount tell each other how things stand.
+
+Writing a number here allocates nothing and waits for nobody, which is why it is not a pipe, a socket or a file. Each
+field has one writer at a time. What must survive the worker is here as well: FUSE_INIT, the cumulative counters, the
+last lines of the log.
+
+    0        fields, 8 bytes each
+    1 KiB    cumulative counters, 8 bytes each, in the order of the store
+    2 KiB    FUSE_INIT: its length in 8 bytes, then the request
+    4 KiB    the error of a process that did not come up: length, then text
+    8 KiB    log: the number of lines so far in 8 bytes, then LOG_LINES slots of LOG_LINE_BYTES
+"""
+
+from enum import IntEnum
+from typing import Final
+
+from zbudfs.core.errors import LayoutError
+from zbudfs.store.arena import Arena
+
+LAYOUT: Final = 0x7A627564_0001
+"""Of everything that outlives a worker: tables, frames, blocks, this board. Changed when any of them changes."""
+
+_COUNTERS: Final = 1 << 10
+_INIT: Final = 2 << 10
+_ERROR: Final = 4 << 10
+_LOG: Final = 8 << 10
+LOG_LINES: Final = 128
+LOG_LINE_BYTES: Final = 512
+BOARD_BYTES: Final = _LOG + 8 + LOG_LINES * LOG_LINE_BYTES
+
+
+class Field(IntEnum):
+    """The numbers on the board; 0 is "not yet" or "none"."""
+
+    LAYOUT = 0
+    SIZE_BYTES = 1
+    POOL_FRAMES = 2
+    BACKED = 3
+    """1 if there is a backing file."""
+    KEEPER_PID = 4
+    WORKER_PID = 5
+    STANDBY_PID = 6
+    STANDBY_READY = 7
+    """1 once the standby has said that it can take over at once."""
+    SERVING = 8
+    """1 once the worker answers requests."""
+    HEARTBEAT = 9
+    """Counted up by the worker's event loop."""
+    RECOVERIES = 10
+    """Workers that have taken over from a dead one."""
+    OPEN_SWAPFILES = 11
+    """Open files of the swapfile: a loop device is one."""
+    CAN_RESEND = 12
+    """1 if the kernel sends again what a dead worker had taken, 2 if it does not."""
+    LAST_RECOVERY_US = 13
+    """Microseconds from the order to take over to the first request that can be answered."""
+    LOST_IN_RECOVERY = 14
+    """Pages whose frame or block did not confirm the page table after a crash."""
+    PERSISTENT = 15
+    """1 if the memory lies in a pool directory, 0 if it goes with the processes."""
+
+
+class Board:
+    """The board in an arena of BOARD_BYTES. All of it is populated when it is made."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._view = arena.view
+        arena.populate(0, BOARD_BYTES)
+        self.fields = self._view[:_COUNTERS].cast("Q")
+        self._counters = self._view[_COUNTERS:_INIT].cast("Q")
+        self._init_length = self._view[_INIT : _INIT + 8].cast("Q")
+        self._error_length = self._view[_ERROR : _ERROR + 8].cast("Q")
+        self._lines = self._view[_LOG : _LOG + 8].cast("Q")
+
+    def claim(self, **facts: int) -> None:
+        """Say what the memory is for, by the names of fields; LayoutError if it is for something else already."""
+        wanted = {Field.LAYOUT: LAYOUT, **{Field[name.upper()]: value for name, value in facts.items()}}
+        found = self.fields[Field.LAYOUT]
+        if not found:
+            for field, value in wanted.items():
+                self.fields[field] = value
+            return
+        for field, value in wanted.items():
+            if self.fields[field] != value:
+                raise LayoutError(
+                    f"the running zbudfs has another layout in memory ({field.name.lower()} {self.fields[field]:#x}, this"
+                    f" version wants {value:#x}): restart it with the version that runs, or unmount it and mount it anew"
+                )
+
+    # ---- cumulative counters -----------------------------------------------------------------------------------
+
+    def save_counters(self, values: list[int]) -> None:
+        """Keep the store's cumulative counters."""
+        for index, value in enumerate(values):
+            self._counters[index] = value
+
+    def counters(self, count: int) -> list[int]:
+        """The first `count` cumulative counters that were kept."""
+        return self._counters[:count].tolist()
+
+    # ---- FUSE_INIT -----------------------------------------------------------------------------------------------
+
+    def save_init(self, request: bytes) -> None:
+        """Keep the kernel's first request."""
+        self._view[_INIT + 8 : _INIT + 8 + len(request)] = request
+        self._init_length[0] = len(request)
+
+    def init(self) -> bytes:
+        """The kernel's first request; empty if it has not come yet."""
+        return bytes(self._view[_INIT + 8 : _INIT + 8 + self._init_length[0]])
+
+    # ---- the error of a process that did not come up -----------------------------------------------------------
+
+    def save_error(self, text: str) -> None:
+        """Keep why a process could not come up, for the one that waits for it."""
+        data = text.encode("utf-8", "backslashreplace")[: _LOG - _ERROR - 8]
+        self._view[_ERROR + 8 : _ERROR + 8 + len(data)] = data
+        self._error_length[0] = len(data)
+
+    def take_error(self) -> str:
+        """What `save_error` kept, once; empty if nothing."""
+        length = self._error_length[0]
+        self._error_length[0] = 0
+        return bytes(self._view[_ERROR + 8 : _ERROR + 8 + length]).decode("utf-8", "replace")
+
+    # ---- log -------------------------------------------------------------------------------------------------------
+
+    def add_line(self, line: str) -> None:
+        """Keep a line of the log; the oldest goes."""
+        number = self._lines[0]
+        data = line.encode("utf-8", "backslashreplace")[:LOG_LINE_BYTES].ljust(LOG_LINE_BYTES, b"\0")
+        start = _LOG + 8 + number % LOG_LINES * LOG_LINE_BYTES
+        self._view[start : start + LOG_LINE_BYTES] = data
+        self._lines[0] = number + 1
+
+    def lines(self) -> list[str]:
+        """The last lines of the log, oldest first."""
+        total = self._lines[0]
+        found = []
+        for number in range(max(0, total - LOG_LINES), total):
+            start = _LOG + 8 + number % LOG_LINES * LOG_LINE_BYTES
+            found.append(bytes(self._view[start : start + LOG_LINE_BYTES]).rstrip(b"\0").decode("utf-8", "replace"))
+        return found

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""All memory of a store: tables and frames that outlive the process which works with them.
+
+    pages       the page table: the truth
+    frames      the frames, and the bounce frames behind them
+    frametable  the allocator's columns            rebuilt from pages and frames by a new worker
+    freeframes  the pool's stack of free frames    rebuilt
+    blocks      the block map                      rebuilt, but for which segments are ready
+    parking     what is to be written and waits for a frame
+    board       what the processes tell each other
+
+Made by the keeper before it starts a worker, so that every worker has it mapped. Where there is a pool directory (a tmpfs
+that is never swapped out) these are files in it; else memory without a name, which lives as long as one of the
+processes does.
+"""
+
+from typing import Final
+
+from zbudfs.core.block_map import BlockMap
+from zbudfs.core.page_table import ENTRY_SIZE
+from zbudfs.core.units import PAGE_SHIFT
+from zbudfs.core.zbud import Zbud
+from zbudfs.store.arena import Arena
+from zbudfs.store.backing import SEGMENT_BYTES
+from zbudfs.store.board import BOARD_BYTES, Board
+
+BOUNCE_FRAMES: Final = 32
+"""Blocks that can be read at once without a frame to keep them in: two requests of 64 KiB. Guessed."""
+
+
+PARKING_SLOTS: Final = 8
+PARKING_SLOT_BYTES: Final = 1 << 20
+"""As many large writes as the kernel keeps in flight can wait for frames without new memory: in memory that the worker
+and the standby share, since only one of them needs it at a time."""
+
+
+class StoreMemory:
+    """The memory of a device of `size_bytes` over `nr_frames` frames, with a backing file if `backed`.
+
+    In `folder`, or without a name. What is there already is taken; LayoutError if it is not for the same store.
+    """
+
+    def __init__(self, size_bytes: int, nr_frames: int, *, backed: bool, folder: str | None = None) -> None:
+        self.size_bytes = size_bytes
+        self.nr_frames = nr_frames
+        self.folder = folder
+        self.board = Board(Arena("board", BOARD_BYTES, folder))
+        self.board.claim(size_bytes=size_bytes, pool_frames=nr_frames, backed=int(backed), persistent=int(folder is not None))
+        self.nr_pages = size_bytes >> PAGE_SHIFT
+        self.pages = Arena("pages", self.nr_pages * ENTRY_SIZE, folder)
+        self.frames = Arena("frames", (nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT, folder)
+        self.frame_table = Arena("frametable", Zbud.table_size(nr_frames), folder)
+        self.free_frames = Arena("freeframes", 8 * nr_frames, folder)
+        # One more than the pages need: a block with a live page for each page at worst, and the header.
+        self.nr_segments = size_bytes // SEGMENT_BYTES + 2
+        self.parking = Arena("parking", PARKING_SLOTS * PARKING_SLOT_BYTES, folder)
+        self.blocks = Arena("blocks", BlockMap.table_size(self.nr_segments), folder) if backed else None
+
+    def populate(self) -> None:
+        """Populate what has a fixed size; the frames and their tables come in steps. MemoryError."""
+        self.pages.populate(0, self.pages.size)
+        self.parking.populate(0, self.parking.size)
+        if self.blocks is not None:
+            self.blocks.populate(0, self.blocks.size)
+        self.frames.populate(self.nr_frames << PAGE_SHIFT, BOUNCE_FRAMES << PAGE_SHIFT)
+        for offset, length in Zbud.sentinel_spans(self.nr_frames):
+            self.frame_table.populate(offset, length)
+
+    def populate_frames(self, runs: list[tuple[int, int]]) -> None:
+        """Give frames, as runs (first, count), memory, and their parts of the tables. MemoryError."""
+        for first, count in runs:
+            self.frames.populate(first << PAGE_SHIFT, count << PAGE_SHIFT)
+            for offset, length in Zbud.table_spans(self.nr_frames, first, count):
+                self.frame_table.populate(offset, length)
+            # block_of, the stack of ready frames from the left, and that of bare ones from the right
+            for entry in (first, self.nr_frames + first, 2 * self.nr_frames - first - count):
+                self.free_frames.populate(4 * entry, 4 * count)
+
+    def populated_frames(self) -> list[tuple[int, int]]:
+        """The frames that have memory, as runs (first, count)."""
+        runs = []
+        for offset, length in self.frames.populated():
+            first = offset >> PAGE_SHIFT
+            count = min(first + (length >> PAGE_SHIFT), self.nr_frames) - first
+            if count > 0:
+                runs.append((first, count))
+        return runs
+
+    def map_populated(self) -> None:
+        """Map all that has memory into this process: what another one populated is a page fault here otherwise."""
+        for arena in self.arenas:
+            arena.map_populated()
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """All but the board."""
+        arenas = [self.pages, self.frames, self.frame_table, self.free_frames, self.parking]
+        return [*arenas, self.blocks] if self.blocks is not None else arenas
