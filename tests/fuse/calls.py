@@ -86,6 +86,11 @@ def stat_of(mountpoint: Path, name: str) -> int:
     return int((mountpoint / "stats" / name).read_text())
 
 
+def server_of(mountpoint: Path) -> int:
+    """Return the process that answers the requests."""
+    return stat_of(mountpoint, "worker_pid")
+
+
 def all_stats(mountpoint: Path) -> dict[str, Any]:
     """Return all numbers of one moment."""
     found = json.loads((mountpoint / "stats/all.json").read_bytes())

@@ -33,6 +33,7 @@ from tests.fuse.calls import (
     looped,
     opened,
     read_everything,
+    server_of,
     stat_of,
 )
 from tests.fuse.exercise import content, marked_page, whose_page
@@ -194,7 +195,7 @@ def test_a_request_of_1_mib_arrives_whole(tmp_path: Path) -> None:
         return int(lines["rchar"]), int(lines["wchar"])
 
     with mounted(tmp_path / "mnt", "--size", str(SIZE), "--pool", str(SIZE)) as mountpoint:
-        pid = stat_of(mountpoint, "pid")
+        pid = server_of(mountpoint)
         if not Path(f"/proc/{pid}/io").exists():
             pytest.skip("this kernel does not count the bytes that a process reads and writes")
         with opened(mountpoint / "swapfile") as fd, aligned(bytes(range(256)) * (MIB // 256)) as buffer:

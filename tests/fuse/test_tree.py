@@ -168,7 +168,7 @@ def test_nobody_reads_statistics_but_not_memory(mnt: Path) -> None:
 
 
 def test_each_file_holds_one_value(mnt: Path) -> None:
-    """A number, 64 numbers, one line of text, or lines; a newline ends it; all.json has just the same."""
+    """A number, yes or no, 64 numbers, one line of text, or lines; a newline ends it; all.json has just the same."""
     before = all_stats(mnt)
     single = {name: (mnt / "stats" / name).read_text() for name in before}
     after = all_stats(mnt)
@@ -181,7 +181,8 @@ def test_each_file_holds_one_value(mnt: Path) -> None:
         elif name in LINES:
             value = text.splitlines()
         elif name not in TEXTS:
-            value = int(value)
+            value = json.loads(value.lower())
+            assert isinstance(value, int), name
         elif name == "backing_path":
             value = value or None
         assert value in (before[name], after[name]), name

@@ -26,6 +26,10 @@ DEFAULT_LEVEL: Final = -1
 MIN_LEVEL: Final = -7
 MAX_LEVEL: Final = 19
 
+_DESCRIPTOR: Final = b"\x04"
+"""The first byte of every frame made here: a content checksum, no content size, no dictionary. A zpage that says
+otherwise is damaged; without this test one bit would turn its checksum off."""
+
 WORD_ZPAGE_SIZE: Final = 12
 """Bytes of a zpage that holds a word: the word and its CRC-32. No zstd frame of a page is taken if it has this length."""
 
@@ -102,6 +106,8 @@ class Codec:
             if crc32(content) != int.from_bytes(zpage[WORD_SIZE:], "little"):
                 raise PageLost("a same-filled page fails its checksum")
             return content * PAGE_WORDS
+        if zpage[:1] != _DESCRIPTOR:
+            raise PageLost("a zpage's first byte is damaged")
         try:
             page = self._decompress(zpage, PAGE_SIZE)
         except zstandard.ZstdError as error:

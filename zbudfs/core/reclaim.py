@@ -29,8 +29,8 @@ class Watermarks:
         The room between low and nothing is what the writers use while the first batch is on its way to the disk;
         guessed so that 25 MiB/s of zpages fit into 100 ms of a 128 MiB pool.
         """
-        low = min(max(limit_frames // LOW_DIVISOR, BATCH_FRAMES), limit_frames // 4)
-        high = min(max(limit_frames // HIGH_DIVISOR, 2 * BATCH_FRAMES), limit_frames // 2)
+        low = max(min(max(limit_frames // LOW_DIVISOR, BATCH_FRAMES), limit_frames // 4), 1)
+        high = max(min(max(limit_frames // HIGH_DIVISOR, 2 * BATCH_FRAMES), limit_frames // 2), low)
         return cls(low, high)
 
     def frames_to_free(self, free_frames: int, *, under_way: bool) -> int:

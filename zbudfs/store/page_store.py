@@ -218,7 +218,7 @@ class PageStore:
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """As `read`, for what is in RAM; None, and nothing was counted, if some of it is in the backing file alone."""
-        if length == PAGE_SIZE and not offset & _OFFSET_MASK and offset + length <= self.size_bytes:
+        if length == PAGE_SIZE and not offset & _OFFSET_MASK and 0 <= offset < self.size_bytes:
             content = self._load_nowait(offset >> PAGE_SHIFT)
             if content is not None:
                 self._cumul_read_pages += 1

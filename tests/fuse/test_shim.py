@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: MIT
+"""The libfuse shim: that it is built or says what is missing, stands where it should, and does what it is for."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.fuse.calls import MIB, PAGE, PUNCH, fallocate, opened, server_of, tool
+from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, mounted, wait_until, zbudfs
+from zbudfs.service.launch import LaunchError, start
+from zbudfs.service.settings import Settings
+
+LIBFUSE: Final = "/usr/lib/x86_64-linux-gnu/libfuse3.so"
+F_GETPIPE_SZ: Final = 1032
+DEFAULT_PIPE_BYTES: Final = 16 * PAGE
+
+
+def maps_of(*libraries: str) -> str:
+    """Return a made-up /proc/PID/maps in which each library is mapped in three pieces, as the loader does it."""
+    lines = ["55d0c0000000-55d0c0001000 r--p 00000000 fe:00 11 /usr/bin/python3.11", "7ffc0000-7ffd0000 rw-p 0 00:00 0"]
+    for number, library in enumerate(libraries):
+        for piece, mode in enumerate(("r--p", "r-xp", "rw-p")):
+            start_at = 0x7F00_0000_0000 + number * 0x10_0000 + piece * 0x1000
+            lines.append(f"{start_at:x}-{start_at + 0x1000:x} {mode} {piece:08x} fe:00 {100 + number}    {library}")
+    return "\n".join([*lines, "7ffd1000-7ffd2000 rw-p 00000000 00:00 0          [stack]", ""])
+
+
+def run_python(code: str, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run some code in a fresh interpreter, with the packages of `folder` before all others."""
+    before = f"import sys; sys.path.insert(0, {str(folder)!r});" if folder is not None else ""
+    command = [sys.executable, "-I", "-c", before + code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+
+
+def printed(code: str) -> str:
+    """Return what some code prints, which must succeed."""
+    run = run_python(code)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of the project as it comes from the repository: the shim is not built."""
+    folder = tmp_path / "sources"
+    shutil.copytree(ROOT / "zbudfs", folder / "zbudfs", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "README.md").write_text("A copy for a test.\n")
+    return folder
+
+
+def build(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build the shim in a copy of the project."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    changed = {**os.environ, "LC_ALL": "C", **environment}
+    return subprocess.run(
+        command, cwd=sources, env=changed, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS, check=False
+    )
+
+
+@contextlib.contextmanager
+def folder_of_programs(folder: Path, *names: str) -> Iterator[str]:
+    """Have a PATH with just these programs."""
+    folder.mkdir()
+    for name in names:
+        if (found := shutil.which(name)) is None:
+            pytest.skip(f"no {name}")
+        (folder / name).symlink_to(found)
+    yield str(folder)
+
+
+def refusal(run: subprocess.CompletedProcess[str]) -> str:
+    """Return the sentence with which a build was refused; setuptools may have warned of something before it."""
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    said = run.stderr.strip().splitlines()[-1]
+    assert said.startswith("zbudfs: cannot build the libfuse shim: ")
+    assert "apt-get install gcc pkg-config libfuse3-dev" in said
+    return said
+
+
+# ---- built, or not ---------------------------------------------------------------------------------------------------
+
+
+def test_it_can_be_built(sources: Path) -> None:
+    """From a fresh copy, without a word of the compiler; what was built can be loaded."""
+    if (
+        shutil.which("pkg-config") is None
+        or subprocess.run(["pkg-config", "--exists", "fuse3"], check=False).returncode
+    ):
+        pytest.skip("no headers of libfuse (apt-get install pkg-config libfuse3-dev)")
+    run = build(sources)
+    assert run.returncode == 0, run.stderr
+    assert "shim.c" not in run.stderr
+    loaded = run_python("import zbudfs.fuse; print(zbudfs.fuse.shim._shim.__file__)", folder=sources)
+    assert loaded.stdout.startswith(f"{sources}/zbudfs/fuse/_shim."), loaded.stderr
+
+
+def test_built_without_pkg_config(sources: Path, tmp_path: Path) -> None:
+    """The program that is missing is named, and how to get it."""
+    with folder_of_programs(tmp_path / "bin", "gcc") as path:
+        assert "no pkg-config" in refusal(build(sources, PATH=path))
+
+
+def test_built_without_a_compiler(sources: Path, tmp_path: Path) -> None:
+    """The same for the compiler."""
+    with folder_of_programs(tmp_path / "bin", "pkg-config") as path:
+        assert "no missing-cc " in refusal(build(sources, PATH=path, CC="missing-cc"))
+
+
+@pytest.mark.parametrize("version", [None, "3.2.0"])
+def test_built_without_the_right_headers(version: str | None, sources: Path, tmp_path: Path) -> None:
+    """Where libfuse's headers are missing or too old the message says so, in words."""
+    folder = tmp_path / "pc"
+    folder.mkdir()
+    if version is not None:
+        (folder / "fuse3.pc").write_text(f"Name: fuse3\nDescription: FUSE\nVersion: {version}\nLibs: -lfuse3\n")
+    said = refusal(build(sources, PKG_CONFIG_LIBDIR=str(folder), PKG_CONFIG_PATH=""))
+    assert "fuse3" in said.partition("(on Debian")[0]
+    assert "Command '[" not in said
+
+
+def test_not_built(sources: Path) -> None:
+    """A package that was only copied says what to do."""
+    run = run_python("import zbudfs.fuse", folder=sources)
+    assert run.returncode == 1
+    said = run.stderr.strip().splitlines()[-1]
+    assert said.startswith("zbudfs.fuse.shim.ShimError: the libfuse shim cannot be loaded")
+    assert "install the package" in said
+    assert "circular" not in said, "the reason that is given is a wrong one"
+
+
+@pytest.mark.needs("root", "fuse")
+def test_mounting_without_the_shim(sources: Path, tmp_path: Path) -> None:
+    """The daemon does not come up, its reason is the one line of the error, and nothing is mounted."""
+    code = f"import sys; sys.path.insert(0, {str(sources)!r}); import runpy; "
+    code += "runpy.run_module('zbudfs.service.daemon', run_name='__main__')"
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    settings = Settings(mountpoint=str(mountpoint), size_bytes=MIB, pool_bytes=MIB, backing=None)
+    with pytest.raises(LaunchError, match="libfuse shim cannot be loaded") as caught:
+        start(settings, command=[sys.executable, "-I", "-c", code])
+    assert "\n" not in str(caught.value)
+    assert not is_mounted(mountpoint)
+
+
+def test_too_late() -> None:
+    """Once pyfuse3 is there the shim cannot take its place, and says so instead of doing nothing."""
+    run = run_python("import pyfuse3, zbudfs.fuse")
+    assert run.returncode == 1
+    assert "ShimError: pyfuse3 was imported before zbudfs.fuse" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("libraries", "accepted"),
+    [
+        ((f"{LIBFUSE}.3.14.0",), True),
+        ((f"{LIBFUSE}.3.14.0 (deleted)",), True),
+        (("/opt/with space/libfuse3.so.4",), True),
+        ((f"{LIBFUSE}.3.14.0", f"{LIBFUSE}.4"), False),
+        ((f"{LIBFUSE}.3.14.0", "/opt/venv/pyfuse3.libs/libfuse3.so.3.14.0"), False),
+        ((f"{LIBFUSE}.3.14.0", "/usr/lib/libfuse.so.2", "/usr/lib/python3/libfuse3_helper.so"), True),
+    ],
+)
+def test_verify(libraries: tuple[str, ...], accepted: bool) -> None:
+    """One libfuse, in however many pieces, is right; two are refused, and both are named."""
+    code = "import sys; from zbudfs.fuse import shim; shim.verify(sys.argv[1])"
+    run = run_python(code, maps_of(*libraries))
+    assert run.returncode == (0 if accepted else 1), run.stderr
+    if not accepted:
+        assert "ShimError" in run.stderr
+        assert all(library in run.stderr for library in libraries)
+
+
+# ---- in place --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("root", "fuse")
+def test_one_libfuse_and_one_shim(tmp_path: Path) -> None:
+    """The daemon has loaded one libfuse and one shim; pyfuse3 came behind it, or fallocate would not work."""
+    with mounted(tmp_path / "mnt") as mountpoint:
+        maps = Path(f"/proc/{server_of(mountpoint)}/maps").read_text().splitlines()
+        paths = {line.split(None, 5)[5] for line in maps if len(line.split(None, 5)) == 6}
+        assert len([path for path in paths if "/libfuse3" in path]) == 1
+        assert len([path for path in paths if "/zbudfs/fuse/_shim." in path]) == 1
+        assert len([path for path in paths if "/pyfuse3/" in path and path.endswith(".so")]) == 1
+        version = printed("from zbudfs.fuse import shim; print(shim.libfuse_version())")
+        assert f"libfuse {version}" in (mountpoint / "stats/log").read_text()
+        with opened(mountpoint / "swapfile") as fd:
+            fallocate(fd, PUNCH, 0, PAGE)
+
+
+@pytest.mark.needs("root", "fuse")
+def test_requests_are_not_spliced(tmp_path: Path) -> None:
+    """libfuse has made no pipe for its requests: it would have enlarged it to the size of the largest request."""
+    with mounted(tmp_path / "mnt") as mountpoint:
+        with opened(mountpoint / "swapfile") as fd:
+            os.pwrite(fd, b"not through a pipe" * MIB, 0)
+            os.pread(fd, MIB, 0)
+        pid = server_of(mountpoint)
+        sizes = []
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            if str(entry.readlink()).startswith("pipe:"):
+                with opened(entry, os.O_RDONLY | os.O_NONBLOCK) as pipe:
+                    sizes.append(fcntl.fcntl(pipe, F_GETPIPE_SZ))
+    assert [size for size in sizes if size > DEFAULT_PIPE_BYTES] == []
+
+
+@contextlib.contextmanager
+def fuse_control(folder: Path, mountpoint: Path) -> Iterator[Path]:
+    """Have the kernel's own view of the connection of a mount."""
+    folder.mkdir()
+    tool("mount", "-t", "fusectl", "fusectl", folder)
+    try:
+        yield folder / str(os.minor(mountpoint.stat().st_dev))
+    finally:
+        tool("umount", folder)
+
+
+@pytest.mark.needs("root", "fuse")
+def test_the_bound_on_requests_in_flight(tmp_path: Path) -> None:
+    """The kernel has been told how many requests may be under way, for which memory has been set aside."""
+    bound = printed("from zbudfs.fuse import session; print(session.MAX_BACKGROUND)")
+    with mounted(tmp_path / "mnt") as mountpoint, fuse_control(tmp_path / "ctl", mountpoint) as connection:
+        assert (connection / "max_background").read_text().strip() == bound
+        assert (connection / "congestion_threshold").read_text().strip() == bound
+
+
+@pytest.mark.needs("root", "fuse")
+def test_bursts(tmp_path: Path) -> None:
+    """Requests that wait together are taken together: far fewer wake-ups than requests, and each answer is right."""
+    mountpoint, report = tmp_path / "mnt", tmp_path / "counters"
+    mountpoint.mkdir()
+    code = (
+        "import json, sys\n"
+        "from zbudfs.service import daemon, keeper\n"
+        "from zbudfs.fuse import shim\n"
+        "right = keeper.work\n"
+        "def work(*arguments):\n"
+        "    status = right(*arguments)\n"
+        f"    with open({str(report)!r}, 'w') as file: json.dump(shim.counters(), file)\n"
+        "    return status\n"
+        "keeper.work = work\n"
+        "sys.exit(daemon.main(sys.argv[1:]))\n"
+    )
+    settings = Settings(mountpoint=str(mountpoint), size_bytes=MIB, pool_bytes=MIB, backing=None)
+    keeper = start(settings, command=[sys.executable, "-I", "-c", code]).pid
+    rounds, readers = 20, 8
+    found: list[bytes] = []
+
+    def read_page(fd: int, number: int) -> None:
+        found.append(os.pread(fd, PAGE, number * PAGE))
+
+    try:
+        with fuse_control(tmp_path / "ctl", mountpoint) as connection, opened(mountpoint / "swapfile") as fd:
+            pid = server_of(mountpoint)
+            os.pwrite(fd, b"".join(bytes([number]) * PAGE for number in range(readers)), 0)
+            for _ in range(rounds):
+                os.kill(pid, signal.SIGSTOP)
+                threads = [threading.Thread(target=read_page, args=(fd, number)) for number in range(readers)]
+                try:
+                    for thread in threads:
+                        thread.start()
+                    waiting = connection / "waiting"
+                    wait_until(lambda file=waiting: int(file.read_text()) == readers, "the readers")  # type: ignore[misc]
+                finally:
+                    os.kill(pid, signal.SIGCONT)
+                    for thread in threads:
+                        thread.join(LIMIT_SECONDS)
+    finally:
+        if is_mounted(mountpoint):
+            zbudfs("umount", mountpoint)
+        wait_until(lambda: not is_running(keeper), "the daemon's end")
+    assert sorted(found) == sorted(bytes([number]) * PAGE for number in range(readers) for _ in range(rounds))
+    served, wake_ups = json.loads(report.read_text())
+    assert served == rounds * readers + 1
+    # Some wake-ups are for other requests: names, opening, closing, and one or two a round for the first of it.
+    assert wake_ups < served / 2
+
+
+@pytest.mark.needs("root", "fuse")
+def test_a_bug_in_a_handler_is_an_error_of_one_request(tmp_path: Path) -> None:
+    """A handler that raises gives EIO and a line in the log; the next request is answered as ever."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    code = (
+        "import sys; from zbudfs.service import daemon; from zbudfs.store.page_store import PageStore; "
+        "right = PageStore.read_nowait; "
+        "PageStore.read_nowait = lambda store, at, length: 1 // 0 if at == 4096 * 7 else right(store, at, length); "
+        "sys.exit(daemon.main(sys.argv[1:]))"
+    )
+    settings = Settings(mountpoint=str(mountpoint), size_bytes=MIB, pool_bytes=MIB, backing=None)
+    pid = start(settings, command=[sys.executable, "-I", "-c", code]).pid
+    try:
+        with opened(mountpoint / "swapfile") as fd:
+            os.pwrite(fd, b"x" * 16 * PAGE, 0)
+            for _ in range(2):
+                with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                    os.pread(fd, PAGE, 7 * PAGE)
+                assert os.pread(fd, PAGE, 6 * PAGE) == b"x" * PAGE
+        log = (mountpoint / "stats/log").read_text()
+        assert "a request failed on a bug in zbudfs" in log
+        assert "ZeroDivisionError" in log
+    finally:
+        zbudfs("umount", mountpoint)
+        wait_until(lambda: not is_running(pid), "the daemon's end")
