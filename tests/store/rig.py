@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -15,24 +15,30 @@ import trio.testing
 from tests.store.faulty import FaultyBacking
 from zbudfs.core.codec import Codec
 from zbudfs.core.page_table import BLOCK, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, RAW_FRAME, REF_MASK
-from zbudfs.core.units import PAGE_SIZE
+from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.core.zbud import REF_BITS
+from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.pool import Pool
 
 LIMIT_SECONDS: Final = 60.0
 """Longest time that a whole test may take, on its own clock. A failure, not a measurement."""
 POLL_SECONDS: Final = 0.001
 
-# A store is made once in a process and keeps its memory files until the end; here there are many of them.
+# A process makes one store and keeps its memory files until the end; here there are hundreds of them.
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
+
+
+_limit: Final = trio.lowlevel.RunVar[trio.CancelScope]("limit")
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     """Run a test, limited in time. Its clock goes as fast as the real one, and `push` jumps."""
 
     async def limited() -> None:
-        with trio.fail_after(LIMIT_SECONDS):
+        with trio.fail_after(LIMIT_SECONDS) as scope:
+            _limit.set(scope)
             await main()
 
     trio.run(limited, clock=trio.testing.MockClock(rate=1.0))
@@ -42,6 +48,7 @@ def push(seconds: float) -> None:
     """Move the test's clock forward."""
     clock = trio.lowlevel.current_clock()
     assert isinstance(clock, trio.testing.MockClock)
+    _limit.get().deadline += seconds
     clock.jump(seconds)
 
 
@@ -55,6 +62,23 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         raise AssertionError(f"waited in vain until {what}") from None
 
 
+def let_go(memory: StoreMemory) -> None:
+    """Give the memory of a store that is closed back to the system."""
+    for arena in memory.arenas:
+        arena.release(0, arena.size)
+
+
+@contextlib.contextmanager
+def made_pool(nr_frames: int) -> Iterator[Pool]:
+    """Have a pool without a store."""
+    memory = StoreMemory(nr_frames << PAGE_SHIFT, nr_frames, backed=False)
+    try:
+        memory.populate()
+        yield Pool(memory)
+    finally:
+        let_go(memory)
+
+
 @contextlib.asynccontextmanager
 async def running(store: PageStore) -> AsyncIterator[PageStore]:
     """Have a store's tasks run; at the end they are stopped, and the store is closed."""
@@ -65,6 +89,7 @@ async def running(store: PageStore) -> AsyncIterator[PageStore]:
             nursery.cancel_scope.cancel()
     finally:
         store.close()
+        let_go(store.memory)
 
 
 @contextlib.asynccontextmanager

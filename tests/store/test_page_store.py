@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page, pages, text_page
 from tests.store.faulty import FaultyBacking
-from tests.store.rig import backed_store, drop, get, in_block, put, quiet, run, running, until
+from tests.store.rig import backed_store, drop, get, in_block, place_of, put, quiet, run, running, until
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.errors import OutOfRange, PageLost, PoolFull
-from zbudfs.core.page_table import KIND_BITS
 from zbudfs.core.units import NCHUNKS, PAGE_SIZE
 from zbudfs.store.backing import Backing
 from zbudfs.store.page_store import PageStore
@@ -106,7 +105,7 @@ STEPS = st.lists(
         st.integers(0, 5),
         st.integers(0, 1 << 30),
     ),
-    max_size=60,
+    max_size=80,
 )
 
 
@@ -147,7 +146,7 @@ async def play(store: PageStore, steps: list[tuple[str, tuple[int, int], int, in
 
 
 @pytest.mark.parametrize("frames", [1, 3, 8, 64])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(steps=STEPS, level=st.sampled_from([-7, -1, 1, 5]))
 def test_any_steps_in_ram(frames: int, level: int, steps: list[tuple[str, tuple[int, int], int, int]]) -> None:
     """Without a backing file a write may be refused, and then each page is the old one or the new one."""
@@ -162,7 +161,7 @@ def test_any_steps_in_ram(frames: int, level: int, steps: list[tuple[str, tuple[
 
 
 @pytest.mark.parametrize("frames", [1, 3, 8, 20])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(steps=STEPS, level=st.sampled_from([-7, -1, 1, 5]))
 def test_any_steps_with_a_backing_file(
     frames: int, level: int, steps: list[tuple[str, tuple[int, int], int, int]]
@@ -192,7 +191,7 @@ def test_tasks_on_disjoint_ranges(tmp_path: Path, frames: int, seed: int) -> Non
         generator = random.Random(f"{seed} {number}")
         base = number * span * PAGE_SIZE
         model = bytearray(span * PAGE_SIZE)
-        for _ in range(120):
+        for _ in range(200):
             aligned = generator.random() < 0.7
             offset = generator.randrange(span) * PAGE_SIZE if aligned else generator.randrange(len(model))
             length = generator.choice([PAGE_SIZE, 3 * PAGE_SIZE]) if aligned else generator.randrange(9000)
@@ -269,7 +268,7 @@ def test_tasks_on_the_same_pages(tmp_path: Path, frames: int, seed: int) -> None
 
     async def worker(store: PageStore, worker_number: int) -> None:
         generator = random.Random(f"{seed} {worker_number}")
-        for step in range(120):
+        for step in range(200):
             number, count = generator.randrange(PAGES - 3), generator.choice([1, 1, 2, 4])
             span = range(number, number + count)
             what = generator.random()
@@ -320,7 +319,7 @@ def test_tasks_that_patch_the_same_pages(tmp_path: Path, seed: int) -> None:
 
     async def worker(store: PageStore, number: int, model: bytearray) -> None:
         generator = random.Random(f"{seed} {number}")
-        for _ in range(120):
+        for _ in range(200):
             at = generator.randrange(span) * PAGE_SIZE + number * stripe + generator.randrange(stripe)
             length = generator.randrange(1, stripe - at % stripe + 1)
             if generator.random() < 0.15:
@@ -631,7 +630,7 @@ def test_a_lost_page_in_ram_is_an_error_for_that_page_alone() -> None:
         store = PageStore(SIZE, 64, None, Codec())
         async with running(store):
             await put(store, 0, pages(10, BIG))
-            frame = store.state.table.entries[4] >> KIND_BITS + 1 & 0xFFFF
+            frame, _ = place_of(store, 4)
             store.state.pool.zbud.frame_bytes(frame)[1000] ^= 1
             for read in (get(store, 0, 10), get(store, 0, 5)):
                 assert await read == pages(4, BIG)

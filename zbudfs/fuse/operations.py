@@ -69,7 +69,7 @@ class Operations(pyfuse3.Operations):
         self._snapshots: dict[int, bytes] = {}
         """By file handle: what a file of stats/ held when it was opened."""
         self._next_handle = SWAPFILE + 1
-        shim.serve_file(SWAPFILE, self._read_served, self._write_served, self._fallocate_served)
+        shim.serve_file(SWAPFILE, self._read_served, self._write_served, self._fallocate_served, self._fsync_served)
 
     def init(self) -> None:
         """FUSE_INIT has come: the mount answers from now on."""
@@ -214,11 +214,7 @@ class Operations(pyfuse3.Operations):
         """A file is closed: nothing is held back that could be flushed."""
 
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        """What was written is stored; what of it was written back is on the disk."""
-        try:
-            await self._store.sync()
-        except Exception as error:
-            raise fuse_error(error) from None
+        """A file of stats/ is never written; the swapfile's fsync does not come this way."""
 
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
         """Directories never change."""
@@ -287,6 +283,19 @@ class Operations(pyfuse3.Operations):
             return errno.EFBIG
         self._nursery.start_soon(self._discard_later, request, offset, length)
         return None
+
+    def _fsync_served(self, request: int) -> int | None:
+        """What was written before is stored; what of it was written back is on the disk as well."""
+        self._nursery.start_soon(self._sync_later, request)
+        return None
+
+    async def _sync_later(self, request: int) -> None:
+        try:
+            await self._store.sync()
+        except Exception as error:
+            shim.reply(request, fuse_error(error).errno)
+        else:
+            shim.reply(request, 0)
 
     async def _discard_later(self, request: int, offset: int, length: int) -> None:
         try:

@@ -7,11 +7,13 @@
    calls the real function, which is the next one in the loader's order (RTLD_NEXT). The same object is the Python
    module zbudfs.fuse._shim, through which it is told what to do.
 
-   1. One served file. Its reads, writes and fallocates go straight to three Python functions, which mostly answer at
-      once: no coroutine, no copy of what is written (pyfuse3 makes both), and fallocate, which pyfuse3 has not.
-      Everything else (names, attributes, stats/) is pyfuse3's.
+   1. One served file. Its reads, writes, fallocates and fsyncs go straight to four Python functions, which mostly answer
+      at once: no coroutine, no copy of what is written (pyfuse3 makes both), and fallocate, which pyfuse3 has not.
+      Everything else (names, attributes, stats/) is pyfuse3's, and never has to wait for anything.
    2. Bursts. pyfuse3 sleeps in trio before every request: two rounds of the scheduler and three system calls. After a
-      request for the served file, those that are already waiting are taken at once, up to a bound; then trio runs.
+      request for the served file, those that are already waiting are taken at once; and if nothing else is to be done,
+      the next one is waited for right here, together with everything that trio waits for, for a millisecond. Both within
+      bounds of number and time; then trio runs.
    3. No `write_buf`: with it libfuse asks for FUSE_CAP_SPLICE_READ and reads requests through a pipe, for which the
       kernel allocates a page per page of data. Under memory pressure that allocation waits for swap: this daemon.
    4. One receive buffer for the whole session. libfuse would allocate 1 MiB for each of pyfuse3's tasks. One is enough:
@@ -34,9 +36,11 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fuse_lowlevel.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #undef fuse_session_new
 
 enum {
@@ -44,16 +48,21 @@ enum {
     RECEIVE_BYTES = MAX_WRITE + (64 << 10),
     MAX_INIT = 1024,
     OPCODE_INIT = 26,
+    LINGER_NS = 1000000,
+    MAX_CREDIT = 16,
+    MAX_BURST_NS = 5000000,
     MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
 };
-enum { READ, WRITE, FALLOCATE, NR_HANDLERS };
+enum { READ, WRITE, FALLOCATE, FSYNC, NR_HANDLERS };
 
 struct libfuse_version;
 
 static struct fuse_lowlevel_ops pyfuse3_ops, shim_ops;
 static fuse_ino_t served_inode;
 static PyObject *handlers[NR_HANDLERS];
-static unsigned max_background = 12, max_burst = 1;
+static unsigned max_background = 12, max_burst = 1, max_spin_ns;
+static PyObject *may_linger; /* function without arguments: whether nobody but the kernel wants anything of this thread */
+static int event_loop_fd = -1;
 static unsigned long long served_requests, bursts;
 static int initialised;       /* FUSE_INIT has been answered */
 static int answered_by_shim;  /* the request just processed was for the served file: pyfuse3 has no coroutine to await */
@@ -132,6 +141,15 @@ static void shim_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offse
     handle(FALLOCATE, req, 0, arguments, 4);
 }
 
+static void shim_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *file) {
+    if (ino != served_inode) {
+        pyfuse3_ops.fsync(req, ino, datasync, file);
+        return;
+    }
+    PyObject *arguments[] = {PyLong_FromVoidPtr(req)};
+    handle(FSYNC, req, 0, arguments, 1);
+}
+
 static void shim_init(void *userdata, struct fuse_conn_info *conn) {
     if (pyfuse3_ops.init) pyfuse3_ops.init(userdata, conn);
     if (conn->max_write > MAX_WRITE) conn->max_write = MAX_WRITE; /* libfuse reads at most max_write and a 4 KiB header */
@@ -150,6 +168,7 @@ static const struct fuse_lowlevel_ops *amended(const struct fuse_lowlevel_ops *o
     shim_ops.read = shim_read;
     shim_ops.write = shim_write;
     shim_ops.fallocate = shim_fallocate;
+    shim_ops.fsync = shim_fsync;
     shim_ops.write_buf = NULL;
     initialised = 0;
     return &shim_ops;
@@ -193,13 +212,47 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
     return got == -EAGAIN ? -EINTR : got; /* nothing there any more (a burst took it): pyfuse3 knows only EINTR */
 }
 
+static long long now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+/* Wait a moment for the next request. 0 if something else happened, or is to be done, or nothing came.
+   Waking a sleeping core costs more than serving a page. So the first part of the moment is spent awake, as long as that
+   pays: each request that comes within it earns credit, each that does not costs twice as much. */
+static int linger(struct fuse_session *session) {
+    if (event_loop_fd < 0 || !may_linger) return 0;
+    PyObject *may = PyObject_CallNoArgs(may_linger);
+    if (!may) PyErr_WriteUnraisable(may_linger);
+    int yes = may == Py_True;
+    Py_XDECREF(may);
+    if (!yes) return 0;
+    struct pollfd fds[] = {{.fd = fuse_session_fd(session), .events = POLLIN}, {.fd = event_loop_fd, .events = POLLIN}};
+    static int credit;
+    struct timespec moment = {.tv_nsec = LINGER_NS}, none = {0};
+    int ready = 0;
+    Py_BEGIN_ALLOW_THREADS
+    long long began = now_ns();
+    if (credit > 0 && max_spin_ns)
+        while (!(ready = ppoll(fds, 2, &none, NULL)) && now_ns() - began < max_spin_ns) {}
+    if (!ready) ready = ppoll(fds, 2, &moment, NULL);
+    if (ready > 0 && now_ns() - began < max_spin_ns) credit = credit < MAX_CREDIT ? credit + 1 : MAX_CREDIT;
+    else credit = credit > 2 ? credit - 2 : 0;
+    Py_END_ALLOW_THREADS
+    return ready > 0 && fds[0].revents == POLLIN;
+}
+
 void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *first) {
     process(session, (struct fuse_buf *)first);
     bursts++;
+    long long end = now_ns() + MAX_BURST_NS;
     for (unsigned more = 1; more < max_burst && answered_by_shim && !fuse_session_exited(session); more++) {
         struct fuse_buf buf = {.mem = NULL};
-        if (receive(session, &buf) <= 0) break; /* the session loop will see an error again */
-        process(session, &buf);                 /* the last of the burst if it left pyfuse3 a coroutine */
+        int got = receive(session, &buf);
+        if (got == -EAGAIN && now_ns() < end && linger(session)) got = receive(session, &buf);
+        if (got <= 0) break;    /* nothing, or an error that the session loop will see again */
+        process(session, &buf); /* the last of the burst if it left pyfuse3 a coroutine */
     }
 }
 
@@ -229,7 +282,7 @@ static PyObject *py_serve_file(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long inode;
     PyObject *functions[NR_HANDLERS];
-    if (!PyArg_ParseTuple(args, "KOOO", &inode, &functions[READ], &functions[WRITE], &functions[FALLOCATE])) return NULL;
+    if (!PyArg_ParseTuple(args, "KOOOO", &inode, &functions[READ], &functions[WRITE], &functions[FALLOCATE], &functions[FSYNC])) return NULL;
     for (int i = 0; i < NR_HANDLERS; i++) {
         Py_INCREF(functions[i]);
         Py_XSETREF(handlers[i], functions[i]);
@@ -240,7 +293,16 @@ static PyObject *py_serve_file(PyObject *self, PyObject *args) {
 
 static PyObject *py_set_limits(PyObject *self, PyObject *args) {
     (void)self;
-    if (!PyArg_ParseTuple(args, "II", &max_background, &max_burst)) return NULL;
+    if (!PyArg_ParseTuple(args, "III", &max_background, &max_burst, &max_spin_ns)) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_set_linger(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *function;
+    if (!PyArg_ParseTuple(args, "iO", &event_loop_fd, &function)) return NULL;
+    Py_INCREF(function);
+    Py_XSETREF(may_linger, function);
     Py_RETURN_NONE;
 }
 
@@ -301,8 +363,9 @@ static PyObject *py_counters(PyObject *self, PyObject *unused) {
 }
 
 static PyMethodDef methods[] = {
-    {"serve_file", py_serve_file, METH_VARARGS, "serve_file(inode, read, write, fallocate): the handlers of the served file"},
-    {"set_limits", py_set_limits, METH_VARARGS, "set_limits(background, burst): requests in flight, and taken without a sleep"},
+    {"serve_file", py_serve_file, METH_VARARGS, "serve_file(inode, read, write, fallocate, fsync): the handlers of the served file"},
+    {"set_limits", py_set_limits, METH_VARARGS, "set_limits(background, burst, spin_ns): requests in flight, taken without a sleep, and awake for so long"},
+    {"set_linger", py_set_linger, METH_VARARGS, "set_linger(fd, may): wait for requests and fd while may() is true; -1: never"},
     {"reply", py_reply, METH_VARARGS, "reply(request, errno, written=-1) -> errno: answer a request; a write with its length"},
     {"reply_data", py_reply_data, METH_VARARGS, "reply_data(request, data) -> errno: answer a read"},
     {"first_request", py_first_request, METH_NOARGS, "first_request() -> bytes: FUSE_INIT as it came, empty if it has not"},

@@ -26,6 +26,7 @@ finally:
 
 serve_file = _shim.serve_file
 set_limits = _shim.set_limits
+set_linger = _shim.set_linger
 reply = _shim.reply
 reply_data = _shim.reply_data
 first_request = _shim.first_request

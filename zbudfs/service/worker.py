@@ -219,7 +219,10 @@ class Worker:
         settings = mounted.settings
         fields = self._board.fields
         keeper_lives = os.getppid() == mounted.keeper_pid
+        served_requests, wakeups = shim.counters()
         return {
+            "served_requests": served_requests,
+            "wakeups": wakeups,
             "mountpoint": settings.mountpoint,
             "pid": mounted.keeper_pid if keeper_lives else os.getpid(),
             "keeper_pid": fields[Field.KEEPER_PID],

@@ -174,14 +174,14 @@ class Backing:
 
     def _write_zeros(self, offset: int, length: int) -> None:
         flags = 0 if self.direct else os.RWF_DSYNC
-        while length:
-            written = os.pwritev(self._fd, [self._zeros[:length]], offset, flags)
+        done = 0
+        while done < length:
+            written = os.pwritev(self._fd, [self._zeros[: length - done]], offset + done, flags)
             if written <= 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            offset += written
-            length -= written
+            done += written
         if not self.direct:
-            self._uncache(offset - length, length)
+            self._uncache(offset, length)
 
     def punch(self, first: int, count: int) -> None:
         """Give segments back to the file system; they must be made ready again before they are written. BackingError."""

@@ -171,6 +171,7 @@ class PageStore:
         self._bounce_free = trio.lowlevel.ParkingLot()
         self._zbud = self._pool.zbud
         self._entries = self._table.entries
+        self._decode = codec.decode
         self._cumul_read_pages = 0
         self._cumul_written_pages = 0
         self._cumul_discarded_pages = 0
@@ -305,7 +306,13 @@ class PageStore:
         kind = entry & KIND_MASK
         if kind == FRAME:
             zpage = self._zbud.zpage(entry >> KIND_BITS & REF_MASK, page)
-            return self._decode(page, zpage, entry)
+            try:
+                if zpage is None:
+                    raise PageLost(f"page {page}: its place holds another page")
+                return self._decode(zpage)
+            except PageLost:
+                self._lost_pages += 1
+                raise
         if kind == ABSENT:
             return ZERO_PAGE
         if kind < FRAME:
@@ -314,16 +321,6 @@ class PageStore:
             return bytes(self._zbud.raw(entry >> KIND_BITS & REF_MASK))
         return None
 
-    def _decode(self, page: int, zpage: memoryview | None, entry: int) -> bytes:
-        try:
-            if zpage is None:
-                raise PageLost(f"page {page}: its place holds another page")
-            if check_of(zpage) != entry >> CHECK_SHIFT:
-                raise PageLost(f"page {page}: its place holds another version of it")
-            return self.codec.decode(zpage)
-        except PageLost:
-            self._lost_pages += 1
-            raise
 
     # ---- page-in ---------------------------------------------------------------------------------------------------
 
@@ -422,16 +419,24 @@ class PageStore:
         return stale
 
     def _content_in(self, frame: int, page: int, entry: int) -> bytes:
-        """The content of a page from a copy of the block that `entry` names."""
+        """The content of a page from a copy of the block that `entry` names. PageLost.
+
+        Besides what the zpage itself tells, its check must be the entry's: a disk can give back an old version.
+        """
         ref = entry >> KIND_BITS & REF_MASK
-        if entry & KIND_MASK == RAW_BLOCK:
-            content = bytes(self._zbud.raw(frame << REF_BITS))
-            if check_of_raw(content) != entry >> CHECK_SHIFT:
-                self._lost_pages += 1
-                raise PageLost(f"page {page}: its block is damaged or old")
-            return content
-        here = frame << REF_BITS | ref & ((1 << REF_BITS) - 1)
-        return self._decode(page, self._zbud.zpage(here, page), entry)
+        try:
+            if entry & KIND_MASK == RAW_BLOCK:
+                content = bytes(self._zbud.raw(frame << REF_BITS))
+                if check_of_raw(content) != entry >> CHECK_SHIFT:
+                    raise PageLost(f"page {page}: its block is damaged or old")
+                return content
+            zpage = self._zbud.zpage(frame << REF_BITS | ref & ((1 << REF_BITS) - 1), page)
+            if zpage is None or check_of(zpage) != entry >> CHECK_SHIFT:
+                raise PageLost(f"page {page}: its block holds another page, or an old version of it")
+            return self._decode(zpage)
+        except PageLost:
+            self._lost_pages += 1
+            raise
 
     def _adopt(self, frame: int, block: int, before: dict[int, int], pages: list[int]) -> bool:
         for page in pages:

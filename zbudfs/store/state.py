@@ -59,6 +59,7 @@ class State:
     def __init__(self, table: PageTable, pool: Pool, blocks: BlockMap | None) -> None:
         self.table = table
         self.pool = pool
+        self.zbud = pool.zbud
         self.blocks = blocks
         self.watched: dict[int, list[int]] = {}
         """By page: [tasks that watch it, changes of its content]. Kept by whoever patches a page across a checkpoint."""
@@ -73,15 +74,14 @@ class State:
 
         One that is too large for a buddy is refused with ValueError: see `place_raw`.
         """
-        zbud = self.pool.zbud
-        size = len(zpage)
-        ref = zbud.match_prep(size)
+        zbud = self.zbud
+        ref = zbud.match(page, zpage)
         if ref == NO_REF:
             frame = self.pool.take_frame()
             if frame == NO_FRAME:
                 return False
-            ref = zbud.create_prep(frame, size)
-        zbud.match_finish(ref, page, zpage)
+            ref = zbud.create_prep(frame, len(zpage))
+            zbud.create_finish(ref, page, zpage)
         self._commit(page, check_of(zpage) << CHECK_SHIFT | ref << KIND_BITS | FRAME)
         return True
 
@@ -90,7 +90,7 @@ class State:
         frame = self.pool.take_frame()
         if frame == NO_FRAME:
             return False
-        ref = self.pool.zbud.create_raw(frame, page, content)
+        ref = self.zbud.create_raw(frame, page, content)
         self._commit(page, check_of_raw(content) << CHECK_SHIFT | ref << KIND_BITS | RAW_FRAME)
         return True
 
@@ -117,7 +117,7 @@ class State:
                 self._free_in_frame(ref)
 
     def _free_in_frame(self, ref: int) -> None:
-        zbud = self.pool.zbud
+        zbud = self.zbud
         frame = ref >> REF_BITS
         if zbud.is_ephemeral(frame):
             self._free_in_block(self.pool.block_of[frame] << REF_BITS | ref & INDEX_MASK)
@@ -136,7 +136,7 @@ class State:
     def begin_writeback(self, most: int) -> list[Eviction]:
         """Make up to `most` of the coldest persistent frames zombies and give them blocks; fewer, or none, if there are not."""
         batch: list[Eviction] = []
-        zbud = self.pool.zbud
+        zbud = self.zbud
         blocks = self.blocks
         if blocks is None:
             return batch
@@ -163,7 +163,7 @@ class State:
         entries = self.table.entries
         for frame, block in batch:
             live = 0
-            for ref, page in self.pool.zbud.residents(frame):
+            for ref, page in self.zbud.residents(frame):
                 index = ref & INDEX_MASK
                 old = entries[page]
                 kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
@@ -172,7 +172,7 @@ class State:
                 live |= 1 << index
                 self.cumul_writeback_pages += 1
             self.blocks.set_live(block, live)
-            self.pool.give_frame(self.pool.zbud.writeback_done(frame))
+            self.pool.give_frame(self.zbud.writeback_done(frame))
         self.cumul_writeback_frames += len(batch)
         return len(batch)
 
@@ -181,7 +181,7 @@ class State:
         assert self.blocks is not None
         for frame, block in reversed(batch):
             self.blocks.set_live(block, 0)
-            emptied = self.pool.zbud.writeback_failed(frame)
+            emptied = self.zbud.writeback_failed(frame)
             if emptied != NO_FRAME:
                 self.pool.give_frame(emptied)
 
@@ -203,7 +203,7 @@ class State:
         The copy is taken only if every live zpage of it has its page's handle and check; else nothing has changed.
         """
         assert self.blocks is not None
-        zbud = self.pool.zbud
+        zbud = self.zbud
         entries = self.table.entries
         live = self.blocks.live(block) & ~(1 << HOLD_INDEX)
         moves = []
@@ -229,13 +229,13 @@ class State:
 
     def adopt_raw(self, frame: int, block: int, page: int) -> None:
         """The same for a block that holds the raw page `page`, whose content has been checked."""
-        ref = self.pool.zbud.fill_finish_raw(frame, page)
+        ref = self.zbud.fill_finish_raw(frame, page)
         self.pool.block_of[frame] = block
         self.table.store(page, self.table.entries[page] & _CHECK_FIELD | ref << KIND_BITS | RAW_FRAME)
 
     def drop_ephemeral(self) -> bool:
         """Free the coldest ephemeral frame: its pages are in its block again. False if there is none."""
-        zbud = self.pool.zbud
+        zbud = self.zbud
         frame = zbud.oldest(EPHEMERAL_KIND)
         if frame == NO_FRAME:
             return False
@@ -256,7 +256,7 @@ class State:
         """Recount all of it; AssertionError where two tables disagree. O(pages + frames + blocks)."""
         self.table.check()
         self.pool.check()
-        self.pool.zbud.check()
+        self.zbud.check()
         live: dict[int, int] = {}
         refs = set()
         for page, entry in enumerate(self.table.entries):
@@ -269,8 +269,8 @@ class State:
             if kind in (FRAME, RAW_FRAME):
                 assert ref not in refs, f"two pages at zbudref {ref}"
                 refs.add(ref)
-                assert (ref, page) in self.pool.zbud.residents(ref >> REF_BITS), f"I1: page {page} is not at {ref}"
-                if not self.pool.zbud.is_ephemeral(ref >> REF_BITS):
+                assert (ref, page) in self.zbud.residents(ref >> REF_BITS), f"I1: page {page} is not at {ref}"
+                if not self.zbud.is_ephemeral(ref >> REF_BITS):
                     continue
                 ref = self.pool.block_of[ref >> REF_BITS] << REF_BITS | ref & INDEX_MASK
             bit = 1 << (ref & INDEX_MASK)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""The pool's frames: which are free, which have memory, and how many may be in use."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.core.frames import content, size_of
+from tests.store.rig import made_pool
+from zbudfs.core.units import NCHUNKS, NO_FRAME, PAGE_SIZE
+from zbudfs.core.zbud import EPHEMERAL_KIND, PERSISTENT_KIND
+from zbudfs.store.memory import BOUNCE_FRAMES
+from zbudfs.store.pool import POPULATE_FRAMES, RESERVE_FRAMES, Pool
+
+FRAMES = 24
+
+
+def make_ready(pool: Pool) -> None:
+    """Have memory come until the reserve is full."""
+    while runs := pool.take_bare():
+        pool.populate(runs)
+        pool.add_ready(runs)
+
+
+def numbers(runs: list[tuple[int, int]]) -> list[int]:
+    """Return the frames of runs."""
+    return [frame for first, count in runs for frame in range(first, first + count)]
+
+
+def resident(pool: Pool) -> int:
+    """Return the bytes of all the pool's memory that have pages."""
+    return sum(arena.resident_bytes for arena in pool.memory.arenas)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The model knows sets of frames: bare, ready, used, and those that are on their way between bare and ready."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._context = made_pool(FRAMES)
+        self.pool = self._context.__enter__()
+        self.bare = set(range(FRAMES))
+        self.ready: set[int] = set()
+        self.used: set[int] = set()
+        self.coming: list[list[tuple[int, int]]] = []
+        self.going: list[list[tuple[int, int]]] = []
+
+    def teardown(self) -> None:
+        """Let go of the memory."""
+        self._context.__exit__(None, None, None)
+
+    @rule()
+    def take_bare(self) -> None:
+        """As many as the reserve lacks, never more than the limit allows."""
+        runs = self.pool.take_bare()
+        taken = numbers(runs)
+        assert len(set(taken)) == len(taken)
+        assert set(taken) <= self.bare
+        assert len(taken) <= max(0, self.pool.reserve_frames - len(self.ready))
+        assert taken or not self.bare or len(self.ready) >= self.pool.reserve_frames
+        self.bare -= set(taken)
+        if runs:
+            self.coming.append(runs)
+
+    @precondition(lambda self: self.coming)
+    @rule(succeeds=st.booleans())
+    def populated(self, succeeds: bool) -> None:
+        """The memory is there, or did not come."""
+        runs = self.coming.pop(0)
+        if succeeds:
+            self.pool.populate(runs)
+            self.pool.add_ready(runs)
+            self.ready |= set(numbers(runs))
+        else:
+            self.pool.add_bare(runs)
+            self.bare |= set(numbers(runs))
+
+    @rule(times=st.integers(1, 8))
+    def take(self, times: int) -> None:
+        """A ready frame, unless the limit is reached."""
+        for _ in range(times):
+            frame = self.pool.take_frame()
+            possible = bool(self.ready) and len(self.used) < self.pool.limit_frames
+            assert (frame != NO_FRAME) == possible
+            if possible:
+                assert frame in self.ready
+                self.ready.remove(frame)
+                self.used.add(frame)
+                self.pool.zbud.create_raw(frame, frame, content(frame, PAGE_SIZE))
+
+    @precondition(lambda self: self.used)
+    @rule(data=st.data())
+    def give(self, data: st.DataObject) -> None:
+        """A frame that nobody uses any more is ready."""
+        frame = data.draw(st.sampled_from(sorted(self.used)))
+        assert self.pool.zbud.free(frame << 1) == frame
+        self.pool.give_frame(frame)
+        self.used.remove(frame)
+        self.ready.add(frame)
+
+    @rule(keep=st.integers(0, FRAMES), most=st.integers(1, FRAMES))
+    def take_surplus(self, keep: int, most: int) -> None:
+        """Ready frames beyond what is to be kept go."""
+        runs = self.pool.take_surplus(keep, most)
+        taken = set(numbers(runs))
+        assert taken <= self.ready
+        assert len(taken) == len(numbers(runs)) == max(0, min(len(self.ready) - keep, most))
+        self.ready -= taken
+        if runs:
+            self.going.append(runs)
+
+    @precondition(lambda self: self.going)
+    @rule()
+    def released(self) -> None:
+        """Their memory is gone, and they are bare."""
+        runs = self.going.pop(0)
+        self.pool.release(runs)
+        self.pool.add_bare(runs)
+        self.bare |= set(numbers(runs))
+
+    @rule(limit=st.integers(1, FRAMES))
+    def limit(self, limit: int) -> None:
+        """The limit is lowered, even below what is in use, or raised."""
+        self.pool.limit_frames = limit
+
+    @invariant()
+    def agrees(self) -> None:
+        """Counts are the model's, and used frames hold what was put there."""
+        pool = self.pool
+        pool.check()
+        assert pool.ready_frames == len(self.ready)
+        assert pool.used_frames == len(self.used) <= pool.used_frames_max <= FRAMES
+        assert pool.free_frames == pool.limit_frames - len(self.used)
+        assert pool.reserve_frames == max(0, min(RESERVE_FRAMES, pool.free_frames))
+        for frame in self.used:
+            assert pool.zbud.raw(frame << 1) == content(frame, PAGE_SIZE)
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_frame_is_bare_at_first() -> None:
+    """Nothing can be taken before memory has come, and nothing has memory but the bounce frames and the lists' ends."""
+    with made_pool(1000) as pool:
+        assert pool.take_frame() == NO_FRAME
+        assert pool.memory.frames.resident_bytes == BOUNCE_FRAMES * PAGE_SIZE
+        assert pool.memory.frame_table.resident_bytes <= 8 * PAGE_SIZE
+        assert pool.memory.free_frames.resident_bytes == 0
+        assert pool.free_frames == pool.limit_frames == 1000
+
+
+def test_the_limit_is_kept_to_the_frame() -> None:
+    """Exactly as many frames can be taken as the limit says, each once, and one more after one is given back."""
+    with made_pool(100) as pool:
+        make_ready(pool)
+        pool.limit_frames = 37
+        taken = [pool.take_frame() for _ in range(37)]
+        assert sorted(taken) == sorted(set(taken))
+        assert NO_FRAME not in taken
+        assert pool.take_frame() == NO_FRAME
+        pool.give_frame(taken[5])
+        assert pool.take_frame() == taken[5]
+        assert pool.take_frame() == NO_FRAME
+        assert pool.used_frames_max == 37
+        pool.limit_frames = 20
+        assert pool.free_frames == -17
+        assert pool.reserve_frames == 0
+        pool.give_frame(taken[0])
+        assert pool.take_frame() == NO_FRAME
+
+
+@pytest.mark.parametrize("nr_frames", [1, 7, 1000, 5000])
+def test_a_ready_frame_needs_no_more_memory(nr_frames: int) -> None:
+    """Whatever is done with ready frames, not a page of memory comes in that `populate` has not brought."""
+    with made_pool(nr_frames) as pool:
+        make_ready(pool)
+        before = resident(pool)
+        zbud, frames = pool.zbud, []
+        while (frame := pool.take_frame()) != NO_FRAME:
+            frames.append(frame)
+            pool.block_of[frame] = frame
+        assert len(frames) == min(nr_frames, RESERVE_FRAMES)
+        for index, frame in enumerate(frames):
+            if index % 4 == 0:
+                zbud.create_raw(frame, index, content(index, PAGE_SIZE))
+            elif index % 4 == 1:
+                zbud.fill_prep(frame)
+                zbud.fill_finish_raw(frame, index)
+            else:
+                size = size_of(1 + index % (NCHUNKS - 1))
+                kind = (PERSISTENT_KIND, EPHEMERAL_KIND)[index % 2]
+                zbud.create_finish(zbud.create_prep(frame, size, kind), index, content(index, size))
+        while (frame := zbud.oldest(PERSISTENT_KIND)) != NO_FRAME:
+            zbud.writeback_begin(frame)
+            pool.give_frame(zbud.writeback_done(frame))
+        while (frame := zbud.oldest(EPHEMERAL_KIND)) != NO_FRAME:
+            zbud.drop_begin(frame)
+            pool.give_frame(zbud.drop_done(frame))
+        assert pool.used_frames == 0
+        assert resident(pool) == before
+        pool.check()
+
+
+def test_the_reserve_is_filled_in_steps() -> None:
+    """Memory comes in pieces of a bounded size, lowest frames first, until the reserve is full and no further."""
+    with made_pool(3 * RESERVE_FRAMES) as pool:
+        pieces = []
+        while runs := pool.take_bare():
+            pieces.append(len(numbers(runs)))
+            pool.populate(runs)
+            pool.add_ready(runs)
+        assert max(pieces) == POPULATE_FRAMES
+        assert sum(pieces) == pool.ready_frames == RESERVE_FRAMES
+        assert {pool.take_frame() for _ in range(RESERVE_FRAMES)} == set(range(RESERVE_FRAMES))
+        make_ready(pool)
+        assert {pool.take_frame() for _ in range(RESERVE_FRAMES)} == set(range(RESERVE_FRAMES, 2 * RESERVE_FRAMES))
+
+
+def test_memory_goes_and_comes_back() -> None:
+    """Released frames have no memory; they come again before any frame that never had one, and are as good as new."""
+    with made_pool(500) as pool:
+        pool.limit_frames = 300
+        make_ready(pool)
+        before = pool.memory.frames.resident_bytes
+        taken = pool.take_surplus(100, 150)
+        pool.release(taken)
+        assert pool.memory.frames.resident_bytes == before - 150 * PAGE_SIZE
+        pool.add_bare(taken)
+        pool.limit_frames = 500
+        again = pool.take_bare()
+        assert sorted(numbers(again)) == sorted(numbers(taken))
+        pool.populate(again)
+        pool.add_ready(again)
+        assert pool.memory.frames.resident_bytes == before
+        pool.check()
+
+
+def test_bounce_frames_are_nobody_elses() -> None:
+    """They lie behind the pool's frames, have memory, and are never taken."""
+    with made_pool(50) as pool:
+        make_ready(pool)
+        taken = {pool.take_frame() for _ in range(50)}
+        assert taken == set(range(50))
+        assert sorted(pool.bounce) == list(range(50, 50 + BOUNCE_FRAMES))
+        assert len(pool.frames) == (50 + BOUNCE_FRAMES) * PAGE_SIZE
+        for frame in pool.bounce:
+            pool.zbud.frame_bytes(frame)[:] = b"b" * PAGE_SIZE
+        assert all(pool.zbud.frame_bytes(frame) == bytes(PAGE_SIZE) for frame in taken)
+
+
+def test_check_sees_a_frame_that_is_in_two_places() -> None:
+    """A frame that is free twice, or free and in use, is found."""
+    with made_pool(10) as pool:
+        make_ready(pool)
+        frame = pool.take_frame()
+        with pytest.raises(AssertionError, match="1 frames used, the allocator holds 0"):
+            pool.check()
+        pool.zbud.create_raw(frame, 1, bytes(PAGE_SIZE))
+        pool.check()
+        pool.give_frame(frame)
+        pool.used_frames += 1
+        with pytest.raises(AssertionError, match="is the allocator's"):
+            pool.check()

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: MIT
+"""The pool's memory: there before it is needed, given back when it is not, less of it while the system is short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from tests.core.samples import BIG, RAW, page, pages
+from tests.store.faulty import FaultyBacking
+from tests.store.rig import backed_store, drop, get, push, put, quiet, run, running, until
+from zbudfs.core.codec import Codec, page_of_word
+from zbudfs.core.errors import PoolFull
+from zbudfs.core.reclaim import PressureGovernor
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.store.page_store import PageStore
+from zbudfs.store.pool import POPULATE_FRAMES, RESERVE_FRAMES
+
+CALM = 7.0
+"""Seconds after which the store thinks that it is calm, and a tick."""
+
+
+def memory_of(store: PageStore) -> int:
+    """Return the bytes of the pool's frames that have pages."""
+    return store.memory.frames.resident_bytes
+
+
+def limit_of(store: PageStore) -> int:
+    """Return the limit in force, in frames."""
+    return store.statistics().pool_limit_bytes // PAGE_SIZE
+
+
+def used_by(store: PageStore) -> int:
+    """Return the frames in use."""
+    return store.statistics().pool_used_bytes // PAGE_SIZE
+
+
+# ---- memory that comes and goes --------------------------------------------------------------------------------------
+
+
+def test_the_reserve_is_there_at_the_start() -> None:
+    """A store that has started has its reserve of ready frames, and no more."""
+
+    async def main() -> None:
+        store = PageStore(64 << 20, 4 * RESERVE_FRAMES, None, Codec())
+        async with running(store):
+            assert store.statistics().pool_ready_bytes == RESERVE_FRAMES * PAGE_SIZE
+            assert RESERVE_FRAMES * PAGE_SIZE <= memory_of(store) <= (RESERVE_FRAMES + 64) * PAGE_SIZE
+
+    run(main)
+
+
+def test_memory_is_populated_ahead_of_need_and_given_back() -> None:
+    """As frames are used more come; when they are freed, some calm seconds later all but a reserve are given back."""
+    frames = 6 * RESERVE_FRAMES
+
+    async def main() -> None:
+        store = PageStore(64 << 20, frames, None, Codec())
+        async with running(store):
+            used = 4 * RESERVE_FRAMES
+            for number in range(0, used, 64):
+                await put(store, number, page(number, RAW) * 64)
+            await until(
+                lambda: store.statistics().pool_ready_bytes == RESERVE_FRAMES * PAGE_SIZE, "the reserve is full"
+            )
+            assert used_by(store) == used
+            full = memory_of(store)
+            assert full >= (used + RESERVE_FRAMES) * PAGE_SIZE
+            push(CALM)
+            await trio.sleep(0.01)
+            assert memory_of(store) == full
+            await drop(store, 0, used)
+            assert used_by(store) == 0
+            push(CALM)
+            kept = RESERVE_FRAMES + POPULATE_FRAMES
+            await until(lambda: store.statistics().pool_ready_bytes <= kept * PAGE_SIZE, "the surplus is given back")
+            await quiet(store)
+            assert store.statistics().pool_ready_bytes >= RESERVE_FRAMES * PAGE_SIZE
+            assert memory_of(store) <= (kept + 64) * PAGE_SIZE
+            for number in range(0, used, 64):
+                await put(store, number, page(number + 1, RAW) * 64)
+            for number in range(0, used, 64):
+                assert await get(store, number) == page(number + 1, RAW)
+            await quiet(store)
+
+    run(main)
+
+
+def test_a_writer_that_is_faster_than_memory_waits_for_it() -> None:
+    """A burst beyond the reserve is not refused while the pool's limit allows it."""
+
+    async def main() -> None:
+        frames = 3 * RESERVE_FRAMES
+        store = PageStore(64 << 20, frames, None, Codec())
+        async with running(store):
+            content = b"".join(page(number, RAW) for number in range(16)) * (frames // 16)
+            await store.write(0, content)
+            assert used_by(store) == frames
+            assert store.statistics().refused_pool_full == 0
+            assert await store.read(0, len(content)) == content
+            with pytest.raises(PoolFull):
+                await put(store, frames + 1, page(1, RAW))
+            await quiet(store)
+
+    run(main)
+
+
+# ---- pressure ---------------------------------------------------------------------------------------------------------
+
+
+def test_pressure_lowers_the_limit_and_it_recovers(tmp_path: Path) -> None:
+    """Each report lowers the limit, what is over it is written back; in calm times it comes back step by step."""
+
+    async def main() -> None:
+        told: list[str] = []
+        async with backed_store(tmp_path, nr_pages=2048, nr_frames=800) as (store, _):
+            store.reclaimer.log = told.append
+            for number in range(700):
+                await put(store, number, page(number, BIG))
+            await quiet(store)
+            assert used_by(store) == 700
+            store.reclaimer.pressure()
+            assert limit_of(store) == 700
+            for expected in (613, 537, 470):
+                store.reclaimer.pressure()
+                assert limit_of(store) == expected
+            await until(lambda: used_by(store) < 470, "the pool is below its limit")
+            for _ in range(20):
+                store.reclaimer.pressure()
+            assert limit_of(store) == 200
+            assert store.statistics().pressure_reports == 24
+            assert store.statistics().pool_configured_bytes == 800 * PAGE_SIZE
+            await until(lambda: used_by(store) < 200, "the pool is below its limit")
+            await quiet(store)
+            assert told
+            for number in range(700):
+                assert await get(store, number) == page(number, BIG)
+            assert used_by(store) <= 200
+            for expected in (300, 400, 500, 600, 700, 800):
+                push(PressureGovernor.CALM_SECONDS)
+                await until(lambda expected=expected: limit_of(store) == expected, f"the limit is {expected}")  # type: ignore[misc]
+            push(PressureGovernor.CALM_SECONDS)
+            await trio.sleep(0.01)
+            assert limit_of(store) == 800
+            for number in range(1000, 1600):
+                await put(store, number, page(number, BIG))
+            assert used_by(store) > 500
+            for number in [*range(700), *range(1000, 1600)]:
+                assert await get(store, number) == page(number, BIG)
+            await quiet(store)
+
+    run(main)
+
+
+def test_the_limit_holds_while_it_is_lowered(tmp_path: Path) -> None:
+    """Below a lowered limit nothing is taken: a write waits until enough was written back, and is not refused."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path, nr_pages=1024, nr_frames=400) as (store, backing):
+            for number in range(300):
+                await put(store, number, page(number, BIG))
+            await quiet(store)
+            with backing.held("write_blocks") as gate:
+                for _ in range(20):
+                    store.reclaimer.pressure()
+                assert limit_of(store) == 100
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(put, store, 500, page(500, BIG))
+                    await until(lambda: bool(gate.held), "the writeback has begun")
+                    await trio.testing.wait_all_tasks_blocked()
+                    assert await get(store, 500) == bytes(PAGE_SIZE)
+                    assert used_by(store) == 300
+                    gate.open()
+            assert await get(store, 500) == page(500, BIG)
+            await quiet(store)
+            assert used_by(store) <= 100
+            assert store.statistics().refused_pool_full == 0
+            for number in range(300):
+                assert await get(store, number) == page(number, BIG)
+            await quiet(store)
+
+    run(main)
+
+
+def test_pressure_gives_memory_back(tmp_path: Path) -> None:
+    """What the limit does not allow any more is returned to the system when it is calm, but for a small part."""
+    frames = 6 * RESERVE_FRAMES
+
+    async def main() -> None:
+        async with backed_store(tmp_path, nr_pages=frames, nr_frames=frames) as (store, _):
+            for number in range(0, 5 * RESERVE_FRAMES, 64):
+                await put(store, number, page(number, RAW) * 64)
+            await until(lambda: store.statistics().pool_ready_bytes > 0, "some frames are ready")
+            full = memory_of(store)
+            for _ in range(20):
+                store.reclaimer.pressure()
+            await until(lambda: used_by(store) < frames // 4, "the pool is below its limit")
+            await quiet(store)
+            push(CALM)
+            await until(lambda: memory_of(store) < full // 2, "memory is given back")
+            for number in range(0, 5 * RESERVE_FRAMES, 64):
+                assert await get(store, number) == page(number, RAW)
+            await quiet(store)
+
+    run(main)
+
+
+def test_pressure_without_a_backing_file() -> None:
+    """There is nowhere to go, so the limit stays."""
+
+    async def main() -> None:
+        store = PageStore(1 << 20, 64, None, Codec())
+        async with running(store):
+            store.reclaimer.pressure()
+            assert limit_of(store) == 64
+            assert store.statistics().pressure_reports == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_a_limit_of_a_few_frames(tmp_path: Path, limit: int) -> None:
+    """However low the limit is, every write goes through as long as the disk takes pages; nobody spins or hangs."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path, nr_frames=16) as (store, _):
+            store.reclaimer.governor = PressureGovernor(limit)
+            store.reclaimer.set_limit(limit)
+            for number in range(60):
+                await put(store, number, page(number, BIG))
+                assert used_by(store) <= limit
+            await store.write(3 * PAGE_SIZE + 9, b"patch")
+            assert await get(store, 0, 3) == pages(3, BIG)
+            assert (await get(store, 3))[:20] == page(3, BIG)[:9] + b"patch" + page(3, BIG)[14:20]
+            await quiet(store)
+
+    run(main)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_limit_of_a_few_frames_without_a_backing_file(limit: int) -> None:
+    """The same where nothing can be written back: it is refused, and not waited for for ever."""
+
+    async def main() -> None:
+        store = PageStore(1 << 20, 16, None, Codec())
+        async with running(store):
+            store.reclaimer.governor = PressureGovernor(limit)
+            store.reclaimer.set_limit(limit)
+            for number in range(limit):
+                await put(store, number, page(number, BIG))
+            for _ in range(3):
+                with pytest.raises(PoolFull):
+                    await put(store, 50, page(50, BIG))
+            await put(store, 51, page_of_word(1))
+            assert await get(store, 0, limit) == pages(limit, BIG)
+            await quiet(store)
+
+    run(main)
+
+
+# ---- the disk -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_cannot_grow_is_tried_again(tmp_path: Path) -> None:
+    """A file that did not grow is told once, and grows when there is room again, without anybody asking."""
+
+    async def main() -> None:
+        told: list[str] = []
+        backing = FaultyBacking(str(tmp_path / "backing"))
+        store = PageStore(16 << 20, 64, backing, Codec())
+        store.reclaimer.log = told.append
+        backing.fail("make_ready")
+        async with running(store):
+            assert store.statistics().backing_ready_bytes == 0
+            for _ in range(3):
+                tries = len(backing.calls_of("make_ready"))
+                push(1.5)
+                await until(lambda tries=tries: len(backing.calls_of("make_ready")) > tries, "another try")  # type: ignore[misc]
+            assert len(told) == 1
+            backing.recover()
+            push(1.5)
+            await until(lambda: store.statistics().backing_ready_bytes > 0, "the file has grown")
+            for number in range(500):
+                await put(store, number, page(number, BIG))
+            assert await get(store, 0, 500) == pages(500, BIG)
+            await quiet(store)
+
+    run(main)
+
+
+def test_sync_without_a_backing_file() -> None:
+    """There is nothing to do, and it is a checkpoint all the same."""
+
+    async def main() -> None:
+        store = PageStore(1 << 20, 16, None, Codec())
+        async with running(store):
+            with trio.testing.assert_checkpoints():
+                await store.sync()
+
+    run(main)
