@@ -8,11 +8,12 @@ export VENV PYTHON
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test lint format campaign-kill clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
 	@echo 'make demo     install what is missing, then swap a program that needs three times its memory, and count'
+	@echo 'make campaign-kill   a worker killed 100 times while a program lives on its swap (ARGS=--help tells more)'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff lay out the sources'
 	@echo 'make venv     only the virtual environment, in $(VENV)'
@@ -20,6 +21,9 @@ help:
 
 venv:
 	@scripts/setup.sh
+
+campaign-kill: venv
+	@$(BIN)/python scripts/campaign_kill.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check $(SOURCES)
