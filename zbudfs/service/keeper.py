@@ -277,7 +277,7 @@ class Keeper:
                 self._ballast.close()
             if self._control is not None:
                 self._control.close()
-            status = work(self._mounted, order_fd)
+            status = work(self._mounted, order_fd, emergency=not as_standby)
         finally:
             os._exit(status)
 

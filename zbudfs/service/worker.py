@@ -15,6 +15,9 @@ and then, when there may be no memory to be had:
     resend                  the kernel sends again what the dead one had taken and not answered
     serve
 
+A worker that is forked while swap is dead (there was no standby) does it the other way round: it takes over with as little
+memory as it can, and warms up and locks afterwards.
+
 The exit status is 0 when the mount is gone, FAILED when it could not come up; anything else is a death.
 """
 
@@ -54,6 +57,9 @@ HEARTBEAT_SECONDS: Final = 0.5
 REMAP_SECONDS: Final = 2.0
 """How often a standby maps what the worker has populated meanwhile."""
 
+SETTLE_SECONDS: Final = 1.0
+"""After a takeover in an emergency, before the worker locks its memory: what waited for swap goes first. Guessed."""
+
 SCRATCH_BYTES: Final = 4 << 20
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -74,13 +80,16 @@ class Mounted:
     log: Log
 
 
-def work(mounted: Mounted, order_fd: int) -> int:
-    """Be a worker, in a process of its own; the exit status. `order_fd` is the eventfd on which to wait."""
+def work(mounted: Mounted, order_fd: int, *, emergency: bool) -> int:
+    """Be a worker, in a process of its own; the exit status. `order_fd` is the eventfd on which to wait.
+
+    In an emergency swap is dead until this worker serves.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a standby ends with its keeper
     _die_with_keeper(signal.SIGKILL)
     try:
-        trio.run(Worker(mounted, order_fd).run)
+        trio.run(Worker(mounted, order_fd, emergency=emergency).run)
     except BaseException as error:
         first = _first(error)
         mounted.log.error(f"a worker failed: {first!r}")
@@ -103,7 +112,8 @@ def _first(error: BaseException) -> BaseException:
 class Worker:
     """One worker's life."""
 
-    def __init__(self, mounted: Mounted, order_fd: int) -> None:
+    def __init__(self, mounted: Mounted, order_fd: int, *, emergency: bool) -> None:
+        self._emergency = emergency
         self._mounted = mounted
         self._order_fd = order_fd
         self._board = mounted.memory.board
@@ -115,7 +125,8 @@ class Worker:
         mounted = self._mounted
         settings = mounted.settings
         fields = self._board.fields
-        await _warm_up(settings.level)
+        if not self._emergency:
+            await _warm_up(settings.level)
         store = PageStore(
             settings.size_bytes, mounted.memory.nr_frames, mounted.backing, Codec(settings.level), mounted.memory
         )
@@ -126,17 +137,17 @@ class Worker:
             operations = Operations(store, stats, nursery, mounted.born_ns)
             open_session(operations, mounted.fuse_fd)
             with self._monitor(store), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                await helper.run(mounted.memory.map_populated)
-                hardening.grow_heap(HEAP_BYTES)
-                refused = hardening.lock_memory([(arena.address, arena.size) for arena in mounted.memory.arenas])
-                if refused and not fields[Field.SERVING]:
-                    mounted.warnings[:] = list(dict.fromkeys([*mounted.warnings, *refused]))
+                if self._emergency:
+                    nursery.start_soon(self._settle_later, helper)
+                else:
+                    self._settle()
                 if fields[Field.STANDBY_PID] == os.getpid():
                     fields[Field.STANDBY_READY] = 1
                 nursery.start_soon(self._heartbeat, store)
                 nursery.start_soon(self._end_on_signals, signals, helper)
                 async with trio.open_nursery() as waiting:
-                    waiting.start_soon(self._remap, helper)
+                    if not self._emergency:
+                        waiting.start_soon(self._remap, helper)
                     await trio.lowlevel.wait_readable(self._order_fd)
                     waiting.cancel_scope.cancel()
                 await self._take_over(store, operations, nursery)
@@ -168,6 +179,19 @@ class Worker:
             )
         if found.lost_pages:
             self._log.error(f"{found.lost_pages} pages were lost: their frames did not confirm the page table")
+
+    def _settle(self) -> None:
+        """Have all memory present and locked that this worker will ever need. It may take a while."""
+        mounted = self._mounted
+        mounted.memory.map_populated()
+        hardening.grow_heap(HEAP_BYTES)
+        for refused in hardening.lock_memory([(arena.address, arena.size) for arena in mounted.memory.arenas]):
+            if refused not in mounted.warnings:
+                mounted.warnings.append(refused)
+
+    async def _settle_later(self, helper: IoThread[None]) -> None:
+        await trio.sleep(SETTLE_SECONDS)
+        await helper.run(self._settle)
 
     async def _heartbeat(self, store: PageStore) -> None:
         while True:
