@@ -126,7 +126,13 @@ class Killer:
 def kernel_errors() -> int:
     """Lines of the kernel's log that say that swap, a loop device or a task is in trouble."""
     log = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
-    wanted = ("Read-error on swap", "Write-error on swap", "I/O error, dev loop", "blocked for more than", "Out of memory")
+    wanted = (
+        "Read-error on swap",
+        "Write-error on swap",
+        "I/O error, dev loop",
+        "blocked for more than",
+        "Out of memory",
+    )
     return sum(any(words in line for words in wanted) for line in log.splitlines())
 
 
@@ -139,15 +145,33 @@ def run(kills: int, mib: int, limit: int, pool: str, seed: int) -> dict[str, Any
         mountpoint = Path(folder, "mnt")
         mountpoint.mkdir()
         size = f"{max(mib * 3 // 2, 64)}M"
-        zbudfs("swapon", "--size", size, "--pool", pool, "--backing", f"{folder}/backing", "--priority", "32767", str(mountpoint))
+        zbudfs(
+            "swapon",
+            "--size",
+            size,
+            "--pool",
+            pool,
+            "--backing",
+            f"{folder}/backing",
+            "--priority",
+            "32767",
+            str(mountpoint),
+        )
         probe = Probe(mountpoint / "swapfile")
         killer = Killer(mountpoint, kills, seed)
         try:
             with Cell("kill", limit << 20) as cell:
                 while not killer.done:
-                    command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(mib), str(seed + report["storms"])])
+                    command = cell.command(
+                        [sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(mib), str(seed + report["storms"])]
+                    )
                     storm = subprocess.run(
-                        command, input="go on\n", capture_output=True, text=True, timeout=STORM_LIMIT_SECONDS, check=False
+                        command,
+                        input="go on\n",
+                        capture_output=True,
+                        text=True,
+                        timeout=STORM_LIMIT_SECONDS,
+                        check=False,
                     )
                     report["storms"] += 1
                     if storm.returncode in (0, 1):

@@ -79,7 +79,11 @@ class BlockMap:
     def restore(self, block: int, index: int) -> bool:
         """After `reset`: zpage `index` of the block is live. False if that cannot be, or it is already."""
         segment, bit = divmod(block, SEGMENT_BLOCKS)
-        if not 0 < block < self.nr_segments * SEGMENT_BLOCKS or not self._ready[segment] or self._live[block] >> index & 1:
+        if (
+            not 0 < block < self.nr_segments * SEGMENT_BLOCKS
+            or not self._ready[segment]
+            or self._live[block] >> index & 1
+        ):
             return False
         mask = self._masks[segment]
         if mask >> bit & 1:

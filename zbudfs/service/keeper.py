@@ -362,7 +362,9 @@ class Keeper:
             self._log.error(f"worker {pid} died ({why or status}); {self._standby_said()}")
         if self._worker is None:
             if self._failures >= MAX_FAILURES:
-                self._log.error(f"{self._failures} workers in a row did not come up: giving up, what is swapped out is lost")
+                self._log.error(
+                    f"{self._failures} workers in a row did not come up: giving up, what is swapped out is lost"
+                )
                 with contextlib.suppress(MountError):
                     unmount(self._settings.mountpoint, lazy=True)
                 return 1
@@ -454,7 +456,9 @@ class Keeper:
     def _restart(self, interpreter: str) -> dict[str, object]:
         """Have a fresh keeper of the version that `interpreter` has take over; the answer for whoever ordered it."""
         if not self._directory.survives:
-            return {"error": "the pool is in memory without a name, which cannot be handed over: swapoff, umount, mount"}
+            return {
+                "error": "the pool is in memory without a name, which cannot be handed over: swapoff, umount, mount"
+            }
         fields = self._memory.board.fields
         shared = (Field.KEEPER_PID, Field.STANDBY_PID, Field.STANDBY_READY)
         before = [fields[field] for field in shared]
@@ -542,4 +546,3 @@ def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool) -> int:
     channel.close()
     keeper.serve_first()
     return keeper.run()
-

@@ -229,7 +229,9 @@ class Worker:
             name = signal.Signals(number).name
             users = self._board.fields[Field.OPEN_SWAPFILES]
             if users:
-                self._log.warning(f"{name}: not ending, the swapfile is open ({users} times): zbudfs swapoff comes first")
+                self._log.warning(
+                    f"{name}: not ending, the swapfile is open ({users} times): zbudfs swapoff comes first"
+                )
                 continue
             try:
                 await helper.run(unmount, self._mounted.settings.mountpoint)
@@ -296,4 +298,3 @@ async def _warm_up(level: int) -> None:
         await store.discard(0, SCRATCH_BYTES)
         nursery.cancel_scope.cancel()
     store.close()
-

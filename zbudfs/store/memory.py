@@ -45,7 +45,9 @@ class StoreMemory:
         self.nr_frames = nr_frames
         self.folder = folder
         self.board = Board(Arena("board", BOARD_BYTES, folder))
-        self.board.claim(size_bytes=size_bytes, pool_frames=nr_frames, backed=int(backed), persistent=int(folder is not None))
+        self.board.claim(
+            size_bytes=size_bytes, pool_frames=nr_frames, backed=int(backed), persistent=int(folder is not None)
+        )
         self.nr_pages = size_bytes >> PAGE_SHIFT
         self.pages = Arena("pages", self.nr_pages * ENTRY_SIZE, folder)
         self.frames = Arena("frames", (nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT, folder)

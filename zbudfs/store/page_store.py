@@ -321,7 +321,6 @@ class PageStore:
             return bytes(self._zbud.raw(entry >> KIND_BITS & REF_MASK))
         return None
 
-
     # ---- page-in ---------------------------------------------------------------------------------------------------
 
     async def _page_in(self, pages: list[int]) -> dict[int, bytes | ZbudfsError]:
