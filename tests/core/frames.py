@@ -27,7 +27,8 @@ class Caller:
 
     def __init__(self, nr_frames: int) -> None:
         self.buffer = bytearray(FILLER * (nr_frames * PAGE_SIZE))
-        self.zbud = Zbud(memoryview(self.buffer), memoryview(bytearray(Zbud.table_size(nr_frames))), nr_frames)
+        self.table = bytearray(Zbud.table_size(nr_frames))
+        self.zbud = Zbud(memoryview(self.buffer), memoryview(self.table), nr_frames)
         self.free_frames = list(range(nr_frames))
 
     def take(self) -> int:
@@ -48,8 +49,10 @@ class Caller:
         self.zbud.create_finish(ref, page, content(page, size))
         return ref
 
-    def match(self, page: int, size: int, kind: int = PERSISTENT_KIND) -> int:
-        """Store a zpage beside another, or return NO_REF."""
+    def match(self, page: int, size: int, kind: int = PERSISTENT_KIND, *, halves: bool = False) -> int:
+        """Store a zpage beside another, or return NO_REF. In one step where there is one, unless in `halves`."""
+        if kind == PERSISTENT_KIND and not halves:
+            return self.zbud.match(page, content(page, size))
         ref = self.zbud.match_prep(size, kind)
         if ref != NO_REF:
             self.zbud.match_finish(ref, page, content(page, size))

@@ -171,6 +171,21 @@ class ZbudMachine(RuleBasedStateMachine):
         if ref != NO_REF:
             self.finish(ref)
 
+    @rule(size=SIZE)
+    def match(self, size: int) -> None:
+        """A match with what is at hand, in one step."""
+        expected, page = self.best_match(size, PERSISTENT_KIND), self.next_page()
+        ref = self.zbud.match(page, content(page, size))
+        assert (ref == NO_REF) == (expected is None)
+        if ref != NO_REF:
+            frame = self.frames[ref >> REF_BITS]
+            assert frame.chunks == [expected]
+            assert ref not in frame.zpages
+            assert ref not in frame.pending
+            frame.zpages[ref] = (page, content(page, size))
+            self.recent(ref >> REF_BITS)
+            self.count(PERSISTENT_KIND, size)
+
     @rule(size=SIZE, kind=KIND)
     def prep(self, size: int, kind: int) -> None:
         """The first half alone."""

@@ -187,6 +187,8 @@ def test_rule_2_a_larger_one_is_refused(size: int, kind: int) -> None:
         caller.zbud.match_prep(size, kind)
     with pytest.raises(ValueError, match="larger than the 4024"):
         caller.zbud.create_prep(1, size, kind)
+    with pytest.raises(ValueError, match="larger than the 4024"):
+        caller.zbud.match(5, bytes(size))
     assert (bytes(caller.buffer), caller.zbud.counters()) == (before, counters)
     assert caller.zbud.state(1) is FrameState.FREE
     caller.zbud.check()
@@ -195,18 +197,46 @@ def test_rule_2_a_larger_one_is_refused(size: int, kind: int) -> None:
 # ---- rule 3: best fit, without a scan ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("halves", [False, True])
 @given(st.lists(st.integers(1, MAX_CHUNKS), min_size=1, max_size=12), st.integers(1, MAX_CHUNKS), st.sampled_from(BOTH))
-def test_rule_3_the_fullest_frame_that_fits(used: list[int], wanted: int, kind: int) -> None:
+def test_rule_3_the_fullest_frame_that_fits(halves: bool, used: list[int], wanted: int, kind: int) -> None:
     """Of all frames with one buddy, the one with the most chunks that leaves room is taken; a frame of its own if none does."""
     caller = Caller(len(used))
     for page, chunks in enumerate(used):
         caller.create(page, size_of(chunks), kind)
     best = max((chunks for chunks in used if chunks + wanted <= NCHUNKS), default=None)
-    ref = caller.match(99, size_of(wanted), kind)
+    ref = caller.match(99, size_of(wanted), kind, halves=halves)
     if best is None:
         assert ref == NO_REF
     else:
         assert used[frame_of(ref)] == best
+
+
+STEPS = st.lists(st.one_of(st.integers(1, max_zpage_size()), st.integers(-20, -1)), max_size=60)
+
+
+@given(STEPS)
+def test_rule_3_one_step_is_as_good_as_two(steps: list[int]) -> None:
+    """Matching in one step leaves every byte of frames and tables, and every counter, as prep and finish do."""
+    one, two = Caller(12), Caller(12)
+    refs: list[int] = []
+    for page, size in enumerate(steps):
+        if size < 0:
+            if refs:
+                ref = refs.pop(size % len(refs))
+                assert one.free(ref) == two.free(ref)
+        else:
+            ref = one.match(page, size)
+            assert two.match(page, size, halves=True) == ref
+            if ref == NO_REF and one.free_frames:
+                ref = one.create(page, size)
+                assert two.create(page, size) == ref
+            if ref != NO_REF:
+                refs.append(ref)
+        assert one.buffer == two.buffer
+        assert one.table == two.table
+        assert one.zbud.counters() == two.zbud.counters()
+        one.zbud.check()
 
 
 def test_rule_3_of_equals_the_oldest() -> None:
@@ -235,17 +265,21 @@ def steps_of(call: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("wanted", [1, 31, MAX_CHUNKS])
-def test_rule_3_never_a_scan(wanted: int) -> None:
-    """Finding a match, or that there is none, takes no more steps with 2000 frames on all lists than with two on one."""
-    few, many, full = Caller(2), Caller(2000), Caller(2000)
-    for page in range(2):
-        few.create(page, size_of(1))
-    for page in range(2000):
-        many.create(page, size_of(1 + page % MAX_CHUNKS))
-        full.create(page, size_of(NCHUNKS - wanted + 1 if wanted > 1 else MAX_CHUNKS))
-    steps = steps_of(lambda: few.zbud.match_prep(size_of(wanted)))
-    assert steps_of(lambda: many.zbud.match_prep(size_of(wanted))) <= steps
-    assert steps_of(lambda: full.zbud.match_prep(size_of(wanted))) <= steps
+@pytest.mark.parametrize("halves", [False, True])
+def test_rule_3_never_a_scan(wanted: int, halves: bool) -> None:
+    """Finding a match, or that there is none, takes as many steps with 2000 frames on all lists as with two on one."""
+
+    def steps_with(chunks: list[int]) -> int:
+        caller, data = Caller(len(chunks)), content(5, size_of(wanted))
+        for page, used in enumerate(chunks):
+            caller.create(page, size_of(used))
+        if halves:
+            return steps_of(lambda: caller.zbud.match_prep(len(data)))
+        return steps_of(lambda: caller.zbud.match(5, data))
+
+    few = steps_with([1, 1])
+    assert abs(steps_with([1 + page % MAX_CHUNKS for page in range(2000)]) - few) < 10  # the most recent is not moved
+    assert steps_with([min(MAX_CHUNKS, NCHUNKS + 1 - wanted)] * 2000) <= few + 10
     assert steps_of(lambda: sum(1 for _ in range(100))) > 100
 
 

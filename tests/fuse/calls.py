@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import mmap
 import os
@@ -35,6 +36,9 @@ PUNCH: Final = PUNCH_HOLE | KEEP_SIZE
 
 _CACHESTAT: Final = 451
 """The number of cachestat(2), the same on every architecture that was there when it came (Linux 6.5)."""
+
+_FIFREEZE: Final = 0xC0045877
+_FITHAW: Final = 0xC0045878
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -124,6 +128,28 @@ def looped(file: Path, *, sector_bytes: int = PAGE, direct: bool = True) -> Iter
         yield Path(device)
     finally:
         release(device)
+
+
+@contextlib.contextmanager
+def fuse_control(folder: Path, mountpoint: Path) -> Iterator[Path]:
+    """Have the kernel's own view of the connection of a mount."""
+    folder.mkdir()
+    tool("mount", "-t", "fusectl", "fusectl", folder)
+    try:
+        yield folder / str(os.minor(mountpoint.stat().st_dev))
+    finally:
+        tool("umount", folder)
+
+
+@contextlib.contextmanager
+def frozen(folder: Path) -> Iterator[None]:
+    """Have a file system that stands still: whoever writes to it waits."""
+    with opened(folder, os.O_RDONLY) as fd:
+        fcntl.ioctl(fd, _FIFREEZE, 0)
+        try:
+            yield
+        finally:
+            fcntl.ioctl(fd, _FITHAW, 0)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@
 lengths are multiples of: 1 for a file, the sector size for a block device, which is then opened with O_DIRECT. It
 ends with status 1 and the history of the page where the first wrong byte is.
 
-`race` has several writers in the same pages: a page that is read is one that somebody wrote, or zeros, never a mix.
-It prints what it did last to every page.
+`race` has several writers in the same pages, of whole pages and of parts. Every sector says who wrote it and when, so
+a reader can tell that it is whole, and that what was overwritten does not come back. It ends with status 1 on what is
+wrong, and prints what it did last to every sector.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Final, NoReturn
 
 from tests.fuse.calls import KEEP_SIZE, MIB, PAGE, PUNCH, ZERO_RANGE, fallocate
 
+SECTOR: Final = 512
 _POOL_BYTES: Final = 2 * MIB
 _MARK: Final = struct.Struct("<III")
 _NOISE: Final = random.Random(20).randbytes(_POOL_BYTES)
@@ -136,48 +138,107 @@ class Same:
         sys.exit(1)
 
 
-def marked_page(writer: int, number: int, page: int) -> bytes:
-    """Return what `writer` writes to `page` as its write `number`: every byte follows from these three."""
-    mark = _MARK.pack(writer + 1, number, page)
-    at = (writer * 7919 + number * 104729) % (_POOL_BYTES - PAGE)
-    pool = _NOISE if number % 2 else _TEXT
-    return mark + pool[at : at + PAGE - 2 * _MARK.size] + mark
+Mark = tuple[int, int]
+"""Who wrote a sector, and as which of their writes."""
 
 
-def whose_page(page: int, found: bytes) -> tuple[int, int] | None:
+def marked_sector(writer: int, number: int, sector: int) -> bytes:
+    """Return what `writer` writes to `sector` as its write `number`: every byte follows from these three."""
+    mark = _MARK.pack(writer + 1, number, sector)
+    at = (writer * 7919 + number * 104729 + sector % 8 * SECTOR) % (_POOL_BYTES - PAGE)
+    pool = _NOISE if number % 3 else _TEXT
+    return mark + pool[at : at + SECTOR - 2 * _MARK.size] + mark
+
+
+def whose_sector(sector: int, found: bytes) -> Mark | None:
     """Return (writer, number) of the write that `found` is, None for zeros. ValueError if it is neither."""
-    if found == bytes(PAGE):
+    if not any(found):
         return None
-    writer, number, of_page = _MARK.unpack_from(found)
-    if of_page != page or found != marked_page(writer - 1, number, page):
-        raise ValueError(f"page {page} holds a mix: {found[:12].hex()} .. {found[-12:].hex()}")
+    writer, number, of_sector = _MARK.unpack_from(found)
+    if of_sector != sector or found != marked_sector(writer - 1, number, sector):
+        raise ValueError(f"sector {sector} holds a mix: {found[:12].hex()} .. {found[-12:].hex()}")
     return writer - 1, number
 
 
-def race(target: str, writer: int, pages: int, seed: int, steps: int) -> dict[int, int]:
-    """Write, read and punch pages that others write too; the number of the last write of each page, 0 for a punch."""
-    fd = os.open(target, os.O_RDWR | os.O_DIRECT)
-    source = random.Random(seed)
-    buffer = mmap.mmap(-1, 16 * PAGE)
-    last: dict[int, int] = {}
-    for number in range(1, steps + 1):
-        count = source.choice((1, 1, 2, 4, 16))
-        first = source.randrange(pages - count + 1)
-        mine = range(first, first + count)
-        view = memoryview(buffer)[: count * PAGE]
-        kind = source.randrange(10)
-        if kind < 5:
-            view[:] = b"".join(marked_page(writer, number, page) for page in mine)
-            assert os.pwritev(fd, [view], first * PAGE) == len(view), f"seed {seed}: short write"
-            last.update(dict.fromkeys(mine, number))
-        elif kind < 9:
-            assert os.preadv(fd, [view], first * PAGE) == len(view), f"seed {seed}: short read"
-            for at, page in enumerate(mine):
-                whose_page(page, bytes(view[at * PAGE : (at + 1) * PAGE]))
-        else:
-            fallocate(fd, PUNCH, first * PAGE, len(view))
-            last.update(dict.fromkeys(mine, 0))
-    return last
+WINDOW_SECTORS: Final = 4 * PAGE // SECTOR
+STEPS_A_WINDOW: Final = 2
+
+
+class Race:
+    """One writer among several of the same sectors."""
+
+    def __init__(self, target: str, writer: int, pages: int, seed: int) -> None:
+        self._fd = os.open(target, os.O_RDWR | os.O_DIRECT)
+        self._writer, self._sectors, self._seed = writer, pages * (PAGE // SECTOR), seed
+        self._source = random.Random(seed)
+        self._buffer = mmap.mmap(-1, 16 * PAGE)
+        self._seen: dict[int, Mark | None] = {}
+        """By sector: what was there last, as far as this writer knows."""
+        self._gone: dict[int, set[Mark]] = {}
+        """By sector: what was overwritten; it must never be seen again."""
+        self.last: dict[int, int] = {}
+        """By sector: the number of this writer's last write, 0 for a hole."""
+
+    def run(self, steps: int) -> None:
+        """Write or punch, and read, `steps` times; sometimes read before, which takes from the disk what was there."""
+        for number in range(1, steps + 1):
+            first, count = self._range(number)
+            kind = self._source.randrange(10)
+            try:
+                if not self._source.randrange(4):
+                    self._read(first, count)
+                if kind < 8:
+                    self._write(first, count, number)
+                elif kind == 8:
+                    fallocate(self._fd, PUNCH, first * SECTOR, count * SECTOR)
+                    self._overwritten(first, count, 0)
+                self._read(first, count)
+            except (ValueError, OSError) as error:
+                print(f"seed {self._seed}, writer {self._writer}, step {number}, {count} sectors from {first}: {error}")
+                sys.exit(1)
+
+    def _range(self, number: int) -> tuple[int, int]:
+        """Choose sectors: whole pages or parts of them, from a window that moves on.
+
+        All writers are at about the same step, so they meet, in pages that went to the disk since the last time.
+        """
+        whole = PAGE // SECTOR
+        start = number // STEPS_A_WINDOW * WINDOW_SECTORS % (self._sectors - WINDOW_SECTORS + 1)
+        if self._source.randrange(2):
+            count = self._source.choice((1, 1, 2, 4)) * whole
+            return start + self._source.randrange((WINDOW_SECTORS - count) // whole + 1) * whole, count
+        count = self._source.choice((1, 1, 2, 3, 7, 9, 20))
+        return start + self._source.randrange(WINDOW_SECTORS - count + 1), count
+
+    def _read(self, first: int, count: int) -> None:
+        view = memoryview(self._buffer)[: count * SECTOR]
+        if os.preadv(self._fd, [view], first * SECTOR) != len(view):
+            raise ValueError("short read")
+        for at in range(count):
+            sector = first + at
+            found = whose_sector(sector, bytes(view[at * SECTOR : (at + 1) * SECTOR]))
+            if found is not None and found in self._gone.get(sector, ()):
+                raise ValueError(f"sector {sector} holds {found} again, which was overwritten")
+            self._replaced(sector, found)
+
+    def _write(self, first: int, count: int, number: int) -> None:
+        view = memoryview(self._buffer)[: count * SECTOR]
+        view[:] = b"".join(marked_sector(self._writer, number, first + at) for at in range(count))
+        if os.pwritev(self._fd, [view], first * SECTOR) != len(view):
+            raise ValueError("short write")
+        self._overwritten(first, count, number)
+
+    def _overwritten(self, first: int, count: int, number: int) -> None:
+        for sector in range(first, first + count):
+            # Others may have overwritten it already: this only says that what was seen before is gone.
+            self._replaced(sector, None)
+            self.last[sector] = number
+
+    def _replaced(self, sector: int, found: Mark | None) -> None:
+        before = self._seen.get(sector)
+        if before is not None and before != found:
+            self._gone.setdefault(sector, set()).add(before)
+        self._seen[sector] = found
 
 
 if __name__ == "__main__":
@@ -186,4 +247,7 @@ if __name__ == "__main__":
         start, length, unit, seed, steps = map(int, rest[1:])
         Same(where, rest[0], start, length, unit, seed).run(steps)
     else:
-        print(json.dumps(race(where, *map(int, rest))))
+        writer, pages, seed, steps = map(int, rest)
+        racer = Race(where, writer, pages, seed)
+        racer.run(steps)
+        print(json.dumps(racer.last))

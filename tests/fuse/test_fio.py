@@ -16,8 +16,8 @@ from tests.support import LIMIT_SECONDS, mounted
 pytestmark = pytest.mark.needs("root", "fuse")
 
 SIZE: Final = 256 * MIB
-WRITTEN: Final = 128 * MIB
-"""Bytes that each run writes and reads back: four times the pool."""
+WRITTEN: Final = 96 * MIB
+"""Bytes that each run writes and reads back: three times the pool."""
 
 
 ENGINES: Final = {

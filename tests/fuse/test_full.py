@@ -11,7 +11,8 @@ import contextlib
 import errno
 import os
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,16 +22,19 @@ from tests.fuse.calls import (
     MIB,
     PAGE,
     PUNCH,
+    aligned,
     all_stats,
     disk_mounted,
     fallocate,
+    frozen,
+    fuse_control,
     looped,
     opened,
     require_tools,
     stat_of,
     tool,
 )
-from tests.support import mounted, wait_until
+from tests.support import LIMIT_SECONDS, mounted, wait_until
 
 pytestmark = pytest.mark.needs("root", "fuse")
 
@@ -40,11 +44,21 @@ DISK: Final = 16 * MIB
 CHUNK: Final = 16 * PAGE
 
 
-def fill(fd: int, source: random.Random) -> list[bytes]:
-    """Write noise from the start until it is refused; return all that was taken."""
+def noise(source: random.Random) -> bytes:
+    """Pages that take a frame each as they are: they do not compress."""
+    return source.randbytes(CHUNK)
+
+
+def large_zpages(source: random.Random) -> bytes:
+    """Pages that take a frame each compressed: no two fit together."""
+    return b"".join(source.randbytes(2600) + bytes(PAGE - 2600) for _ in range(CHUNK // PAGE))
+
+
+def fill(fd: int, source: random.Random, data_of: Callable[[random.Random], bytes] = noise) -> list[bytes]:
+    """Write from the start until it is refused; return all that was taken."""
     taken: list[bytes] = []
     for at in range(0, SIZE, CHUNK):
-        data = source.randbytes(CHUNK)
+        data = data_of(source)
         error = refusal(fd, data, at)
         if error:
             assert error == errno.ENOSPC
@@ -82,12 +96,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_pool_full_without_a_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data_of", [noise, large_zpages])
+def test_pool_full_without_a_disk(data_of: Callable[[random.Random], bytes], tmp_path: Path) -> None:
     """The pool takes what it has room for and refuses the rest; each refusal is counted and harms nothing."""
     source = random.Random(11)
     options = ("--size", str(SIZE), "--pool", str(POOL))
     with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
-        taken = fill(fd, source)
+        taken = fill(fd, source, data_of)
         assert len(taken) == POOL // CHUNK
         counts = all_stats(mountpoint)
         assert counts["pool_used_bytes"] == POOL
@@ -95,8 +110,8 @@ def test_pool_full_without_a_disk(tmp_path: Path) -> None:
         assert_still_there(fd, taken)
 
         for offset in (0, 5 * PAGE, POOL + 8 * MIB):  # over something, and elsewhere; twice, to be sure it stays so
-            assert [refusal(fd, source.randbytes(PAGE), offset) for _ in range(2)] == [errno.ENOSPC] * 2
-        assert refusal(fd, b"some bytes", 3 * PAGE + 100) == errno.ENOSPC
+            assert [refusal(fd, data_of(source)[:PAGE], offset) for _ in range(2)] == [errno.ENOSPC] * 2
+        assert refusal(fd, source.randbytes(600), 3 * PAGE + 3000) == errno.ENOSPC  # some bytes more or fewer
         assert all_stats(mountpoint)["refused_pool_full"] == 8
         assert_still_there(fd, taken)
 
@@ -183,3 +198,60 @@ def test_a_disk_that_somebody_else_fills(small_disk: Path, tmp_path: Path) -> No
             wait_until(lambda: refusal(fd, more[-1], (len(more) - 1) * CHUNK) == 0, "a write to be taken")
         assert_still_there(fd, more)
         assert stat_of(mountpoint, "lost_pages") == 0
+
+
+@pytest.mark.needs("loop")
+def test_a_disk_that_stands_still(small_disk: Path, tmp_path: Path) -> None:
+    """Writes that need a frame wait as long as the disk does; others are served; then all is there that was written.
+
+    As many wait as the kernel sends on its own account, through a loop device, and one more of a program's own.
+    """
+    source = random.Random(15)
+    options = ("--size", str(SIZE), "--pool", "1M", "--backing", small_disk / "backing")
+    with (
+        mounted(tmp_path / "mnt", *options) as mountpoint,
+        fuse_control(tmp_path / "ctl", mountpoint) as connection,
+        looped(mountpoint / "swapfile") as device,
+        opened(mountpoint / "swapfile") as fd,
+        opened(device, os.O_RDWR | os.O_DIRECT) as loop_fd,
+    ):
+        first = [source.randbytes(CHUNK) for _ in range(16)]
+        for number, data in enumerate(first):
+            assert refusal(fd, data, number * CHUNK) == 0
+        background = int((connection / "max_background").read_text())
+        offsets = [8 * MIB + number * MIB // 2 for number in range(6 * background)]
+        second = [b"word" * (2 * PAGE // 4) + source.randbytes(2 * CHUNK - 2 * PAGE) for _ in offsets]
+        # A same-filled page takes no frame, so each write is begun at once and its rest waits.
+        done: list[int] = []
+        writers: list[threading.Thread] = []
+
+        def nr_waiting() -> int:
+            return int((connection / "waiting").read_text())
+
+        def write(number: int, target: int) -> None:
+            with aligned(second[number]) as buffer:
+                assert os.pwritev(target, [buffer], offsets[number]) == len(buffer)
+                done.append(number)
+
+        def start_another(target: int) -> None:
+            writers.append(threading.Thread(target=write, args=(len(writers), target)))
+            writers[-1].start()
+            wait_until(lambda: nr_waiting() + len(done) >= len(writers), "a writer to be done or to wait")
+
+        try:
+            with frozen(small_disk):
+                while nr_waiting() < background:  # the first ones may find frames
+                    start_another(loop_fd)
+                start_another(fd)
+                wait_until(lambda: nr_waiting() > background, "one more")
+                assert stat_of(mountpoint, "pool_used_bytes") == MIB
+                assert os.pread(fd, CHUNK, 4 * MIB) == bytes(CHUNK)
+        finally:
+            for writer in writers:
+                writer.join(LIMIT_SECONDS)
+        assert sorted(done) == list(range(len(writers)))
+        for number in done:
+            assert os.pread(fd, 2 * CHUNK, offsets[number]) == second[number], f"writer {number}"
+        assert b"".join(first) == os.pread(fd, MIB, 0)
+        counts = all_stats(mountpoint)
+        assert (counts["refused_pool_full"], counts["lost_pages"], counts["writeback_failures"]) == (0, 0, 0)

@@ -19,7 +19,7 @@ from typing import Final
 
 import pytest
 
-from tests.fuse.calls import MIB, PAGE, PUNCH, fallocate, opened, server_of, tool
+from tests.fuse.calls import MIB, PAGE, PUNCH, fallocate, fuse_control, opened, server_of
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, mounted, wait_until, zbudfs
 from zbudfs.service.launch import LaunchError, start
 from zbudfs.service.settings import Settings
@@ -221,17 +221,6 @@ def test_requests_are_not_spliced(tmp_path: Path) -> None:
     assert [size for size in sizes if size > DEFAULT_PIPE_BYTES] == []
 
 
-@contextlib.contextmanager
-def fuse_control(folder: Path, mountpoint: Path) -> Iterator[Path]:
-    """Have the kernel's own view of the connection of a mount."""
-    folder.mkdir()
-    tool("mount", "-t", "fusectl", "fusectl", folder)
-    try:
-        yield folder / str(os.minor(mountpoint.stat().st_dev))
-    finally:
-        tool("umount", folder)
-
-
 @pytest.mark.needs("root", "fuse")
 def test_the_bound_on_requests_in_flight(tmp_path: Path) -> None:
     """The kernel has been told how many requests may be under way, for which memory has been set aside."""
@@ -251,8 +240,8 @@ def test_bursts(tmp_path: Path) -> None:
         "from zbudfs.service import daemon, keeper\n"
         "from zbudfs.fuse import shim\n"
         "right = keeper.work\n"
-        "def work(*arguments):\n"
-        "    status = right(*arguments)\n"
+        "def work(*arguments, **named):\n"
+        "    status = right(*arguments, **named)\n"
         f"    with open({str(report)!r}, 'w') as file: json.dump(shim.counters(), file)\n"
         "    return status\n"
         "keeper.work = work\n"

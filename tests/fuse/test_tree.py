@@ -185,7 +185,9 @@ def test_each_file_holds_one_value(mnt: Path) -> None:
             assert isinstance(value, int), name
         elif name == "backing_path":
             value = value or None
-        assert value in (before[name], after[name]), name
+        # A number may have moved on meanwhile: some count what the daemon does by itself.
+        moving = isinstance(value, int) and min(before[name], after[name]) <= value <= max(before[name], after[name])
+        assert moving or value in (before[name], after[name]), name
         assert type(value) is type(before[name]), name
     assert "info: zbudfs" in (mnt / "stats/log").read_text()
     assert before["mountpoint"] == str(mnt)

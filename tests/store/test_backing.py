@@ -130,6 +130,21 @@ def test_frames_may_lie_anywhere(place: Path, make: Make) -> None:
 
 
 @pytest.mark.parametrize("make", MAKES)
+def test_a_disk_that_takes_less_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
+    """Where a system call moves fewer blocks than it was asked to, the rest follows, to and from the right places."""
+    for name in ("pwritev", "preadv"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda fd, views, *rest, real=real: real(fd, views[: len(views) // 3 + 1], *rest))
+    with opened(make, tmp_path / "backing") as backing:
+        backing.make_ready(0, 1)
+        write(backing, 3, pages(20, BIG))
+        assert read(backing, 3, 20) == pages(20, BIG)
+        assert read(backing, 1, 2) == read(backing, 23, 2) == bytes(2 * PAGE_SIZE)
+        monkeypatch.undo()
+        assert read(backing, 3, 20) == pages(20, BIG)
+
+
+@pytest.mark.parametrize("make", MAKES)
 def test_reading_beyond_the_end_is_an_error(place: Path, make: Make) -> None:
     """Blocks that the file does not have are an error, not zeros and not what the frames held."""
     with opened(make, place / "backing") as backing:

@@ -666,6 +666,37 @@ def test_page_ins_without_a_frame_to_keep(tmp_path: Path) -> None:
     run(main)
 
 
+def test_writes_while_most_frames_are_being_read_into(tmp_path: Path) -> None:
+    """Writers that must share the few frames which page-ins have left wait their turn: none is refused."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path, nr_frames=8) as (store, backing):
+            await fill(store, 30)
+            await quiet(store)
+            cold = [number for number in range(30) if in_block(store, number)]
+            for number in range(30):
+                if number not in cold:
+                    await drop(store, number)
+            async with trio.open_nursery() as nursery:
+                with backing.held("read_blocks") as gate:
+                    reads = {number: Task(nursery, partial(get, store, number)) for number in cold[:10]}
+                    await held_at(gate, 2)
+                    await trio.testing.wait_all_tasks_blocked()
+                    assert store.zbud_counters()["eph_pageframes"] >= 6
+                    writes = [
+                        Task(nursery, partial(put, store, number, page(number, BIG))) for number in range(100, 120)
+                    ]
+                    for write in writes:
+                        await write.outcome()
+                for number, read in reads.items():
+                    assert await read.outcome() == page(number, BIG)
+            assert store.statistics().refused_pool_full == 0
+            await quiet(store)
+            await intact(store, {number: page(number, BIG) for number in [*cold, *range(100, 120)]})
+
+    run(main)
+
+
 def test_a_page_in_can_be_cancelled(tmp_path: Path) -> None:
     """A read that is given up is over when the disk is, and leaves nothing behind; one that waits for it goes on."""
 
