@@ -184,6 +184,9 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: pyfuse3.InodeT, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open the swapfile, past the page cache, or a file of stats/, whose content is fixed at this moment."""
         if inode == SWAPFILE:
+            if flags & os.O_TRUNC:
+                # The kernel would take a success for a file of no bytes, and a loop device on it would read nothing.
+                raise pyfuse3.FUSEError(errno.EPERM)
             self._board.fields[Field.OPEN_SWAPFILES] += 1
             return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(SWAPFILE), direct_io=True)
         name = self._stats.name(inode)
