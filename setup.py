@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Builds the libfuse shim (zbudfs/fuse/shim.c); everything else is in pyproject.toml.
 
-The shim is no Python module: it is a plain shared object which is loaded with ctypes, so all
-that is wanted from setuptools is a compiler run with libfuse's flags and a file in the package.
+The shim is an extension module that is linked to libfuse and loaded in front of it, so all that
+is wanted from setuptools is a compiler run with libfuse's flags, and clear words where it cannot be.
 """
 
 import shlex
@@ -21,10 +21,9 @@ def _pkg_config(*wanted: str) -> list[str]:
     except FileNotFoundError:
         raise SystemExit(f"zbudfs: cannot build the libfuse shim: no pkg-config ({REMEDY})") from None
     except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip().splitlines()
-        raise SystemExit(
-            f"zbudfs: cannot build the libfuse shim: {reason[0] if reason else error} ({REMEDY})"
-        ) from None
+        lines = error.stderr.strip().splitlines()
+        reason = lines[0] if lines else "the headers of libfuse 3.10 or later are not there (fuse3)"
+        raise SystemExit(f"zbudfs: cannot build the libfuse shim: {reason} ({REMEDY})") from None
     return shlex.split(run.stdout)
 
 

@@ -232,13 +232,20 @@ def test_a_signal_does_not_end_it_while_it_is_used(tmp_path: Path) -> None:
         wait_until(lambda: not is_running(pid), "the daemon's end")
 
 
+def kill_all(mountpoint: Path) -> None:
+    """Kill keeper, worker and standby at once, as the OOM killer might, and wait for their end."""
+    found = status_of(mountpoint)
+    pids = [found[name] for name in ("keeper_pid", "worker_pid", "standby_pid") if found[name]]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(is_running(pid) for pid in pids), "the processes' end")
+
+
 def test_after_a_daemon_was_killed(tmp_path: Path) -> None:
     """status says so, mount says what to do, umount cleans up, and the directory can be used again."""
     mountpoint = tmp_path / "mnt"
     with mounted(mountpoint):
-        pid = daemon_pid(mountpoint)
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not is_running(pid), "the daemon's end")
+        kill_all(mountpoint)
         assert is_mounted(mountpoint)
         for command in ("status", "mount"):
             run = run_zbudfs(command, mountpoint)
@@ -263,9 +270,7 @@ def test_the_default_backing_file(tmp_path: Path) -> None:
     try:
         assert backing.parent == Path("/var/lib/zbudfs")
         assert stat.filemode(backing.parent.stat().st_mode) == "drwx------"
-        pid = daemon_pid(mountpoint)
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not is_running(pid), "the daemon's end")
+        kill_all(mountpoint)
         zbudfs("umount", mountpoint)
         assert backing.stat().st_size == 0
     finally:

@@ -37,7 +37,7 @@ def test_a_full_page() -> None:
     assert as_pages([FULL]).splitlines() == [
         "/mnt/z",
         "  device    8 GiB, zstd level -1, loop device /dev/loop9",
-        "  daemon    zbudfs 0.1.0, pid 77",
+        "  daemon    zbudfs 0.1.0, pid 77, no standby yet",
         "  stored    2 GiB in 524,288 pages (12,345 same-filled, 6 incompressible)",
         "  takes     512 MiB of RAM, 256 MiB on disk",
         "  saved     1.3 GiB (62.5 %)",
@@ -56,7 +56,7 @@ def test_an_empty_page() -> None:
     assert as_pages([{**empty, "version": "1", "pid": 1, "level": 3}]).splitlines() == [
         "'/a b'",
         "  device    1 MiB, zstd level 3, not in use",
-        "  daemon    zbudfs 1, pid 1",
+        "  daemon    zbudfs 1, pid 1, no standby yet",
         "  stored    0 B in 0 pages",
         "  takes     0 B of RAM, 0 B on disk",
         "  pool      0.0 % of 1 MiB",

@@ -17,7 +17,7 @@ from zbudfs.cli.options import build_parser
 from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.settings import SettingsError
 
-COMMANDS = ("mount", "umount", "swapon", "swapoff", "status")
+COMMANDS = ("mount", "umount", "swapon", "swapoff", "restart", "status")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_what_cannot_be_done_is_a_failure(arguments: list[str], reason: str, tmp
     assert reason in run.stderr
 
 
-@pytest.mark.parametrize("command", ["mount", "umount", "swapon", "swapoff"])
+@pytest.mark.parametrize("command", ["mount", "umount", "swapon", "swapoff", "restart"])
 def test_root_is_needed(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ from zbudfs.service.mountpoint import (
     unmount,
     zbudfs_mounts,
 )
-from zbudfs.service.pooldir import PoolDirectoryError, path_of, remove_dead
+from zbudfs.service.pooldir import remove_dead
 from zbudfs.service.settings import (
     BACKING_FOLDER,
     DEFAULT_LEVEL,
@@ -277,6 +277,7 @@ def take_down(mounted: Mount) -> None:
         _wait_for_end(pidfd, shown)
     finally:
         os.close(pidfd)
+    _remove_remains(mountpoint)  # there are none, unless the keeper had died before its worker
 
 
 def _open_daemon(mountpoint: str) -> int | None:
@@ -322,12 +323,22 @@ def _clean_up_dead(mounted: Mount) -> None:
     detach(mountpoint, st_dev=mounted.st_dev, force=True)
     # Nobody can use what is on it any more: the mount leaves the tree although files are still open.
     unmount(mountpoint, lazy=True)
+    if not _remove_remains(mountpoint):
+        _empty(default_backing(mountpoint))
+
+
+def _remove_remains(mountpoint: str) -> bool:
+    """Take away memory and content of backing files that processes which are gone have not; whether there was any."""
+    backings = remove_dead(mountpoint)
+    for backing in backings:
+        _empty(backing)
+    return bool(backings)
+
+
+def _empty(backing: str) -> None:
+    """Empty a backing file that nobody has locked."""
     try:
-        left = remove_dead(mountpoint) or default_backing(mountpoint)
-    except PoolDirectoryError as error:
-        raise CommandError(f"{shown_path(mountpoint)} is unmounted, but its memory is still in use: {error}") from None
-    try:
-        fd = os.open(left, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(backing, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return
     try:
@@ -348,7 +359,8 @@ def _order_restart(mountpoint: str) -> dict[str, object]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         channel.settimeout(RESTART_LIMIT_SECONDS)
         try:
-            channel.connect(f"{path_of(mountpoint)}/control")
+            folder = Path(mountpoint, "stats/pool_directory").read_text().removesuffix("\n")
+            channel.connect(f"{folder}/control")
             channel.sendall(json.dumps({"order": "restart", "interpreter": sys.executable}).encode())
             answer = b""
             while piece := channel.recv(4096):

@@ -18,7 +18,7 @@ if "pyfuse3" in sys.modules:
 _flags = sys.getdlopenflags()
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
 try:
-    from zbudfs.fuse import _shim
+    import zbudfs.fuse._shim as _shim  # the other form of import blames a circular one if there is no such file
 except ImportError as error:
     raise ShimError(f"the libfuse shim cannot be loaded ({error}): install the package, do not just copy it") from None
 finally:

@@ -144,12 +144,12 @@ class Keeper:
         os.set_blocking(self._fuse_fd, False)
         self._prepare(time.time_ns())
 
-    def adopt(self, descriptors: list[int], born_ns: int) -> None:
+    def adopt(self, folder: str, descriptors: list[int], born_ns: int) -> None:
         """Take over memory, backing file and mount, whose descriptors another keeper has handed over."""
         self._warnings += hardening.before_threads(0)
         shim.take_arenas_from_malloc()
         self._fuse_fd, lock_fd = descriptors[0], descriptors[1]
-        self._directory = PoolDirectory.adopt(self._settings, lock_fd)
+        self._directory = PoolDirectory.adopt(folder, lock_fd)
         backing = self._settings.backing
         self._backing = Backing(backing, adopted_fd=descriptors[2]) if backing is not None else None
         self._memory = self._make_memory()
@@ -161,7 +161,15 @@ class Keeper:
         board.fields[Field.KEEPER_PID] = os.getpid()
         self._log.ring = board
         self._mounted = Mounted(
-            self._settings, self._memory, self._backing, self._fuse_fd, os.getpid(), born_ns, self._warnings, self._log
+            self._settings,
+            self._memory,
+            self._backing,
+            self._fuse_fd,
+            os.getpid(),
+            born_ns,
+            self._warnings,
+            self._log,
+            self._directory.path,
         )
 
     def _make_memory(self) -> StoreMemory:
@@ -484,7 +492,11 @@ class Keeper:
             try:
                 descriptors = [self._fuse_fd, self._directory.lock_fd]
                 descriptors += [self._backing.fileno()] if self._backing is not None else []
-                message = {"settings": self._settings.to_json(), "born_ns": self._born_ns}
+                message: dict[str, object] = {
+                    "settings": self._settings.to_json(),
+                    "folder": self._directory.path,
+                    "born_ns": self._born_ns,
+                }
                 send_with_descriptors(mine, message, descriptors)
                 reply = _receive_line(mine)
                 if "ready" not in reply:
@@ -535,7 +547,7 @@ def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool) -> int:
     try:
         handed, descriptors = receive_with_descriptors(channel)
         keeper = Keeper(Settings.from_json(str(handed["settings"])), log, foreground=foreground)
-        keeper.adopt(descriptors, int(str(handed["born_ns"])))
+        keeper.adopt(str(handed["folder"]), descriptors, int(str(handed["born_ns"])))
         keeper.start()
     except Exception as error:
         channel.sendall(json.dumps({"error": str(error) or repr(error)}).encode() + b"\n")

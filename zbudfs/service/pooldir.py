@@ -56,9 +56,11 @@ class PoolDirectory:
     @classmethod
     def create(cls, settings: Settings) -> "PoolDirectory":
         """Make it; PoolDirectoryError if another zbudfs has it. What a dead one has left is taken away first."""
-        path = path_of(settings.mountpoint)
         _private_folder(RUN_FOLDER, 0o755)
         remove_dead(settings.mountpoint)
+        # One that is alive may still serve a mount that was taken away from here lazily.
+        taken = len(_candidates(settings.mountpoint))
+        path = path_of(settings.mountpoint) + (f"@{taken}" if taken else "")
         _private_folder(path, 0o700)
         survives = _mount_tmpfs(path, settings)
         directory = cls(path, _lock(path), survives=survives)
@@ -66,9 +68,9 @@ class PoolDirectory:
         return directory
 
     @classmethod
-    def adopt(cls, settings: Settings, lock_fd: int) -> "PoolDirectory":
+    def adopt(cls, path: str, lock_fd: int) -> "PoolDirectory":
         """The directory of a mount that runs, whose lock was handed over."""
-        return cls(path_of(settings.mountpoint), lock_fd, survives=True)
+        return cls(path, lock_fd, survives=True)
 
     @property
     def memory_folder(self) -> str | None:
@@ -111,21 +113,34 @@ def _lock(path: str) -> int:
     return lock_fd
 
 
-def remove_dead(mountpoint: str) -> str | None:
-    """Take away the pool directory that the dead processes of a mount have left, and with it all memory that it held.
+def _candidates(mountpoint: str) -> list[str]:
+    """The pool directories of this mountpoint that there are."""
+    base = path_of(mountpoint)
+    folder, name = os.path.split(base)
+    try:
+        names = os.listdir(folder)  # noqa: PTH208
+    except FileNotFoundError:
+        return []
+    return sorted(f"{folder}/{found}" for found in names if found == name or found.startswith(f"{name}@"))
 
-    Returns the path of the backing file that they used, if there is one; PoolDirectoryError if they are alive.
+
+def remove_dead(mountpoint: str) -> list[str]:
+    """Take away the pool directories that dead processes of a mount have left, and with them all memory that they held.
+
+    Returns the paths of the backing files that they used. One whose processes live is left alone.
     """
-    path = path_of(mountpoint)
-    if not Path(path).is_dir():
-        return None
-    lock_fd = _lock(path)
-    backing = None
-    with contextlib.suppress(OSError, SettingsError):
-        backing = Settings.from_json(Path(path, "settings.json").read_bytes()).backing
-    os.close(lock_fd)
-    _remove(path)
-    return backing
+    backings = []
+    for path in _candidates(mountpoint):
+        try:
+            lock_fd = _lock(path)
+        except (PoolDirectoryError, OSError):
+            continue
+        with contextlib.suppress(OSError, SettingsError):
+            backing = Settings.from_json(Path(path, "settings.json").read_bytes()).backing
+            backings += [backing] if backing is not None else []
+        os.close(lock_fd)
+        _remove(path)
+    return backings
 
 
 def _remove(path: str) -> None:

@@ -78,6 +78,7 @@ class Mounted:
     warnings: list[str]
     """What the system refused, and what follows."""
     log: Log
+    pool_directory: str
 
 
 def work(mounted: Mounted, order_fd: int, *, emergency: bool) -> int:
@@ -258,6 +259,7 @@ class Worker:
             "recoveries": fields[Field.RECOVERIES],
             "last_recovery_us": fields[Field.LAST_RECOVERY_US],
             "lost_in_recovery": fields[Field.LOST_IN_RECOVERY],
+            "pool_directory": mounted.pool_directory,
             "survives_crash": self._survives(),
             "version": __version__,
             "level": settings.level,

@@ -384,6 +384,8 @@ class PageStore:
             frames[block] = frame
         stale: list[int] = []
         whole: set[int] = set()
+        kept = sum(frame < pool.nr_frames for frame in frames.values())
+        self.reclaimer.filling(kept)
         try:
             reader = self._readers[self._next_reader]
             self._next_reader ^= 1
@@ -414,6 +416,7 @@ class PageStore:
                 state.release_block(block)
                 del self._loading[block]
             over.set()
+            self.reclaimer.filling(-kept)
             self._bounce_free.unpark_all()
         return stale
 

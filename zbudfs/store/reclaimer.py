@@ -75,6 +75,10 @@ class Reclaimer:
         self._stuck = False
         """The last round ended because there was nothing that it could free."""
         self._populating_since: float | None = None
+        self._memory_refused = False
+        """The system did not give the pool the memory that it asked for last."""
+        self._filling = 0
+        """Frames that blocks are being read into: they can be dropped when that is over."""
         self._retry_at = 0.0
         self._last_writeback = 0.0
         self._failing = False
@@ -108,22 +112,34 @@ class Reclaimer:
         """Until a frame can be taken, or there is reason to try. PoolFull if nothing can be done about it."""
         pool = self._pool
         rounds_before = self._rounds
-        give_up_at = trio.current_time() + POPULATE_SECONDS
+        asked_at = trio.current_time()
+        give_up_at = asked_at + POPULATE_SECONDS
         while not (pool.ready_frames and pool.free_frames > 0):
             if self._state.drop_ephemeral():
                 continue
-            now = trio.current_time()
+            stuck = self._stuck and self._rounds > rounds_before
             wake_at = float("inf")  # a round is under way, or will be: it wakes us
-            if self._populating_since is not None and pool.free_frames > 0:
-                wake_at = now + PATIENCE_SECONDS
-                if self._stuck and self._rounds > rounds_before and now >= give_up_at:
+            if pool.free_frames > 0:  # the limit allows it, but no frame has memory
+                now = trio.current_time()
+                if stuck and (now >= give_up_at or self._memory_refused):
                     raise PoolFull("the system gives the pool no memory, and no frame can be written back")
-            elif self._stuck and self._rounds > rounds_before:
+                self._memory_wanted.set()
+                if now >= asked_at + PATIENCE_SECONDS:
+                    asked_at = now
+                    self._writeback_wanted.set()
+                wake_at = asked_at + PATIENCE_SECONDS
+            elif not stuck:
+                self._writeback_wanted.set()
+            elif not self._filling:  # what is being read into can be dropped when that is over, which wakes us
                 raise PoolFull("no frame is free and none can be written back")
-            self._memory_wanted.set()
-            self._writeback_wanted.set()
             with trio.move_on_at(wake_at):
                 await self._waiting.park()  # CHECKPOINT
+
+    def filling(self, frames: int) -> None:
+        """So many more frames are being read into, or fewer: then they can be had."""
+        self._filling += frames
+        if frames < 0:
+            self._waiting.unpark_all()
 
     async def sync(self) -> None:
         """What was written back before is on the disk. BackingError."""
@@ -180,7 +196,7 @@ class Reclaimer:
             batch = self._state.begin_writeback(min(need, BATCH_FRAMES))
             if not batch:
                 if not await self._blocks_may_come():
-                    return False
+                    return self._pool.free_frames > 0 and self._pool.ready_frames > 0
                 continue
             if not await self._write(self._writer, batch):
                 return False
@@ -261,6 +277,8 @@ class Reclaimer:
                 await self._populator.run(self._pool.populate, runs)  # CHECKPOINT, not cancelled
             except MemoryError:
                 self._pool.add_bare(runs)
+                self._memory_refused = True
+                self._waiting.unpark_all()
                 return
             except BaseException:
                 self._pool.add_bare(runs)
@@ -268,6 +286,7 @@ class Reclaimer:
             finally:
                 self._populating_since = None
             self._pool.add_ready(runs)
+            self._memory_refused = False
             self._waiting.unpark_all()
 
     async def _trim_frames(self) -> None:
