@@ -24,7 +24,7 @@ from zbudfs.core.reclaim import BATCH_FRAMES, PressureGovernor, Watermarks
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.store.backing import Backing
 from zbudfs.store.iothread import IoThread
-from zbudfs.store.pool import POPULATE_FRAMES
+from zbudfs.store.pool import ACTIVE_RESERVE_FRAMES, POPULATE_FRAMES, RESERVE_FRAMES
 from zbudfs.store.state import Eviction, State
 
 GROW_SEGMENTS: Final = 16
@@ -34,7 +34,7 @@ GROW_AHEAD_BLOCKS: Final = 64 * SEGMENT_BLOCKS
 """Free blocks kept ready: 16 MiB, or all that the pool can hold if that is less."""
 
 CALM_SECONDS: Final = 5.0
-"""Without a writeback for so long, free blocks and frames are surplus. Guessed."""
+"""Without a writeback and a new zpage for so long, free blocks and frames are surplus. Guessed."""
 
 TICK_SECONDS: Final = 1.0
 RETRY_SECONDS: Final = 1.0
@@ -80,13 +80,15 @@ class Reclaimer:
         self._filling = 0
         """Frames that blocks are being read into: they can be dropped when that is over."""
         self._retry_at = 0.0
-        self._last_writeback = 0.0
+        self._last_writeback = self._last_added = float("-inf")
         self._failing = False
         self._full = False
 
     def kick(self) -> None:
-        """Frames are being used up: see whether there is something to do, soon."""
+        """Pages were stored: see whether there is something to do, soon."""
+        self._last_added = trio.current_time()
         if self._pool.ready_frames < self._pool.reserve_frames >> 1:
+            self._pool.reserve_wanted = ACTIVE_RESERVE_FRAMES
             self._memory_wanted.set()
         if self._pool.free_frames < self.watermarks.low_frames or len(self._waiting):
             self._writeback_wanted.set()
@@ -264,10 +266,12 @@ class Reclaimer:
             if limit != self._pool.limit_frames:
                 self.set_limit(limit)
             if self._calm():
+                self._pool.reserve_wanted = RESERVE_FRAMES
                 await self._trim_frames()
 
     def _calm(self) -> bool:
-        return trio.current_time() - self._last_writeback >= CALM_SECONDS
+        """Whether nothing has been written back, and nothing been stored, for a while: what is free then is surplus."""
+        return trio.current_time() - max(self._last_writeback, self._last_added) >= CALM_SECONDS
 
     async def _populate(self) -> None:
         """Make frames ready until the reserve is full."""
