@@ -36,7 +36,7 @@ from zbudfs.service.mountpoint import (
     unmount,
     zbudfs_mounts,
 )
-from zbudfs.service.pooldir import remove_dead
+from zbudfs.service.pooldir import pool_directories, remove_dead
 from zbudfs.service.settings import (
     BACKING_FOLDER,
     DEFAULT_LEVEL,
@@ -329,10 +329,16 @@ def _clean_up_dead(mounted: Mount) -> None:
 
 def _remove_remains(mountpoint: str) -> bool:
     """Take away memory and content of backing files that processes which are gone have not; whether there was any."""
-    backings = remove_dead(mountpoint)
-    for backing in backings:
-        _empty(backing)
-    return bool(backings)
+    end = time.monotonic() + _BUSY_LIMIT_SECONDS
+    found = False
+    while left := pool_directories(mountpoint):
+        found = True
+        for backing in remove_dead(mountpoint):
+            _empty(backing)
+        if pool_directories(mountpoint) == left and time.monotonic() > end:
+            break  # its processes live: it serves a mount that was taken away lazily
+        time.sleep(0.02)  # a standby ends a little later than its keeper
+    return found
 
 
 def _empty(backing: str) -> None:

@@ -22,6 +22,7 @@ from zbudfs.cli.commands import CommandError
 from zbudfs.cli.options import build_parser
 from zbudfs.service.launch import LaunchError
 from zbudfs.service.mountpoint import MountError
+from zbudfs.service.pooldir import PoolDirectoryError
 from zbudfs.service.settings import SettingsError
 from zbudfs.swap.loop import SwapError
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else USAGE
     except SettingsError as error:
         return _fail(error, USAGE)
-    except (CommandError, LaunchError, MountError, SwapError) as error:
+    except (CommandError, LaunchError, MountError, PoolDirectoryError, SwapError) as error:
         return _fail(error, FAILURE)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)

@@ -68,7 +68,8 @@ class Operations(pyfuse3.Operations):
         """Free slots."""
         self._snapshots: dict[int, bytes] = {}
         """By file handle: what a file of stats/ held when it was opened."""
-        self._next_handle = SWAPFILE + 1
+        # Not from the start again after a takeover: an old handle must not read another file's content.
+        self._next_handle = (os.getpid() << 32) + SWAPFILE + 1
         shim.serve_file(SWAPFILE, self._read_served, self._write_served, self._fallocate_served, self._fsync_served)
 
     def init(self) -> None:
@@ -202,7 +203,8 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """The last user of an open file is gone."""
         if fh == SWAPFILE:
-            self._board.fields[Field.OPEN_SWAPFILES] -= 1
+            # A release that a dead worker had counted already may come again.
+            self._board.fields[Field.OPEN_SWAPFILES] = max(0, self._board.fields[Field.OPEN_SWAPFILES] - 1)
         else:
             self._snapshots.pop(fh, None)
 

@@ -364,7 +364,10 @@ class Keeper:
             if not self._mount_is_there():
                 return 0  # it was unmounted while nobody served it
             self._failures = 0 if served else self._failures + 1
-            why = self._memory.board.take_error() if status == FAILED else signal.Signals(-status).name
+            why = self._memory.board.take_error() if status == FAILED else f"status {status}"
+            if status < 0:
+                names = {int(number): number.name for number in signal.Signals}
+                why = names.get(-status, f"signal {-status}")
             self._retry_at = time.monotonic() + (min(0.1 * 2**self._failures, 10.0) if self._failures else 0.0)
             self._take_over()
             self._log.error(f"worker {pid} died ({why or status}); {self._standby_said()}")
@@ -394,7 +397,13 @@ class Keeper:
             if self._ballast is not None:
                 self._ballast.close()
                 self._ballast = None
-            child = self._fork(as_standby=False)
+            try:
+                child = self._fork(as_standby=False)
+            except OSError as error:
+                self._failures += 1
+                self._retry_at = time.monotonic() + min(0.1 * 2**self._failures, 10.0)
+                self._log.error(f"no worker can be forked: {error.strerror}")
+                return
         child.order()
         self._worker = child
         self._promote(child)
@@ -431,7 +440,12 @@ class Keeper:
         if self._worker is None or not self._serving_since or now < self._retry_at:
             return
         if now - self._serving_since >= STANDBY_DELAY_SECONDS:
-            self._standby = self._fork(as_standby=True)
+            try:
+                self._standby = self._fork(as_standby=True)
+            except OSError as error:
+                self._retry_at = now + 1.0
+                self._log.warning(f"no standby can be forked: {error.strerror}")
+                return
             if self._ballast is None:
                 self._load_ballast()
 
@@ -450,7 +464,7 @@ class Keeper:
         with connection:
             connection.settimeout(5.0)
             try:
-                order = json.loads(connection.recv(4096))
+                order = json.loads(connection.recv(1 << 16))
                 interpreter = str(order["interpreter"])
                 if order["order"] != "restart":
                     raise ValueError("the only order is restart")
@@ -556,5 +570,8 @@ def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool) -> int:
     if "go" not in _receive_line(channel):
         return 1  # the old one is gone or has thought better of it: it is still the one that serves
     channel.close()
-    keeper.serve_first()
+    try:
+        keeper.serve_first()
+    except StartError as error:
+        log.error(f"{error}; another worker is tried")  # there is no way back: the old keeper has gone
     return keeper.run()

@@ -45,6 +45,10 @@ def path_of(mountpoint: str, root: str = RUN_FOLDER) -> str:
     return f"{root}/{name}"
 
 
+class PoolDirectoryInUse(PoolDirectoryError):
+    """Its processes are alive."""
+
+
 class PoolDirectory:
     """The directory of one mount. `survives` tells whether it is a tmpfs of its own."""
 
@@ -59,8 +63,12 @@ class PoolDirectory:
         _private_folder(RUN_FOLDER, 0o755)
         remove_dead(settings.mountpoint)
         # One that is alive may still serve a mount that was taken away from here lazily.
-        taken = len(_candidates(settings.mountpoint))
-        path = path_of(settings.mountpoint) + (f"@{taken}" if taken else "")
+        base = path = path_of(settings.mountpoint)
+        number = 0
+        while os.path.lexists(path):
+            _private_folder(path, 0o700)
+            number += 1
+            path = f"{base}@{number}"
         _private_folder(path, 0o700)
         survives = _mount_tmpfs(path, settings)
         directory = cls(path, _lock(path), survives=survives)
@@ -104,16 +112,19 @@ def _mount_tmpfs(path: str, settings: Settings) -> bool:
 
 
 def _lock(path: str) -> int:
-    lock_fd = os.open(f"{path}/lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        lock_fd = os.open(f"{path}/lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise PoolDirectoryError(f"{path}/lock cannot be opened: {error.strerror}") from None
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock_fd)
-        raise PoolDirectoryError(f"another zbudfs has {path}") from None
+        raise PoolDirectoryInUse(f"another zbudfs has {path}") from None
     return lock_fd
 
 
-def _candidates(mountpoint: str) -> list[str]:
+def pool_directories(mountpoint: str) -> list[str]:
     """The pool directories of this mountpoint that there are."""
     base = path_of(mountpoint)
     folder, name = os.path.split(base)
@@ -130,10 +141,12 @@ def remove_dead(mountpoint: str) -> list[str]:
     Returns the paths of the backing files that they used. One whose processes live is left alone.
     """
     backings = []
-    for path in _candidates(mountpoint):
+    for path in pool_directories(mountpoint):
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            continue  # a link is not followed: whoever makes a directory here is told
         try:
             lock_fd = _lock(path)
-        except (PoolDirectoryError, OSError):
+        except PoolDirectoryInUse:
             continue
         with contextlib.suppress(OSError, SettingsError):
             backing = Settings.from_json(Path(path, "settings.json").read_bytes()).backing

@@ -89,6 +89,8 @@ def work(mounted: Mounted, order_fd: int, *, emergency: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a standby ends with its keeper
     _die_with_keeper(signal.SIGKILL)
+    if os.getppid() != mounted.keeper_pid:
+        return FAILED  # it died before that was set
     try:
         trio.run(Worker(mounted, order_fd, emergency=emergency).run)
     except BaseException as error:
@@ -254,8 +256,8 @@ class Worker:
             "pid": mounted.keeper_pid if keeper_lives else os.getpid(),
             "keeper_pid": fields[Field.KEEPER_PID],
             "worker_pid": fields[Field.WORKER_PID],
-            "standby_pid": fields[Field.STANDBY_PID],
-            "standby_ready": bool(fields[Field.STANDBY_READY]),
+            "standby_pid": fields[Field.STANDBY_PID] if keeper_lives else 0,  # it ends with its keeper
+            "standby_ready": bool(fields[Field.STANDBY_READY]) and keeper_lives,
             "recoveries": fields[Field.RECOVERIES],
             "last_recovery_us": fields[Field.LAST_RECOVERY_US],
             "lost_in_recovery": fields[Field.LOST_IN_RECOVERY],

@@ -81,12 +81,14 @@ class Reclaimer:
         """Frames that blocks are being read into: they can be dropped when that is over."""
         self._retry_at = 0.0
         self._last_writeback = self._last_added = float("-inf")
+        self._added = False
+        """Something was stored since the memory task looked last."""
         self._failing = False
         self._full = False
 
     def kick(self) -> None:
         """Pages were stored: see whether there is something to do, soon."""
-        self._last_added = trio.current_time()
+        self._added = True
         if self._pool.ready_frames < self._pool.reserve_frames >> 1:
             self._pool.reserve_wanted = ACTIVE_RESERVE_FRAMES
             self._memory_wanted.set()
@@ -265,6 +267,9 @@ class Reclaimer:
             limit = self.governor.tick(trio.current_time())
             if limit != self._pool.limit_frames:
                 self.set_limit(limit)
+            if self._added:
+                self._added = False
+                self._last_added = trio.current_time()
             if self._calm():
                 self._pool.reserve_wanted = RESERVE_FRAMES
                 await self._trim_frames()

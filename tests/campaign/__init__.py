@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Short forms of the campaigns in scripts/."""

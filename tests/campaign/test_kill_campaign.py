@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""Workers are killed at random moments while programs live on the swap they serve: no byte may be wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.campaign_kill import run, sound
+
+pytestmark = pytest.mark.needs("root", "fuse", "loop", "swap", "cell")
+
+KILLS = 8
+
+
+def test_no_byte_is_wrong() -> None:
+    """A short campaign: every kill is followed by a takeover, every byte is right, nothing fails and nobody hangs."""
+    report = run(kills=KILLS, mib=96, limit=32, pool="16M", seed=2)
+    assert sound(report), report
+    assert report["kills"] >= KILLS
+    for name in ("storms", "probe_reads", "cumul_writeback_pages", "cumul_pagein_pages", "cumul_discarded_pages"):
+        assert report[name] > 0, name
+
+
+@pytest.mark.parametrize(
+    "name", ["bad", "failed_storms", "lost_pages", "probe_errors", "kernel_errors", "recoveries", "kills"]
+)
+def test_what_is_not_sound(name: str) -> None:
+    """A single wrong byte, failed program, lost page or error condemns a campaign, as do a missing takeover and no kill."""
+    report = dict.fromkeys(("bad", "failed_storms", "lost_pages", "probe_errors", "kernel_errors"), 0)
+    report |= {"recoveries": KILLS, "kills": KILLS}
+    assert sound(report)
+    report[name] = {"recoveries": KILLS - 1, "kills": 0}.get(name, 1)
+    assert not sound(report)
