@@ -26,7 +26,7 @@ SIZE: Final = 12 * MIB + 5 * PAGE
 """Whole pages, and nothing rounder."""
 NOBODY: Final = 65534
 LISTS: Final = ("unbuddied_lists", "chunk_histogram")
-TEXTS: Final = ("mountpoint", "version", "backing_path")
+TEXTS: Final = ("mountpoint", "version", "backing_path", "pool_directory")
 LINES: Final = ("warnings", "log")
 _DIRENT: Final = struct.Struct("<QqHB")
 
