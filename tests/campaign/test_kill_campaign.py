@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from scripts.campaign_kill import run, sound
@@ -15,7 +17,7 @@ KILLS = 8
 def test_no_byte_is_wrong() -> None:
     """A short campaign: every kill is followed by a takeover, every byte is right, nothing fails and nobody hangs."""
     report = run(kills=KILLS, mib=96, limit=32, pool="16M", seed=2)
-    assert sound(report), report
+    assert sound(report), json.dumps(report)
     assert report["kills"] >= KILLS
     for name in ("storms", "probe_reads", "cumul_writeback_pages", "cumul_pagein_pages", "cumul_discarded_pages"):
         assert report[name] > 0, name

@@ -42,6 +42,8 @@ pytestmark = pytest.mark.needs("root", "fuse")
 
 PAGE: Final = 4096
 MIB: Final = 1 << 20
+HANG_SECONDS: Final = 1.5 * LIMIT_SECONDS
+"""How long a mount may be there: more than any test needs."""
 FIFREEZE: Final = 0xC0045877
 FITHAW: Final = 0xC0045878
 DEFAULT: Final = "default"
@@ -109,7 +111,9 @@ class Served:
         for pid in pids:
             os.kill(pid, number)
         for pid, end in zip(pids, ends, strict=True):
-            assert select.select([end], [], [], LIMIT_SECONDS)[0], f"{pid} has not ended"
+            poll = select.poll()
+            poll.register(end, select.POLLIN)
+            assert poll.poll(LIMIT_SECONDS * 1000), f"{pid} has not ended"
             os.close(end)
 
     def wait_taken_over(self, recoveries: int) -> None:
@@ -120,38 +124,53 @@ class Served:
 
         wait_until(taken_over, f"takeover {recoveries}")
 
-    def end(self) -> None:
-        """Take away whatever is left, however it is."""
-        if any(loop.backing_file == str(self.swapfile) for loop in loop_devices()):
-            run_zbudfs("swapoff", "--force", "--umount", self.mountpoint)
+    def kill_all(self) -> None:
+        """Kill whatever lives of it: who waits for an answer gets an error."""
         for field in (Field.KEEPER_PID, Field.WORKER_PID, Field.STANDBY_PID):
             pid = self.field(field)
             with contextlib.suppress(OSError):
                 if pid and Path(f"/proc/{pid}/comm").read_text() == "zbudfs\n":
                     self.kill(pid)
+
+    def end(self) -> None:
+        """Take away whatever is left, however it is."""
+        if any(loop.backing_file == str(self.swapfile) for loop in loop_devices()):
+            run_zbudfs("swapoff", "--force", "--umount", self.mountpoint)
+        self.kill_all()
         with contextlib.suppress(MountError):
             unmount(str(self.mountpoint), lazy=True)
         remove_dead(str(self.mountpoint))
 
 
+@contextlib.contextmanager
+def watched(served: Served) -> Iterator[Served]:
+    """Have a mount that hangs killed after a while: a test that waits for it in the kernel could not be stopped."""
+    watch = threading.Timer(HANG_SECONDS, served.kill_all)
+    watch.start()
+    try:
+        yield served
+    finally:
+        watch.cancel()
+        watch.join()
+        served.end()
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     """Mount a zbudfs, and wait for its standby; whatever becomes of it, nothing is left."""
-    made: list[Served] = []
+    stack = contextlib.ExitStack()
 
     def mount(*options: str | Path, name: str = "mnt", command: str = "mount") -> Served:
         mountpoint = tmp_path / name
         mountpoint.mkdir(exist_ok=True)
-        served = Served(mountpoint)
-        made.append(served)
+        served = stack.enter_context(watched(Served(mountpoint)))
         where = [] if "--backing" in options or name == DEFAULT else ["--backing", "none"]
         zbudfs(command, "--size", "64M", "--pool", "16M", *where, *options, mountpoint)
         served.wait_ready()
         return served
 
-    yield mount
-    for served in made:
-        served.end()
+    with stack:
+        yield mount
 
 
 @contextlib.contextmanager
@@ -238,26 +257,16 @@ def test_a_killed_worker_is_replaced(backing: str, mount: Callable[..., Served],
 
 
 def test_any_signal_may_kill_it(mount: Callable[..., Served]) -> None:
-    """Whatever the worker dies of, the standby takes over."""
+    """Whatever the worker dies of, a signal without a name as well, the standby takes over."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
-        for recoveries, number in enumerate((signal.SIGUSR1, signal.SIGALRM, signal.SIGPROF), 1):
+        for recoveries, number in enumerate((signal.SIGUSR1, signal.SIGALRM, signal.SIGRTMIN + 3), 1):
             served.kill(served.worker, number=number)
             served.wait_taken_over(recoveries)
             compare(fd, 0, 64)
-        for number in (signal.SIGUSR1, signal.SIGALRM, signal.SIGPROF):
-            assert f"died ({number.name})" in served.log()
-
-
-def test_a_signal_without_a_name_may_kill_it(mount: Callable[..., Served]) -> None:
-    """Also a real-time signal."""
-    served = mount()
-    with opened(served.swapfile) as fd:
-        fill(fd, 0, 64)
-        served.kill(served.worker, number=signal.SIGRTMIN + 3)
-        wait_until(lambda: served.field(Field.RECOVERIES) == 1 or not is_running(served.keeper), "a takeover")
-        compare(fd, 0, 64)
+        for name in ("SIGUSR1", "SIGALRM", f"signal {signal.SIGRTMIN + 3}"):
+            assert f"died ({name})" in served.log()
 
 
 def test_two_kills_in_quick_succession(mount: Callable[..., Served]) -> None:
@@ -359,19 +368,7 @@ def test_open_files_stay_open(mount: Callable[..., Served]) -> None:
 
 
 def test_an_old_handle_of_a_statistic(mount: Callable[..., Served]) -> None:
-    """A file of stats/ that was opened before is stale, not somebody else's: whoever wants it opens it again."""
-    served = mount()
-    path = served.mountpoint / "stats/standby_ready"
-    with opened(path, os.O_RDONLY) as old:
-        served.kill(served.worker)
-        with pytest.raises(OSError, match="Stale file handle") as failure:
-            os.pread(old, 100, 0)
-        assert failure.value.errno == errno.ESTALE
-    assert path.read_text() in ("True\n", "False\n")
-
-
-def test_an_old_handle_is_not_given_again(mount: Callable[..., Served]) -> None:
-    """However many files of stats/ are opened afterwards, the old handle is none of them, and closing it closes none."""
+    """A file of stats/ that was opened before is stale and none of those opened afterwards; closing it closes none."""
     served = mount()
     with contextlib.ExitStack() as stack:
         old = os.open(served.mountpoint / "stats/version", os.O_RDONLY)
@@ -379,10 +376,11 @@ def test_an_old_handle_is_not_given_again(mount: Callable[..., Served]) -> None:
         path = served.mountpoint / "stats/level"
         new = [stack.enter_context(opened(path, os.O_RDONLY)) for _ in range(300)]
         try:
-            with pytest.raises(OSError, match="Stale file handle"):
+            with pytest.raises(OSError, match="Stale file handle") as failure:
                 os.pread(old, 100, 0)
         finally:
             os.close(old)
+        assert failure.value.errno == errno.ESTALE
         served.stats()  # the close has been seen
         assert {os.pread(fd, 100, 0) for fd in new} == {b"-1\n"}
 
@@ -413,6 +411,7 @@ class Load:
                     self.errors.append(f"{act.__name__}: wrong bytes in round {self.rounds[number]}")
             except OSError as error:
                 self.errors.append(f"{act.__name__}: {error}")
+                return
             self.rounds[number] += 1
 
     def _read(self, source: random.Random, first: int) -> bool:
@@ -451,8 +450,7 @@ class Load:
         """Stop and compare once more."""
         self._ended.set()
         for thread in self._threads:
-            thread.join(LIMIT_SECONDS)
-            assert not thread.is_alive(), "a request was never answered"
+            thread.join()  # a request that is never answered fails when the mount is killed
         assert self.errors == []
         compare(self._fd, 0, self.PAGES)
 
@@ -503,7 +501,8 @@ def test_writes_that_a_worker_had_taken(mount: Callable[..., Served], tmp_path: 
         done: list[int] = []
 
         def write() -> None:
-            done.extend(os.pwrite(fd, noise, at * MIB) for at in range(6))
+            with contextlib.suppress(OSError):
+                done.extend(os.pwrite(fd, noise, at * MIB) for at in range(6))
 
         with opened(served.swapfile) as fd:
             writer = threading.Thread(target=write)
@@ -516,8 +515,7 @@ def test_writes_that_a_worker_had_taken(mount: Callable[..., Served], tmp_path: 
                     time.sleep(0.3)
                 assert before < 6
                 os.kill(served.worker, signal.SIGKILL)
-            writer.join(LIMIT_SECONDS)
-            assert not writer.is_alive()
+            writer.join()
             assert done == [MIB] * 6
             served.wait_taken_over(1)
             for at in range(6):
@@ -530,8 +528,8 @@ def test_writes_that_a_worker_had_taken(mount: Callable[..., Served], tmp_path: 
 def test_swap_stays_on(mount: Callable[..., Served], tmp_path: Path) -> None:
     """A program that lives on the swap does not notice that its server was killed."""
     served = mount("--priority", "32767", "--backing", tmp_path / "backing", "--pool", "4M", command="swapon")
-    with Cell("keeper", 20 * MIB) as cell:
-        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "36"])
+    with Cell("keeper", 18 * MIB) as cell:
+        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "30"])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
             try:
                 wait_until(lambda: served.stats()["stored_pages"] > 1000, "something being swapped out")
@@ -543,7 +541,7 @@ def test_swap_stays_on(mount: Callable[..., Served], tmp_path: Path) -> None:
                 said, _ = program.communicate("\n", timeout=2 * LIMIT_SECONDS)
             finally:
                 program.kill()
-    assert json.loads(said) == {"pages": 36 * 256, "bad": 0}
+    assert json.loads(said) == {"pages": 30 * 256, "bad": 0}
     found = status_of(served.mountpoint)
     assert (found["recoveries"], found["lost_pages"]) == (2, 0)
     (user,) = found["users"]
@@ -604,22 +602,12 @@ def test_the_keeper_dies_alone(mount: Callable[..., Served]) -> None:
         compare(fd, 256, 256)
         found = status_of(served.mountpoint)
         assert (found["pid"], found["worker_pid"], found["recoveries"]) == (worker, worker, 0)
+        assert (found["standby_pid"], found["standby_ready"]) == (0, False)
         assert [text for text in found["warnings"] if "the keeper has died" in text]
         assert "the keeper has died" in zbudfs("status", served.mountpoint)
         served.kill(worker)
         with pytest.raises(OSError, match="not connected"):
             os.pread(fd, PAGE, 0)
-
-
-def test_without_a_keeper_there_is_no_standby(mount: Callable[..., Served]) -> None:
-    """status does not tell of a standby that is dead."""
-    served = mount()
-    standby = served.standby
-    served.kill(served.keeper)
-    wait_until(lambda: not is_running(standby), "the standby's end")
-    found = status_of(served.mountpoint)
-    assert not found["standby_ready"]
-    assert not found["standby_pid"]
 
 
 def test_umount_after_the_keepers_death_leaves_nothing(mount: Callable[..., Served], tmp_path: Path) -> None:
@@ -637,7 +625,7 @@ def test_umount_after_the_keepers_death_leaves_nothing(mount: Callable[..., Serv
 def test_the_keeper_dies_while_it_forks(mount: Callable[..., Served]) -> None:
     """A child that was forked by a keeper that is dead by now does not stay: the mount must not look alive."""
     served = mount()
-    for _ in range(20):
+    for _ in range(2):
         served.wait_ready()
         keeper, worker, old = served.keeper, served.worker, served.standby
         os.kill(old, signal.SIGKILL)
@@ -650,8 +638,6 @@ def test_the_keeper_dies_while_it_forks(mount: Callable[..., Served]) -> None:
         if not ignored >> (signal.SIGTERM - 1) & 1:
             break  # it has not come far
         os.kill(new, signal.SIGCONT)
-    else:
-        pytest.skip("no child was caught early enough")
     try:
         os.kill(keeper, signal.SIGKILL)
         wait_until(lambda: not is_running(keeper), "the keeper's end")
@@ -770,10 +756,12 @@ def test_in_the_end_it_gives_up(tmp_path: Path) -> None:
     """After so many failures in a row the mount goes away, with a last word and an exit status, and leaves nothing."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
-    served = Served(mountpoint)
     settings = Settings(mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=8 * MIB, backing=None)
     command = [sys.executable, "-c", FOREGROUND, settings.to_json(), FEW_FAILURES]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with (
+        watched(Served(mountpoint)) as served,
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process,
+    ):
         try:
             wait_until(lambda: bool(served.field(Field.STANDBY_READY) and served.field(Field.SERVING)), "a standby")
             with few_files(served.keeper, ENOUGH_FOR_A_KEEPER), opened(served.swapfile) as fd:
@@ -783,7 +771,6 @@ def test_in_the_end_it_gives_up(tmp_path: Path) -> None:
             _, err = process.communicate(timeout=LIMIT_SECONDS)
         finally:
             process.kill()
-            served.end()
     assert process.returncode == 1
     assert err.count("another is tried soon") == 3
     assert "3 workers in a row did not come up: giving up" in err

@@ -112,27 +112,32 @@ def test_only_what_has_a_fixed_size_is_populated() -> None:
 
 
 def test_frames_come_with_their_part_of_the_tables() -> None:
-    """All that belongs to a frame has memory when the frame has: using it needs no more."""
+    """All that belongs to a frame has memory when the frame has: using it, and giving it back, needs no more."""
     memory = make(frames=20_000)
     memory.populate()
+    pool = Pool(memory)
     before = with_pages(memory)
-    memory.populate_frames([(5000, 700), (19_999, 1)])
-    found = with_pages(memory)
-    assert found["frames"] == before["frames"] + 701 * PAGE_SIZE
-    assert before["frame_table"] < found["frame_table"] < before["frame_table"] + 30 * PAGE_SIZE
-    pool = Pool(memory, attach=True)
-    pool.zbud.reset([(5000, 700), (19_999, 1)])
-    pool.restore([(5000, 700), (19_999, 1)])
-    settled = with_pages(memory)
-    taken = []
-    while (frame := pool.take_frame()) != -1:
-        taken.append(frame)
-        pool.zbud.create_raw(frame, frame, b"x" * PAGE_SIZE)
-        pool.block_of[frame] = 1
-    assert sorted(taken) == [*range(5000, 5700), 19_999]
+    taken: list[int] = []
+    while len(taken) < 5000:
+        runs = pool.take_bare()
+        pool.populate(runs)
+        populated = with_pages(memory)
+        pool.add_ready(runs)
+        while (frame := pool.take_frame()) != -1:
+            taken.append(frame)
+            pool.zbud.create_raw(frame, frame, b"x" * PAGE_SIZE)
+            pool.block_of[frame] = 1
+        assert with_pages(memory) == populated, "using a ready frame took memory"
+    assert populated["frames"] == before["frames"] + len(taken) * PAGE_SIZE
+    assert populated["frame_table"] - before["frame_table"] < 60 * PAGE_SIZE
     for frame in taken:
         pool.give_frame(pool.zbud.free(frame << 1))
-    assert with_pages(memory) == settled, "a touch of a ready frame took memory"
+    surplus = pool.take_surplus(1000, len(taken))
+    pool.release(surplus)
+    released = with_pages(memory)
+    assert released["frames"] < populated["frames"]
+    pool.add_bare(surplus)
+    assert with_pages(memory) == released, "giving frames back took memory"
 
 
 def test_runs_of_populated_frames() -> None:

@@ -716,7 +716,7 @@ async def live_through(life: Life, operations: list[tuple[str, int, int]]) -> No
         life.store.check()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(OPERATION, min_size=5, max_size=60))
 def test_at_any_moment(operations: list[tuple[str, int, int]]) -> None:
     """Whatever was done before, and however often it died: every page is what was written last."""
