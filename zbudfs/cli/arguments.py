@@ -33,4 +33,10 @@ class Arguments(argparse.Namespace):
     force: bool
     """Whether swapoff leaves out the count of memory."""
     json: bool
-    """Whether status prints JSON."""
+    """Whether JSON is printed."""
+    name: str | None
+    """Of a configuration; None: all of them."""
+    check: bool
+    """Whether config only looks for errors."""
+    root: str
+    """Folder that holds the system whose configuration is read."""

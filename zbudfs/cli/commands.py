@@ -4,6 +4,7 @@
     mount    settings -> a daemon that mounts           umount    no users? -> unmount -> wait for the daemon's end
     swapon   mount if need be -> loop -> mkswap -> on   swapoff   room? -> off -> loop -> umount if wanted
     restart  order to the keeper -> it hands over     status    in `status`
+    config   files -> settings (in `config`)
 
 They decide the order and undo what they did; how each step is done is known to `service` and `swap`.
 """
@@ -22,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from zbudfs.cli import config as configuration
+from zbudfs.cli import config_page
 from zbudfs.cli import status as status_page
 from zbudfs.cli.arguments import Arguments
 from zbudfs.core.sizes import format_size, parse_size_or_percent
@@ -150,6 +153,35 @@ def status(arguments: Arguments) -> int:
     return 1 if any("error" in report for report in reports) else 0
 
 
+def config(arguments: Arguments) -> int:
+    """Print what is configured and where each value comes from; with --check only what is wrong, and 1 if anything is."""
+    root = arguments.root
+    wanted = configuration.names(root) if arguments.name is None else [arguments.name]
+    loaded = []
+    problems: list[str] = []
+    for name in wanted:
+        try:
+            loaded.append(configuration.load(name, root))
+        except configuration.ConfigError as error:
+            problems += error.problems
+    problems += configuration.conflicts(loaded)
+    for text in (*(text for each in loaded for text in each.warnings), *problems):
+        print(f"zbudfs: {text}", file=sys.stderr)
+    if arguments.check:
+        print(f"configurations: {len(wanted)}, problems: {len(problems)}")
+    elif arguments.json:
+        objects = [config_page.as_object(each) for each in loaded]
+        if arguments.name is None:
+            print(json.dumps(objects, indent=2))
+        elif objects:
+            print(json.dumps(objects[0], indent=2))
+    elif loaded:
+        print("\n\n".join(config_page.as_toml(each) for each in loaded))
+    elif not wanted:
+        print(f"nothing is configured: there is no file in {configuration.FOLDER}")
+    return 1 if problems else 0
+
+
 # ---- before ------------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +195,12 @@ def resolve(path: str) -> str:
     return os.path.realpath(path)
 
 
-def make_settings(arguments: Arguments, mountpoint: str) -> Settings:
-    """Return the daemon's settings: what was typed, the defaults for the rest. Raises SettingsError."""
-    ram = ram_bytes()
+def make_settings(arguments: Arguments, mountpoint: str, root: str = "/") -> Settings:
+    """Return the daemon's settings: what was typed, the defaults for the rest. Raises SettingsError.
+
+    `root` holds `proc/`, from which the size of RAM is read.
+    """
+    ram = ram_bytes(root)
     if arguments.pool is None:
         pool_bytes = default_pool_bytes(ram)
     else:

@@ -19,6 +19,7 @@ from typing import Final
 
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.commands import CommandError
+from zbudfs.cli.config import ConfigError
 from zbudfs.cli.options import build_parser
 from zbudfs.service.launch import LaunchError
 from zbudfs.service.mountpoint import MountError
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 after an error that it has told
         return end.code if isinstance(end.code, int) else USAGE
+    except ConfigError as error:
+        return max(_fail(problem, FAILURE) for problem in error.problems)
     except SettingsError as error:
         return _fail(error, USAGE)
     except (CommandError, LaunchError, MountError, PoolDirectoryError, SwapError) as error:

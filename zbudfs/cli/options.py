@@ -15,6 +15,9 @@ from typing import Final, NoReturn
 from zbudfs import __version__
 from zbudfs.cli import commands
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.config import FOLDER
+from zbudfs.cli.expression import EXPRESSION_GRAMMAR
+from zbudfs.cli.keys import KEYS
 from zbudfs.core.sizes import GRAMMAR, parse_size, parse_size_or_percent
 from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
 from zbudfs.swap.attach import MAX_PRIORITY
@@ -129,7 +132,37 @@ def build_parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one object, or a list of objects if no MOUNTPOINT is given"
     )
     sub.add_argument("one_mountpoint", metavar="MOUNTPOINT", nargs="?", help="directory (default: every zbudfs)")
+
+    sub = command(
+        "config",
+        commands.config,
+        "tell what is configured, and where each value comes from",
+        _config_epilog(),
+    )
+    sub.add_argument("--check", action="store_true", help="tell only what is wrong; exit status 1 if anything is")
+    sub.add_argument("--json", action="store_true", help="print one object, or a list of objects if no NAME is given")
+    sub.add_argument("--root", default="/", metavar="DIR", help="look at the system whose / is DIR (default: this one)")
+    sub.add_argument("name", metavar="NAME", nargs="?", help="of the configuration (default: all)")
     return parser
+
+
+def _config_epilog() -> str:
+    """List the keys, as the list that they are read from has them."""
+    width = max(len(key.name) for key in KEYS)
+    keys = "".join(f"  {key.name:{width}}  {key.summary} ({key.kind}; default: {key.default})\n" for key in KEYS)
+    return f"""\
+{FOLDER}/NAME.toml is read first, then the files in NAME.toml.d/ that end in .toml, in the order of their names; the
+last to say something about a key wins. What is printed is TOML again, with every value worked out.
+
+keys:
+{keys}
+An amount is {EXPRESSION_GRAMMAR}.
+
+examples:
+  zbudfs config swap                            for {FOLDER}/swap.toml
+  zbudfs config --json swap | jq .values.size
+  zbudfs config --check                         are all files in order?
+"""
 
 
 def _add_mount_options(parser: argparse.ArgumentParser) -> None:
