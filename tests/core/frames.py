@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from zbudfs.core.allocator import HANDLE_SIZE, NO_REF, PERSISTENT_KIND
 from zbudfs.core.units import CHUNK_SIZE, NO_FRAME, PAGE_SIZE
-from zbudfs.core.zbud import HANDLE_SIZE, NO_REF, PERSISTENT_KIND, Zbud
+from zbudfs.core.zbud import Zbud
 
 FILLER: Final = b"\xa5"
 """What stands in every frame before anything is stored."""

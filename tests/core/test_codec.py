@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page, text_page
+from zbudfs.core.allocator import max_zpage_size
 from zbudfs.core.codec import (
     CHECK_BITS,
     DEFAULT_LEVEL,
@@ -28,7 +29,6 @@ from zbudfs.core.codec import (
 )
 from zbudfs.core.errors import PageLost
 from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS, WORD_SIZE
-from zbudfs.core.zbud import max_zpage_size
 
 LEVELS = [level for level in range(MIN_LEVEL, MAX_LEVEL + 1) if level]
 CODEC = Codec()

@@ -66,7 +66,7 @@ def test_kinds_are_apart() -> None:
 
 
 def test_a_device_of_16_tib_has_room() -> None:
-    """The place of an entry holds every zbudref of 2**32 blocks."""
+    """The place of an entry holds every ref of 2**32 blocks."""
     assert REF_MASK >= (1 << 32) * 2 + 1
 
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.core.frames import Caller, content
-from zbudfs.core.units import NCHUNKS, NO_FRAME, PAGE_SIZE
-from zbudfs.core.zbud import (
+from zbudfs.core.allocator import (
     EPHEMERAL_KIND,
     KINDS,
     NO_REF,
@@ -25,6 +24,7 @@ from zbudfs.core.zbud import (
     chunks_for,
     max_zpage_size,
 )
+from zbudfs.core.units import NCHUNKS, NO_FRAME, PAGE_SIZE
 
 FRAMES = 8
 KIND = st.sampled_from([PERSISTENT_KIND, EPHEMERAL_KIND])
@@ -40,9 +40,9 @@ class Frame:
 
     state: FrameState
     zpages: dict[int, tuple[int, bytes]] = field(default_factory=dict)
-    """By zbudref: page and content."""
+    """By ref: page and content."""
     pending: dict[int, int] = field(default_factory=dict)
-    """By zbudref: size of a zpage whose place is taken and which is not filled yet."""
+    """By ref: size of a zpage whose place is taken and which is not filled yet."""
     raw: tuple[int, bytes] | None = None
     filling: bool = False
 
@@ -260,7 +260,7 @@ class ZbudMachine(RuleBasedStateMachine):
     # ---- taking out ------------------------------------------------------------------------------------------------
 
     def refs(self) -> list[int]:
-        """Return all zbudrefs that can be freed."""
+        """Return all refs that can be freed."""
         found = [ref for frame in self.frames.values() for ref in frame.zpages]
         return sorted(found + [number << REF_BITS for number, frame in self.frames.items() if frame.raw is not None])
 

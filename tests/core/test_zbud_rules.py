@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 import zbudfs
 from tests.core.frames import FILLER, Caller, content, size_of
-from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, NO_FRAME, PAGE_SIZE
-from zbudfs.core.zbud import (
+from zbudfs.core.allocator import (
     EPHEMERAL_KIND,
     HANDLE_SIZE,
     KINDS,
     MAX_CHUNKS,
     MAX_PAGE_NUMBER,
+    MOST_ZPAGES,
     NEXT,
     NO_REF,
     PERSISTENT_KIND,
@@ -31,10 +31,12 @@ from zbudfs.core.zbud import (
     Event,
     FrameState,
     Resident,
-    Zbud,
     chunks_for,
     max_zpage_size,
 )
+from zbudfs.core.page_table import REF_WIDTH
+from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, NO_FRAME, PAGE_SIZE
+from zbudfs.core.zbud import Zbud
 from zbudfs.store.state import HOLD_INDEX
 
 HALF = size_of(NCHUNKS // 2)
@@ -43,12 +45,12 @@ BOTH = [PERSISTENT_KIND, EPHEMERAL_KIND]
 
 
 def frame_of(ref: int) -> int:
-    """Return the frame of a zbudref."""
+    """Return the frame of a ref."""
     return ref >> REF_BITS
 
 
 def fill(caller: Caller, page: int, zpages: dict[int, int] | None = None) -> tuple[int, list[int]]:
-    """Have an ephemeral frame filled with a copy of a block that holds page `page` and the next; its number and zbudrefs."""
+    """Have an ephemeral frame filled with a copy of a block that holds page `page` and the next; its number and refs."""
     scratch = Caller(1)
     refs = [scratch.store(page, HALF), scratch.store(page + 1, HALF)]
     frame = caller.take()
@@ -489,7 +491,7 @@ def test_rule_6_a_frame_being_read_into_is_unevictable() -> None:
 
 
 def zombie(caller: Caller) -> list[int]:
-    """Have a frame with pages 1 and 2 written back; its zbudrefs."""
+    """Have a frame with pages 1 and 2 written back; its refs."""
     refs = [caller.create(1, size_of(20)), caller.match(2, size_of(20))]
     caller.zbud.writeback_begin(frame_of(refs[0]))
     return refs
@@ -805,13 +807,13 @@ def test_rule_9_check_finds_what_does_not_add_up() -> None:
 # ---- rule 10: two, or possibly more ------------------------------------------------------------------------------
 
 SOURCES = sorted(Path(zbudfs.__file__).parent.rglob("*.py"))
-ALLOCATOR = Path(zbudfs.__file__).parent / "core" / "zbud.py"
-INSIDE = {"CHUNK_SIZE", "CHUNK_SHIFT", "NCHUNKS", "MAX_CHUNKS", "RAW_CHUNKS", "HANDLE_SIZE", "SIZE_BITS", "SIZE_MASK"}
+ALLOCATORS = [Path(zbudfs.__file__).parent / "core" / name for name in ("allocator.py", "zbud.py")]
+INSIDE = {"CHUNK_SIZE", "CHUNK_SHIFT", "NCHUNKS", "MAX_CHUNKS", "HANDLE_SIZE", "SIZE_BITS", "SIZE_MASK"}
 """Names about the inside of a frame."""
 
 
 def about_refs(node: ast.expr) -> bool:
-    """Whether an expression is called a zbudref, or is computed from one."""
+    """Whether an expression is called a ref, or is computed from one."""
     return any(
         "ref" in (name.id if isinstance(name, ast.Name) else name.attr).split("_")
         for name in ast.walk(node)
@@ -819,9 +821,9 @@ def about_refs(node: ast.expr) -> bool:
     )
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path != ALLOCATOR], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in SOURCES if path not in ALLOCATORS], ids=lambda path: path.stem)
 def test_rule_10_nobody_else_knows_that_a_frame_holds_two(path: Path) -> None:
-    """Outside the allocator nobody looks into a frame, and a zbudref is taken apart by REF_BITS, never by a number."""
+    """Outside the allocator nobody looks into a frame, and a ref is taken apart by REF_BITS, never by a number."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and path.name != "units.py":
@@ -837,9 +839,11 @@ def test_rule_10_nobody_else_knows_that_a_frame_holds_two(path: Path) -> None:
                 sides.append((node.right, node.left))
             for side, other in sides:
                 number = isinstance(other, ast.Constant) and isinstance(other.value, int)
-                assert not (number and about_refs(side)), f"line {node.lineno}: a zbudref is taken apart by a number"
+                assert not (number and about_refs(side)), f"line {node.lineno}: a ref is taken apart by a number"
 
 
 def test_rule_10_blocks_have_room_for_more() -> None:
-    """The mask of a block's live zpages has a bit for each index of a zbudref, and one more for its reader."""
-    assert 1 << REF_BITS <= HOLD_INDEX < 8
+    """The mask of a block's live zpages has a bit for each index of a ref, and one more for its reader."""
+    assert Zbud.most_zpages <= MOST_ZPAGES == HOLD_INDEX < 8 == 1 << REF_BITS
+    blocks = 2 * MAX_PAGE_NUMBER  # more than the largest device needs
+    assert blocks << REF_BITS < 1 << REF_WIDTH

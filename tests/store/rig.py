@@ -13,10 +13,10 @@ import trio
 import trio.testing
 
 from tests.store.faulty import FaultyBacking
+from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.codec import Codec
 from zbudfs.core.page_table import BLOCK, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, RAW_FRAME, REF_MASK
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
-from zbudfs.core.zbud import REF_BITS
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pool import Pool

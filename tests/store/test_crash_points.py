@@ -35,10 +35,10 @@ import trio
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
 from tests.store.rig import drop, get, in_block, in_ram, kind_of, put
 from tests.support import LIMIT_SECONDS, ROOT
+from zbudfs.core.allocator import EPHEMERAL_KIND
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.page_table import BLOCK, FRAME, RAW_BLOCK, RAW_FRAME, WORD
 from zbudfs.core.units import PAGE_SIZE
-from zbudfs.core.zbud import EPHEMERAL_KIND
 from zbudfs.store import page_store, reclaimer
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
 from zbudfs.store.iothread import IoThread
@@ -56,7 +56,7 @@ ODD_WORD: Final = page_of_word(0x3FB999999999999A)
 
 WATCHED: Final = (
     *("store/state.py", "store/recovery.py", "store/pool.py"),
-    *("core/zbud.py", "core/page_table.py", "core/block_map.py", "core/lists.py"),
+    *("core/allocator.py", "core/zbud.py", "core/page_table.py", "core/block_map.py", "core/lists.py"),
 )
 """The code that changes state: each of its lines is a place to be killed at."""
 
@@ -149,7 +149,7 @@ class Scene:
             nursery.cancel_scope.cancel()
         kinds = {0: FRAME, 4: RAW_FRAME, 5: FRAME, 6: WORD, 7: FRAME, 8: BLOCK, 10: RAW_BLOCK, 11: FRAME, 13: RAW_FRAME}
         assert {number: kind_of(store, number) for number in kinds} == kinds, "the scene is not what it should be"
-        assert len(list(store.state.pool.zbud.frames_of(EPHEMERAL_KIND))) == 3
+        assert len(list(store.state.pool.allocator.frames_of(EPHEMERAL_KIND))) == 3
 
     def write_back(self, most: int, *, fails: bool = False) -> None:
         """Write the coldest frames to the backing file, as the reclaimer does, or have the file refuse them."""
@@ -157,7 +157,7 @@ class Scene:
         batch = state.begin_writeback(most)
         assert len(batch) == most
         for frame, block in batch:
-            self.backing.write_blocks(block, [state.pool.zbud.frame_bytes(frame)])
+            self.backing.write_blocks(block, [state.pool.allocator.frame_bytes(frame)])
         if fails:
             state.fail_writeback(batch)
         else:
@@ -398,7 +398,7 @@ def _overwritten_zombie() -> Operation:
         state.forget(2)
         state.forget(4)
         for frame, block in batch:
-            scene.backing.write_blocks(block, [state.pool.zbud.frame_bytes(frame)])
+            scene.backing.write_blocks(block, [state.pool.allocator.frame_bytes(frame)])
         state.finish_writeback(batch)
 
     return Operation(act, {0: new, 2: ZEROS, 4: ZEROS}, fewest=40)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import LIMIT_SECONDS, ROOT
+from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.board import Field
 from zbudfs.store.memory import BOUNCE_FRAMES, PARKING_SLOT_BYTES, PARKING_SLOTS, StoreMemory
@@ -125,13 +126,13 @@ def test_frames_come_with_their_part_of_the_tables() -> None:
         pool.add_ready(runs)
         while (frame := pool.take_frame()) != -1:
             taken.append(frame)
-            pool.zbud.create_raw(frame, frame, b"x" * PAGE_SIZE)
+            pool.allocator.create_raw(frame, frame, b"x" * PAGE_SIZE)
             pool.block_of[frame] = 1
         assert with_pages(memory) == populated, "using a ready frame took memory"
     assert populated["frames"] == before["frames"] + len(taken) * PAGE_SIZE
     assert populated["frame_table"] - before["frame_table"] < 60 * PAGE_SIZE
     for frame in taken:
-        pool.give_frame(pool.zbud.free(frame << 1))
+        pool.give_frame(pool.allocator.free(frame << REF_BITS))
     surplus = pool.take_surplus(1000, len(taken))
     pool.release(surplus)
     released = with_pages(memory)

@@ -631,7 +631,7 @@ def test_a_lost_page_in_ram_is_an_error_for_that_page_alone() -> None:
         async with running(store):
             await put(store, 0, pages(10, BIG))
             frame, _ = place_of(store, 4)
-            store.state.pool.zbud.frame_bytes(frame)[1000] ^= 1
+            store.state.pool.allocator.frame_bytes(frame)[1000] ^= 1
             for read in (get(store, 0, 10), get(store, 0, 5)):
                 assert await read == pages(4, BIG)
             assert store.read_nowait(0, 10 * PAGE_SIZE) == pages(4, BIG)

@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.core.frames import content, size_of
 from tests.store.rig import made_pool
+from zbudfs.core.allocator import EPHEMERAL_KIND, PERSISTENT_KIND, REF_BITS
 from zbudfs.core.units import NCHUNKS, NO_FRAME, PAGE_SIZE
-from zbudfs.core.zbud import EPHEMERAL_KIND, PERSISTENT_KIND
 from zbudfs.store.memory import BOUNCE_FRAMES
 from zbudfs.store.pool import POPULATE_FRAMES, RESERVE_FRAMES, Pool
 
@@ -89,14 +89,14 @@ class PoolMachine(RuleBasedStateMachine):
                 assert frame in self.ready
                 self.ready.remove(frame)
                 self.used.add(frame)
-                self.pool.zbud.create_raw(frame, frame, content(frame, PAGE_SIZE))
+                self.pool.allocator.create_raw(frame, frame, content(frame, PAGE_SIZE))
 
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def give(self, data: st.DataObject) -> None:
         """A frame that nobody uses any more is ready."""
         frame = data.draw(st.sampled_from(sorted(self.used)))
-        assert self.pool.zbud.free(frame << 1) == frame
+        assert self.pool.allocator.free(frame << REF_BITS) == frame
         self.pool.give_frame(frame)
         self.used.remove(frame)
         self.ready.add(frame)
@@ -136,7 +136,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.free_frames == pool.limit_frames - len(self.used)
         assert pool.reserve_frames == max(0, min(RESERVE_FRAMES, pool.free_frames))
         for frame in self.used:
-            assert pool.zbud.raw(frame << 1) == content(frame, PAGE_SIZE)
+            assert pool.allocator.raw(frame << REF_BITS) == content(frame, PAGE_SIZE)
 
 
 TestPoolMachine = PoolMachine.TestCase
@@ -179,27 +179,27 @@ def test_a_ready_frame_needs_no_more_memory(nr_frames: int) -> None:
     with made_pool(nr_frames) as pool:
         make_ready(pool)
         before = resident(pool)
-        zbud, frames = pool.zbud, []
+        allocator, frames = pool.allocator, []
         while (frame := pool.take_frame()) != NO_FRAME:
             frames.append(frame)
             pool.block_of[frame] = frame
         assert len(frames) == min(nr_frames, RESERVE_FRAMES)
         for index, frame in enumerate(frames):
             if index % 4 == 0:
-                zbud.create_raw(frame, index, content(index, PAGE_SIZE))
+                allocator.create_raw(frame, index, content(index, PAGE_SIZE))
             elif index % 4 == 1:
-                zbud.fill_prep(frame)
-                zbud.fill_finish_raw(frame, index)
+                allocator.fill_prep(frame)
+                allocator.fill_finish_raw(frame, index)
             else:
                 size = size_of(1 + index % (NCHUNKS - 1))
                 kind = (PERSISTENT_KIND, EPHEMERAL_KIND)[index % 2]
-                zbud.create_finish(zbud.create_prep(frame, size, kind), index, content(index, size))
-        while (frame := zbud.oldest(PERSISTENT_KIND)) != NO_FRAME:
-            zbud.writeback_begin(frame)
-            pool.give_frame(zbud.writeback_done(frame))
-        while (frame := zbud.oldest(EPHEMERAL_KIND)) != NO_FRAME:
-            zbud.drop_begin(frame)
-            pool.give_frame(zbud.drop_done(frame))
+                allocator.create_finish(allocator.create_prep(frame, size, kind), index, content(index, size))
+        while (frame := allocator.oldest(PERSISTENT_KIND)) != NO_FRAME:
+            allocator.writeback_begin(frame)
+            pool.give_frame(allocator.writeback_done(frame))
+        while (frame := allocator.oldest(EPHEMERAL_KIND)) != NO_FRAME:
+            allocator.drop_begin(frame)
+            pool.give_frame(allocator.drop_done(frame))
         assert pool.used_frames == 0
         assert resident(pool) == before
         pool.check()
@@ -248,8 +248,8 @@ def test_bounce_frames_are_nobody_elses() -> None:
         assert sorted(pool.bounce) == list(range(50, 50 + BOUNCE_FRAMES))
         assert len(pool.frames) == (50 + BOUNCE_FRAMES) * PAGE_SIZE
         for frame in pool.bounce:
-            pool.zbud.frame_bytes(frame)[:] = b"b" * PAGE_SIZE
-        assert all(pool.zbud.frame_bytes(frame) == bytes(PAGE_SIZE) for frame in taken)
+            pool.allocator.frame_bytes(frame)[:] = b"b" * PAGE_SIZE
+        assert all(pool.allocator.frame_bytes(frame) == bytes(PAGE_SIZE) for frame in taken)
 
 
 def test_check_sees_a_frame_that_is_in_two_places() -> None:
@@ -259,7 +259,7 @@ def test_check_sees_a_frame_that_is_in_two_places() -> None:
         frame = pool.take_frame()
         with pytest.raises(AssertionError, match="1 frames used, the allocator holds 0"):
             pool.check()
-        pool.zbud.create_raw(frame, 1, bytes(PAGE_SIZE))
+        pool.allocator.create_raw(frame, 1, bytes(PAGE_SIZE))
         pool.check()
         pool.give_frame(frame)
         pool.used_frames += 1

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
 from tests.store.rig import block_of, drop, get, in_block, in_ram, kind_of, let_go, place_of, put, run
+from zbudfs.core.allocator import EPHEMERAL_KIND, PERSISTENT_KIND, REF_BITS, FrameState
 from zbudfs.core.block_map import SEGMENT_BLOCKS
 from zbudfs.core.codec import Codec, check_of_raw, page_of_word
 from zbudfs.core.errors import LayoutError, PageLost
 from zbudfs.core.page_table import BLOCK, FRAME, LOST, RAW_BLOCK, RAW_FRAME, WORD, entry
 from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS
-from zbudfs.core.zbud import EPHEMERAL_KIND, PERSISTENT_KIND, FrameState
 from zbudfs.store.backing import Backing
 from zbudfs.store.board import LAYOUT, Field
 from zbudfs.store.memory import StoreMemory
@@ -104,7 +104,7 @@ class Life:
         batch = state.begin_writeback(most)
         assert self.backing is not None
         for frame, block in batch:
-            self.backing.write_blocks(block, [state.pool.zbud.frame_bytes(frame)])
+            self.backing.write_blocks(block, [state.pool.allocator.frame_bytes(frame)])
         return state.finish_writeback(batch)
 
     @property
@@ -143,7 +143,7 @@ async def fill(life: Life) -> None:
 
 def copies(store: PageStore) -> list[int]:
     """Return the frames that are copies of blocks."""
-    return list(store.state.pool.zbud.frames_of(EPHEMERAL_KIND))
+    return list(store.state.pool.allocator.frames_of(EPHEMERAL_KIND))
 
 
 # ---- what is right stays -------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_copies_become_originals(life: Life) -> None:
         life.die()
         life.store.recover()
         assert copies(life.store) == []
-        persistent = set(life.store.state.pool.zbud.frames_of(PERSISTENT_KIND))
+        persistent = set(life.store.state.pool.allocator.frames_of(PERSISTENT_KIND))
         assert persistent >= set(frames)
         assert life.store.statistics().backing_used_bytes == used - 2 * PAGE_SIZE
         assert life.write_back(FRAMES) == len(persistent)
@@ -241,8 +241,8 @@ def test_raw_frames_are_the_oldest(life: Life) -> None:
         await fill(life)
         life.die()
         life.store.recover()
-        zbud = life.store.state.pool.zbud
-        raw = [zbud.is_raw(frame) for frame in zbud.frames_of(PERSISTENT_KIND)]
+        allocator = life.store.state.pool.allocator
+        raw = [allocator.is_raw(frame) for frame in allocator.frames_of(PERSISTENT_KIND)]
         assert raw == sorted(raw, reverse=True)
         assert sum(raw) == 3
 
@@ -261,8 +261,8 @@ def test_a_zombie_of_which_a_page_went(life: Life) -> None:
         found = life.store.recover()
         life.store.check()
         assert found.blocks == 3
-        zbud = life.store.state.pool.zbud
-        assert {zbud.state(frame) for frame, _ in batch} <= {FrameState.PERSISTENT, FrameState.FREE}
+        allocator = life.store.state.pool.allocator
+        assert {allocator.state(frame) for frame, _ in batch} <= {FrameState.PERSISTENT, FrameState.FREE}
         await life.compare()
 
     run(main)
@@ -277,7 +277,7 @@ def test_a_frame_that_is_being_filled_is_free(life: Life) -> None:
         block = block_of(life.store, 20)
         state.hold_block(block)
         frame = state.pool.take_frame()
-        state.pool.zbud.fill_prep(frame)
+        state.pool.allocator.fill_prep(frame)
         life.die()
         life.store.recover()
         life.store.check()
@@ -285,7 +285,7 @@ def test_a_frame_that_is_being_filled_is_free(life: Life) -> None:
         assert block_of(life.store, 20) == block
         assert state.blocks is not None
         assert state.blocks.live(block) == 0b11
-        assert state.pool.zbud.state(frame) is FrameState.FREE
+        assert state.pool.allocator.state(frame) is FrameState.FREE
         await life.compare()
 
     run(main)
@@ -465,7 +465,7 @@ def _same_place(kind: int, owner: int) -> Damage:
 def _raw_in_anothers_frame(life: Life) -> int:
     frame = place_of(life.store, 0)[0]
     content = life.memory.frames.view[frame * PAGE_SIZE : (frame + 1) * PAGE_SIZE]
-    life.entries[40] = entry(RAW_FRAME, frame << 1, check_of_raw(content))  # even with the right check
+    life.entries[40] = entry(RAW_FRAME, frame << REF_BITS, check_of_raw(content))  # even with the right check
     return 40
 
 
@@ -483,7 +483,7 @@ def _second_place(number: int) -> Damage:
 
 
 def _frame_without_memory(life: Life) -> int:
-    assert life.store.state.pool.zbud.state(0) is FrameState.FREE
+    assert life.store.state.pool.allocator.state(0) is FrameState.FREE
     life.memory.frames.release(0, PAGE_SIZE)
     life.entries[40] = entry(FRAME, 0, 5)
     return 40
@@ -493,7 +493,7 @@ def _block_in_a_hole(life: Life) -> int:
     assert life.store.state.blocks is not None
     hole = life.store.state.blocks.take_free(0)
     assert hole > 0
-    life.entries[40] = entry(BLOCK, hole * SEGMENT_BLOCKS << 1, 5)
+    life.entries[40] = entry(BLOCK, hole * SEGMENT_BLOCKS << REF_BITS, 5)
     return 40
 
 
@@ -507,10 +507,10 @@ DAMAGES: Final[dict[str, Damage]] = {
     "a raw frame at its second place": _second_place(3),
     "a raw frame that is not the content": _raw_content,
     "a raw frame that is another's": _raw_in_anothers_frame,
-    "a frame out of range": _entry(FRAME, FRAMES << 1),
-    "a bounce frame": _entry(FRAME, (FRAMES + 1) << 1),
+    "a frame out of range": _entry(FRAME, FRAMES << REF_BITS),
+    "a bounce frame": _entry(FRAME, (FRAMES + 1) << REF_BITS),
     "a frame beyond all memory": _entry(FRAME, (1 << 36) - 2),
-    "a raw frame out of range": _entry(RAW_FRAME, FRAMES << 1),
+    "a raw frame out of range": _entry(RAW_FRAME, FRAMES << REF_BITS),
     "a raw frame beyond all memory": _entry(RAW_FRAME, (1 << 36) - 1),
     "a frame without memory": _frame_without_memory,
     "a free frame": _entry(FRAME, 1),

@@ -36,6 +36,7 @@ from tests.store.rig import (
     running,
     until,
 )
+from zbudfs.core.allocator import REF_BITS, FrameState
 from zbudfs.core.block_map import SEGMENT_BLOCKS, BlockMap
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.errors import PageLost
@@ -54,7 +55,6 @@ from zbudfs.core.page_table import (
     word_of_entry,
 )
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
-from zbudfs.core.zbud import REF_BITS, FrameState
 from zbudfs.store.backing import Backing
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
@@ -101,7 +101,7 @@ class Heir:
         """Read a page, step by step, as docs/format.md tells; PageLost."""
         entry = state.table.entries[number]
         kind, ref = entry & KIND_MASK, entry >> KIND_BITS & REF_MASK
-        zbud = state.pool.zbud
+        allocator = state.pool.allocator
         if kind == ABSENT:
             return ZEROS
         if kind < FRAME:
@@ -110,11 +110,11 @@ class Heir:
             bounce = state.pool.bounce[0]
             with self._path.open("rb") as file:
                 file.seek((ref >> REF_BITS) << PAGE_SHIFT)
-                zbud.frame_bytes(bounce)[:] = file.read(PAGE_SIZE)
+                allocator.frame_bytes(bounce)[:] = file.read(PAGE_SIZE)
             ref = bounce << REF_BITS | ref & ((1 << REF_BITS) - 1)
         if kind in (RAW_FRAME, RAW_BLOCK):
-            return bytes(zbud.raw(ref))
-        zpage = zbud.zpage(ref, number)
+            return bytes(allocator.raw(ref))
+        zpage = allocator.zpage(ref, number)
         if zpage is None:
             raise PageLost(f"page {number} has another handle")
         return self._codec.decode(zpage)
@@ -133,7 +133,9 @@ def interrupted(seed: str, moment: Any) -> Iterator[None]:
         name = frame.f_code.co_filename
         if not name.startswith(HERE) or frame.f_code.co_name in ("check", "statistics", "counters"):
             return None
-        often = 0.08 if name.endswith(("state.py", "zbud.py", "block_map.py", "page_table.py")) else 0.01
+        often = (
+            0.08 if name.endswith(("state.py", "allocator.py", "zbud.py", "block_map.py", "page_table.py")) else 0.01
+        )
         if event == "line" and generator.random() < often:
             moment()
         return trace
@@ -304,16 +306,16 @@ def test_what_does_not_confirm_itself_is_lost_alone(tmp_path: Path, damage: str)
             await until(lambda: store.statistics().cumul_writeback_frames == 17, "a round is over")
             await quiet(store)
             await get(store, 30)
-            entries, zbud = store.state.table.entries, store.state.pool.zbud
+            entries, allocator = store.state.table.entries, store.state.pool.allocator
             assert in_block(store, 0)
             assert not in_block(store, 30)
             assert not in_block(store, 40)
             if damage == "handle":
                 victim = 40
-                zbud.frame_bytes(place_of(store, victim)[0]).cast("Q")[0] ^= 1 << 13
+                allocator.frame_bytes(place_of(store, victim)[0]).cast("Q")[0] ^= 1 << 13
             elif damage == "raw":
                 victim = 30
-                zbud.frame_bytes(place_of(store, victim)[0])[77] ^= 1
+                allocator.frame_bytes(place_of(store, victim)[0])[77] ^= 1
             elif damage == "no such frame":
                 victim = 40
                 entries[victim] = 1 << 20 << KIND_BITS | FRAME
@@ -348,7 +350,7 @@ def test_a_lost_page_is_an_error_until_it_is_written(tmp_path: Path) -> None:
             await nursery.start(first.run)
             await put(first, 0, pages(10, BIG))
             nursery.cancel_scope.cancel()
-        first.state.pool.zbud.frame_bytes(place_of(first, 4)[0])[:8] = bytes(8)
+        first.state.pool.allocator.frame_bytes(place_of(first, 4)[0])[:8] = bytes(8)
         second = PageStore(PAGES * PAGE_SIZE, 64, None, Codec(), first.memory)
         assert second.recover().lost_pages == 1
         async with running(second):
@@ -386,7 +388,7 @@ def test_zombies_and_copies_become_persistent(tmp_path: Path) -> None:
                         await trio.testing.wait_all_tasks_blocked()
                 await until(lambda: bool(gate.held), "a write is held")
                 state, found = heir.take_over()
-                states = {state.pool.zbud.state(frame) for frame in range(64)}
+                states = {state.pool.allocator.state(frame) for frame in range(64)}
                 assert states <= {FrameState.FREE, FrameState.PERSISTENT}
                 in_blocks = store.statistics().written_back_pages
                 assert found.blocks == in_blocks < store.statistics().backing_used_bytes // PAGE_SIZE

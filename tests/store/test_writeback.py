@@ -209,7 +209,7 @@ def test_a_page_changes_while_it_is_written(
 
 def is_zombie(store: PageStore, number: int) -> bool:
     """Whether a page is in a frame that is being written back."""
-    return in_ram(store, number) and store.state.pool.zbud.state(place_of(store, number)[0]).name == "ZOMBIE"
+    return in_ram(store, number) and store.state.pool.allocator.state(place_of(store, number)[0]).name == "ZOMBIE"
 
 
 @pytest.mark.parametrize("changes", [(0,), (1,), (0, 1), (1, 0)])

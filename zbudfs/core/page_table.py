@@ -2,12 +2,12 @@
 """The page table: one 8-byte entry a page of the device, and the truth about where each page is.
 
     63                  39 38                                3 2    0
-    | check, 25 bits      |  zbudref in a frame or a block    | kind |
+    | check, 25 bits      |  ref in a frame or a block        | kind |
     | word, 61 bits                                           | kind |
 
 One 8-byte store of an entry is the commit of whatever led to it. The check is the end of the stored form's
 checksum: an outdated copy of the same page is seen for what it is. A block is a copy of a frame, so a place in
-a block is a zbudref with the block number instead of the frame number.
+a block is a ref with the block number instead of the frame number.
 
 Same-filled pages: a word has 64 bits and an entry has room for 61. Zero-extended, sign-extended and twice
 repeated 32-bit words go in as they are; what is left over (a double such as 0.1) becomes a zpage of one chunk,

@@ -18,7 +18,7 @@ from typing import Final
 from zbudfs.core.errors import LayoutError
 from zbudfs.store.arena import Arena
 
-LAYOUT: Final = 0x7A627564_0001
+LAYOUT: Final = 0x7A627564_0002
 """Of everything that outlives a worker: tables, frames, blocks, this board. Changed when any of them changes."""
 
 _COUNTERS: Final = 1 << 10

@@ -65,7 +65,7 @@ class StoreMemory:
         if self.blocks is not None:
             self.blocks.populate(0, self.blocks.size)
         self.frames.populate(self.nr_frames << PAGE_SHIFT, BOUNCE_FRAMES << PAGE_SHIFT)
-        for offset, length in Zbud.sentinel_spans(self.nr_frames):
+        for offset, length in Zbud.fixed_spans(self.nr_frames):
             self.frame_table.populate(offset, length)
 
     def populate_frames(self, runs: list[tuple[int, int]]) -> None:

@@ -15,6 +15,7 @@ from typing import Final
 
 import trio
 
+from zbudfs.core.allocator import INDEX_MASK, REF_BITS, max_zpage_size
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import (
     Codec,
@@ -44,7 +45,6 @@ from zbudfs.core.page_table import (
     word_of_entry,
 )
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
-from zbudfs.core.zbud import REF_BITS, max_zpage_size
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.memory import StoreMemory
@@ -169,7 +169,7 @@ class PageStore:
         self._loading: dict[int, trio.Event] = {}
         """By block: set when the read of it that is under way is over."""
         self._bounce_free = trio.lowlevel.ParkingLot()
-        self._zbud = self._pool.zbud
+        self._allocator = self._pool.allocator
         self._entries = self._table.entries
         self._decode = codec.decode
         self._cumul_read_pages = 0
@@ -305,7 +305,7 @@ class PageStore:
         entry = self._entries[page]
         kind = entry & KIND_MASK
         if kind == FRAME:
-            zpage = self._zbud.zpage(entry >> KIND_BITS & REF_MASK, page)
+            zpage = self._allocator.zpage(entry >> KIND_BITS & REF_MASK, page)
             try:
                 if zpage is None:
                     raise PageLost(f"page {page}: its place holds another page")
@@ -318,7 +318,7 @@ class PageStore:
         if kind < FRAME:
             return page_of_word(word_of_entry(entry))
         if kind == RAW_FRAME:
-            return bytes(self._zbud.raw(entry >> KIND_BITS & REF_MASK))
+            return bytes(self._allocator.raw(entry >> KIND_BITS & REF_MASK))
         return None
 
     # ---- page-in ---------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class PageStore:
         Returns the pages that moved while the read was under way: they must be looked up again.
         """
         assert self.backing is not None
-        pool, zbud, state = self._pool, self._zbud, self.state
+        pool, allocator, state = self._pool, self._allocator, self.state
         over = trio.Event()
         frames: dict[int, int] = {}
         before = {page: self._entries[page] for pages in wanted.values() for page in pages}
@@ -380,7 +380,7 @@ class PageStore:
             if frame == NO_FRAME:
                 frame = pool.bounce.pop()
             else:
-                zbud.fill_prep(frame)
+                allocator.fill_prep(frame)
             frames[block] = frame
         stale: list[int] = []
         whole: set[int] = set()
@@ -389,7 +389,7 @@ class PageStore:
         try:
             reader = self._readers[self._next_reader]
             self._next_reader ^= 1
-            views = {block: zbud.raw(frame << REF_BITS) for block, frame in frames.items()}
+            views = {block: allocator.raw(frame << REF_BITS) for block, frame in frames.items()}
             refused = await reader.run(_read_runs, self.backing, views)  # CHECKPOINT, not cancelled
             self._cumul_pagein_blocks += len(wanted)
             for block, pages in wanted.items():
@@ -411,7 +411,7 @@ class PageStore:
                 if frame >= pool.nr_frames:
                     pool.bounce.append(frame)
                 elif block not in whole or not self._adopt(frame, block, before, wanted[block]):
-                    zbud.fill_cancel(frame)
+                    allocator.fill_cancel(frame)
                     pool.give_frame(frame)
                 state.release_block(block)
                 del self._loading[block]
@@ -428,11 +428,11 @@ class PageStore:
         ref = entry >> KIND_BITS & REF_MASK
         try:
             if entry & KIND_MASK == RAW_BLOCK:
-                content = bytes(self._zbud.raw(frame << REF_BITS))
+                content = bytes(self._allocator.raw(frame << REF_BITS))
                 if check_of_raw(content) != entry >> CHECK_SHIFT:
                     raise PageLost(f"page {page}: its block is damaged or old")
                 return content
-            zpage = self._zbud.zpage(frame << REF_BITS | ref & ((1 << REF_BITS) - 1), page)
+            zpage = self._allocator.zpage(frame << REF_BITS | ref & INDEX_MASK, page)
             if zpage is None or check_of(zpage) != entry >> CHECK_SHIFT:
                 raise PageLost(f"page {page}: its block holds another page, or an old version of it")
             return self._decode(zpage)
@@ -603,7 +603,7 @@ class PageStore:
     def statistics(self) -> PageStoreStatistics:
         """A snapshot of all counters."""
         counts = self._table.counts
-        counters = self._zbud.counters()
+        counters = self._allocator.counters()
         reclaimer = self.reclaimer
         blocks = self.state.blocks
         return PageStoreStatistics(
@@ -638,26 +638,26 @@ class PageStore:
     def forget_cumulative(self) -> None:
         """Set what counts requests to zero: whoever tried the store out before it was in use does not count."""
         self._cumul_read_pages = self._cumul_written_pages = self._cumul_discarded_pages = 0
-        self._zbud.forget_cumulative()
+        self._allocator.forget_cumulative()
 
     def zbud_counters(self) -> dict[str, int]:
         """The allocator's counters, by the kernel's names."""
-        return self._zbud.counters()
+        return self._allocator.counters()
 
     def unbuddied_lists(self) -> list[int]:
         """How many frames have one buddy that uses n chunks, for n from 0 to 63."""
-        return self._zbud.unbuddied_lists()
+        return self._allocator.unbuddied_lists()
 
     def chunk_histogram(self) -> list[int]:
         """How many zpages use n chunks, for n from 0 to 63."""
-        return self._zbud.chunk_histogram()
+        return self._allocator.chunk_histogram()
 
     def check(self) -> None:
         """Recount everything; AssertionError where it disagrees. Only while nothing is under way. O(everything)."""
         self.state.check()
         assert not self._loading, "a block is being read"
         assert not self.state.watched, "a page is being patched"
-        assert self._zbud.counters()["pers_zombie_count"] == 0, "a frame is being written back"
+        assert self._allocator.counters()["pers_zombie_count"] == 0, "a frame is being written back"
 
 
 def _read_runs(backing: Backing, views: dict[int, memoryview]) -> dict[int, BackingError]:

@@ -41,7 +41,7 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
 class Pool:
     """The frames of `memory`; all bare at first.
 
-    `zbud` is the allocator over them, `frames` the memoryview of their bytes. `block_of[frame]` is the block
+    `allocator` is the allocator over them, `frames` the memoryview of their bytes. `block_of[frame]` is the block
     of which an ephemeral frame is a copy. `limit_frames` may be lowered below `nr_frames` and raised again.
     With `attach` nothing is written, and nothing may be asked, before `restore`.
     """
@@ -62,7 +62,7 @@ class Pool:
         self.used_frames = 0
         self.used_frames_max = 0
         self.bounce = list(range(nr_frames, nr_frames + BOUNCE_FRAMES))
-        self.zbud = Zbud(self.frames, memory.frame_table.view, nr_frames, attach=attach)
+        self.allocator = Zbud(self.frames, memory.frame_table.view, nr_frames, attach=attach)
 
     def restore(self, populated: list[tuple[int, int]]) -> None:
         """The zpages of a store are claimed (`Zbud.restore`): sort its frames into used, ready and bare ones.
@@ -71,7 +71,7 @@ class Pool:
         """
         self.used_frames = self.ready_frames = self._trimmed = self._fresh = 0
         self.memory.populate_frames(populated)
-        restore_done = self.zbud.restore_done
+        restore_done = self.allocator.restore_done
         for first, count in populated:
             if first > self._fresh:
                 self.add_bare([(self._fresh, first - self._fresh)])
@@ -167,8 +167,8 @@ class Pool:
         bare = list(self._stack[self.nr_frames - self._trimmed :]) if self._trimmed else []
         free = [*self._stack[: self.ready_frames], *bare, *range(self._fresh, self.nr_frames)]
         assert len(set(free)) == len(free), "a frame is free twice"
-        counters = self.zbud.counters()
+        counters = self.allocator.counters()
         held = counters["pers_pageframes"] + counters["eph_pageframes"]
         assert held == self.used_frames, f"{self.used_frames} frames used, the allocator holds {held}"
         for frame in free:
-            assert not self.zbud.state(frame), f"free frame {frame} is the allocator's"
+            assert not self.allocator.state(frame), f"free frame {frame} is the allocator's"

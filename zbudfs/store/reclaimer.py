@@ -246,13 +246,13 @@ class Reclaimer:
 
     def _runs_of(self, batch: list[Eviction]) -> list[tuple[int, list[memoryview]]]:
         """A batch as (first block, frames' bytes) for each run of neighbouring blocks."""
-        zbud = self._pool.zbud
+        allocator = self._pool.allocator
         runs: list[tuple[int, list[memoryview]]] = []
         expected = -1
         for frame, block in batch:
             if block != expected:
                 runs.append((block, []))
-            runs[-1][1].append(zbud.frame_bytes(frame))
+            runs[-1][1].append(allocator.frame_bytes(frame))
             expected = block + 1
         return runs
 

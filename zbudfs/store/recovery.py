@@ -16,6 +16,7 @@ What no entry names is free. An ephemeral frame becomes a persistent one (its bl
 
 from dataclasses import dataclass
 
+from zbudfs.core.allocator import INDEX_MASK, REF_BITS
 from zbudfs.core.codec import check_of_raw
 from zbudfs.core.page_table import (
     BLOCK,
@@ -27,8 +28,7 @@ from zbudfs.core.page_table import (
     RAW_FRAME,
     REF_MASK,
 )
-from zbudfs.core.zbud import REF_BITS
-from zbudfs.store.state import INDEX_MASK, State
+from zbudfs.store.state import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class Recovery:
 def rebuild(state: State) -> Recovery:
     """Bring frames, lists, blocks and counters in line with the page table. O(stored pages + populated frames)."""
     table, pool, blocks = state.table, state.pool, state.blocks
-    zbud = pool.zbud
+    allocator = pool.allocator
     populated = pool.memory.populated_frames()
-    zbud.reset(populated)
+    allocator.reset(populated)
     if blocks is not None:
         blocks.reset()
-    restore = zbud.restore
+    restore = allocator.restore
     entries = table.entries
     lost = 0
     for first, values in table.stretches():
@@ -62,12 +62,13 @@ def rebuild(state: State) -> Recovery:
                 right = restore(ref, page)
             elif kind == RAW_FRAME:
                 right = (
-                    ref >> REF_BITS < zbud.nr_frames
-                    and check_of_raw(zbud.raw(ref)) == entry >> CHECK_SHIFT
-                    and zbud.restore_raw(ref, page)
+                    ref >> REF_BITS < allocator.nr_frames
+                    and check_of_raw(allocator.raw(ref)) == entry >> CHECK_SHIFT
+                    and allocator.restore_raw(ref, page)
                 )
             else:
-                right = blocks is not None and blocks.restore(ref >> REF_BITS, ref & INDEX_MASK)
+                index = ref & INDEX_MASK
+                right = blocks is not None and index < allocator.most_zpages and blocks.restore(ref >> REF_BITS, index)
             if not right:
                 entries[page] = LOST
                 lost += 1

@@ -11,8 +11,9 @@ The order inside a change is always: the new form is complete, the entry is stor
 freed. Whoever reads the page table alone therefore always finds whole pages.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from zbudfs.core.allocator import EPHEMERAL_KIND, INDEX_MASK, MOST_ZPAGES, NO_REF, PERSISTENT_KIND, REF_BITS
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import check_of, check_of_raw
 from zbudfs.core.page_table import (
@@ -29,14 +30,11 @@ from zbudfs.core.page_table import (
     PageTable,
 )
 from zbudfs.core.units import NO_FRAME
-from zbudfs.core.zbud import EPHEMERAL_KIND, NO_REF, PERSISTENT_KIND, REF_BITS, max_zpage_size
 from zbudfs.store.pool import Pool
 
-INDEX_MASK = (1 << REF_BITS) - 1
-HOLD_INDEX = 7
+HOLD_INDEX: Final = MOST_ZPAGES
 """The live bit of a block that stands for "being read": the block is not reused meanwhile, whatever happens to its pages."""
 
-_MAX_ZPAGE = max_zpage_size()
 _CHECK_FIELD = ((1 << 64) - 1) >> CHECK_SHIFT << CHECK_SHIFT
 
 
@@ -59,7 +57,7 @@ class State:
     def __init__(self, table: PageTable, pool: Pool, blocks: BlockMap | None) -> None:
         self.table = table
         self.pool = pool
-        self.zbud = pool.zbud
+        self.allocator = pool.allocator
         self.blocks = blocks
         self.watched: dict[int, list[int]] = {}
         """By page: [tasks that watch it, changes of its content]. Kept by whoever patches a page across a checkpoint."""
@@ -74,14 +72,14 @@ class State:
 
         One that is too large for a buddy is refused with ValueError: see `place_raw`.
         """
-        zbud = self.zbud
-        ref = zbud.match(page, zpage)
+        allocator = self.allocator
+        ref = allocator.match(page, zpage)
         if ref == NO_REF:
             frame = self.pool.take_frame()
             if frame == NO_FRAME:
                 return False
-            ref = zbud.create_prep(frame, len(zpage))
-            zbud.create_finish(ref, page, zpage)
+            ref = allocator.create_prep(frame, len(zpage))
+            allocator.create_finish(ref, page, zpage)
         self._commit(page, check_of(zpage) << CHECK_SHIFT | ref << KIND_BITS | FRAME)
         return True
 
@@ -90,7 +88,7 @@ class State:
         frame = self.pool.take_frame()
         if frame == NO_FRAME:
             return False
-        ref = self.zbud.create_raw(frame, page, content)
+        ref = self.allocator.create_raw(frame, page, content)
         self._commit(page, check_of_raw(content) << CHECK_SHIFT | ref << KIND_BITS | RAW_FRAME)
         return True
 
@@ -117,11 +115,11 @@ class State:
                 self._free_in_frame(ref)
 
     def _free_in_frame(self, ref: int) -> None:
-        zbud = self.zbud
+        allocator = self.allocator
         frame = ref >> REF_BITS
-        if zbud.is_ephemeral(frame):
+        if allocator.is_ephemeral(frame):
             self._free_in_block(self.pool.block_of[frame] << REF_BITS | ref & INDEX_MASK)
-        emptied = zbud.free(ref)
+        emptied = allocator.free(ref)
         if emptied != NO_FRAME:
             self.pool.give_frame(emptied)
 
@@ -136,20 +134,20 @@ class State:
     def begin_writeback(self, most: int) -> list[Eviction]:
         """Make up to `most` of the coldest persistent frames zombies and give them blocks; fewer, or none, if there are not."""
         batch: list[Eviction] = []
-        zbud = self.zbud
+        allocator = self.allocator
         blocks = self.blocks
         if blocks is None:
             return batch
-        while len(batch) < most and zbud.oldest(PERSISTENT_KIND) != NO_FRAME:
+        while len(batch) < most and allocator.oldest(PERSISTENT_KIND) != NO_FRAME:
             block, count = blocks.alloc(most - len(batch))
             if not count:
                 break
             for at in range(block, block + count):
-                frame = zbud.oldest(PERSISTENT_KIND)
+                frame = allocator.oldest(PERSISTENT_KIND)
                 if frame == NO_FRAME:
                     blocks.set_live(at, 0)
                     continue
-                zbud.writeback_begin(frame)
+                allocator.writeback_begin(frame)
                 batch.append(Eviction(frame, at))
         return batch
 
@@ -163,7 +161,7 @@ class State:
         entries = self.table.entries
         for frame, block in batch:
             live = 0
-            for ref, page in self.zbud.residents(frame):
+            for ref, page in self.allocator.residents(frame):
                 index = ref & INDEX_MASK
                 old = entries[page]
                 kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
@@ -172,7 +170,7 @@ class State:
                 live |= 1 << index
                 self.cumul_writeback_pages += 1
             self.blocks.set_live(block, live)
-            self.pool.give_frame(self.zbud.writeback_done(frame))
+            self.pool.give_frame(self.allocator.writeback_done(frame))
         self.cumul_writeback_frames += len(batch)
         return len(batch)
 
@@ -181,7 +179,7 @@ class State:
         assert self.blocks is not None
         for frame, block in reversed(batch):
             self.blocks.set_live(block, 0)
-            emptied = self.zbud.writeback_failed(frame)
+            emptied = self.allocator.writeback_failed(frame)
             if emptied != NO_FRAME:
                 self.pool.give_frame(emptied)
 
@@ -203,15 +201,15 @@ class State:
         The copy is taken only if every live zpage of it has its page's handle and check; else nothing has changed.
         """
         assert self.blocks is not None
-        zbud = self.zbud
+        allocator = self.allocator
         entries = self.table.entries
         live = self.blocks.live(block) & ~(1 << HOLD_INDEX)
         moves = []
-        for index in range(1 << REF_BITS):
+        for index in range(allocator.most_zpages):
             if live >> index & 1:
                 ref = frame << REF_BITS | index
-                page = zbud.handle_at(ref)
-                zpage = zbud.zpage(ref, page)
+                page = allocator.handle_at(ref)
+                zpage = allocator.zpage(ref, page)
                 if zpage is None or page >= self.table.nr_pages:
                     return False
                 old = entries[page]
@@ -221,7 +219,7 @@ class State:
                 moves.append((page, old & _CHECK_FIELD | ref << KIND_BITS | FRAME, ref))
         if not moves:
             return False
-        zbud.fill_finish(frame, [ref for _, _, ref in moves])
+        allocator.fill_finish(frame, [ref for _, _, ref in moves])
         self.pool.block_of[frame] = block
         for page, entry, _ in moves:
             self.table.store(page, entry)
@@ -229,24 +227,24 @@ class State:
 
     def adopt_raw(self, frame: int, block: int, page: int) -> None:
         """The same for a block that holds the raw page `page`, whose content has been checked."""
-        ref = self.zbud.fill_finish_raw(frame, page)
+        ref = self.allocator.fill_finish_raw(frame, page)
         self.pool.block_of[frame] = block
         self.table.store(page, self.table.entries[page] & _CHECK_FIELD | ref << KIND_BITS | RAW_FRAME)
 
     def drop_ephemeral(self) -> bool:
         """Free the coldest ephemeral frame: its pages are in its block again. False if there is none."""
-        zbud = self.zbud
-        frame = zbud.oldest(EPHEMERAL_KIND)
+        allocator = self.allocator
+        frame = allocator.oldest(EPHEMERAL_KIND)
         if frame == NO_FRAME:
             return False
-        zbud.drop_begin(frame)
+        allocator.drop_begin(frame)
         block = self.pool.block_of[frame]
-        for ref, page in zbud.residents(frame):
+        for ref, page in allocator.residents(frame):
             old = self.table.entries[page]
             kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
             at = block << REF_BITS | ref & INDEX_MASK
             self.table.store(page, old & _CHECK_FIELD | at << KIND_BITS | kind)
-        self.pool.give_frame(zbud.drop_done(frame))
+        self.pool.give_frame(allocator.drop_done(frame))
         self.dropped_ephemeral_frames += 1
         return True
 
@@ -256,7 +254,7 @@ class State:
         """Recount all of it; AssertionError where two tables disagree. O(pages + frames + blocks)."""
         self.table.check()
         self.pool.check()
-        self.zbud.check()
+        self.allocator.check()
         live: dict[int, int] = {}
         refs = set()
         for page, entry in enumerate(self.table.entries):
@@ -267,10 +265,10 @@ class State:
             if entry == LOST:
                 continue
             if kind in (FRAME, RAW_FRAME):
-                assert ref not in refs, f"two pages at zbudref {ref}"
+                assert ref not in refs, f"two pages at ref {ref}"
                 refs.add(ref)
-                assert (ref, page) in self.zbud.residents(ref >> REF_BITS), f"I1: page {page} is not at {ref}"
-                if not self.zbud.is_ephemeral(ref >> REF_BITS):
+                assert (ref, page) in self.allocator.residents(ref >> REF_BITS), f"I1: page {page} is not at {ref}"
+                if not self.allocator.is_ephemeral(ref >> REF_BITS):
                     continue
                 ref = self.pool.block_of[ref >> REF_BITS] << REF_BITS | ref & INDEX_MASK
             bit = 1 << (ref & INDEX_MASK)
