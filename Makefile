@@ -5,10 +5,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 export VENV PYTHON
+export PREFIX DESTDIR LIBDIR BINDIR HELPERDIR SYSCONFDIR UNITDIR DATADIR WHEELHOUSE
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv demo test lint format campaign-kill clean
+.PHONY: help venv demo test lint format campaign-kill install uninstall dist clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
@@ -17,6 +18,10 @@ help:
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff lay out the sources'
 	@echo 'make venv     only the virtual environment, in $(VENV)'
+	@echo 'make install     the program, units, man pages, completion, /etc/zbudfs/swap.toml: below PREFIX=/usr/local, as root'
+	@echo '                 (DESTDIR=, SYSCONFDIR=, UNITDIR= ... as usual; WHEELHOUSE=folder: from wheels, without a network)'
+	@echo 'make uninstall   all of that away again'
+	@echo 'make dist        sdist and wheel in dist/, installed into an empty environment and tried'
 	@echo 'make clean    remove what was built'
 
 venv:
@@ -38,6 +43,16 @@ test: lint
 
 demo: venv
 	@$(BIN)/python scripts/demo.py
+
+# Where things go, and why: scripts/install.sh.
+install:
+	@scripts/install.sh install
+
+uninstall:
+	@scripts/install.sh uninstall
+
+dist: venv
+	@$(BIN)/python scripts/dist.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

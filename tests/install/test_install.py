@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: MIT
+"""sdist, wheel, `make install` and `make uninstall`, without a network: wheels come from what is installed here."""
+
+import email
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.dist import build_both
+from tests.support import LIMIT_SECONDS, ROOT, is_mounted, status_of
+from zbudfs import __version__
+
+RUN_TIME = ("pyfuse3", "trio", "zstandard", "attrs", "sortedcontainers", "idna", "outcome", "sniffio")
+
+
+def wheel_of(name: str, target: Path) -> None:
+    """Make a wheel of an installed distribution again, from the list of its files."""
+    found = importlib.metadata.distribution(name)
+    text = found.read_text("WHEEL")
+    assert text is not None
+    tags = email.message_from_string(text).get_all("Tag")
+    assert tags
+    with zipfile.ZipFile(target / f"{name}-{found.version}-{tags[-1]}.whl", "w") as archive:
+        for file in found.files or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts and file.name != "INSTALLER":
+                archive.write(str(file.locate()), str(file))
+
+
+@pytest.fixture(scope="module")
+def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, the wheel made from it, and wheels of all that it needs."""
+    folder = tmp_path_factory.mktemp("wheelhouse")
+    build_both(ROOT, folder)
+    for name in RUN_TIME:
+        wheel_of(name, folder)
+    return folder
+
+
+def test_the_sdist_is_complete(wheelhouse: Path) -> None:
+    """Everything that is needed to build, install, test and read is in it."""
+    (sdist,) = wheelhouse.glob("zbudfs-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    wanted = {name for name in tracked if not name.startswith(".") and "/." not in name and (ROOT / name).is_file()}
+    wanted |= {"Makefile", "setup.py", "zbudfs/fuse/shim.c", "scripts/install.sh", "docs/zbudfs.toml.example"}
+    assert wanted - names == set()
+    assert [name for name in names if name.endswith((".pyc", ".so"))] == []
+
+
+def test_the_wheel_holds_the_program_alone(wheelhouse: Path) -> None:
+    """The package with its compiled shim, and nothing of the project beside it."""
+    (wheel,) = wheelhouse.glob("zbudfs-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"zbudfs", f"zbudfs-{__version__}.dist-info"}
+    assert [name for name in names if name.startswith("zbudfs/fuse/_shim.") and name.endswith(".so")]
+    assert "zbudfs/fuse/shim.c" in names
+    assert "zbudfs/py.typed" in names
+
+
+def make(target: str, **variables: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run make with variables."""
+    words = [f"{name}={value}" for name, value in variables.items()]
+    command = ["make", "--no-print-directory", target, f"PYTHON={sys.executable}", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3 * LIMIT_SECONDS, check=False)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Return all that is in a folder, by path: contents of files, targets of links."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        else:
+            found[name] = path.read_bytes().hex() if path.is_file() else ""
+    return found
+
+
+def places(prefix: Path) -> dict[str, Path]:
+    """Return variables that keep an installation inside one folder."""
+    return {"PREFIX": prefix, "SYSCONFDIR": prefix / "etc", "HELPERDIR": prefix / "sbin"}
+
+
+@pytest.fixture(scope="module")
+def installed(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """An installation in a folder that held something already, and what that was; taken away in the end."""
+    prefix = tmp_path_factory.mktemp("prefix").resolve()
+    (prefix / "bin").mkdir()
+    (prefix / "bin/other").write_text("not ours")
+    (prefix / "share/man/man8").mkdir(parents=True)
+    before = tree(prefix)
+    run = make("install", WHEELHOUSE=wheelhouse, **places(prefix))
+    assert run.returncode == 0, run.stderr
+    yield prefix, before
+    run = make("uninstall", **places(prefix))
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_is_installed_runs(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """The command works from any folder and whatever the environment says about Python."""
+    prefix, _ = installed
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "tests"), "PYTHONHOME": "/nonexistent"}
+    run = subprocess.run(
+        [prefix / "bin/zbudfs", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (run.stdout, run.stderr) == (f"zbudfs {__version__}\n", "")
+    code = "import zbudfs, importlib.metadata; print(zbudfs.__file__)"
+    run = subprocess.run(
+        [prefix / "lib/zbudfs/bin/python", "-I", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert run.stdout.startswith(f"{prefix}/lib/zbudfs/lib/")
+
+
+@pytest.mark.needs("root", "fuse")
+def test_what_is_installed_mounts(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """A mount by the installed command, which keeps it from being uninstalled until it is gone."""
+    prefix, _ = installed
+    options = ["--size", "4M", "--pool", "1M", "--backing", "none"]
+    command = [str(prefix / "bin/zbudfs"), "mount", *options, str(tmp_path)]
+    subprocess.run(command, check=True, timeout=LIMIT_SECONDS, capture_output=True)
+    try:
+        assert status_of(tmp_path)["size_bytes"] == 4 << 20
+        run = make("uninstall", **places(prefix))
+        assert run.returncode != 0
+        assert f"still runs from {prefix}/lib/zbudfs" in run.stderr
+        assert (prefix / "bin/zbudfs").exists()
+    finally:
+        subprocess.run([prefix / "bin/zbudfs", "umount", tmp_path], check=True, timeout=LIMIT_SECONDS)
+    assert not is_mounted(tmp_path)
+
+
+def test_installing_and_uninstalling_leaves_nothing(wheelhouse: Path, tmp_path: Path) -> None:
+    """Twice over itself and away: just what was there before is there again, except a configuration that was edited."""
+    prefix = tmp_path.resolve() / "prefix"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "bin/other").write_text("not ours")
+    before = tree(tmp_path)
+    assert make("install", WHEELHOUSE=wheelhouse, **places(prefix)).returncode == 0
+    first = set(tree(tmp_path))
+    assert {"prefix/bin/zbudfs", "prefix/etc/zbudfs/swap.toml", "prefix/lib/zbudfs/installed"} <= first
+    assert make("install", WHEELHOUSE=wheelhouse, **places(prefix)).returncode == 0
+    assert set(tree(tmp_path)) == first
+    assert make("uninstall", **places(prefix)).returncode == 0
+    assert tree(tmp_path) == before
+    run = make("uninstall", **places(prefix))
+    assert run.returncode != 0
+    assert "was not installed with these" in run.stderr
+
+
+def test_below_a_destdir(wheelhouse: Path, tmp_path: Path) -> None:
+    """Nothing outside it is touched, and nothing in it names it: it can be moved to where it belongs."""
+    destdir = tmp_path / "destdir"
+    run = make("install", WHEELHOUSE=wheelhouse, DESTDIR=destdir, PREFIX="/opt/zbudfs-test")
+    assert run.returncode == 0, run.stderr
+    assert not Path("/opt/zbudfs-test").exists()
+    files = [path for path in destdir.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert [path for path in files if os.fsencode(destdir) in path.read_bytes()] == []
+    script = destdir / "opt/zbudfs-test/lib/zbudfs/bin/zbudfs"
+    assert script.read_text().startswith("#!/opt/zbudfs-test/lib/zbudfs/bin/python -I\n")
+    assert (destdir / "opt/zbudfs-test/bin/zbudfs").readlink() == Path("/opt/zbudfs-test/lib/zbudfs/bin/zbudfs")
+    (destdir / "etc/zbudfs/swap.toml").write_text("level = 3\n")
+    run = make("uninstall", DESTDIR=destdir, PREFIX="/opt/zbudfs-test")
+    assert "kept: " in run.stdout
+    assert set(tree(destdir)) == {"etc", "etc/zbudfs", "etc/zbudfs/swap.toml"}
+
+
+def test_what_is_missing_is_told(tmp_path: Path) -> None:
+    """One line, and nothing is done."""
+    for variables, reason in (
+        ({"PREFIX": "usr"}, "'usr' is not an absolute path"),
+        ({"PREFIX": str(tmp_path), "WHEELHOUSE": "/none"}, "WHEELHOUSE=/none is not a folder"),
+    ):
+        run = make("install", **variables)
+        assert run.returncode != 0
+        assert reason in run.stderr
+    assert list(tmp_path.iterdir()) == []
