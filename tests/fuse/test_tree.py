@@ -19,6 +19,7 @@ import pytest
 
 from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, opened, stat_of
 from tests.support import LIMIT_SECONDS, mounted, wait_until
+from zbudfs.core.tunables import NAMES
 
 pytestmark = pytest.mark.needs("root", "fuse")
 
@@ -71,9 +72,12 @@ def run_as_nobody(mountpoint: Path, *command: str) -> subprocess.CompletedProces
 
 
 def test_names_and_modes(mnt: Path) -> None:
-    """The root has a swapfile of mode 0600 and stats/, whose files are 0444; all is root's, nothing is writable."""
+    """The root has a swapfile of mode 0600, stats/ that everybody reads, and control/ for root alone; all is root's."""
     seen = {entry.name: entry for entry in os.scandir(mnt)}
-    assert set(seen) == {"swapfile", "stats"}
+    assert set(seen) == {"swapfile", "stats", "control"}
+    assert stat.filemode((mnt / "control").stat().st_mode) == "drwx------"
+    for path in (mnt / "control").iterdir():
+        assert stat.filemode(path.lstat().st_mode) == "-rw-------", path
     assert stat.filemode(mnt.stat().st_mode) == "dr-xr-xr-x"
     assert stat.filemode((mnt / "stats").stat().st_mode) == "dr-xr-xr-x"
     assert stat.filemode((mnt / "swapfile").stat().st_mode) == "-rw-------"
@@ -82,7 +86,7 @@ def test_names_and_modes(mnt: Path) -> None:
     for path in (mnt, *mnt.rglob("*")):
         status = path.stat()
         assert (status.st_uid, status.st_gid) == (0, 0), path
-        assert status.st_nlink == {mnt: 3, mnt / "stats": 2}.get(path, 1), path
+        assert status.st_nlink == {mnt: 4, mnt / "stats": 2, mnt / "control": 2}.get(path, 1), path
 
 
 def test_sizes(mnt: Path) -> None:
@@ -112,7 +116,11 @@ def test_statfs(mnt: Path) -> None:
 @pytest.mark.parametrize("step_bytes", [64, 300, 1 << 16])
 def test_directories_are_listed_completely(step_bytes: int, mnt: Path) -> None:
     """Each name once, in however many steps, with the type and inode number that stat gives."""
-    for folder, wanted in ((mnt, {"swapfile", "stats"}), (mnt / "stats", {*all_stats(mnt), "all.json", "log"})):
+    for folder, wanted in (
+        (mnt, {"swapfile", "stats", "control"}),
+        (mnt / "stats", {*all_stats(mnt), "all.json", "log"}),
+        (mnt / "control", set(NAMES)),
+    ):
         found = [entry for entry in names_in_steps(folder, step_bytes) if entry[0] not in (".", "..")]
         assert sorted(name for name, _, _ in found) == sorted(wanted)
         for name, _, kind in found:
@@ -151,7 +159,11 @@ def test_nobody_reads_statistics_but_not_memory(mnt: Path) -> None:
     """A user without rights lists everything and reads stats/, and cannot open the swapfile in any way."""
     with opened(mnt / "swapfile") as fd:
         os.pwrite(fd, b"somebody's secret", 0)
-    assert run_as_nobody(mnt, "ls", ".").stdout == b"stats\nswapfile\n"
+    assert run_as_nobody(mnt, "ls", ".").stdout == b"control\nstats\nswapfile\n"
+    for forbidden in ("ls control", "cat control/level", "tee control/level", "stat control/level"):
+        run = run_as_nobody(mnt, *forbidden.split())
+        assert (run.returncode != 0, run.stdout) == (True, b""), forbidden
+        assert b"Permission denied" in run.stderr, forbidden
     assert int(run_as_nobody(mnt, "cat", "stats/stored_pages").stdout) == 1
     for name in [path.name for path in (mnt / "stats").iterdir()]:
         run = run_as_nobody(mnt, "cat", f"stats/{name}")

@@ -446,11 +446,12 @@ class Allocator(ABC):
 
         Steps over the unevictable ones, of which there are never more than fills and reads under way.
         """
+        return next(self.evictable(kind), NO_FRAME)
+
+    def evictable(self, kind: int) -> Iterator[int]:
+        """The frames of a kind that are not unevictable, oldest first. Only the one just given may leave meanwhile."""
         pins = self._pins
-        for frame in self._lru.members(kind):
-            if not pins[frame]:
-                return frame
-        return NO_FRAME
+        return (frame for frame in self._lru.members(kind) if not pins[frame])
 
     def writeback_begin(self, frame: int) -> None:
         """Make a persistent frame a zombie: off all lists, readable, its zpages may be freed at any moment."""

@@ -23,14 +23,17 @@ class Watermarks:
     high_frames: int
 
     @classmethod
-    def of(cls, limit_frames: int) -> "Watermarks":
+    def of(cls, limit_frames: int, low_frames: int = 0, high_frames: int = 0) -> "Watermarks":
         """For a pool of `limit_frames`: 1/64 and 1/24 of it, yet at least one and two batches where the pool allows.
 
+        `low_frames` and `high_frames` are used instead where they are not 0, within the limit and low never above high.
         The room between low and nothing is what the writers use while the first batch is on its way to the disk;
         guessed so that 25 MiB/s of zpages fit into 100 ms of a 128 MiB pool.
         """
         low = max(min(max(limit_frames // LOW_DIVISOR, BATCH_FRAMES), limit_frames // 4), 1)
+        low = min(low_frames, max(limit_frames, 1)) or low
         high = max(min(max(limit_frames // HIGH_DIVISOR, 2 * BATCH_FRAMES), limit_frames // 2), low)
+        high = max(min(high_frames, max(limit_frames, 1)), low) if high_frames else high
         return cls(low, high)
 
     def frames_to_free(self, free_frames: int, *, under_way: bool) -> int:
@@ -57,6 +60,10 @@ class PressureGovernor:
         self.limit_frames = configured_frames
         self.reports = 0
         self._last_change = 0.0
+
+    def configure(self, frames: int) -> None:
+        """The limit that is wished from now on; it is in force at once."""
+        self.configured_frames = self.limit_frames = frames
 
     def pressure(self, now: float) -> int:
         """The system reports pressure at time `now` (seconds): the new limit in frames."""

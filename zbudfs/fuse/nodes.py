@@ -1,33 +1,77 @@
 # SPDX-License-Identifier: MIT
 """The tree that the mount shows, with inode numbers that never change.
 
-/            1
-/swapfile    2    0600, the device
-/stats       3    one value a file, and all.json
-/stats/...   16 and on, in the order of their names
+/              1
+/swapfile      2    0600, the device
+/stats         3    one value a file, and all.json; 0444, for everybody
+/control       4    0700, what can be changed (core/tunables.py): one value a file, 0600
+/stats/...          made from the name: the kernel keeps names for ever, and a newer version that takes over has
+/control/...        other names, but must not give the number of one file to another
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Final
+from zlib import crc32
 
+from zbudfs.core.tunables import NAMES
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.steering import Steering
 
 ROOT: Final = 1
 SWAPFILE: Final = 2
 STATS: Final = 3
-FIRST_STAT: Final = 16
+CONTROL: Final = 4
 
 SWAPFILE_NAME: Final = b"swapfile"
 STATS_NAME: Final = b"stats"
+CONTROL_NAME: Final = b"control"
 ALL_NAME: Final = "all.json"
 LOG_NAME: Final = "log"
 
 Value = int | str | list[int] | list[str] | None
 
 
-class Stats:
+class Folder:
+    """A directory of files with the names `names`, whose inode numbers are made from `path` and their name."""
+
+    def __init__(self, path: str, names: Iterable[str]) -> None:
+        self.names: Final = tuple(name.encode() for name in sorted(names))
+        self._inode_of = {name: 1 << 32 | crc32(name, crc32(path.encode())) for name in self.names}
+        self._name_of = {inode: name.decode() for name, inode in self._inode_of.items()}
+        if len(self._name_of) != len(self.names):
+            raise AssertionError(f"two names in {path} have the same number: rename one")
+
+    def inode(self, name: bytes) -> int | None:
+        """The inode of a name in this directory, or None."""
+        return self._inode_of.get(name)
+
+    def name(self, inode: int) -> str | None:
+        """The name of the file with this inode, or None if there is none."""
+        return self._name_of.get(inode)
+
+
+class Control(Folder):
+    """The files of control/. `log` is told what was set."""
+
+    def __init__(self, steering: Steering, log: Callable[[str], None]) -> None:
+        super().__init__("control/", NAMES)
+        self._steering = steering
+        self._log = log
+
+    def content(self, name: str) -> bytes:
+        """What the file holds now: the value in force and a newline."""
+        return f"{self._steering.value(name)}\n".encode()
+
+    def set(self, name: str, content: bytes) -> None:
+        """What was written to the file. ValueError, and nothing has changed."""
+        text = content.decode("ascii")
+        self._steering.set(name, text)
+        self._log(f"control: {name} is set to {text.strip()}")
+
+
+class Stats(Folder):
     """The files of stats/. `facts` gives what the store does not know: pid, mountpoint, warnings, ..."""
 
     def __init__(
@@ -36,23 +80,13 @@ class Stats:
         self._store = store
         self._facts = facts
         self._log = log
-        names = [*self.snapshot(), ALL_NAME, LOG_NAME]
-        self.names: Final = tuple(name.encode() for name in sorted(names))
-        self._inode_of = {name: FIRST_STAT + index for index, name in enumerate(self.names)}
-
-    def inode(self, name: bytes) -> int | None:
-        """The inode of stats/`name`, or None."""
-        return self._inode_of.get(name)
-
-    def name(self, inode: int) -> str | None:
-        """The name of the file with this inode, or None if there is none."""
-        index = inode - FIRST_STAT
-        return self.names[index].decode() if 0 <= index < len(self.names) else None
+        super().__init__("stats/", [*self.snapshot(), ALL_NAME, LOG_NAME])
 
     def snapshot(self) -> dict[str, Value]:
         """Everything by name, of one moment."""
         values: dict[str, Value] = dict(self._facts())
         values.update(asdict(self._store.statistics()))
+        values.update(self._store.causes())
         values.update(self._store.zbud_counters())
         values["unbuddied_lists"] = self._store.unbuddied_lists()
         values["chunk_histogram"] = self._store.chunk_histogram()

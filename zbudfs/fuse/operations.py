@@ -14,7 +14,18 @@ import trio
 from zbudfs.core.errors import BackingError, BackingFull, LayoutError, OutOfRange, PageLost, PoolFull, ZbudfsError
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.fuse import shim
-from zbudfs.fuse.nodes import ROOT, STATS, STATS_NAME, SWAPFILE, SWAPFILE_NAME, Stats
+from zbudfs.fuse.nodes import (
+    CONTROL,
+    CONTROL_NAME,
+    ROOT,
+    STATS,
+    STATS_NAME,
+    SWAPFILE,
+    SWAPFILE_NAME,
+    Control,
+    Folder,
+    Stats,
+)
 from zbudfs.store.board import Field
 from zbudfs.store.memory import PARKING_SLOT_BYTES
 from zbudfs.store.page_store import PageStore
@@ -55,10 +66,12 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, store: PageStore, stats: Stats, nursery: trio.Nursery, born_ns: int) -> None:
+    def __init__(self, store: PageStore, stats: Stats, control: Control, nursery: trio.Nursery, born_ns: int) -> None:
         super().__init__()
         self._store = store
         self._stats = stats
+        self._control = control
+        self._folders: dict[int, Folder] = {STATS: stats, CONTROL: control}
         self._nursery = nursery
         self._born_ns = born_ns
         self.started = trio.Event()
@@ -67,7 +80,9 @@ class Operations(pyfuse3.Operations):
         self._parking = [parking[at : at + PARKING_SLOT_BYTES] for at in range(0, len(parking), PARKING_SLOT_BYTES)]
         """Free slots."""
         self._snapshots: dict[int, bytes] = {}
-        """By file handle: what a file of stats/ held when it was opened."""
+        """By file handle: what a file of stats/ or control/ held when it was opened, or written last."""
+        self._controls: dict[int, str] = {}
+        """By file handle: the name in control/."""
         # Not from the start again after a takeover: an old handle must not read another file's content.
         self._next_handle = (os.getpid() << 32) + SWAPFILE + 1
         shim.serve_file(SWAPFILE, self._read_served, self._write_served, self._fallocate_served, self._fsync_served)
@@ -89,7 +104,10 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._born_ns
         if inode in (ROOT, STATS):
             entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o555)
-            entry.st_nlink = 3 if inode == ROOT else 2
+            entry.st_nlink = 4 if inode == ROOT else 2
+        elif inode == CONTROL:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o700)
+            entry.st_nlink = 2
         elif inode == SWAPFILE:
             entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o600)
             entry.st_nlink = 1
@@ -97,6 +115,9 @@ class Operations(pyfuse3.Operations):
             entry.st_blocks = self._store.size_bytes // 512  # fewer would be a file with holes, which swapon refuses
         elif self._stats.name(inode) is not None:
             entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o444)
+            entry.st_nlink = 1
+        elif self._control.name(inode) is not None:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o600)
             entry.st_nlink = 1
         else:
             raise pyfuse3.FUSEError(errno.ENOENT)
@@ -108,9 +129,9 @@ class Operations(pyfuse3.Operations):
         """A name in a directory."""
         inode: int | None = None
         if parent_inode == ROOT:
-            inode = {SWAPFILE_NAME: SWAPFILE, STATS_NAME: STATS}.get(name)
-        elif parent_inode == STATS:
-            inode = self._stats.inode(name)
+            inode = {SWAPFILE_NAME: SWAPFILE, STATS_NAME: STATS, CONTROL_NAME: CONTROL}.get(name)
+        elif parent_inode in self._folders:
+            inode = self._folders[parent_inode].inode(name)
         if inode is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._attributes(inode)
@@ -130,26 +151,27 @@ class Operations(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        """Nothing can be changed. Times are taken and forgotten, as are sizes that are what they were."""
+        """Nothing can be changed. Times are taken and forgotten, as are sizes that are what they were, or of control/."""
         current = self._attributes(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise pyfuse3.FUSEError(errno.EPERM)
-        if fields.update_size and attr.st_size != current.st_size:
+        if fields.update_size and attr.st_size != current.st_size and self._control.name(inode) is None:
             raise pyfuse3.FUSEError(errno.EPERM)
         return current
 
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         """Open a directory: its handle is its inode."""
-        if inode not in (ROOT, STATS):
+        if inode != ROOT and inode not in self._folders:
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         return pyfuse3.FileHandleT(inode)
 
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """The names of a directory, from number `start_id` on."""
         if fh == ROOT:
-            entries = [(SWAPFILE_NAME, SWAPFILE), (STATS_NAME, STATS)]
+            entries = [(SWAPFILE_NAME, SWAPFILE), (STATS_NAME, STATS), (CONTROL_NAME, CONTROL)]
         else:
-            entries = [(name, self._stats.inode(name) or 0) for name in self._stats.names]
+            folder = self._folders[fh]
+            entries = [(name, folder.inode(name) or 0) for name in folder.names]
         for number, (name, inode) in enumerate(entries[start_id:], start_id + 1):
             if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._attributes(inode), number):
                 break
@@ -160,7 +182,7 @@ class Operations(pyfuse3.Operations):
         answer.f_bsize = answer.f_frsize = PAGE_SIZE
         answer.f_blocks = self._store.size_bytes // PAGE_SIZE
         answer.f_bfree = answer.f_bavail = 0
-        answer.f_files = len(self._stats.names) + 3
+        answer.f_files = 2 + sum(1 + len(folder.names) for folder in self._folders.values())
         answer.f_ffree = answer.f_favail = 0
         answer.f_namemax = 255
         return answer
@@ -183,21 +205,24 @@ class Operations(pyfuse3.Operations):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     async def open(self, inode: pyfuse3.InodeT, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Open the swapfile, past the page cache, or a file of stats/, whose content is fixed at this moment."""
+        """Open the swapfile, past the page cache, or another file, whose content is fixed at this moment."""
         if inode == SWAPFILE:
             if flags & os.O_TRUNC:
                 # The kernel would take a success for a file of no bytes, and a loop device on it would read nothing.
                 raise pyfuse3.FUSEError(errno.EPERM)
             self._board.fields[Field.OPEN_SWAPFILES] += 1
             return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(SWAPFILE), direct_io=True)
-        name = self._stats.name(inode)
-        if name is None:
-            raise pyfuse3.FUSEError(errno.EISDIR)
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise pyfuse3.FUSEError(errno.EACCES)
         handle = pyfuse3.FileHandleT(self._next_handle)
+        if (name := self._control.name(inode)) is not None:
+            self._snapshots[handle] = self._control.content(name)
+            self._controls[handle] = name
+        elif (name := self._stats.name(inode)) is not None:
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise pyfuse3.FUSEError(errno.EACCES)
+            self._snapshots[handle] = self._stats.content(name)
+        else:
+            raise pyfuse3.FUSEError(errno.EISDIR)
         self._next_handle += 1
-        self._snapshots[handle] = self._stats.content(name)
         return pyfuse3.FileInfo(fh=handle, direct_io=True)
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
@@ -207,19 +232,32 @@ class Operations(pyfuse3.Operations):
             self._board.fields[Field.OPEN_SWAPFILES] = max(0, self._board.fields[Field.OPEN_SWAPFILES] - 1)
         else:
             self._snapshots.pop(fh, None)
+            self._controls.pop(fh, None)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        """Bytes of a file of stats/; those of the swapfile do not come this way."""
+        """Bytes of a file of stats/ or control/; those of the swapfile do not come this way."""
         snapshot = self._snapshots.get(fh)
         if snapshot is None:
             raise pyfuse3.FUSEError(errno.ESTALE)  # opened before a new worker took over
         return snapshot[off : off + size]
 
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        """Set a value of control/: each write is a whole value, wherever in the file it goes, as in sysfs."""
+        name = self._controls.get(fh)
+        if name is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        try:
+            self._control.set(name, bytes(buf))
+        except ValueError:
+            raise pyfuse3.FUSEError(errno.EINVAL) from None
+        self._snapshots[fh] = self._control.content(name)
+        return len(buf)
+
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
         """A file is closed: nothing is held back that could be flushed."""
 
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        """A file of stats/ is never written; the swapfile's fsync does not come this way."""
+        """What was written to control/ is in force; the swapfile's fsync does not come this way."""
 
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
         """Directories never change."""

@@ -102,9 +102,9 @@ def _private_folder(path: str, mode: int) -> None:
 
 
 def _mount_tmpfs(path: str, settings: Settings) -> bool:
-    # Tables are 8 bytes a page, 32 a frame and 1.3 a block; the frames themselves; and some room.
+    # Tables are 8 bytes a page, up to 40 a frame and 1.3 a block; the frames themselves; and some room.
     pages = settings.size_bytes >> 12
-    size = settings.pool_bytes + pages * 10 + (settings.pool_bytes >> 12) * 40 + _SLACK_BYTES
+    size = settings.pool_bytes + pages * 10 + (settings.pool_bytes >> 12) * 48 + _SLACK_BYTES
     libc = ctypes.CDLL(None, use_errno=True)
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     data = f"size={size},mode=0700,noswap".encode()

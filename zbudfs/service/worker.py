@@ -36,7 +36,7 @@ from zbudfs import __version__
 from zbudfs.core.codec import Codec
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.fuse import shim
-from zbudfs.fuse.nodes import Stats, Value
+from zbudfs.fuse.nodes import Control, Stats, Value
 from zbudfs.fuse.operations import Operations
 from zbudfs.fuse.session import HEAP_BYTES, MAX_REQUEST_BYTES, open_session, resend, resume, serve
 from zbudfs.service import hardening
@@ -49,13 +49,14 @@ from zbudfs.store.iothread import IoThread
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pressure import PressureMonitor
+from zbudfs.store.steering import Steering
 
 FAILED: Final = 3
 """Exit status of a worker that could not come up; why stands on the board."""
 
 HEARTBEAT_SECONDS: Final = 0.5
-REMAP_SECONDS: Final = 2.0
-"""How often a standby maps what the worker has populated meanwhile."""
+FOLLOW_SECONDS: Final = 2.0
+"""How often a standby maps what the worker has populated meanwhile, and looks at the level."""
 
 SETTLE_SECONDS: Final = 1.0
 """After a takeover in an emergency, before the worker locks its memory: what waited for swap goes first. Guessed."""
@@ -136,8 +137,11 @@ class Worker:
         store.reclaimer.log = self._log.warning
         helper = IoThread[None]("helper")
         async with trio.open_nursery() as nursery:
+            steering = Steering(store)
+            steering.adopt_level()
             stats = Stats(store, self._facts, self._board.lines)
-            operations = Operations(store, stats, nursery, mounted.born_ns)
+            control = Control(steering, self._log.info)
+            operations = Operations(store, stats, control, nursery, mounted.born_ns)
             open_session(operations, mounted.fuse_fd)
             with self._monitor(store), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 if self._emergency:
@@ -146,25 +150,26 @@ class Worker:
                     self._settle()
                 if fields[Field.STANDBY_PID] == os.getpid():
                     fields[Field.STANDBY_READY] = 1
-                nursery.start_soon(self._heartbeat, store)
+                nursery.start_soon(self._heartbeat, store, steering)
                 nursery.start_soon(self._end_on_signals, signals, helper)
                 async with trio.open_nursery() as waiting:
                     if not self._emergency:
-                        waiting.start_soon(self._remap, helper)
+                        waiting.start_soon(self._follow, helper, steering)
                     await trio.lowlevel.wait_readable(self._order_fd)
                     waiting.cancel_scope.cancel()
-                await self._take_over(store, operations, nursery)
+                await self._take_over(store, steering, nursery)
                 await serve()
                 fields[Field.SERVING] = 0
                 self._log.info(f"unmounted from {settings.mountpoint}")
                 nursery.cancel_scope.cancel()
 
-    async def _take_over(self, store: PageStore, operations: Operations, nursery: trio.Nursery) -> None:
+    async def _take_over(self, store: PageStore, steering: Steering, nursery: trio.Nursery) -> None:
         began = time.monotonic_ns()
         fields = self._board.fields
         self._active = True
         _die_with_keeper(0)
         found = store.recover()
+        steering.adopt()
         first_request = self._board.init()
         if first_request:
             nursery.start_soon(store.run)
@@ -196,17 +201,20 @@ class Worker:
         await trio.sleep(SETTLE_SECONDS)
         await helper.run(self._settle)
 
-    async def _heartbeat(self, store: PageStore) -> None:
+    async def _heartbeat(self, store: PageStore, steering: Steering) -> None:
         while True:
             await trio.sleep(HEARTBEAT_SECONDS)
             if self._active:
                 self._board.fields[Field.HEARTBEAT] += 1
                 store.save_counters()
+                steering.save()
 
-    async def _remap(self, helper: IoThread[None]) -> None:
+    async def _follow(self, helper: IoThread[None], steering: Steering) -> None:
+        """As a standby: keep up with what the worker changes and a takeover would need memory for."""
         while True:
-            await trio.sleep(REMAP_SECONDS)
+            await trio.sleep(FOLLOW_SECONDS)
             await helper.run(self._mounted.memory.map_populated)
+            steering.adopt_level()
 
     @contextlib.contextmanager
     def _monitor(self, store: PageStore) -> Iterator[None]:
@@ -264,7 +272,6 @@ class Worker:
             "pool_directory": mounted.pool_directory,
             "survives_crash": self._survives(),
             "version": __version__,
-            "level": settings.level,
             "backing_path": settings.backing,
             "backing_size_bytes": settings.size_bytes if settings.backing is not None else 0,
             "open_swapfiles": fields[Field.OPEN_SWAPFILES],

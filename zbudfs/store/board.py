@@ -59,6 +59,18 @@ class Field(IntEnum):
     """Pages whose frame or block did not confirm the page table after a crash."""
     PERSISTENT = 15
     """1 if the memory lies in a pool directory, 0 if it goes with the processes."""
+    # What somebody has changed since the mount (store/steering.py); 0 is "as mounted" or the default.
+    POOL_LIMIT_FRAMES = 16
+    LOW_WATERMARK_FRAMES = 17
+    HIGH_WATERMARK_FRAMES = 18
+    LEVEL = 19
+    """The level and LEVEL_OFFSET, so that no level is 0."""
+    WRITEBACK_OFF = 20
+    WRITEBACK_BUDGET = 21
+    """Bytes a day."""
+    WRITEBACK_BUDGET_LEFT = 22
+    """Bytes, as of the last time that the counters were kept."""
+    AGE_SECONDS = 23
 
 
 class Board:

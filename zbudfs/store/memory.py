@@ -4,7 +4,7 @@
     pages       the page table: the truth
     frames      the frames, and the bounce frames behind them
     frametable  the allocator's columns            rebuilt from pages and frames by a new worker
-    freeframes  the pool's stack of free frames    rebuilt
+    freeframes  the pool's own columns             rebuilt
     blocks      the block map                      rebuilt, but for which segments are ready
     parking     what is to be written and waits for a frame
     board       what the processes tell each other
@@ -23,6 +23,9 @@ from zbudfs.core.zbud import Zbud
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import SEGMENT_BYTES
 from zbudfs.store.board import BOARD_BYTES, Board
+
+FRAME_ENTRY_BYTES: Final = 12
+"""Of the pool's table: the block of a frame, an entry of the stack of free frames, and when it was stored to."""
 
 BOUNCE_FRAMES: Final = 32
 """Blocks that can be read at once without a frame to keep them in: two requests of 64 KiB. Guessed."""
@@ -52,7 +55,7 @@ class StoreMemory:
         self.pages = Arena("pages", self.nr_pages * ENTRY_SIZE, folder)
         self.frames = Arena("frames", (nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT, folder)
         self.frame_table = Arena("frametable", Zbud.table_size(nr_frames), folder)
-        self.free_frames = Arena("freeframes", 8 * nr_frames, folder)
+        self.free_frames = Arena("freeframes", FRAME_ENTRY_BYTES * nr_frames, folder)
         # One more than the pages need: a block with a live page for each page at worst, and the header.
         self.nr_segments = size_bytes // SEGMENT_BYTES + 2
         self.parking = Arena("parking", PARKING_SLOTS * PARKING_SLOT_BYTES, folder)
@@ -74,8 +77,13 @@ class StoreMemory:
             self.frames.populate(first << PAGE_SHIFT, count << PAGE_SHIFT)
             for offset, length in Zbud.table_spans(self.nr_frames, first, count):
                 self.frame_table.populate(offset, length)
-            # block_of, the stack of ready frames from the left, and that of bare ones from the right
-            for entry in (first, self.nr_frames + first, 2 * self.nr_frames - first - count):
+            # block_of, the stack of ready frames from the left and that of bare ones from the right, stored_at
+            for entry in (
+                first,
+                self.nr_frames + first,
+                2 * self.nr_frames - first - count,
+                2 * self.nr_frames + first,
+            ):
                 self.free_frames.populate(4 * entry, 4 * count)
 
     def populated_frames(self) -> list[tuple[int, int]]:

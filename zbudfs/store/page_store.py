@@ -25,7 +25,7 @@ from zbudfs.core.codec import (
     page_of_word,
     word_zpage,
 )
-from zbudfs.core.errors import BackingError, OutOfRange, PageLost, PoolFull, ZbudfsError
+from zbudfs.core.errors import BackingError, Loss, OutOfRange, PageLost, PoolFull, Refusal, ZbudfsError
 from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
@@ -63,14 +63,16 @@ CUMULATIVE: Final = (
     ("store", "_cumul_discarded_pages"),
     ("store", "_cumul_pagein_blocks"),
     ("store", "_cumul_pagein_pages"),
-    ("store", "_refused_pool_full"),
+    ("store", "_cumul_raw_pages"),
     ("store", "_pagein_failures"),
-    ("store", "_lost_pages"),
+    *(("refused", cause) for cause in Refusal),
+    *(("lost", cause) for cause in Loss),
     ("state", "cumul_writeback_frames"),
     ("state", "cumul_writeback_pages"),
     ("state", "dropped_ephemeral_frames"),
     ("reclaimer", "cumul_grown_bytes"),
     ("reclaimer", "writeback_failures"),
+    ("reclaimer", "cumul_aged_frames"),
 )
 """Counters that a new worker goes on with: whose, and which."""
 
@@ -120,16 +122,46 @@ class PageStoreStatistics:
     cumul_written_pages: int
     cumul_discarded_pages: int
     """Pages that were stored when they were discarded."""
+    cumul_raw_pages: int
+    """Pages written that were kept uncompressed: their zpage would have been larger than a buddy can be."""
+    cumul_aged_frames: int
+    """Frames written back because nothing had been added to them for `age_seconds`."""
+    cumul_dropped_frames: int
+    """Ephemeral frames dropped to get a free frame."""
     refused_pool_full: int
-    """Writes answered with ENOSPC: no frame, and nothing could be written back or dropped."""
+    """Writes answered with ENOSPC: no frame, and nothing could be written back or dropped. The causes are in `causes`."""
     writeback_failures: int
     """Batches that the backing file did not take; their frames stayed in RAM."""
     pagein_failures: int
     """Reads of a block that the backing file refused."""
     lost_pages: int
-    """Reads answered with EIO because the zpage was missing, foreign or damaged."""
+    """Reads answered with EIO because the zpage was missing, foreign or damaged. The causes are in `causes`."""
     pressure_reports: int
     """Times that the system reported memory pressure and the limit was lowered."""
+    pool_limit_set_bytes: int
+    """The limit that is wanted: that of the mount, or what was set since."""
+    low_watermark_frames: int
+    high_watermark_frames: int
+    level: int
+    """zstd level of what is compressed now."""
+    writeback_enabled: int
+    """1 if frames are written back without an order."""
+    writeback_failing: int
+    """1 if the backing file did not take the last batch."""
+    writeback_ordered_frames: int
+    """Frames that are still to be written back on order."""
+    writeback_budget_bytes_per_day: int
+    """0: no limit."""
+    writeback_budget_used_bytes: int
+    writeback_budget_left_bytes: int
+    writeback_budget_full_in_seconds: int
+    """Until the whole allowance is there again."""
+    backing_full: int
+    """1 if the backing file could not grow when it had to."""
+    age_seconds: int
+    """Frames to which nothing was added for so long are written back; 0: never."""
+    coldest_age_seconds: int
+    """How long nothing was added to the frame that goes next."""
 
 
 class PageStore:
@@ -177,9 +209,15 @@ class PageStore:
         self._cumul_discarded_pages = 0
         self._cumul_pagein_blocks = 0
         self._cumul_pagein_pages = 0
-        self._refused_pool_full = 0
+        self._cumul_raw_pages = 0
         self._pagein_failures = 0
-        self._lost_pages = 0
+        self._refused: dict[str, int] = dict.fromkeys(Refusal, 0)
+        self._lost: dict[str, int] = dict.fromkeys(Loss, 0)
+
+    def use_codec(self, codec: Codec) -> None:
+        """Compress with this one from now on; what is stored is read by any."""
+        self.codec = codec
+        self._decode = codec.decode
 
     def recover(self) -> Recovery:
         """Take over what is in the memory, from whoever worked with it before. Nobody else may be."""
@@ -188,16 +226,24 @@ class PageStore:
             self.backing.ready_bytes = self.state.blocks.ready_segments * SEGMENT_BYTES
         values = self.memory.board.counters(len(CUMULATIVE))
         for (owner, name), value in zip(CUMULATIVE, values, strict=True):
-            setattr(self._owner(owner), name, value)
-        self._lost_pages += found.lost_pages
+            self._owner(owner)[name] = value
+        self._lost[Loss.CRASH] += found.lost_pages
         return found
 
     def save_counters(self) -> None:
         """Put the cumulative counters where they survive this process; what comes after the last time is lost with it."""
-        self.memory.board.save_counters([getattr(self._owner(owner), name) for owner, name in CUMULATIVE])
+        self.memory.board.save_counters([self._owner(owner)[name] for owner, name in CUMULATIVE])
 
-    def _owner(self, owner: str) -> object:
-        return {"store": self, "state": self.state, "reclaimer": self.reclaimer}[owner]
+    def _owner(self, owner: str) -> dict[str, int]:
+        """The counters of an owner, by name."""
+        owners: dict[str, dict[str, int]] = {
+            "store": self.__dict__,
+            "state": self.state.__dict__,
+            "reclaimer": self.reclaimer.__dict__,
+            "refused": self._refused,
+            "lost": self._lost,
+        }
+        return owners[owner]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write back, grow, trim and populate until cancelled; started once the first frames are ready."""
@@ -308,10 +354,10 @@ class PageStore:
             zpage = self._allocator.zpage(entry >> KIND_BITS & REF_MASK, page)
             try:
                 if zpage is None:
-                    raise PageLost(f"page {page}: its place holds another page")
+                    raise PageLost(f"page {page}: its place holds another page", Loss.FOREIGN)
                 return self._decode(zpage)
-            except PageLost:
-                self._lost_pages += 1
+            except PageLost as error:
+                self._lost[error.cause] += 1
                 raise
         if kind == ABSENT:
             return ZERO_PAGE
@@ -341,8 +387,8 @@ class PageStore:
                 if content is not None:
                     found[page] = content
                 elif self._entries[page] == LOST:
-                    self._lost_pages += 1
-                    found[page] = PageLost(f"page {page} was lost when a worker died")
+                    self._lost[Loss.CRASH] += 1
+                    found[page] = PageLost(f"page {page} was lost when a worker died", Loss.CRASH)
                 else:
                     ref = self._entries[page] >> KIND_BITS & REF_MASK
                     blocks.setdefault(ref >> REF_BITS, []).append(page)
@@ -430,14 +476,17 @@ class PageStore:
             if entry & KIND_MASK == RAW_BLOCK:
                 content = bytes(self._allocator.raw(frame << REF_BITS))
                 if check_of_raw(content) != entry >> CHECK_SHIFT:
-                    raise PageLost(f"page {page}: its block is damaged or old")
+                    raise PageLost(f"page {page}: its block is damaged or old", Loss.DAMAGED)
                 return content
             zpage = self._allocator.zpage(frame << REF_BITS | ref & INDEX_MASK, page)
-            if zpage is None or check_of(zpage) != entry >> CHECK_SHIFT:
-                raise PageLost(f"page {page}: its block holds another page, or an old version of it")
+            if zpage is None:
+                raise PageLost(f"page {page}: its block holds another page", Loss.FOREIGN)
+            if check_of(zpage) != entry >> CHECK_SHIFT:
+                self._decode(zpage)  # damaged, or whole and old
+                raise PageLost(f"page {page}: its block holds an old version of it", Loss.OLD)
             return self._decode(zpage)
-        except PageLost:
-            self._lost_pages += 1
+        except PageLost as error:
+            self._lost[error.cause] += 1
             raise
 
     def _adopt(self, frame: int, block: int, before: dict[int, int], pages: list[int]) -> bool:
@@ -481,7 +530,11 @@ class PageStore:
                 stored = self._put_word(page, word)
             else:
                 zpage = encode(piece)
-                stored = state.place(page, zpage) if len(zpage) <= _MAX_ZPAGE else state.place_raw(page, piece)
+                if len(zpage) <= _MAX_ZPAGE:
+                    stored = state.place(page, zpage)
+                else:
+                    stored = state.place_raw(page, piece)
+                    self._cumul_raw_pages += stored
             if not stored:
                 length = at
                 break
@@ -523,8 +576,8 @@ class PageStore:
     async def _wait_frame_free(self) -> None:
         try:
             await self.reclaimer.wait_frame_free()
-        except PoolFull:
-            self._refused_pool_full += 1
+        except PoolFull as error:
+            self._refused[error.cause] += 1
             raise
 
     async def _patch(self, page: int, skip: int, piece: bytes) -> None:
@@ -605,6 +658,8 @@ class PageStore:
         counts = self._table.counts
         counters = self._allocator.counters()
         reclaimer = self.reclaimer
+        budget = reclaimer.budget
+        now = reclaimer.ticked_at
         blocks = self.state.blocks
         return PageStoreStatistics(
             size_bytes=self.size_bytes,
@@ -628,12 +683,34 @@ class PageStore:
             cumul_read_pages=self._cumul_read_pages,
             cumul_written_pages=self._cumul_written_pages,
             cumul_discarded_pages=self._cumul_discarded_pages,
-            refused_pool_full=self._refused_pool_full,
+            cumul_raw_pages=self._cumul_raw_pages,
+            cumul_aged_frames=reclaimer.cumul_aged_frames,
+            cumul_dropped_frames=self.state.dropped_ephemeral_frames,
+            refused_pool_full=sum(self._refused.values()),
             writeback_failures=reclaimer.writeback_failures,
             pagein_failures=self._pagein_failures,
-            lost_pages=self._lost_pages,
+            lost_pages=sum(self._lost.values()),
             pressure_reports=reclaimer.governor.reports,
+            pool_limit_set_bytes=reclaimer.governor.configured_frames << PAGE_SHIFT,
+            low_watermark_frames=reclaimer.watermarks.low_frames,
+            high_watermark_frames=reclaimer.watermarks.high_frames,
+            level=self.codec.level,
+            writeback_enabled=int(reclaimer.writeback_enabled),
+            writeback_failing=int(reclaimer.failing),
+            writeback_ordered_frames=reclaimer.ordered_frames,
+            writeback_budget_bytes_per_day=budget.bytes_per_day,
+            writeback_budget_used_bytes=budget.used_bytes(now),
+            writeback_budget_left_bytes=budget.left_bytes(now),
+            writeback_budget_full_in_seconds=budget.seconds_until_full(now),
+            backing_full=int(reclaimer.full),
+            age_seconds=reclaimer.age_seconds,
+            coldest_age_seconds=reclaimer.coldest_age_seconds,
         )
+
+    def causes(self) -> dict[str, int]:
+        """Refused writes and lost pages by cause: `refused_CAUSE`, `lost_CAUSE`."""
+        refused = {f"refused_{cause}": count for cause, count in self._refused.items()}
+        return refused | {f"lost_{cause}": count for cause, count in self._lost.items()}
 
     def forget_cumulative(self) -> None:
         """Set what counts requests to zero: whoever tried the store out before it was in use does not count."""

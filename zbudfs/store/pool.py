@@ -15,7 +15,7 @@ from typing import Final
 
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
 from zbudfs.core.zbud import Zbud
-from zbudfs.store.memory import BOUNCE_FRAMES, StoreMemory
+from zbudfs.store.memory import BOUNCE_FRAMES, FRAME_ENTRY_BYTES, StoreMemory
 
 RESERVE_FRAMES: Final = 1024
 """Ready frames kept ahead of need: 4 MiB, some 40 ms of the fastest fill that was measured (25,000 frames a second)."""
@@ -42,7 +42,8 @@ class Pool:
     """The frames of `memory`; all bare at first.
 
     `allocator` is the allocator over them, `frames` the memoryview of their bytes. `block_of[frame]` is the block
-    of which an ephemeral frame is a copy. `limit_frames` may be lowered below `nr_frames` and raised again.
+    of which an ephemeral frame is a copy, `stored_at[frame]` the second (of the store's own clock) in which something was
+    added to a persistent one last. `limit_frames` may be lowered below `nr_frames` and raised again.
     With `attach` nothing is written, and nothing may be asked, before `restore`.
     """
 
@@ -51,9 +52,10 @@ class Pool:
         self.nr_frames = nr_frames = memory.nr_frames
         self.limit_frames = nr_frames
         self.frames = memory.frames.view
-        own = memory.free_frames.view[: 8 * nr_frames].cast("I")
+        own = memory.free_frames.view[: FRAME_ENTRY_BYTES * nr_frames].cast("I")
         self.block_of = own[:nr_frames]
-        self._stack = own[nr_frames:]  # ready frames from the left, bare ones that were ready before from the right
+        self.stored_at = own[2 * nr_frames :]
+        self._stack = own[nr_frames : 2 * nr_frames]  # ready from the left, bare that were ready before from the right
         self.ready_frames = 0
         self.reserve_wanted = RESERVE_FRAMES
         """Ready frames to keep, where the limit allows; more while the pool is being filled."""
@@ -79,6 +81,7 @@ class Pool:
             for frame in range(first, first + count):
                 if restore_done(frame):
                     self.used_frames += 1
+                    self.stored_at[frame] = 0  # the order of the LRU is lost as well: ages begin anew
                 else:
                     self._stack[self.ready_frames] = frame
                     self.ready_frames += 1

@@ -10,7 +10,11 @@
 They have threads of their own so that a slow disk never keeps memory from coming, nor the other way round.
 
 A write that finds no frame waits in `wait_frame_free`. It is told to give up (PoolFull) only by a writeback round
-that began after it came and found nothing to do: no backing file, a full one, or one that has just failed.
+that began after it came and found nothing to do: no backing file, a full one, one that has just failed, writeback
+turned off or its budget used up.
+
+Besides what the watermarks ask for, the writeback task does what it is ordered to (`order_writeback`, `order_drop`), and
+writes back frames that are older than `age_seconds`. All of it keeps to the budget.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +22,13 @@ from typing import Final
 
 import trio
 
+from zbudfs.core.allocator import PERSISTENT_KIND
 from zbudfs.core.block_map import NO_SEGMENT, SEGMENT_BLOCKS
-from zbudfs.core.errors import BackingError, PoolFull
+from zbudfs.core.budget import Budget
+from zbudfs.core.errors import BackingError, PoolFull, Refusal
 from zbudfs.core.reclaim import BATCH_FRAMES, PressureGovernor, Watermarks
-from zbudfs.core.units import PAGE_SHIFT
-from zbudfs.store.backing import Backing
+from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
+from zbudfs.store.backing import SEGMENT_BYTES, Backing
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.pool import ACTIVE_RESERVE_FRAMES, POPULATE_FRAMES, RESERVE_FRAMES
 from zbudfs.store.state import Eviction, State
@@ -46,6 +52,9 @@ PATIENCE_SECONDS: Final = 0.05
 Populating 4 MiB takes some 2 ms, so by then the system is short of memory. Guessed.
 """
 
+DROP_STEP_FRAMES: Final = 512
+"""Ephemeral frames dropped on order before other tasks get their turn: some 3 ms."""
+
 POPULATE_SECONDS: Final = 5.0
 """How long a write waits for the system to give the pool memory, where writing back cannot help. Guessed."""
 
@@ -60,8 +69,22 @@ class Reclaimer:
         self.log = log or (lambda _: None)
         self.governor = PressureGovernor(self._pool.nr_frames)
         self.watermarks = Watermarks.of(self._pool.nr_frames)
+        self.wanted_watermarks = (0, 0)
+        """Low and high as somebody has set them; 0: they follow the limit."""
+        self.writeback_enabled = backing is not None
+        """Whether anything is written back without an order."""
+        self.budget = Budget()
+        self.age_seconds = 0
+        """Frames to which nothing was added for so long are written back; 0: never."""
+        self.ordered_frames = 0
+        """Frames that are still to be written back on order."""
+        self.ordered_drops = 0
+        """Ephemeral frames that are still to be dropped on order."""
+        self.ticked_at = self._began_at = 0.0
+        """When the memory task looked at the clock last, and the start of the store's own clock."""
         self.writeback_failures = 0
         self.cumul_grown_bytes = 0
+        self.cumul_aged_frames = 0
         self._writer = IoThread[None]("writeback") if backing is not None else None
         self._grower = IoThread[None]("grow") if backing is not None else None
         self._populator = IoThread[None]("populate")
@@ -72,8 +95,8 @@ class Reclaimer:
         self._waiting = trio.lowlevel.ParkingLot()
         self._rounds = 0
         """Writeback rounds that have begun."""
-        self._stuck = False
-        """The last round ended because there was nothing that it could free."""
+        self._stuck: Refusal | None = None
+        """Why the last round ended, if it was because there was nothing that it could free."""
         self._populating_since: float | None = None
         self._memory_refused = False
         """The system did not give the pool the memory that it asked for last."""
@@ -85,6 +108,17 @@ class Reclaimer:
         """Something was stored since the memory task looked last."""
         self._failing = False
         self._full = False
+        self._budget_told = False
+
+    @property
+    def failing(self) -> bool:
+        """The backing file did not take what was written last."""
+        return self._failing
+
+    @property
+    def full(self) -> bool:
+        """The backing file could not grow when it had to."""
+        return self._full
 
     def kick(self) -> None:
         """Pages were stored: see whether there is something to do, soon."""
@@ -97,6 +131,7 @@ class Reclaimer:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """All tasks, until cancelled. Started when the reserve of frames and blocks is there."""
+        self.ticked_at = self._began_at = trio.current_time()
         await self._populate()
         await self._grow()
         async with trio.open_nursery() as nursery:
@@ -121,12 +156,14 @@ class Reclaimer:
         while not (pool.ready_frames and pool.free_frames > 0):
             if self._state.drop_ephemeral():
                 continue
-            stuck = self._stuck and self._rounds > rounds_before
+            stuck = self._stuck if self._rounds > rounds_before else None
             wake_at = float("inf")  # a round is under way, or will be: it wakes us
             if pool.free_frames > 0:  # the limit allows it, but no frame has memory
                 now = trio.current_time()
                 if stuck and (now >= give_up_at or self._memory_refused):
-                    raise PoolFull("the system gives the pool no memory, and no frame can be written back")
+                    raise PoolFull(
+                        "the system gives the pool no memory, and no frame can be written back", Refusal.NO_MEMORY
+                    )
                 self._memory_wanted.set()
                 if now >= asked_at + PATIENCE_SECONDS:
                     asked_at = now
@@ -135,7 +172,7 @@ class Reclaimer:
             elif not stuck:
                 self._writeback_wanted.set()
             elif not self._filling:  # what is being read into can be dropped when that is over, which wakes us
-                raise PoolFull("no frame is free and none can be written back")
+                raise PoolFull("no frame is free and none can be written back", stuck)
             with trio.move_on_at(wake_at):
                 await self._waiting.park()  # CHECKPOINT
 
@@ -155,8 +192,31 @@ class Reclaimer:
     def set_limit(self, frames: int) -> None:
         """The pool's limit from now on; what is over it is written back."""
         self._pool.limit_frames = frames
-        self.watermarks = Watermarks.of(frames)
+        self.watermarks = Watermarks.of(frames, *self.wanted_watermarks)
         self.kick()
+        self._waiting.unpark_all()
+
+    def look(self) -> None:
+        """Something was changed: the writeback task sees whether there is something to do."""
+        self._budget_told = False
+        self._writeback_wanted.set()
+
+    def order_writeback(self, frames: int) -> None:
+        """Write so many of the coldest persistent frames back now, or as many as there are; 0 ends what was ordered."""
+        counters = self._pool.allocator.counters()
+        self.ordered_frames = min(frames, counters["pers_pageframes"] - counters["pers_zombie_count"])
+        self.look()
+
+    def order_drop(self) -> None:
+        """Drop all ephemeral frames that there are now."""
+        self.ordered_drops = self._pool.allocator.counters()["eph_pageframes"]
+        self._writeback_wanted.set()
+
+    @property
+    def coldest_age_seconds(self) -> int:
+        """How long nothing was added to the coldest persistent frame; 0 if there is none."""
+        frame = self._pool.allocator.oldest(PERSISTENT_KIND)
+        return self._state.now - self._pool.stored_at[frame] if frame != NO_FRAME else 0
 
     def pressure(self) -> None:
         """The system is short of memory: lower the limit for a while. Without a backing file there is nowhere to go."""
@@ -175,9 +235,12 @@ class Reclaimer:
             await self._writeback_wanted.wait()
             self._writeback_wanted = trio.Event()
             self._rounds += 1
-            self._stuck = False
-            self._stuck = not await self._write_back()
+            self._stuck = None
+            self._stuck = await self._write_back()
             self._waiting.unpark_all()
+            await self._drop_ordered()  # CHECKPOINT
+            if await self._write_cold():  # CHECKPOINT
+                self._writeback_wanted.set()  # the watermarks come first, then the next batch
 
     def _frames_to_free(self, *, under_way: bool) -> int:
         need = self.watermarks.frames_to_free(self._pool.free_frames, under_way=under_way)
@@ -187,27 +250,79 @@ class Reclaimer:
                 return BATCH_FRAMES  # memory does not come: what is written back can be used at once
         return need
 
-    async def _write_back(self) -> bool:
-        """One round. False if there was something to free and nothing that could be."""
+    async def _write_back(self) -> Refusal | None:
+        """One round. If there was something to free and nothing that could be: why."""
         under_way = False
         while need := self._frames_to_free(under_way=under_way):
             under_way = True
             if self._state.drop_ephemeral():
                 self._waiting.unpark_all()
                 continue
-            if self._writer is None or trio.current_time() < self._retry_at:
-                return False
-            batch = self._state.begin_writeback(min(need, BATCH_FRAMES))
+            if not self.writeback_enabled and not self.ordered_frames:
+                return Refusal.NO_BACKING if self._backing is None else Refusal.WRITEBACK_OFF
+            frames = min(need, BATCH_FRAMES)
+            obstacle = self._obstacle(frames)
+            if obstacle is not None:
+                return obstacle
+            batch = self._state.begin_writeback(frames)
             if not batch:
                 if not await self._blocks_may_come():
-                    return self._pool.free_frames > 0 and self._pool.ready_frames > 0
+                    enough = self._pool.free_frames > 0 and self._pool.ready_frames > 0
+                    return None if enough else self._why_no_batch()
                 continue
-            if not await self._write(self._writer, batch):
-                return False
-            if self._state.blocks is not None and self._state.blocks.free_blocks < self._blocks_wanted() >> 1:
-                self._disk_wanted.set()
+            if not await self._write(batch):
+                return Refusal.BACKING_FAILING
+        return None
+
+    def _obstacle(self, frames: int) -> Refusal | None:
+        """Why so many frames cannot be written at present, as far as that is known before it is tried."""
+        if self._writer is None:
+            return Refusal.NO_BACKING
+        now = trio.current_time()
+        if now < self._retry_at:
+            return Refusal.BACKING_FAILING
+        if not self.budget.allows(frames << PAGE_SHIFT, now):
+            if not self._budget_told:
+                self._budget_told = True
+                hours = self.budget.seconds_until_full(now) / 3600
+                self.log(f"the writeback budget is used up; it is whole again in {hours:.1f} hours")
+            return Refusal.BUDGET
+        return None
+
+    def _why_no_batch(self) -> Refusal:
+        blocks = self._state.blocks
+        if blocks is not None and blocks.free_blocks:
+            return Refusal.BUSY
+        return Refusal.BACKING_FULL if self._may_grow() else Refusal.BUDGET
+
+    def _may_grow(self) -> bool:
+        """Whether the budget allows to write a new segment of the backing file over."""
+        return self.budget.allows(SEGMENT_BYTES, trio.current_time())
+
+    async def _drop_ordered(self) -> None:
+        """Drop the ephemeral frames that were ordered to be dropped."""
+        while self.ordered_drops:
+            step = min(self.ordered_drops, DROP_STEP_FRAMES)
+            dropped = sum(self._state.drop_ephemeral() for _ in range(step))
+            self.ordered_drops = self.ordered_drops - dropped if dropped == step else 0
             self._waiting.unpark_all()
-        return True
+            await trio.lowlevel.checkpoint()  # CHECKPOINT: nothing was looked up
+
+    async def _write_cold(self) -> bool:
+        """Write one batch of what was ordered, or else of what is too old. True if there may be more."""
+        by_order = bool(self.ordered_frames)
+        if not by_order and not (self.age_seconds and self.writeback_enabled):
+            return False
+        frames = min(self.ordered_frames, BATCH_FRAMES) if by_order else BATCH_FRAMES
+        if self._obstacle(frames) is None:
+            batch = self._state.begin_writeback(frames, None if by_order else self._state.now - self.age_seconds)
+            if not batch and by_order and await self._blocks_may_come():  # CHECKPOINT
+                return True
+            if batch and await self._write(batch):  # CHECKPOINT
+                self.cumul_aged_frames += 0 if by_order else len(batch)
+                return True
+        self.ordered_frames = 0
+        return False
 
     async def _blocks_may_come(self) -> bool:
         """Called when no batch could be made: True if the backing file grew meanwhile."""
@@ -215,15 +330,16 @@ class Reclaimer:
         if blocks is None or blocks.free_blocks:
             return False  # there are blocks, so it is frames that lack: all are being filled or written
         await self._grow()
-        if not blocks.free_blocks and not self._full:
+        if not blocks.free_blocks and not self._full and self._may_grow():
             self._full = True
             self.log("the backing file is full: from now on pages stay in RAM, and writes beyond the pool fail")
         return bool(blocks.free_blocks)
 
-    async def _write(self, writer: IoThread[None], batch: list[Eviction]) -> bool:
+    async def _write(self, batch: list[Eviction]) -> bool:
         """Write a batch of zombies; False if the backing file failed. Whatever happens, no frame stays a zombie."""
-        backing = self._backing
-        assert backing is not None
+        backing, writer = self._backing, self._writer
+        assert backing is not None and writer is not None
+        self.budget.spend(len(batch) << PAGE_SHIFT, trio.current_time())
         try:
             await writer.run(_write_runs, backing, self._runs_of(batch))  # CHECKPOINT, not cancelled
         except BackingError as error:
@@ -239,9 +355,13 @@ class Reclaimer:
             raise
         self._state.finish_writeback(batch)
         self._last_writeback = trio.current_time()
+        self.ordered_frames = max(0, self.ordered_frames - len(batch))
         if self._failing:
             self._failing = False
             self.log("the backing file takes pages again")
+        if self._state.blocks is not None and self._state.blocks.free_blocks < self._blocks_wanted() >> 1:
+            self._disk_wanted.set()
+        self._waiting.unpark_all()
         return True
 
     def _runs_of(self, batch: list[Eviction]) -> list[tuple[int, list[memoryview]]]:
@@ -263,6 +383,12 @@ class Reclaimer:
             with trio.move_on_after(TICK_SECONDS):
                 await self._memory_wanted.wait()
             self._memory_wanted = trio.Event()
+            self.ticked_at = trio.current_time()
+            self._state.now = int(self.ticked_at - self._began_at)
+            if self.age_seconds:
+                self._writeback_wanted.set()
+            if self._budget_told and not self.budget.used_bytes(self.ticked_at):
+                self._budget_told = False
             await self._populate()
             limit = self.governor.tick(trio.current_time())
             if limit != self._pool.limit_frames:
@@ -327,9 +453,14 @@ class Reclaimer:
             return
         async with self._grow_lock:
             while blocks.free_blocks < self._blocks_wanted():
-                first, count = blocks.take_holes(GROW_SEGMENTS)
+                now = trio.current_time()
+                if not self._may_grow():
+                    return
+                whole = self.budget.allows(GROW_SEGMENTS * SEGMENT_BYTES, now)
+                first, count = blocks.take_holes(GROW_SEGMENTS if whole else 1)
                 if not count:
                     return
+                self.budget.spend(count * SEGMENT_BYTES, now)
                 try:
                     await grower.run(backing.make_ready, first, count)  # CHECKPOINT, not cancelled
                 except BackingError as error:

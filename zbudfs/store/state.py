@@ -35,6 +35,9 @@ from zbudfs.store.pool import Pool
 HOLD_INDEX: Final = MOST_ZPAGES
 """The live bit of a block that stands for "being read": the block is not reused meanwhile, whatever happens to its pages."""
 
+AGE_STEPS: Final = 4096
+"""Frames that one search for old ones looks at: 0.3 ms. Guessed."""
+
 _CHECK_FIELD = ((1 << 64) - 1) >> CHECK_SHIFT << CHECK_SHIFT
 
 
@@ -61,6 +64,9 @@ class State:
         self.blocks = blocks
         self.watched: dict[int, list[int]] = {}
         """By page: [tasks that watch it, changes of its content]. Kept by whoever patches a page across a checkpoint."""
+        self._stored_at = pool.stored_at
+        self.now = 0
+        """Seconds on the store's clock, kept right to a second or so by the reclaimer: no page costs a look at the clock."""
         self.cumul_writeback_frames = 0
         self.cumul_writeback_pages = 0
         self.dropped_ephemeral_frames = 0
@@ -80,6 +86,7 @@ class State:
                 return False
             ref = allocator.create_prep(frame, len(zpage))
             allocator.create_finish(ref, page, zpage)
+        self._stored_at[ref >> REF_BITS] = self.now
         self._commit(page, check_of(zpage) << CHECK_SHIFT | ref << KIND_BITS | FRAME)
         return True
 
@@ -89,6 +96,7 @@ class State:
         if frame == NO_FRAME:
             return False
         ref = self.allocator.create_raw(frame, page, content)
+        self._stored_at[frame] = self.now
         self._commit(page, check_of_raw(content) << CHECK_SHIFT | ref << KIND_BITS | RAW_FRAME)
         return True
 
@@ -131,25 +139,41 @@ class State:
 
     # ---- to the backing file -------------------------------------------------------------------------------------
 
-    def begin_writeback(self, most: int) -> list[Eviction]:
-        """Make up to `most` of the coldest persistent frames zombies and give them blocks; fewer, or none, if there are not."""
+    def begin_writeback(self, most: int, stored_before: int | None = None) -> list[Eviction]:
+        """Make up to `most` of the coldest persistent frames zombies and give them blocks; fewer, or none, if there are not.
+
+        With `stored_before` only of those to which nothing was added in or after that second.
+        """
         batch: list[Eviction] = []
-        allocator = self.allocator
         blocks = self.blocks
         if blocks is None:
             return batch
-        while len(batch) < most and allocator.oldest(PERSISTENT_KIND) != NO_FRAME:
-            block, count = blocks.alloc(most - len(batch))
+        frames = self._coldest(most, stored_before)
+        while len(batch) < len(frames):
+            block, count = blocks.alloc(len(frames) - len(batch))
             if not count:
                 break
             for at in range(block, block + count):
-                frame = allocator.oldest(PERSISTENT_KIND)
-                if frame == NO_FRAME:
-                    blocks.set_live(at, 0)
-                    continue
-                allocator.writeback_begin(frame)
+                frame = frames[len(batch)]
+                self.allocator.writeback_begin(frame)
                 batch.append(Eviction(frame, at))
         return batch
+
+    def _coldest(self, most: int, stored_before: int | None) -> list[int]:
+        """Up to `most` evictable persistent frames, coldest first.
+
+        Raw frames go to the old end however new they are. So a new raw frame does not end the search for old frames, and a
+        new frame of another kind does; and for many new raw frames it is given up until they are old themselves.
+        """
+        found: list[int] = []
+        for step, frame in enumerate(self.allocator.evictable(PERSISTENT_KIND)):
+            if len(found) == most or (step == AGE_STEPS and stored_before is not None):
+                break
+            if stored_before is None or self._stored_at[frame] < stored_before:
+                found.append(frame)
+            elif not self.allocator.is_raw(frame):
+                break
+        return found
 
     def finish_writeback(self, batch: list[Eviction]) -> int:
         """The frames are in their blocks: their pages are there from now on. Returns the number of frames freed.

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The budget of what is written to the backing file: full at first, refilled all the time, never more than a day's."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zbudfs.core.budget import DAY_SECONDS, Budget
+
+MIB = 1 << 20
+
+
+def budget_of(bytes_per_day: int, now: float = 0.0) -> Budget:
+    """Return a budget that has just been set."""
+    budget = Budget()
+    budget.set(bytes_per_day, now)
+    return budget
+
+
+def test_without_a_budget_everything_is_allowed() -> None:
+    """0 is no limit: nothing is counted, and there is nothing left or used."""
+    budget = Budget()
+    budget.spend(1 << 50, 5.0)
+    assert budget.allows(1 << 60, 5.0)
+    assert (budget.left_bytes(6.0), budget.used_bytes(6.0), budget.seconds_until_full(6.0)) == (0, 0, 0)
+
+
+def test_it_is_full_when_it_is_set() -> None:
+    """A whole day's allowance may be written at once, and then no more."""
+    budget = budget_of(10 * MIB, 1000.0)
+    assert budget.left_bytes(1000.0) == 10 * MIB
+    assert budget.allows(10 * MIB, 1000.0)
+    budget.spend(10 * MIB, 1000.0)
+    assert (budget.left_bytes(1000.0), budget.used_bytes(1000.0)) == (0, 10 * MIB)
+    assert not budget.allows(1, 1000.0)
+    assert budget.seconds_until_full(1000.0) == DAY_SECONDS
+
+
+def test_it_is_refilled_all_the_time() -> None:
+    """Half a day gives half of it, ten days no more than one."""
+    budget = budget_of(10 * MIB)
+    budget.spend(10 * MIB, 0.0)
+    assert budget.left_bytes(DAY_SECONDS / 2) == 5 * MIB
+    assert budget.seconds_until_full(DAY_SECONDS / 2) == DAY_SECONDS / 2
+    assert budget.left_bytes(10.0 * DAY_SECONDS) == 10 * MIB
+
+
+def test_what_was_spent_stays_spent() -> None:
+    """Another budget does not give back what the old one has spent, and does not take what is left."""
+    budget = budget_of(10 * MIB)
+    budget.spend(4 * MIB, 0.0)
+    budget.set(20 * MIB, 0.0)
+    assert budget.left_bytes(0.0) == 16 * MIB
+    budget.set(MIB, 0.0)
+    assert budget.left_bytes(0.0) == 0
+    budget.set(0, 0.0)
+    assert budget.allows(1 << 60, 0.0)
+
+
+def test_a_taken_over_budget_has_what_was_left() -> None:
+    """Never more than the allowance."""
+    budget = Budget()
+    budget.set(MIB, 7.0, 1000)
+    assert budget.left_bytes(7.0) == 1000
+    budget.set(MIB, 7.0, 5 * MIB)
+    assert budget.left_bytes(7.0) == MIB
+
+
+def test_more_than_the_allowance_goes_when_it_is_whole() -> None:
+    """A batch that is larger than a day's allowance would otherwise never go."""
+    budget = budget_of(4096)
+    assert budget.allows(MIB, 0.0)
+    budget.spend(MIB, 0.0)
+    assert not budget.allows(1, 0.0)
+    assert budget.allows(MIB, float(DAY_SECONDS))
+
+
+def test_a_clock_that_stands_still_or_jumps_back_gives_nothing() -> None:
+    """Time only counts once."""
+    budget = budget_of(DAY_SECONDS)  # a byte a second
+    budget.spend(DAY_SECONDS, 100.0)
+    assert [budget.left_bytes(now) for now in (100.0, 90.0, 100.0, 101.0, 90.0, 102.0)] == [0, 0, 0, 1, 1, 2]
+
+
+@given(
+    st.integers(1, 1 << 50),
+    st.lists(st.tuples(st.floats(0, 3.0 * DAY_SECONDS), st.integers(1, 1 << 50)), max_size=30),
+)
+def test_in_the_long_run_there_is_one_allowance_a_day(bytes_per_day: int, wishes: list[tuple[float, int]]) -> None:
+    """Whoever asks before he writes never writes more than a whole allowance and what time has given."""
+    budget = budget_of(bytes_per_day)
+    now, written = 0.0, 0
+    for pause, wish in wishes:
+        now += pause
+        if wish <= bytes_per_day and budget.allows(wish, now):
+            budget.spend(wish, now)
+            written += wish
+        given_so_far = bytes_per_day + now * bytes_per_day / DAY_SECONDS
+        assert written <= given_so_far * (1 + 1e-9) + 1
+        assert 0 <= budget.left_bytes(now) <= bytes_per_day

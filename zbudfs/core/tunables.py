@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: MIT
+"""What can be changed while a mount runs: names, meanings, and which values are right. Pure.
+
+control/ and `zbudfs set` ask here. A value is a whole number; how it is written is part of its key. Whoever parses gets
+the number or a ValueError whose text says what was wrong and what would be right. An order is a key that makes something
+happen: what it reads as is how much is left to be done.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from zbudfs.core.codec import MAX_LEVEL, MIN_LEVEL
+from zbudfs.core.sizes import GRAMMAR, parse_size
+from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
+
+MIN_POOL_BYTES: Final = 1 << 20
+AUTO: Final = "auto"
+"""Written to a watermark: it follows the pool's limit again."""
+ALL: Final = "all"
+
+MAX_SECONDS: Final = 10 * 366 * 86400
+MAX_BYTES: Final = 1 << 60
+_LONGEST: Final = 64
+"""Longest text that is looked at, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """One key."""
+
+    name: str
+    unit: str
+    meaning: str
+    order: bool = False
+    """It makes something happen, and reads as what is left to be done."""
+
+
+TUNABLES: Final = (
+    Tunable("pool_limit_bytes", "bytes", "most RAM that frames may take, up to the pool of the mount"),
+    Tunable("low_watermark_frames", "frames", "free frames below which writeback starts; auto follows the limit"),
+    Tunable("high_watermark_frames", "frames", "free frames at which writeback stops; auto follows the limit"),
+    Tunable(
+        "level", "zstd level", f"of what is compressed from now on: {MIN_LEVEL} (fast) to {MAX_LEVEL} (small), not 0"
+    ),
+    Tunable("writeback_enabled", "0 or 1", "whether frames are written to the backing file without an order"),
+    Tunable("writeback_budget_bytes_per_day", "bytes a day", "most that is written to the backing file; 0 is no limit"),
+    Tunable("age_seconds", "seconds", "frames to which nothing was added for so long are written back; 0 is never"),
+    Tunable("writeback", "frames", "write N or all of the coldest frames now; reads as what is left of it", order=True),
+    Tunable(
+        "drop_ephemeral", "frames", "write 1 to drop clean copies of blocks; reads as how many there are", order=True
+    ),
+)
+
+NAMES: Final = tuple(tunable.name for tunable in TUNABLES)
+ORDERS: Final = frozenset(tunable.name for tunable in TUNABLES if tunable.order)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one mount allows."""
+
+    pool_bytes: int
+    """The pool that it was mounted with."""
+    backed: bool
+    """Whether it has a backing file."""
+    low_watermark_frames: int
+    """In force now."""
+    high_watermark_frames: int
+
+
+def parse(name: str, text: str, limits: Limits) -> int:
+    """The number that `text` means for `name`. ValueError with a sentence; KeyError for a name that is none.
+
+    For a watermark 0 stands for AUTO, for `writeback` -1 for ALL.
+    """
+    text = text.strip()
+    if len(text) > _LONGEST:
+        raise ValueError(f"{name} cannot be so long a text")
+    return _PARSERS[name](name, text, limits)
+
+
+def _whole_number(name: str, text: str, low: int, high: int, also: str = "") -> int:
+    digits = text.removeprefix("-")
+    number = int(text) if digits.isascii() and digits.isdigit() else None
+    if number is None or not low <= number <= high:
+        raise ValueError(f"{name} is {text!r}: it must be a whole number from {low} to {high}{also}")
+    return number
+
+
+def _size(name: str, text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if size > MAX_BYTES:
+        raise ValueError(f"{name} is {text!r}: the most is {MAX_BYTES} bytes")
+    return size
+
+
+def _pool_limit(name: str, text: str, limits: Limits) -> int:
+    size = _size(name, text) >> PAGE_SHIFT << PAGE_SHIFT
+    low = min(MIN_POOL_BYTES, limits.pool_bytes)
+    if not low <= size <= limits.pool_bytes:
+        raise ValueError(
+            f"{name} is {text!r}: it must be from {low} to the pool of the mount, {limits.pool_bytes} bytes ({GRAMMAR})"
+        )
+    return size
+
+
+def _low_watermark(name: str, text: str, limits: Limits) -> int:
+    if text == AUTO:
+        return 0
+    return _whole_number(name, text, 1, limits.high_watermark_frames, f" (high_watermark_frames), or {AUTO}")
+
+
+def _high_watermark(name: str, text: str, limits: Limits) -> int:
+    if text == AUTO:
+        return 0
+    low, high = limits.low_watermark_frames, limits.pool_bytes // PAGE_SIZE
+    return _whole_number(name, text, low, high, f" (low_watermark_frames to the frames of the pool), or {AUTO}")
+
+
+def _level(name: str, text: str, limits: Limits) -> int:
+    level = _whole_number(name, text, MIN_LEVEL, MAX_LEVEL, ", not 0")
+    if not level:
+        raise ValueError(f"{name} 0 is refused: zstd takes it for its default, 3; write the level that is meant")
+    return level
+
+
+def _need_backing(name: str, limits: Limits) -> None:
+    if not limits.backed:
+        raise ValueError(f"{name} cannot be set: this mount has no backing file")
+
+
+def _enabled(name: str, text: str, limits: Limits) -> int:
+    enabled = _whole_number(name, text, 0, 1)
+    if enabled:
+        _need_backing(name, limits)
+    return enabled
+
+
+def _budget(name: str, text: str, limits: Limits) -> int:
+    size = _size(name, text)
+    if 0 < size < PAGE_SIZE:
+        raise ValueError(f"{name} is {text!r}: less than a frame of {PAGE_SIZE} bytes a day; 0 is no limit")
+    if size:
+        _need_backing(name, limits)
+    return size
+
+
+def _age(name: str, text: str, limits: Limits) -> int:
+    seconds = _whole_number(name, text, 0, MAX_SECONDS)
+    if seconds:
+        _need_backing(name, limits)
+    return seconds
+
+
+def _writeback(name: str, text: str, limits: Limits) -> int:
+    _need_backing(name, limits)
+    if text == ALL:
+        return -1
+    return _whole_number(name, text, 0, limits.pool_bytes // PAGE_SIZE, f" frames, or {ALL}")
+
+
+def _drop(name: str, text: str, limits: Limits) -> int:
+    return _whole_number(name, text, 1, 1)
+
+
+_PARSERS: Final = {
+    "pool_limit_bytes": _pool_limit,
+    "low_watermark_frames": _low_watermark,
+    "high_watermark_frames": _high_watermark,
+    "level": _level,
+    "writeback_enabled": _enabled,
+    "writeback_budget_bytes_per_day": _budget,
+    "age_seconds": _age,
+    "writeback": _writeback,
+    "drop_ephemeral": _drop,
+}
