@@ -32,6 +32,7 @@ COMMANDS = ("mount", "umount", "swapon", "swapoff", "restart", "status", "config
         (["mount", "--pool", "", "/x"], "argument --pool: '' is not a size"),
         (["mount", "--level", "20", "/x"], "argument --level: '20' is not a level: write a whole number from -7 to 19"),
         (["mount", "--level", "-8", "/x"], "'-8' is not a level"),
+        (["mount", "--encrypt", "maybe", "/x"], "'maybe' is neither yes nor no"),
         (["mount", "--level", "fast", "/x"], "'fast' is not a level"),
         (["swapon", "--priority", "-1", "/x"], "'-1' is not a priority: write a whole number from 0 to 32767"),
         (["mount", "--siz", "4G", "/x"], "unrecognized arguments: --siz"),
@@ -166,19 +167,23 @@ def test_defaults() -> None:
     assert isinstance(pool, int)
     assert 0 <= size // 4 - pool <= 4096
     assert found["level"] == -1
+    assert found["encrypt"] is True
     assert found["backing"] == "/var/lib/zbudfs/mnt-z.backing"
 
 
 def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option arrives, with a relative path made absolute."""
     monkeypatch.chdir(tmp_path)
-    found = settings_for("--size", "1.5G", "--pool", "64M", "--backing", "some file", "--level", "-7")
+    found = settings_for(
+        "--size", "1.5G", "--pool", "64M", "--backing", "some file", "--level", "-7", "--encrypt", "no"
+    )
     assert found == {
         "mountpoint": "/mnt/z",
         "size_bytes": 3 << 29,
         "pool_bytes": 64 << 20,
         "backing": str(tmp_path.resolve() / "some file"),
         "level": -7,
+        "encrypt": False,
     }
     assert settings_for("--backing", "none")["backing"] is None
     assert settings_for("--backing", "./none")["backing"] == str(tmp_path.resolve() / "none")

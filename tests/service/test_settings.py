@@ -48,6 +48,7 @@ GOOD: dict[str, Any] = {
         ("level", 0, "zstd takes it for"),
         ("level", 20, "does not exist: write one from -7"),
         ("level", -8, "does not exist"),
+        ("encrypt", 1, "must be of type bool"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(field: str, value: object, reason: str) -> None:
@@ -67,6 +68,7 @@ def test_a_value_that_cannot_work_is_refused(field: str, value: object, reason: 
         ("backing", "/mnt/zz"),
         ("level", -7),
         ("level", 19),
+        ("encrypt", False),
         ("mountpoint", "/"),
     ],
 )

@@ -23,7 +23,7 @@ from zbudfs.store.memory import BOUNCE_FRAMES, PARKING_SLOT_BYTES, PARKING_SLOTS
 from zbudfs.store.pool import Pool
 
 MIB = 1 << 20
-NAMES = {"board", "pages", "frames", "frametable", "freeframes", "parking", "blocks"}
+NAMES = {"board", "pages", "frames", "frametable", "freeframes", "parking", "blocks", "outgoing"}
 
 
 def make(folder: Path | None = None, *, size: int = 4 * MIB, frames: int = 100, backed: bool = True) -> StoreMemory:
@@ -54,7 +54,7 @@ def test_without_a_backing_file_there_is_no_block_map(tmp_path: Path) -> None:
     """Nor an arena for one."""
     memory = make(tmp_path, backed=False)
     assert memory.blocks is None
-    assert {file.name for file in tmp_path.iterdir()} == NAMES - {"blocks"}
+    assert {file.name for file in tmp_path.iterdir()} == NAMES - {"blocks", "outgoing"}
     assert len(memory.arenas) == 5
     memory.populate()
 

@@ -24,6 +24,8 @@ class Arguments(argparse.Namespace):
     """A path or "none"; None: the default."""
     level: int | None
     """zstd level; None: the default."""
+    encrypt: bool | None
+    """Whether to encrypt what is written back; None: the default."""
     foreground: bool
     """Whether the daemon stays at the terminal."""
     priority: int | None

@@ -218,6 +218,7 @@ def make_settings(arguments: Arguments, mountpoint: str, root: str = "/") -> Set
         pool_bytes=pool_bytes,
         backing=_backing(arguments.backing, mountpoint),
         level=DEFAULT_LEVEL if arguments.level is None else arguments.level,
+        encrypt=arguments.encrypt is not False,
     )
 
 
@@ -275,7 +276,9 @@ def _check_free(mountpoint: str) -> None:
 
 def _refuse_mount_options(arguments: Arguments, mountpoint: str) -> None:
     """What is mounted has its size and pool: silently ignoring others would be a lie."""
-    typed = [f"--{name}" for name in ("size", "pool", "backing", "level") if getattr(arguments, name) is not None]
+    typed = [
+        f"--{name}" for name in ("size", "pool", "backing", "level", "encrypt") if getattr(arguments, name) is not None
+    ]
     if typed:
         raise CommandError(f"{shown_path(mountpoint)} is mounted already: {', '.join(typed)} can only be set at mount")
 

@@ -126,6 +126,13 @@ KEYS: Final = (
         summary="zstd level: low is fast, high is small",
     ),
     Key(
+        name="encrypt",
+        read=switch,
+        kind="true or false",
+        default="true",
+        summary="whether what is written to the backing file is encrypted",
+    ),
+    Key(
         name="swap",
         read=switch,
         kind="true or false",

@@ -187,6 +187,12 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"zstd level, {MIN_LEVEL} (fast) to {MAX_LEVEL} (small), not 0 (default: {DEFAULT_LEVEL})",
     )
+    parser.add_argument(
+        "--encrypt",
+        type=_switch,
+        metavar="yes|no",
+        help="encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)",
+    )
 
 
 def _size(text: str) -> int:
@@ -202,6 +208,12 @@ def _pool(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _switch(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text == "yes"
 
 
 def _level(text: str) -> int:

@@ -125,7 +125,12 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("takes", f"{size('pool_used_bytes')} of RAM, {size('backing_used_bytes')} on disk"),
         ("saved", f"{format_size(stored - taken)} ({_percent(stored - taken, stored)})" if stored else ""),
         ("pool", f"{_percent(number('pool_used_bytes'), number('pool_limit_bytes'))} of {size('pool_limit_bytes')}"),
-        ("backing", f"{shown_path(str(backing))}, up to {size('backing_size_bytes')}" if backing else "none"),
+        (
+            "backing",
+            f"{shown_path(str(backing))}, {_secrecy(report)}, up to {size('backing_size_bytes')}"
+            if backing
+            else "none",
+        ),
         (
             "written",
             f"{written:,} pages as {size('cumul_writeback_bytes')}, {number('cumul_pagein_blocks'):,} blocks read back"
@@ -134,6 +139,10 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("trouble", ", ".join(troubles)),
     ]
+
+
+def _secrecy(report: Mapping[str, Any]) -> str:
+    return "encrypted" if report.get("encrypted") else "not encrypted"
 
 
 def _standby(report: Mapping[str, Any]) -> str:

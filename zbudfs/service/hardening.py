@@ -49,6 +49,10 @@ TOP_PAD_BYTES: Final = 1 << 20
 PRIORITY: Final = 1
 """Real-time priority, the lowest: above every ordinary program, below whatever else has a reason to be real-time."""
 
+RUN_IN_PART: Final = ("_rust.abi3.",)
+"""Libraries of which little ever runs, 11 MiB with OpenSSL and all of X.509 in them: what `store/cipher.py` has tried out
+is present and locked; of the rest only what is written to."""
+
 NEVER_RUN: Final = ("libssl", "libcrypto", "_ssl.", "_hashlib.", "unicodedata.", "liblzma", "_lzma.", "libbz2", "_bz2.")
 """Libraries that trio and the standard library load and the daemon never calls: 6 MiB that need not be in RAM."""
 
@@ -278,6 +282,8 @@ def ranges_to_fill(mappings: Iterable[Mapping], skip: tuple[tuple[int, int], ...
         special = mapping.name.startswith(("[v", "[uprobes", "/dev/")) or any(
             part in mapping.name.rpartition("/")[2] for part in NEVER_RUN
         )
+        if not writable and any(part in mapping.name for part in RUN_IN_PART):
+            continue
         if readable and private and not special:
             for start, end in _without(mapping.start, mapping.end, skip):
                 yield start, end, writable

@@ -127,6 +127,7 @@ class Keeper:
             try:
                 self._memory = self._make_memory()
                 self._memory.populate()
+                self._encrypt()
                 self._warnings += request_timeout_warnings()
                 if not self._directory.survives:
                     self._warnings.append(
@@ -153,6 +154,7 @@ class Keeper:
         backing = self._settings.backing
         self._backing = Backing(backing, adopted_fd=descriptors[2]) if backing is not None else None
         self._memory = self._make_memory()
+        self._encrypt()
         self._prepare(born_ns)
 
     def _prepare(self, born_ns: int) -> None:
@@ -180,6 +182,13 @@ class Keeper:
             backed=settings.backing is not None,
             folder=self._directory.memory_folder,
         )
+
+    def _encrypt(self) -> None:
+        """Have blocks encrypted with the key on the board, if that is wanted."""
+        if self._settings.encrypt and self._backing is not None and self._memory.outgoing is not None:
+            from zbudfs.store.cipher import KEY_BYTES, BlockCipher  # before the first fork, and only where it is used
+
+            self._backing.encrypt(BlockCipher(self._memory.board.key(KEY_BYTES)), self._memory.outgoing.view)
 
     def _open_backing(self) -> Backing | None:
         path = self._settings.backing
@@ -255,6 +264,7 @@ class Keeper:
             self._backing.close()
         if self._control is not None:
             self._control.close()
+        self._memory.board.forget_key()
         self._directory.remove()
 
     def _load_ballast(self) -> None:

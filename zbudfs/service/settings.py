@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a daemon is told: five values, checked once, handed over as JSON.
+"""What a daemon is told: six values, checked once, handed over as JSON.
 
 The command line makes a `Settings` and so may a service manager; the daemon reads nothing else, no environment and no
 file. A value that cannot work is refused here, before anything is mounted, by a `SettingsError` that names the field,
@@ -54,12 +54,16 @@ class Settings:
     """Absolute path of the backing file; None: nothing is ever written back."""
     level: int = DEFAULT_LEVEL
     """zstd compression level: -7 (fast) to 19 (small), not 0."""
+    encrypt: bool = True
+    """Whether what is written to the backing file is encrypted."""
 
     def __post_init__(self) -> None:
         for name, kind in (("mountpoint", str), ("size_bytes", int), ("pool_bytes", int), ("level", int)):
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise SettingsError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+        if not isinstance(self.encrypt, bool):
+            raise SettingsError(f"encrypt is {self.encrypt!r}: it must be of type bool")
         _check_path("mountpoint", self.mountpoint)
         _check_size(self.size_bytes)
         if self.pool_bytes < MIN_POOL_BYTES:
@@ -90,7 +94,7 @@ class Settings:
             raise SettingsError(f"settings must be a JSON object with {', '.join(sorted(known))}")
         if unknown := found.keys() - known:
             raise SettingsError(f"unknown settings: {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
-        if missing := known - found.keys() - {"level"}:
+        if missing := known - found.keys() - {"level", "encrypt"}:
             raise SettingsError(f"missing settings: {', '.join(sorted(missing))}")
         return cls(**found)
 

@@ -148,8 +148,7 @@ class Worker:
                     nursery.start_soon(self._settle_later, helper)
                 else:
                     self._settle()
-                if fields[Field.STANDBY_PID] == os.getpid():
-                    fields[Field.STANDBY_READY] = 1
+                self._say_ready()
                 nursery.start_soon(self._heartbeat, store, steering)
                 nursery.start_soon(self._end_on_signals, signals, helper)
                 async with trio.open_nursery() as waiting:
@@ -192,6 +191,8 @@ class Worker:
         """Have all memory present and locked that this worker will ever need. It may take a while."""
         mounted = self._mounted
         mounted.memory.map_populated()
+        if mounted.backing is not None:
+            mounted.backing.warm_up()
         hardening.grow_heap(HEAP_BYTES)
         for refused in hardening.lock_memory([(arena.address, arena.size) for arena in mounted.memory.arenas]):
             if refused not in mounted.warnings:
@@ -215,6 +216,11 @@ class Worker:
             await trio.sleep(FOLLOW_SECONDS)
             await helper.run(self._mounted.memory.map_populated)
             steering.adopt_level()
+            self._say_ready()  # again: a restart that failed may have taken it back
+
+    def _say_ready(self) -> None:
+        if self._board.fields[Field.STANDBY_PID] == os.getpid():
+            self._board.fields[Field.STANDBY_READY] = 1
 
     @contextlib.contextmanager
     def _monitor(self, store: PageStore) -> Iterator[None]:
@@ -273,6 +279,7 @@ class Worker:
             "survives_crash": self._survives(),
             "version": __version__,
             "backing_path": settings.backing,
+            "encrypted": settings.encrypt and settings.backing is not None,
             "backing_size_bytes": settings.size_bytes if settings.backing is not None else 0,
             "open_swapfiles": fields[Field.OPEN_SWAPFILES],
             "log_dropped": mounted.log.dropped,

@@ -15,6 +15,7 @@ from typing import Final
 
 from zbudfs.core.errors import LayoutError
 
+_MADV_DONTDUMP: Final = 16
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
@@ -62,6 +63,7 @@ class Arena:
         self._map = mmap.mmap(self._fd, self.size)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        _libc.madvise(self.address, self.size, _MADV_DONTDUMP)  # other programs' memory belongs in no core file
 
     def populate(self, offset: int, length: int) -> None:
         """Give the bytes pages now; MemoryError if the system refuses. May wait for memory: for a worker thread."""

@@ -6,6 +6,9 @@
 The file is temporary by nature: what it holds is meaningless without the page table in RAM. It is emptied when
 it is opened and when it is closed. The header only tells a later daemon that the file is its own to empty.
 
+With `encrypt` blocks are encrypted on their way to the file and decrypted on their way back (store/cipher.py), in the
+thread that writes or reads. The header and the zeros that make blocks ready are not: they say nothing.
+
 Writes bypass the page cache (O_DIRECT). Where the file system refuses that, they are buffered, waited for
 (RWF_DSYNC) and dropped from the cache at once, so that an error is seen before the frame is given up.
 """
@@ -17,12 +20,15 @@ import mmap
 import os
 import stat
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from zbudfs.core.block_map import SEGMENT_BLOCKS
 from zbudfs.core.errors import BackingError, BackingFull, LayoutError
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.arena import fallocate, punch_hole
+
+if TYPE_CHECKING:
+    from zbudfs.store.cipher import BlockCipher  # megabytes, for whoever does not encrypt
 
 SEGMENT_BYTES: Final = SEGMENT_BLOCKS << PAGE_SHIFT
 MAGIC: Final = b"zbudfs backing file 1\n"
@@ -47,8 +53,10 @@ class Backing:
         self.path = path
         self.ready_bytes = 0
         """Bytes allocated and written over."""
-        segment = mmap.mmap(-1, SEGMENT_BYTES)  # aligned, as O_DIRECT wants it
-        segment[:1] = b"\0"
+        self._cipher: BlockCipher | None = None
+        self._outgoing = memoryview(b"")
+        # Aligned, as O_DIRECT wants it, and populated: a read of it from the disk's side must find pages.
+        segment = mmap.mmap(-1, SEGMENT_BYTES, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._zeros = memoryview(segment)
         if adopted_fd is not None:
             self._fd = adopted_fd
@@ -107,10 +115,36 @@ class Backing:
 
     # ---- blocks --------------------------------------------------------------------------------------------------
 
+    def encrypt(self, cipher: "BlockCipher", outgoing: memoryview) -> None:
+        """Encrypt and decrypt blocks from now on. `outgoing`: whole pages, aligned, that hold what is being written."""
+        self._cipher = cipher
+        self._outgoing = outgoing
+
+    def warm_up(self) -> None:
+        """Use once what is used later, in the process that will: nothing of it is loaded then."""
+        if self._cipher is not None:
+            self._cipher.warm_up()
+
     def write_blocks(self, block: int, frames: Sequence[memoryview]) -> None:
-        """Write `frames`, 4096 bytes each, to neighbouring blocks from `block` on; BackingError unless all of it was."""
-        offset = block << PAGE_SHIFT
-        pieces = list(frames)
+        """Write `frames`, 4096 bytes each, to neighbouring blocks from `block` on; BackingError unless all of it was.
+
+        One call at a time: encrypted frames lie in one buffer.
+        """
+        if self._cipher is None:
+            self._write(block, frames)
+            return
+        most = len(self._outgoing) >> PAGE_SHIFT
+        for at in range(0, len(frames), most):
+            some = frames[at : at + most]
+            for number, frame in enumerate(some):
+                target = self._outgoing[number << PAGE_SHIFT : (number + 1) << PAGE_SHIFT]
+                self._cipher.encrypt(block + at + number, frame, target)
+            self._write(block + at, [self._outgoing[: len(some) << PAGE_SHIFT]])
+
+    def _write(self, block: int, pieces: Sequence[memoryview]) -> None:
+        """Write pieces, each of whole blocks, one after the other."""
+        offset = start = block << PAGE_SHIFT
+        pieces = list(pieces)
         flags = 0 if self.direct else os.RWF_DSYNC
         while pieces:
             try:
@@ -118,11 +152,14 @@ class Backing:
             except OSError as error:
                 raise _failure("written", error) from None
             if written <= 0 or written % PAGE_SIZE:
-                raise BackingError(f"the backing file took {written} bytes of {len(pieces) * PAGE_SIZE}")
+                raise BackingError(f"the backing file took {written} bytes of {sum(map(len, pieces))}")
             offset += written
-            del pieces[: written >> PAGE_SHIFT]
+            while pieces and written >= len(pieces[0]):
+                written -= len(pieces.pop(0))
+            if written:
+                pieces[0] = pieces[0][written:]
         if not self.direct:
-            self._uncache(block << PAGE_SHIFT, len(frames) << PAGE_SHIFT)
+            self._uncache(start, offset - start)
 
     def read_blocks(self, block: int, frames: Sequence[memoryview]) -> None:
         """Fill `frames`, 4096 bytes each, from neighbouring blocks from `block` on; BackingError unless all of it was."""
@@ -139,6 +176,9 @@ class Backing:
             del pieces[: got >> PAGE_SHIFT]
         if not self.direct:
             self._uncache(block << PAGE_SHIFT, len(frames) << PAGE_SHIFT)
+        if self._cipher is not None:
+            for number, frame in enumerate(frames):
+                self._cipher.decrypt(block + number, frame)
 
     def _uncache(self, offset: int, length: int) -> None:
         with contextlib.suppress(OSError):  # advice: it changes how much memory is used, nothing else

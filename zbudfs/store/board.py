@@ -8,21 +8,24 @@ last lines of the log.
     0        fields, 8 bytes each
     1 KiB    cumulative counters, 8 bytes each, in the order of the store
     2 KiB    FUSE_INIT: its length in 8 bytes, then the request
+    3 KiB    the key with which blocks are encrypted
     4 KiB    the error of a process that did not come up: length, then text
     8 KiB    log: the number of lines so far in 8 bytes, then LOG_LINES slots of LOG_LINE_BYTES
 """
 
+import os
 from enum import IntEnum
 from typing import Final
 
 from zbudfs.core.errors import LayoutError
 from zbudfs.store.arena import Arena
 
-LAYOUT: Final = 0x7A627564_0002
+LAYOUT: Final = 0x7A627564_0003
 """Of everything that outlives a worker: tables, frames, blocks, this board. Changed when any of them changes."""
 
 _COUNTERS: Final = 1 << 10
 _INIT: Final = 2 << 10
+_KEY: Final = 3 << 10
 _ERROR: Final = 4 << 10
 _LOG: Final = 8 << 10
 LOG_LINES: Final = 128
@@ -121,6 +124,19 @@ class Board:
     def init(self) -> bytes:
         """The kernel's first request; empty if it has not come yet."""
         return bytes(self._view[_INIT + 8 : _INIT + 8 + self._init_length[0]])
+
+    # ---- the key ---------------------------------------------------------------------------------------------------
+
+    def key(self, length: int) -> bytes:
+        """The key of this mount, which is made up when it is asked for first."""
+        place = self._view[_KEY : _KEY + length]
+        if bytes(place) == bytes(length):
+            place[:] = os.urandom(length)
+        return bytes(place)
+
+    def forget_key(self) -> None:
+        """Overwrite the key: whatever was encrypted with it is noise from now on."""
+        self._view[_KEY:_ERROR] = bytes(_ERROR - _KEY)
 
     # ---- the error of a process that did not come up -----------------------------------------------------------
 

@@ -7,6 +7,7 @@
     freeframes  the pool's own columns             rebuilt
     blocks      the block map                      rebuilt, but for which segments are ready
     parking     what is to be written and waits for a frame
+    outgoing    blocks on their way to the disk, encrypted
     board       what the processes tell each other
 
 Made by the keeper before it starts a worker, so that every worker has it mapped. Where there is a pool directory (a tmpfs
@@ -18,6 +19,7 @@ from typing import Final
 
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.page_table import ENTRY_SIZE
+from zbudfs.core.reclaim import BATCH_FRAMES
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.core.zbud import Zbud
 from zbudfs.store.arena import Arena
@@ -60,13 +62,15 @@ class StoreMemory:
         self.nr_segments = size_bytes // SEGMENT_BYTES + 2
         self.parking = Arena("parking", PARKING_SLOTS * PARKING_SLOT_BYTES, folder)
         self.blocks = Arena("blocks", BlockMap.table_size(self.nr_segments), folder) if backed else None
+        self.outgoing = Arena("outgoing", BATCH_FRAMES << PAGE_SHIFT, folder) if backed else None
 
     def populate(self) -> None:
         """Populate what has a fixed size; the frames and their tables come in steps. MemoryError."""
         self.pages.populate(0, self.pages.size)
         self.parking.populate(0, self.parking.size)
-        if self.blocks is not None:
-            self.blocks.populate(0, self.blocks.size)
+        for arena in (self.blocks, self.outgoing):
+            if arena is not None:
+                arena.populate(0, arena.size)
         self.frames.populate(self.nr_frames << PAGE_SHIFT, BOUNCE_FRAMES << PAGE_SHIFT)
         for offset, length in Zbud.fixed_spans(self.nr_frames):
             self.frame_table.populate(offset, length)
@@ -105,4 +109,4 @@ class StoreMemory:
     def arenas(self) -> list[Arena]:
         """All but the board."""
         arenas = [self.pages, self.frames, self.frame_table, self.free_frames, self.parking]
-        return [*arenas, self.blocks] if self.blocks is not None else arenas
+        return arenas + [arena for arena in (self.blocks, self.outgoing) if arena is not None]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Secrets are planted and then searched for: on the disk, in the pool directory, in the logs, in a dump of the memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import stat
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.fuse.calls import MIB, PAGE, aligned, all_stats, opened, read_everything, require_tools
+from tests.store.disks import small_ext4
+from tests.support import mounted, status_of, wait_until, zbudfs
+from zbudfs.store.cipher import KEY_BYTES
+
+pytestmark = pytest.mark.needs("root", "fuse", "loop")
+
+SIZE: Final = 8 * MIB
+NEEDLE_BYTES: Final = 24
+NEEDLES: Final = 30
+"""Pages of which something is looked for: every one would be found, but a search takes its time."""
+
+
+def secrets() -> list[bytes]:
+    """Pages: noise, which is stored as it is; a little noise, which zstd keeps as literals; and text."""
+    source = random.Random(4)
+    found = []
+    for number in range(SIZE // PAGE):
+        kind = number % 3
+        if kind == 0:
+            found.append(source.randbytes(PAGE))
+        elif kind == 1:
+            found.append(source.randbytes(1200).ljust(PAGE, b"\0"))
+        else:
+            found.append((b"password=%s;" % source.randbytes(200).hex().encode()).ljust(PAGE, b"\0"))
+    return found
+
+
+def seen(pages: list[bytes], haystack: bytes) -> int:
+    """How many of some pages show: a stretch of each that is nowhere else."""
+    # The noise of two kinds of page in three is there byte for byte if it is there at all.
+    some = pages[: NEEDLES * 40 : 40]
+    return sum(page[40 : 40 + NEEDLE_BYTES] in haystack for page in some)
+
+
+@pytest.mark.parametrize("encrypt", ["yes", "no"])
+def test_what_the_disk_shows(encrypt: str, tmp_path: Path) -> None:
+    """The image of the disk shows no page, during and after; without encryption it does, so the search finds them."""
+    require_tools("mkfs.ext4", "losetup")
+    pages = secrets()
+    with small_ext4(tmp_path, 32 * MIB) as disk:
+        options = ("--size", str(SIZE), "--pool", "1M", "--backing", disk / "backing", "--encrypt", encrypt)
+        with mounted(tmp_path / "mnt", *options) as mountpoint:
+            folder = Path(all_stats(mountpoint)["pool_directory"])
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            assert status_of(mountpoint)["encrypted"] == (encrypt == "yes")
+            assert (", encrypted," in zbudfs("status", mountpoint)) == (encrypt == "yes")
+            with opened(mountpoint / "swapfile") as fd, opened(folder / "board", os.O_RDONLY) as board:
+                for at in range(0, len(pages), 16):
+                    buffer = aligned(b"".join(pages[at : at + 16]))
+                    assert os.pwritev(fd, [buffer], at * PAGE) == 16 * PAGE
+                wait_until(lambda: all_stats(mountpoint)["pool_used_bytes"] <= MIB, "the pool to be written back")
+                os.fsync(fd)
+                shown = seen(pages, (disk / "backing").read_bytes())
+                assert shown == 0 if encrypt == "yes" else shown > NEEDLES // 3
+                assert read_everything(fd, SIZE) == b"".join(pages)
+                said = b"".join((mountpoint / "stats" / name).read_bytes() for name in ("log", "all.json"))
+                assert seen(pages, said) == 0
+                key = os.pread(board, KEY_BYTES, 3 << 10)
+                assert any(key) == (encrypt == "yes")
+                if any(key):
+                    assert key not in (tmp_path / "image").read_bytes()
+                    assert key.hex().encode() not in said
+                board = os.dup(board)
+        assert not folder.exists()
+        assert os.pread(board, KEY_BYTES, 3 << 10) == bytes(KEY_BYTES), "the key outlived the mount"
+        os.close(board)
+        os.sync()
+        shown = seen(pages, (tmp_path / "image").read_bytes())
+        assert shown == 0 if encrypt == "yes" else shown > 0
+
+
+def test_no_core_dump(tmp_path: Path) -> None:
+    """The processes cannot be dumped, and the memory with pages in it is marked as not to be, should that ever change."""
+    with mounted(tmp_path / "mnt", "--backing", tmp_path / "backing") as mountpoint:
+        counts = all_stats(mountpoint)
+        wait_until(lambda: all_stats(mountpoint)["standby_ready"] is True, "the standby")
+        counts = all_stats(mountpoint)
+        for name in ("keeper_pid", "worker_pid", "standby_pid"):
+            pid = counts[name]
+            # The files of a process that cannot be dumped are root's in any case; its memory's flags tell more.
+            text = Path(f"/proc/{pid}/smaps").read_text()
+            arenas = 0
+            inside = False
+            for line in text.splitlines():
+                words = line.split()
+                if not words[0].endswith(":"):
+                    inside = len(words) > 5 and words[5].rpartition("/")[2] in ("pages", "frames", "parking", "board")
+                    arenas += inside
+                elif inside and words[0] == "VmFlags:":
+                    assert "dd" in words[1:], f"{name}: may be dumped"
+            assert arenas >= 4
+    assert mmap.PAGESIZE == PAGE

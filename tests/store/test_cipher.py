@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""Encryption: the standard's own example, the way through the backing file, and a store whose disk shows noise."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.core.samples import BIG, HALF, RAW, page, pages
+from tests.store.faulty import FaultyBacking
+from tests.store.rig import block_of, get, put, quiet, run, running
+from tests.store.test_backing import Frames, read, write
+from zbudfs.core.block_map import SEGMENT_BLOCKS
+from zbudfs.core.codec import Codec
+from zbudfs.core.errors import PageLost
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.store.arena import Arena
+from zbudfs.store.backing import Backing
+from zbudfs.store.board import BOARD_BYTES, Board
+from zbudfs.store.cipher import KEY_BYTES, BlockCipher
+from zbudfs.store.page_store import PageStore
+
+KEY: Final = bytes(range(KEY_BYTES))
+OUTGOING_BLOCKS: Final = 4
+
+
+def encrypted(path: Path, key: bytes = KEY) -> FaultyBacking:
+    """Return a backing file that is encrypted, through a buffer of a few blocks."""
+    backing = FaultyBacking(str(path))
+    backing.encrypt(BlockCipher(key), memoryview(mmap.mmap(-1, OUTGOING_BLOCKS * PAGE_SIZE)))
+    return backing
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[FaultyBacking]:
+    """Have one open, with two segments ready."""
+    backing = encrypted(path)
+    try:
+        backing.make_ready(0, 2)
+        yield backing
+    finally:
+        backing.close()
+
+
+def test_the_example_of_the_standard() -> None:
+    """IEEE 1619-2007, annex B, vector 10: XTS-AES-256, data unit 0xff, 512 bytes."""
+    key = bytes.fromhex(
+        "27182818284590452353602874713526624977572470936999595749669676273141592653589793238462643383279502884197169399"
+        "375105820974944592"
+    )
+    plain = bytes(range(256)) * 2
+    target = memoryview(bytearray(len(plain)))
+    cipher = BlockCipher(key)
+    cipher.encrypt(0xFF, memoryview(plain), target)
+    assert target[:32].hex() == "1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b"
+    cipher.decrypt(0xFF, target)
+    assert target == plain
+
+
+def test_what_is_written_is_read_and_not_seen(tmp_path: Path) -> None:
+    """More blocks than the buffer holds, read back by runs and one by one; the file itself shows none of them."""
+    content = pages(11, BIG)
+    with opened(tmp_path / "backing") as backing:
+        frames = Frames(11)
+        backing.write_blocks(SEGMENT_BLOCKS - 5, frames.fill(content))
+        assert frames.content == content, "what is written stays in RAM as it is"
+        assert read(backing, SEGMENT_BLOCKS - 5, 11) == content
+        assert b"".join(read(backing, SEGMENT_BLOCKS - 5 + at, 1) for at in range(11)) == content
+        on_disk = (tmp_path / "backing").read_bytes()
+        start = (SEGMENT_BLOCKS - 5) * PAGE_SIZE
+        there = on_disk[start : start + len(content)]
+        for at in range(0, len(content), 16):
+            assert there[at : at + 16] != content[at : at + 16]
+        assert not any(page(number, BIG)[:32] in on_disk for number in range(11))
+
+
+def test_equal_blocks_look_different(tmp_path: Path) -> None:
+    """A block's number goes into it: nobody sees that two hold the same, and one in another's place is noise."""
+    with opened(tmp_path / "backing") as backing:
+        write(backing, 3, page(1) * 2)
+        with (tmp_path / "backing").open("r+b") as file:
+            file.seek(3 * PAGE_SIZE)
+            one, other = file.read(PAGE_SIZE), file.read(PAGE_SIZE)
+            assert one != other
+            file.seek(5 * PAGE_SIZE)
+            file.write(one)
+        assert read(backing, 3, 2) == page(1) * 2
+        assert read(backing, 5, 1) != page(1)
+
+
+def test_only_with_the_key(tmp_path: Path) -> None:
+    """Another process with the same key goes on with the file; with another key there is noise."""
+    with opened(tmp_path / "backing") as backing:
+        write(backing, 3, page(1))
+        other = Backing(str(tmp_path / "backing"), os.dup(backing.fileno()))
+        outgoing = memoryview(mmap.mmap(-1, PAGE_SIZE))
+        other.encrypt(BlockCipher(KEY), outgoing)
+        assert read(other, 3, 1) == page(1)
+        other.encrypt(BlockCipher(KEY[::-1]), outgoing)
+        assert read(other, 3, 1) != page(1)
+        os.close(other.fileno())
+
+
+def test_a_disk_that_takes_less_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a write takes a part of the buffer, the rest follows to the right places."""
+    real = os.pwritev
+    sizes = []
+
+    def less(fd: int, views: list[memoryview], *rest: int) -> int:
+        sizes.append(real(fd, [views[0][: max(PAGE_SIZE, len(views[0]) // 2 // PAGE_SIZE * PAGE_SIZE)]], *rest))
+        return sizes[-1]
+
+    with opened(tmp_path / "backing") as backing:
+        monkeypatch.setattr(os, "pwritev", less)
+        write(backing, 7, pages(9, BIG))
+        monkeypatch.undo()
+        assert read(backing, 7, 9) == pages(9, BIG)
+    assert sizes == [2 * PAGE_SIZE, PAGE_SIZE, PAGE_SIZE] * 2 + [PAGE_SIZE]
+
+
+def test_a_store_with_an_encrypted_disk(tmp_path: Path) -> None:
+    """Pages of all kinds come back from it; a block of which a single bit was turned is lost, never wrong."""
+
+    async def main() -> None:
+        backing = encrypted(tmp_path / "backing")
+        store = PageStore(512 * PAGE_SIZE, 64, backing, Codec())
+        async with running(store):
+            sizes = (HALF, BIG, RAW)
+            for number in range(12):
+                await put(store, number, page(number, sizes[number % 3]))
+            for number in range(100, 200):
+                await put(store, number, page(number, BIG))
+            await quiet(store)
+            assert await get(store, 3, 3) == b"".join(page(number, sizes[number % 3]) for number in (3, 4, 5))
+            for number in (6, 7, 8):
+                with (tmp_path / "backing").open("r+b") as file:
+                    # The content is at the start, or at the end, of the block: one bit in each 256 bytes.
+                    for at in range(
+                        block_of(store, number) * PAGE_SIZE, (block_of(store, number) + 1) * PAGE_SIZE, 256
+                    ):
+                        file.seek(at)
+                        byte = file.read(1)[0]
+                        file.seek(at)
+                        file.write(bytes([byte ^ 4]))
+                with pytest.raises(PageLost):
+                    await get(store, number)
+            await put(store, 6, page(99))
+            assert await get(store, 6) == page(99)
+            await quiet(store)
+
+    run(main)
+
+
+def test_the_key_on_the_board() -> None:
+    """It is made up once, stays for whoever comes later, differs from board to board, and can be forgotten."""
+    arena = Arena("board", BOARD_BYTES)
+    board = Board(arena)
+    assert not any(arena.view[3 << 10 : 4 << 10])
+    key = board.key(KEY_BYTES)
+    assert len(set(key)) > 16
+    assert Board(arena).key(KEY_BYTES) == board.key(KEY_BYTES) == key
+    assert Board(Arena("board", BOARD_BYTES)).key(KEY_BYTES) != key
+    board.save_init(b"\xff" * 512)
+    board.save_error("x" * 10_000)
+    assert board.key(KEY_BYTES) == key
+    assert key in bytes(arena.view)
+    board.forget_key()
+    assert key[:8] not in bytes(arena.view)
+    assert board.init() == b"\xff" * 512
