@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from typing import Final
 
 import pytest
 
-from tests.fuse.calls import MIB, PAGE, PUNCH, fallocate, fuse_control, opened, server_of
+from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, fuse_control, opened, server_of
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, mounted, wait_until, zbudfs
 from zbudfs.service.launch import LaunchError, start
 from zbudfs.service.settings import Settings
@@ -233,53 +232,40 @@ def test_the_bound_on_requests_in_flight(tmp_path: Path) -> None:
 @pytest.mark.needs("root", "fuse")
 def test_bursts(tmp_path: Path) -> None:
     """Requests that wait together are taken together: far fewer wake-ups than requests, and each answer is right."""
-    mountpoint, report = tmp_path / "mnt", tmp_path / "counters"
-    mountpoint.mkdir()
-    code = (
-        "import json, sys\n"
-        "from zbudfs.service import daemon, keeper\n"
-        "from zbudfs.fuse import shim\n"
-        "right = keeper.work\n"
-        "def work(*arguments, **named):\n"
-        "    status = right(*arguments, **named)\n"
-        f"    with open({str(report)!r}, 'w') as file: json.dump(shim.counters(), file)\n"
-        "    return status\n"
-        "keeper.work = work\n"
-        "sys.exit(daemon.main(sys.argv[1:]))\n"
-    )
-    settings = Settings(mountpoint=str(mountpoint), size_bytes=MIB, pool_bytes=MIB, backing=None)
-    keeper = start(settings, command=[sys.executable, "-I", "-c", code]).pid
     rounds, readers = 20, 8
     found: list[bytes] = []
 
     def read_page(fd: int, number: int) -> None:
         found.append(os.pread(fd, PAGE, number * PAGE))
 
-    try:
-        with fuse_control(tmp_path / "ctl", mountpoint) as connection, opened(mountpoint / "swapfile") as fd:
-            pid = server_of(mountpoint)
-            os.pwrite(fd, b"".join(bytes([number]) * PAGE for number in range(readers)), 0)
-            for _ in range(rounds):
-                os.kill(pid, signal.SIGSTOP)
-                threads = [threading.Thread(target=read_page, args=(fd, number)) for number in range(readers)]
-                try:
-                    for thread in threads:
-                        thread.start()
-                    waiting = connection / "waiting"
-                    wait_until(lambda file=waiting: int(file.read_text()) == readers, "the readers")  # type: ignore[misc]
-                finally:
-                    os.kill(pid, signal.SIGCONT)
-                    for thread in threads:
-                        thread.join(LIMIT_SECONDS)
-    finally:
-        if is_mounted(mountpoint):
-            zbudfs("umount", mountpoint)
-        wait_until(lambda: not is_running(keeper), "the daemon's end")
+    with (
+        mounted(tmp_path / "mnt") as mountpoint,
+        fuse_control(tmp_path / "ctl", mountpoint) as connection,
+        opened(mountpoint / "swapfile") as fd,
+    ):
+        pid = server_of(mountpoint)
+        os.pwrite(fd, b"".join(bytes([number]) * PAGE for number in range(readers)), 0)
+        before = all_stats(mountpoint)
+        for _ in range(rounds):
+            os.kill(pid, signal.SIGSTOP)
+            threads = [threading.Thread(target=read_page, args=(fd, number)) for number in range(readers)]
+            try:
+                for thread in threads:
+                    thread.start()
+                waiting = connection / "waiting"
+                wait_until(lambda file=waiting: int(file.read_text()) == readers, "the readers")  # type: ignore[misc]
+            finally:
+                os.kill(pid, signal.SIGCONT)
+                for thread in threads:
+                    thread.join(LIMIT_SECONDS)
+        after = all_stats(mountpoint)
     assert sorted(found) == sorted(bytes([number]) * PAGE for number in range(readers) for _ in range(rounds))
-    served, wake_ups = json.loads(report.read_text())
-    assert served == rounds * readers + 1
+    served, wakeups = (after[name] - before[name] for name in ("served_requests", "wakeups"))
+    assert served == rounds * readers
     # Some wake-ups are for other requests: names, opening, closing, and one or two a round for the first of it.
-    assert wake_ups < served / 2
+    assert wakeups < served / 2
+    assert sum(after["read_latency_us"]) - sum(before["read_latency_us"]) == served
+    assert after["requests_in_work_max"] >= 1 > after["requests_in_work"]
 
 
 @pytest.mark.needs("root", "fuse")

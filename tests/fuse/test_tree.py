@@ -19,6 +19,7 @@ import pytest
 
 from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, opened, stat_of
 from tests.support import LIMIT_SECONDS, mounted, wait_until
+from zbudfs.core.latency import BUCKETS, Timed
 from zbudfs.core.tunables import NAMES
 
 pytestmark = pytest.mark.needs("root", "fuse")
@@ -26,7 +27,12 @@ pytestmark = pytest.mark.needs("root", "fuse")
 SIZE: Final = 12 * MIB + 5 * PAGE
 """Whole pages, and nothing rounder."""
 NOBODY: Final = 65534
-LISTS: Final = ("unbuddied_lists", "chunk_histogram")
+LISTS: Final = {
+    "unbuddied_lists": 64,
+    "chunk_histogram": 64,
+    **{f"{kind.name.lower()}_latency_us": BUCKETS for kind in Timed},
+}
+"""Several numbers in one file, and how many."""
 TEXTS: Final = ("mountpoint", "version", "backing_path", "pool_directory")
 LINES: Final = ("warnings", "log")
 _DIRENT: Final = struct.Struct("<QqHB")
@@ -180,7 +186,7 @@ def test_nobody_reads_statistics_but_not_memory(mnt: Path) -> None:
 
 
 def test_each_file_holds_one_value(mnt: Path) -> None:
-    """A number, yes or no, 64 numbers, one line of text, or lines; a newline ends it; all.json has just the same."""
+    """A number, yes or no, several numbers, one line of text, or lines; a newline ends it; all.json has just the same."""
     before = all_stats(mnt)
     single = {name: (mnt / "stats" / name).read_text() for name in before}
     after = all_stats(mnt)
@@ -189,7 +195,7 @@ def test_each_file_holds_one_value(mnt: Path) -> None:
         value: Any = text.removesuffix("\n")
         if name in LISTS:
             value = [int(number) for number in value.split(" ")]
-            assert len(value) == 64
+            assert len(value) == LISTS[name]
         elif name in LINES:
             value = text.splitlines()
         elif name not in TEXTS:

@@ -24,6 +24,9 @@
    7. Resuming. The kernel's first request, FUSE_INIT, is kept; a later process with the same descriptor replays it to its
       own libfuse, which then knows what was agreed on (its reply goes nowhere: the kernel says ENOENT, libfuse ignores it).
 
+   8. Time. Each request for the served file is entered in a histogram when it is answered, at once or later, in memory that
+      is given (core/latency.py has the layout): two looks at the clock. What Python knows a request by is a `struct work`.
+
    Whatever happens, fallocate is never answered with ENOSYS: the kernel would not ask again on this connection.
 
    libfuse 3.14 (Debian 12) exports fuse_session_new; from 3.17 on (Debian 13) headers turn it into
@@ -52,10 +55,28 @@ enum {
     MAX_CREDIT = 16,
     MAX_BURST_NS = 5000000,
     MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
+    WORKS = 256,       /* requests in work for which no memory is needed: far more than the kernel keeps in flight */
+    BUCKETS = 32,
+    SUM_NS = BUCKETS,
+    MAX_NS,
+    ROW_WORDS,
+    ROWS = 6,
+    SERVED = ROWS * ROW_WORDS,
+    WAKEUPS,
+    MOST_IN_WORK,
+    METRIC_WORDS,
 };
 enum { READ, WRITE, FALLOCATE, FSYNC, NR_HANDLERS };
+enum { MAX_ARGUMENTS = 4 };
 
 struct libfuse_version;
+
+/* A request for the served file that is not answered yet. */
+struct work {
+    fuse_req_t req; /* the next free one, while it is free */
+    long long since_ns;
+    int which;
+};
 
 static struct fuse_lowlevel_ops pyfuse3_ops, shim_ops;
 static fuse_ino_t served_inode;
@@ -63,7 +84,11 @@ static PyObject *handlers[NR_HANDLERS];
 static unsigned max_background = 12, max_burst = 1, max_spin_ns;
 static PyObject *may_linger; /* function without arguments: whether nobody but the kernel wants anything of this thread */
 static int event_loop_fd = -1;
-static unsigned long long served_requests, bursts;
+static unsigned long long own_metrics[METRIC_WORDS], *metrics = own_metrics;
+static Py_buffer metrics_buffer;
+static struct work works[WORKS], *free_works;
+static unsigned in_work;
+static long long received_ns; /* when the request that is being processed was received */
 static int initialised;       /* FUSE_INIT has been answered */
 static int answered_by_shim;  /* the request just processed was for the served file: pyfuse3 has no coroutine to await */
 static struct fuse_session *the_session;
@@ -78,18 +103,56 @@ static void *next(const char *name) {
     return found;
 }
 
+static long long now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+/* ---- requests in work ---------------------------------------------------------------------------------------- */
+
+static struct work *begin(int which, fuse_req_t req) {
+    struct work *work = free_works; /* the next one stands in its place */
+    if (work) free_works = (struct work *)work->req;
+    else if (!(work = malloc(sizeof *work))) return NULL;
+    *work = (struct work){req, received_ns, which};
+    metrics[SERVED]++;
+    if (++in_work > metrics[MOST_IN_WORK]) metrics[MOST_IN_WORK] = in_work;
+    return work;
+}
+
+/* It is answered. */
+static void finish(struct work *work) {
+    unsigned long long ns = (unsigned long long)(now_ns() - work->since_ns), us = ns / 1000, *row = metrics + work->which * ROW_WORDS;
+    unsigned bucket = us ? 64u - (unsigned)__builtin_clzll(us) : 0;
+    row[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+    row[SUM_NS] += ns;
+    if (ns > row[MAX_NS]) row[MAX_NS] = ns;
+    in_work--;
+    if (work < works || work >= works + WORKS) {
+        free(work);
+    } else {
+        work->req = (fuse_req_t)free_works;
+        free_works = work;
+    }
+}
+
 /* ---- the served file ----------------------------------------------------------------------------------------- */
 
-/* Call a handler, taking over the references in `arguments`. A handler gives bytes to be sent, an int (0 or an errno), or
+/* Call a handler with the request and `rest`, taking over the references in there. A handler gives bytes to be sent, an int (0 or an errno), or
    None when it will answer later; what it raises is a bug, told to sys.unraisablehook and answered with EIO. */
-static void handle(int which, fuse_req_t req, size_t size, PyObject **arguments, size_t count) {
+static void handle(int which, fuse_req_t req, size_t size, PyObject **rest, size_t count) {
     answered_by_shim = 1;
-    served_requests++;
-    PyObject *result = NULL;
-    int complete = handlers[which] != NULL;
-    for (size_t i = 0; i < count; i++) complete = complete && arguments[i];
-    if (complete) result = PyObject_Vectorcall(handlers[which], arguments, count, NULL);
-    for (size_t i = 0; i < count; i++) Py_XDECREF(arguments[i]);
+    struct work *work = begin(which, req);
+    PyObject *result = NULL, *arguments[MAX_ARGUMENTS] = {work ? PyLong_FromVoidPtr(work) : NULL};
+    int complete = handlers[which] != NULL && arguments[0];
+    for (size_t i = 0; i < count; i++) {
+        arguments[i + 1] = rest[i];
+        complete = complete && rest[i];
+    }
+    if (complete) result = PyObject_Vectorcall(handlers[which], arguments, count + 1, NULL);
+    for (size_t i = 0; i <= count; i++) Py_XDECREF(arguments[i]);
+    int later = result == Py_None;
     if (!result) {
         if (PyErr_Occurred()) PyErr_WriteUnraisable(handlers[which]);
         fuse_reply_err(req, EIO);
@@ -102,6 +165,7 @@ static void handle(int which, fuse_req_t req, size_t size, PyObject **arguments,
         else fuse_reply_err(req, 0);
     }
     Py_XDECREF(result);
+    if (work && !later) finish(work);
 }
 
 static void shim_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *file) {
@@ -109,8 +173,8 @@ static void shim_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,
         pyfuse3_ops.read(req, ino, size, offset, file);
         return;
     }
-    PyObject *arguments[] = {PyLong_FromVoidPtr(req), PyLong_FromLongLong(offset), PyLong_FromSize_t(size)};
-    handle(READ, req, size, arguments, 3);
+    PyObject *rest[] = {PyLong_FromLongLong(offset), PyLong_FromSize_t(size)};
+    handle(READ, req, size, rest, 2);
 }
 
 static void shim_write(fuse_req_t req, fuse_ino_t ino, const char *data, size_t size, off_t offset, struct fuse_file_info *file) {
@@ -119,9 +183,9 @@ static void shim_write(fuse_req_t req, fuse_ino_t ino, const char *data, size_t 
         return;
     }
     PyObject *view = PyMemoryView_FromMemory((char *)data, (Py_ssize_t)size, PyBUF_READ);
-    PyObject *arguments[] = {PyLong_FromVoidPtr(req), PyLong_FromLongLong(offset), view};
+    PyObject *rest[] = {PyLong_FromLongLong(offset), view};
     Py_XINCREF(view);
-    handle(WRITE, req, size, arguments, 3);
+    handle(WRITE, req, size, rest, 2);
     if (view) { /* the buffer is used again at once: whoever kept the view must not see the next request in it */
         PyObject *released = PyObject_CallMethod(view, "release", NULL);
         if (!released) PyErr_WriteUnraisable(view);
@@ -137,8 +201,8 @@ static void shim_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offse
         fuse_reply_err(req, EOPNOTSUPP);
         return;
     }
-    PyObject *arguments[] = {PyLong_FromVoidPtr(req), PyLong_FromLong(mode), PyLong_FromLongLong(offset), PyLong_FromLongLong(length)};
-    handle(FALLOCATE, req, 0, arguments, 4);
+    PyObject *rest[] = {PyLong_FromLong(mode), PyLong_FromLongLong(offset), PyLong_FromLongLong(length)};
+    handle(FALLOCATE, req, 0, rest, 3);
 }
 
 static void shim_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *file) {
@@ -146,8 +210,7 @@ static void shim_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse
         pyfuse3_ops.fsync(req, ino, datasync, file);
         return;
     }
-    PyObject *arguments[] = {PyLong_FromVoidPtr(req)};
-    handle(FSYNC, req, 0, arguments, 1);
+    handle(FSYNC, req, 0, NULL, 0);
 }
 
 static void shim_init(void *userdata, struct fuse_conn_info *conn) {
@@ -202,6 +265,7 @@ static void process(struct fuse_session *session, struct fuse_buf *buf) {
     static void (*real)(struct fuse_session *, const struct fuse_buf *);
     if (!real) real = next("fuse_session_process_buf");
     answered_by_shim = 0;
+    received_ns = now_ns();
     real(session, buf);
     if (buf->mem != receive_buffer) free(buf->mem);
     buf->mem = NULL;
@@ -210,12 +274,6 @@ static void process(struct fuse_session *session, struct fuse_buf *buf) {
 int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf) {
     int got = receive(session, buf);
     return got == -EAGAIN ? -EINTR : got; /* nothing there any more (a burst took it): pyfuse3 knows only EINTR */
-}
-
-static long long now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000ll + now.tv_nsec;
 }
 
 /* Wait a moment for the next request. 0 if something else happened, or is to be done, or nothing came.
@@ -245,7 +303,7 @@ static int linger(struct fuse_session *session) {
 
 void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *first) {
     process(session, (struct fuse_buf *)first);
-    bursts++;
+    metrics[WAKEUPS]++;
     long long end = now_ns() + MAX_BURST_NS;
     for (unsigned more = 1; more < max_burst && answered_by_shim && !fuse_session_exited(session); more++) {
         struct fuse_buf buf = {.mem = NULL};
@@ -312,8 +370,9 @@ static PyObject *py_reply(PyObject *self, PyObject *args) {
     int error;
     Py_ssize_t written = -1;
     if (!PyArg_ParseTuple(args, "Ki|n", &req, &error, &written)) return NULL;
-    fuse_req_t request = (fuse_req_t)(uintptr_t)req;
-    int result = !error && written >= 0 ? fuse_reply_write(request, (size_t)written) : fuse_reply_err(request, error);
+    struct work *work = (struct work *)(uintptr_t)req;
+    int result = !error && written >= 0 ? fuse_reply_write(work->req, (size_t)written) : fuse_reply_err(work->req, error);
+    finish(work);
     return PyLong_FromLong(-result);
 }
 
@@ -322,8 +381,10 @@ static PyObject *py_reply_data(PyObject *self, PyObject *args) {
     unsigned long long req;
     Py_buffer data;
     if (!PyArg_ParseTuple(args, "Ky*", &req, &data)) return NULL;
-    int result = fuse_reply_buf((fuse_req_t)(uintptr_t)req, data.buf, (size_t)data.len);
+    struct work *work = (struct work *)(uintptr_t)req;
+    int result = fuse_reply_buf(work->req, data.buf, (size_t)data.len);
     PyBuffer_Release(&data);
+    finish(work);
     return PyLong_FromLong(-result);
 }
 
@@ -357,9 +418,24 @@ static PyObject *py_libfuse_version(PyObject *self, PyObject *unused) {
     return PyUnicode_FromString(fuse_pkgversion());
 }
 
-static PyObject *py_counters(PyObject *self, PyObject *unused) {
+static PyObject *py_use_metrics(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer buffer;
+    if (!PyArg_ParseTuple(args, "w*", &buffer)) return NULL;
+    if (buffer.len != sizeof own_metrics) {
+        PyBuffer_Release(&buffer);
+        PyErr_Format(PyExc_ValueError, "metrics have %d words", METRIC_WORDS);
+        return NULL;
+    }
+    metrics = buffer.buf;
+    if (metrics_buffer.obj) PyBuffer_Release(&metrics_buffer);
+    metrics_buffer = buffer;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_in_work(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return Py_BuildValue("KK", served_requests, bursts);
+    return PyLong_FromUnsignedLong(in_work);
 }
 
 static PyMethodDef methods[] = {
@@ -372,11 +448,16 @@ static PyMethodDef methods[] = {
     {"replay", py_replay, METH_VARARGS, "replay(request) -> bool: have libfuse process FUSE_INIT; whether it has"},
     {"take_arenas_from_malloc", py_take_arenas_from_malloc, METH_NOARGS, "Python's object arenas come from malloc from now on"},
     {"libfuse_version", py_libfuse_version, METH_NOARGS, "libfuse_version() -> str"},
-    {"counters", py_counters, METH_NOARGS, "counters() -> (requests for the served file, wake-ups that served one or more)"},
+    {"use_metrics", py_use_metrics, METH_VARARGS, "use_metrics(buffer): where to count from now on; see core/latency.py"},
+    {"in_work", py_in_work, METH_NOARGS, "in_work() -> int: requests for the served file that are not answered yet"},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_shim", "The libfuse shim; see shim.c.", -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__shim(void);
-PyMODINIT_FUNC PyInit__shim(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__shim(void) {
+    if (!free_works)
+        for (int i = WORKS; i--; free_works = &works[i]) works[i].req = (fuse_req_t)free_works;
+    return PyModule_Create(&module);
+}

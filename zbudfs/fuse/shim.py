@@ -33,7 +33,8 @@ first_request = _shim.first_request
 replay = _shim.replay
 take_arenas_from_malloc = _shim.take_arenas_from_malloc
 libfuse_version = _shim.libfuse_version
-counters = _shim.counters
+use_metrics = _shim.use_metrics
+in_work = _shim.in_work
 
 
 def verify(maps: str) -> None:

@@ -137,6 +137,7 @@ class Worker:
         store.reclaimer.log = self._log.warning
         helper = IoThread[None]("helper")
         async with trio.open_nursery() as nursery:
+            shim.use_metrics(self._board.latencies.words)
             steering = Steering(store)
             steering.adopt_level()
             stats = Stats(store, self._facts, self._board.lines)
@@ -262,10 +263,9 @@ class Worker:
         settings = mounted.settings
         fields = self._board.fields
         keeper_lives = os.getppid() == mounted.keeper_pid
-        served_requests, wakeups = shim.counters()
         return {
-            "served_requests": served_requests,
-            "wakeups": wakeups,
+            "requests_in_work": shim.in_work(),
+            **self._board.latencies.numbers(),
             "mountpoint": settings.mountpoint,
             "pid": mounted.keeper_pid if keeper_lives else os.getpid(),
             "keeper_pid": fields[Field.KEEPER_PID],

@@ -10,6 +10,7 @@ last lines of the log.
     2 KiB    FUSE_INIT: its length in 8 bytes, then the request
     3 KiB    the key with which blocks are encrypted
     4 KiB    the error of a process that did not come up: length, then text
+    6 KiB    latencies (core/latency.py), written by the shim itself
     8 KiB    log: the number of lines so far in 8 bytes, then LOG_LINES slots of LOG_LINE_BYTES
 """
 
@@ -18,6 +19,7 @@ from enum import IntEnum
 from typing import Final
 
 from zbudfs.core.errors import LayoutError
+from zbudfs.core.latency import WORDS, Latencies
 from zbudfs.store.arena import Arena
 
 LAYOUT: Final = 0x7A627564_0003
@@ -27,9 +29,11 @@ _COUNTERS: Final = 1 << 10
 _INIT: Final = 2 << 10
 _KEY: Final = 3 << 10
 _ERROR: Final = 4 << 10
+_LATENCIES: Final = 6 << 10
 _LOG: Final = 8 << 10
 LOG_LINES: Final = 128
 LOG_LINE_BYTES: Final = 512
+assert _LATENCIES + 8 * WORDS <= _LOG
 BOARD_BYTES: Final = _LOG + 8 + LOG_LINES * LOG_LINE_BYTES
 
 
@@ -86,6 +90,7 @@ class Board:
         self._counters = self._view[_COUNTERS:_INIT].cast("Q")
         self._init_length = self._view[_INIT : _INIT + 8].cast("Q")
         self._error_length = self._view[_ERROR : _ERROR + 8].cast("Q")
+        self.latencies = Latencies(self._view[_LATENCIES : _LATENCIES + 8 * WORDS].cast("Q"))
         self._lines = self._view[_LOG : _LOG + 8].cast("Q")
 
     def claim(self, **facts: int) -> None:
@@ -142,7 +147,7 @@ class Board:
 
     def save_error(self, text: str) -> None:
         """Keep why a process could not come up, for the one that waits for it."""
-        data = text.encode("utf-8", "backslashreplace")[: _LOG - _ERROR - 8]
+        data = text.encode("utf-8", "backslashreplace")[: _LATENCIES - _ERROR - 8]
         self._view[_ERROR + 8 : _ERROR + 8 + len(data)] = data
         self._error_length[0] = len(data)
 

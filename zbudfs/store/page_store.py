@@ -9,6 +9,7 @@ All state is changed on the one trio thread, and only between checkpoints. Nothi
 across a checkpoint: it is looked up again. docs/concurrency.md numbers the races and where each is settled.
 """
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -26,6 +27,7 @@ from zbudfs.core.codec import (
     word_zpage,
 )
 from zbudfs.core.errors import BackingError, Loss, OutOfRange, PageLost, PoolFull, Refusal, ZbudfsError
+from zbudfs.core.latency import Timed
 from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
@@ -63,6 +65,7 @@ CUMULATIVE: Final = (
     ("store", "_cumul_discarded_pages"),
     ("store", "_cumul_pagein_blocks"),
     ("store", "_cumul_pagein_pages"),
+    ("store", "_cumul_refault_blocks"),
     ("store", "_cumul_raw_pages"),
     ("store", "_pagein_failures"),
     *(("refused", cause) for cause in Refusal),
@@ -118,6 +121,8 @@ class PageStoreStatistics:
     """Blocks read back."""
     cumul_pagein_pages: int
     """Pages that were asked for and came from a block."""
+    cumul_refault_blocks: int
+    """Blocks read back soon after they were written: what went to the disk was still needed."""
     cumul_read_pages: int
     cumul_written_pages: int
     cumul_discarded_pages: int
@@ -209,6 +214,7 @@ class PageStore:
         self._cumul_discarded_pages = 0
         self._cumul_pagein_blocks = 0
         self._cumul_pagein_pages = 0
+        self._cumul_refault_blocks = 0
         self._cumul_raw_pages = 0
         self._pagein_failures = 0
         self._refused: dict[str, int] = dict.fromkeys(Refusal, 0)
@@ -436,8 +442,11 @@ class PageStore:
             reader = self._readers[self._next_reader]
             self._next_reader ^= 1
             views = {block: allocator.raw(frame << REF_BITS) for block, frame in frames.items()}
+            began = time.perf_counter_ns()
             refused = await reader.run(_read_runs, self.backing, views)  # CHECKPOINT, not cancelled
+            self.memory.board.latencies.record(Timed.PAGEIN, time.perf_counter_ns() - began)
             self._cumul_pagein_blocks += len(wanted)
+            self._cumul_refault_blocks += sum(map(state.is_fresh, wanted))
             for block, pages in wanted.items():
                 for page in pages:
                     if self._entries[page] != before[page]:
@@ -680,6 +689,7 @@ class PageStore:
             cumul_grown_bytes=reclaimer.cumul_grown_bytes,
             cumul_pagein_blocks=self._cumul_pagein_blocks,
             cumul_pagein_pages=self._cumul_pagein_pages,
+            cumul_refault_blocks=self._cumul_refault_blocks,
             cumul_read_pages=self._cumul_read_pages,
             cumul_written_pages=self._cumul_written_pages,
             cumul_discarded_pages=self._cumul_discarded_pages,

@@ -17,6 +17,7 @@ Besides what the watermarks ask for, the writeback task does what it is ordered 
 writes back frames that are older than `age_seconds`. All of it keeps to the budget.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -26,6 +27,7 @@ from zbudfs.core.allocator import PERSISTENT_KIND
 from zbudfs.core.block_map import NO_SEGMENT, SEGMENT_BLOCKS
 from zbudfs.core.budget import Budget
 from zbudfs.core.errors import BackingError, PoolFull, Refusal
+from zbudfs.core.latency import Timed
 from zbudfs.core.reclaim import BATCH_FRAMES, PressureGovernor, Watermarks
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
@@ -66,6 +68,7 @@ class Reclaimer:
         self._state = state
         self._pool = state.pool
         self._backing = backing
+        self._latencies = self._pool.memory.board.latencies
         self.log = log or (lambda _: None)
         self.governor = PressureGovernor(self._pool.nr_frames)
         self.watermarks = Watermarks.of(self._pool.nr_frames)
@@ -340,6 +343,7 @@ class Reclaimer:
         backing, writer = self._backing, self._writer
         assert backing is not None and writer is not None
         self.budget.spend(len(batch) << PAGE_SHIFT, trio.current_time())
+        began = time.perf_counter_ns()
         try:
             await writer.run(_write_runs, backing, self._runs_of(batch))  # CHECKPOINT, not cancelled
         except BackingError as error:
@@ -353,6 +357,7 @@ class Reclaimer:
         except BaseException:
             self._state.fail_writeback(batch)
             raise
+        self._latencies.record(Timed.WRITEBACK, time.perf_counter_ns() - began)
         self._state.finish_writeback(batch)
         self._last_writeback = trio.current_time()
         self.ordered_frames = max(0, self.ordered_frames - len(batch))

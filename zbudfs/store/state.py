@@ -11,10 +11,11 @@ The order inside a change is always: the new form is complete, the entry is stor
 freed. Whoever reads the page table alone therefore always finds whole pages.
 """
 
+from array import array
 from typing import Final, NamedTuple
 
 from zbudfs.core.allocator import EPHEMERAL_KIND, INDEX_MASK, MOST_ZPAGES, NO_REF, PERSISTENT_KIND, REF_BITS
-from zbudfs.core.block_map import BlockMap
+from zbudfs.core.block_map import SEGMENT_BLOCKS, BlockMap
 from zbudfs.core.codec import check_of, check_of_raw
 from zbudfs.core.page_table import (
     ABSENT,
@@ -34,6 +35,9 @@ from zbudfs.store.pool import Pool
 
 HOLD_INDEX: Final = MOST_ZPAGES
 """The live bit of a block that stands for "being read": the block is not reused meanwhile, whatever happens to its pages."""
+
+FRESH_SECONDS: Final = 30
+"""What is read back so soon after it was written should have stayed in RAM. Guessed."""
 
 AGE_STEPS: Final = 4096
 """Frames that one search for old ones looks at: 0.3 ms. Guessed."""
@@ -67,6 +71,8 @@ class State:
         self._stored_at = pool.stored_at
         self.now = 0
         """Seconds on the store's clock, kept right to a second or so by the reclaimer: no page costs a look at the clock."""
+        self._written_at = array("I", bytes(4 * blocks.nr_segments)) if blocks is not None else array("I")
+        """By segment: until when what was written there last is fresh."""
         self.cumul_writeback_frames = 0
         self.cumul_writeback_pages = 0
         self.dropped_ephemeral_frames = 0
@@ -195,8 +201,13 @@ class State:
                 self.cumul_writeback_pages += 1
             self.blocks.set_live(block, live)
             self.pool.give_frame(self.allocator.writeback_done(frame))
+            self._written_at[block // SEGMENT_BLOCKS] = self.now + FRESH_SECONDS
         self.cumul_writeback_frames += len(batch)
         return len(batch)
+
+    def is_fresh(self, block: int) -> bool:
+        """Whether something was written to the segment of the block within the last FRESH_SECONDS: most likely the block."""
+        return self.now < self._written_at[block // SEGMENT_BLOCKS]
 
     def fail_writeback(self, batch: list[Eviction]) -> None:
         """The write failed: the frames go back to the old end of the LRU, in their order, their blocks are free again."""
