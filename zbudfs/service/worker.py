@@ -25,6 +25,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from zbudfs.service import hardening
 from zbudfs.service.log import Log
 from zbudfs.service.mountpoint import MountError, unmount
 from zbudfs.service.settings import Settings
+from zbudfs.service.urgency import Urgency
 from zbudfs.store.backing import Backing
 from zbudfs.store.board import Field
 from zbudfs.store.iothread import IoThread
@@ -144,7 +146,11 @@ class Worker:
             control = Control(steering, self._log.info)
             operations = Operations(store, stats, control, nursery, mounted.born_ns)
             open_session(operations, mounted.fuse_fd)
-            with self._monitor(store), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            with (
+                self._monitor(store),
+                _urgency() as urgency,
+                trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
+            ):
                 if self._emergency:
                     nursery.start_soon(self._settle_later, helper)
                 else:
@@ -158,6 +164,7 @@ class Worker:
                     await trio.lowlevel.wait_readable(self._order_fd)
                     waiting.cancel_scope.cancel()
                 await self._take_over(store, steering, nursery)
+                urgency.begin()
                 await serve()
                 fields[Field.SERVING] = 0
                 self._log.info(f"unmounted from {settings.mountpoint}")
@@ -299,6 +306,16 @@ class Worker:
         if not keeper_lives:
             found.append("the keeper has died: nobody would take over; swapoff and mount anew")
         return found
+
+
+@contextlib.contextmanager
+def _urgency() -> Iterator[Urgency]:
+    """Have this thread watched, which will serve."""
+    urgency = Urgency(threading.get_native_id())
+    try:
+        yield urgency
+    finally:
+        urgency.close()
 
 
 async def _warm_up(level: int) -> None:
