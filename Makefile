@@ -9,12 +9,13 @@ export PREFIX DESTDIR LIBDIR BINDIR HELPERDIR SYSCONFDIR UNITDIR DATADIR WHEELHO
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv demo test lint format campaign-kill install uninstall dist clean
+.PHONY: help venv demo test lint format campaign-kill bench install uninstall dist clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
 	@echo 'make demo     install what is missing, then swap a program that needs three times its memory, and count'
 	@echo 'make campaign-kill   a worker killed 100 times while a program lives on its swap (ARGS=--help tells more)'
+	@echo 'make bench    how fast it is, what it takes, and against what (ARGS=--help tells more; ARGS="storm --rounds 3")'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff lay out the sources'
 	@echo 'make venv     only the virtual environment, in $(VENV)'
@@ -29,6 +30,9 @@ venv:
 
 campaign-kill: venv
 	@$(BIN)/python scripts/campaign_kill.py $(ARGS)
+
+bench: venv
+	@$(BIN)/python -m bench $(or $(ARGS),all)
 
 lint: venv
 	$(BIN)/ruff check $(SOURCES)

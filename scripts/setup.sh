@@ -20,6 +20,7 @@ missing_packages() {
     [ -e /usr/include/stdlib.h ] || echo libc6-dev
     if has pkg-config; then pkg-config --exists fuse3 || echo libfuse3-dev; else echo pkg-config libfuse3-dev; fi
     has fusermount3 || echo fuse3
+    [ -e /usr/include/zstd.h ] || echo libzstd-dev
     has losetup && has swapon || echo mount
     has mkswap && has findmnt || echo util-linux
     has modprobe || echo kmod

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: MIT
+"""The store alone, path by path: pages a second, and where the time of a page goes.
+
+    codec       a page to its zpage, or back; for a same-filled page, seeing that it is one
+    copy        the zpage into its frame; the pages of an answer into one piece
+    allocator   finding, taking and freeing places, less the copy
+    table       the entry in the page table
+    disk        the blocks written or read, in their thread
+    request     the rest of the whole: loops, ranges, counters, waking tasks
+
+The whole is measured as it runs; each part alone, in the same round, over the same pages. So the request is a difference, and
+it can come out below zero where parts that are called one by one cost more than they do together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import trio
+
+from bench import corpus, stores
+from bench.kit import MIB, PAGE, Benchmark, Options, progress, workplace
+from bench.table import Column, Table
+from zbudfs.core.allocator import MAX_ZPAGE_SIZE, NO_REF, REF_BITS
+from zbudfs.core.codec import is_word, page_of_word
+from zbudfs.core.page_table import ABSENT, BLOCK, KIND_BITS, KIND_MASK, RAW_BLOCK, REF_MASK, entry_of_word
+from zbudfs.core.reclaim import BATCH_FRAMES
+from zbudfs.core.units import NO_FRAME
+from zbudfs.store.page_store import PageStore
+from zbudfs.store.pool import Pool
+
+PARTS: Final = ("codec", "copy", "allocator", "table", "disk")
+COLUMNS: Final = [
+    Column("pages_s", "pages/s"),
+    Column("whole_us", "us a page"),
+    Column("request_us", "request"),
+    *(Column(f"{part}_us", part) for part in PARTS),
+]
+READ_AHEAD_PAGES: Final = 8
+"""Pages of a read as swap's read-ahead sends it: 32 KiB."""
+STEP_LIMIT_SECONDS: Final = 120.0
+Parts = dict[str, float]
+"""Seconds by part, for all pages."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what only this measurement knows."""
+    parser.add_argument(
+        "--pages", type=int, default=16384, metavar="N", help="pages of each path (default: %(default)s)"
+    )
+
+
+def measure(options: Options) -> list[Table]:
+    """One table, a row for each path."""
+    if options.short:
+        options.pages = 512
+    nr_pages = max(options.pages // stores.REQUEST_PAGES, 1) * stores.REQUEST_PAGES
+    pages = corpus.sample(min(nr_pages * PAGE, 64 * MIB))
+    table = Table(f"The store alone, {nr_pages:,} pages, one thread", COLUMNS)
+    with workplace(options) as folder:
+        for number in range(options.rounds):
+
+            async def one_round() -> None:
+                async with stores.running(nr_pages, nr_pages + 4096, folder / "backing") as store:
+                    await stores.populate(store, nr_pages + 1024)
+                    await Round(store, pages, nr_pages, table).run()
+
+            trio.run(one_round)
+            progress(f"round {number + 1} of {options.rounds}")
+    table.notes.append(
+        f"Writes of {stores.REQUEST_PAGES} pages, as swap sends them; page-in and writeback include the disk, and the hops to"
+        f" the thread that waits for it. {pages.describe()}"
+    )
+    return [table]
+
+
+def timed(function: Callable[..., object], arguments: Iterable[tuple[object, ...]]) -> float:
+    """Seconds that it takes to call a function with each of the arguments."""
+    listed = list(arguments)
+    began = time.perf_counter()
+    for each in listed:
+        function(*each)
+    return time.perf_counter() - began
+
+
+class Scratch:
+    """An allocator of the store's kind over memory of its own, to measure without touching the store's."""
+
+    def __init__(self, pool: Pool, nr_frames: int) -> None:
+        kind = type(pool.allocator)
+        self.frames = memoryview(bytearray(nr_frames * PAGE))
+        self.allocator = kind(self.frames, memoryview(bytearray(kind.table_size(nr_frames))), nr_frames)
+        self._free = list(range(nr_frames))
+
+    def place(self, page: int, zpage: bytes) -> int:
+        """A place for a zpage, and the zpage in it."""
+        ref = self.allocator.match(page, zpage)
+        if ref == NO_REF:
+            ref = self.allocator.create_prep(self._free.pop(), len(zpage))
+            self.allocator.create_finish(ref, page, zpage)
+        return ref
+
+    def free(self, ref: int) -> None:
+        """The place is free again."""
+        frame = self.allocator.free(ref)
+        if frame != NO_FRAME:
+            self._free.append(frame)
+
+
+class Round:
+    """All paths once, on a store that is fresh and has its frames ready."""
+
+    def __init__(self, store: PageStore, pages: corpus.Corpus, nr_pages: int, table: Table) -> None:
+        self.store = store
+        self.nr_pages = nr_pages
+        self.table = table
+        self.pages = pages
+        self.first = stores.requests(pages, nr_pages)
+        self.second = stores.requests(pages, nr_pages, shift=7)
+        self.zpages = self._encoded(self.first)
+        self.more_zpages = self._encoded(self.second)
+        self.scratch = Scratch(store.state.pool, nr_pages + 64)
+        self.refs: list[int] = []
+
+    def _encoded(self, requests: list[memoryview]) -> list[bytes]:
+        """The zpages that a frame can hold: raw pages take another way, and there are few."""
+        encode = self.store.codec.encode
+        found = (encode(request[at : at + PAGE]) for request in requests for at in range(0, len(request), PAGE))
+        return [zpage for zpage in found if len(zpage) <= MAX_ZPAGE_SIZE]
+
+    def tell(self, row: str, pages: int, whole: float, parts: Parts) -> None:
+        """Add one round of one path."""
+        sample: dict[str, float | None] = {
+            f"{part}_us": parts[part] / pages * 1e6 if part in parts else None for part in PARTS
+        }
+        sample["pages_s"] = pages / whole
+        sample["whole_us"] = whole / pages * 1e6
+        sample["request_us"] = (whole - sum(parts.values())) / pages * 1e6
+        self.table.add(row, sample)
+
+    async def run(self) -> None:
+        """Each path in the order in which a page meets them."""
+        self.same_filled()
+        await self.discard("discard of same-filled pages", freed=False)
+        self.write("write", self.first, self.zpages, again=False)
+        await trio.lowlevel.checkpoint()
+        self.write("overwrite", self.second, self.more_zpages, again=True)
+        await trio.lowlevel.checkpoint()
+        self.read("read 4 KiB", 1)
+        self.read(f"read {READ_AHEAD_PAGES * 4} KiB", READ_AHEAD_PAGES)
+        await self.discard("discard", freed=True)
+        for row in ("writeback, the file grows", "writeback"):
+            await self.refill()
+            await self.write_back(row)
+            if row == "writeback":
+                await self.page_in(f"page-in {READ_AHEAD_PAGES * 4} KiB", READ_AHEAD_PAGES, self.nr_pages)
+                await self.page_in("page-in 4 KiB", 1, self.nr_pages // 8)
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def _contents(self, requests: list[memoryview]) -> list[tuple[int, memoryview]]:
+        return [(number * stores.REQUEST_PAGES * PAGE, content) for number, content in enumerate(requests)]
+
+    def _table_again(self) -> float:
+        """Seconds to store all entries, as they are."""
+        entries = self.store.state.table.entries.tolist()
+        return timed(self.store.state.table.store, enumerate(entries))
+
+    def same_filled(self) -> None:
+        """Pages of one word, each another."""
+        words = [0x1234 * number for number in range(self.nr_pages)]
+        joined = memoryview(b"".join(map(page_of_word, words)))
+        size = stores.REQUEST_PAGES * PAGE
+        requests = [joined[at : at + size] for at in range(0, len(joined), size)]
+        whole = timed(self.store.write_nowait, self._contents(requests))
+        codec = timed(
+            is_word, ((joined[number * PAGE : (number + 1) * PAGE], word) for number, word in enumerate(words))
+        )
+        codec += timed(entry_of_word, ((word,) for word in words))
+        self.tell("same-filled", self.nr_pages, whole, {"codec": codec, "table": self._table_again()})
+
+    def write(self, row: str, requests: list[memoryview], zpages: list[bytes], *, again: bool) -> None:
+        """New pages, or others in the place of those that are there."""
+        whole = timed(self.store.write_nowait, self._contents(requests))
+        pieces = ((request[at : at + PAGE],) for request in requests for at in range(0, len(request), PAGE))
+        codec = timed(self.store.codec.encode, pieces)
+        copy = self._copy(zpages)
+        began = time.perf_counter()
+        refs = [self.scratch.place(page, zpage) for page, zpage in enumerate(zpages)]
+        allocator = time.perf_counter() - began
+        if again:
+            allocator += timed(self.scratch.free, ((ref,) for ref in self.refs))
+        self.refs = refs
+        self.tell(
+            row,
+            self.nr_pages,
+            whole,
+            {"codec": codec, "copy": copy, "allocator": allocator - copy, "table": self._table_again()},
+        )
+
+    def _copy(self, zpages: list[bytes]) -> float:
+        """Seconds to copy the zpages, two to a frame."""
+        target = memoryview(bytearray(len(zpages) // 2 * PAGE + 2 * PAGE))
+        target[:] = bytes(len(target))  # touched
+        began = time.perf_counter()
+        for number, zpage in enumerate(zpages):
+            at = number // 2 * PAGE
+            target[at : at + len(zpage)] = zpage
+        return time.perf_counter() - began
+
+    async def refill(self) -> None:
+        """Store all pages; the store's tasks get their turns."""
+        for offset, content in self._contents(self.first):
+            await self.store.write(offset, content)
+            await trio.lowlevel.checkpoint()
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def read(self, row: str, count: int) -> None:
+        """From frames: `count` pages a request, in an order that jumps."""
+        starts = [at * count for at in _jumping(self.nr_pages // count)]
+        whole = timed(self.store.read_nowait, ((at * PAGE, count * PAGE) for at in starts))
+        places = [(ref, page) for page, ref in enumerate(self.refs)]
+        lookup = timed(self.scratch.allocator.zpage, places)
+        found = [self.scratch.allocator.zpage(*place) for place in places]
+        codec = timed(self.store.codec.decode, ((zpage,) for zpage in found if zpage is not None))
+        parts = {"codec": codec, "allocator": lookup}
+        if count > 1:
+            content = [bytes(PAGE) for _ in range(count)]
+            parts["copy"] = timed(b"".join, ((content,) for _ in starts))
+        self.tell(row, len(starts) * count, whole, parts)
+
+    # ---- freeing ---------------------------------------------------------------------------------------------------
+
+    async def discard(self, row: str, *, freed: bool) -> None:
+        """All pages, in requests of 2 MiB."""
+        size = 512 * PAGE
+        began = time.perf_counter()
+        for offset in range(0, self.nr_pages * PAGE, size):
+            await self.store.discard(offset, size)
+        whole = time.perf_counter() - began
+        parts = {"table": timed(self.store.state.table.store, ((page, ABSENT) for page in range(self.nr_pages)))}
+        if freed:
+            parts["allocator"] = timed(self.scratch.free, ((ref,) for ref in self.refs))
+        self.tell(row, self.nr_pages, whole, parts)
+
+    # ---- the disk --------------------------------------------------------------------------------------------------
+
+    async def write_back(self, row: str) -> None:
+        """What is in frames, in the background: the limit is lowered below what is in use."""
+        reclaimer, pool, state = self.store.reclaimer, self.store.state.pool, self.store.state
+        pages_by_hand, by_hand = self._write_back_by_hand() if row == "writeback" else (0, {})
+        before, limit = state.cumul_writeback_pages, pool.limit_frames
+        began = time.perf_counter()
+        reclaimer.set_limit(max(pool.used_frames // 8, BATCH_FRAMES))
+        with trio.fail_after(STEP_LIMIT_SECONDS):
+            while pool.free_frames < reclaimer.watermarks.low_frames:
+                await trio.sleep(0.002)
+        whole = time.perf_counter() - began
+        pages = state.cumul_writeback_pages - before
+        reclaimer.set_limit(limit)
+        await stores.populate(self.store, self.nr_pages // 2)
+        self.tell(row, pages, whole, {part: seconds / pages_by_hand * pages for part, seconds in by_hand.items()})
+
+    def _write_back_by_hand(self) -> tuple[int, Parts]:
+        """Write some batches here and now: how many pages they held, and the seconds by part."""
+        state, backing = self.store.state, self.store.backing
+        assert backing is not None  # this store has one
+        before = state.cumul_writeback_pages
+        seconds = {"allocator": 0.0, "disk": 0.0}
+        for _ in range(max(1, self.nr_pages // 8 // BATCH_FRAMES)):
+            began = time.perf_counter()
+            batch = state.begin_writeback(BATCH_FRAMES)
+            chosen = time.perf_counter()
+            for first, frames in _runs((block, frame) for frame, block in batch):
+                backing.write_blocks(first, [state.allocator.frame_bytes(frame) for frame in frames])
+            written = time.perf_counter()
+            state.finish_writeback(batch)
+            seconds["disk"] += written - chosen
+            seconds["allocator"] += chosen - began + time.perf_counter() - written
+        return state.cumul_writeback_pages - before, seconds
+
+    async def page_in(self, row: str, count: int, pages: int) -> None:
+        """From the disk: `count` pages a request."""
+        state, backing = self.store.state, self.store.backing
+        assert backing is not None  # this store has one
+        while state.drop_ephemeral():
+            pass
+        entries = state.table.entries
+        starts = [at * count for at in _jumping(self.nr_pages // count) if _on_disk(entries[at * count])][
+            : pages // count
+        ]
+        buffer = mmap.mmap(-1, 2 * count * PAGE)  # aligned, as direct I/O wants it
+        room = [memoryview(buffer)[at : at + PAGE] for at in range(0, len(buffer), PAGE)]
+        disk = 0.0
+        for start in starts:
+            blocks = {_block(entry) for entry in entries[start : start + count] if _on_disk(entry)}
+            runs = list(_runs((block, 0) for block in sorted(blocks)))
+            began = time.perf_counter()
+            for first, frames in runs:
+                backing.read_blocks(first, room[: len(frames)])
+            disk += time.perf_counter() - began
+        codec = timed(self.store.codec.decode, ((zpage,) for zpage in self.zpages))
+        began = time.perf_counter()
+        for start in starts:
+            await self.store.read(start * PAGE, count * PAGE)
+        whole = time.perf_counter() - began
+        done = len(starts) * count
+        self.tell(row, done, whole, {"disk": disk, "codec": codec / len(self.zpages) * done})
+
+
+def _on_disk(entry: int) -> bool:
+    return entry & KIND_MASK in (BLOCK, RAW_BLOCK)
+
+
+def _block(entry: int) -> int:
+    return (entry >> KIND_BITS & REF_MASK) >> REF_BITS
+
+
+def _runs(pairs: Iterable[tuple[int, int]]) -> Iterable[tuple[int, list[int]]]:
+    """(first block, what belongs to each) of neighbouring blocks, from pairs (block, what belongs to it)."""
+    found: list[tuple[int, list[int]]] = []
+    for block, what in pairs:
+        if found and block == found[-1][0] + len(found[-1][1]):
+            found[-1][1].append(what)
+        else:
+            found.append((block, [what]))
+    return found
+
+
+def _jumping(count: int) -> list[int]:
+    """0 .. count - 1 in an order that jumps."""
+    step = next(step for step in (7919, 7907, 7901, 1) if count % step)
+    return [number * step % count for number in range(count)]
+
+
+BENCHMARK: Final = Benchmark(
+    "store", "the store without a mount, path by path, and where the time of a page goes", (), add_options, measure
+)

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+/* The storm: a program that needs more memory than it gets, and knows what each of its bytes must be.
+
+       storm CORPUS BYTES READS
+
+   CORPUS is a file of pages of real process memory. Page n of the program's own memory is one of them, picked by a hash of n,
+   with a stamp of 8 bytes that is made from n at a place that depends on n: so no two pages are alike, and a page in another's
+   place, or an old one, is seen. Run in a memory cgroup smaller than BYTES, most of them live in swap.
+
+       fill      every page is written, in order
+       scan      every page is compared, in order: the kernel reads ahead
+       random    READS pages are touched and compared, in no order: what a program feels that waits for its memory
+
+   Prints one object of JSON. Exit status 1 if a byte was wrong, 2 if it could not run. */
+
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE ((size_t)4096)
+#define MIB 1048576.0
+
+static const unsigned char *corpus;
+static uint64_t corpus_pages;
+
+static uint64_t hash(uint64_t x) { /* the finalizer of splitmix64 */
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+static void compose(unsigned char *page, uint64_t number) {
+    uint64_t chosen = hash(number), stamp = hash(~number);
+    memcpy(page, corpus + chosen % corpus_pages * PAGE, PAGE);
+    memcpy(page + (chosen >> 32) % (PAGE / sizeof stamp) * sizeof stamp, &stamp, sizeof stamp);
+}
+
+static int wrong(const unsigned char *page, uint64_t number) {
+    static unsigned char expected[4096];
+    compose(expected, number);
+    return memcmp(expected, page, PAGE) != 0;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+static int ascending(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+int main(int count, char **words) {
+    struct stat file;
+    if (count != 4) {
+        fprintf(stderr, "usage: storm CORPUS BYTES READS\n");
+        return 2;
+    }
+    int fd = open(words[1], O_RDONLY);
+    if (fd < 0 || fstat(fd, &file) || (corpus_pages = file.st_size / PAGE) == 0) {
+        perror(words[1]);
+        return 2;
+    }
+    /* Shared: whoever made the file pays for it, not the cgroup of this program. */
+    corpus = mmap(NULL, corpus_pages * PAGE, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+    uint64_t pages = strtoull(words[2], NULL, 10) / PAGE, reads = strtoull(words[3], NULL, 10), bad = 0;
+    unsigned char *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    float *waited = calloc(reads + 1, sizeof *waited);
+    if (corpus == MAP_FAILED || memory == MAP_FAILED || !waited || mlock(corpus, corpus_pages * PAGE) || !pages) {
+        perror("storm");
+        return 2;
+    }
+    madvise(memory, pages * PAGE, MADV_NOHUGEPAGE); /* swap is about 4 KiB pages */
+
+    double began = seconds();
+    for (uint64_t number = 0; number < pages; number++) compose(memory + number * PAGE, number);
+    double filled = seconds();
+    for (uint64_t number = 0; number < pages; number++) bad += wrong(memory + number * PAGE, number);
+    double scanned = seconds();
+    for (uint64_t read = 0; read < reads; read++) {
+        uint64_t number = hash(read ^ 0x5eed) % pages;
+        double before = seconds();
+        *(volatile unsigned char *)(memory + number * PAGE);
+        waited[read] = (seconds() - before) * 1e6;
+        bad += wrong(memory + number * PAGE, number);
+    }
+    double ended = seconds();
+
+    qsort(waited, reads, sizeof *waited, ascending);
+    printf("{\"fill_mib_s\": %.2f, \"scan_mib_s\": %.2f, \"random_s\": %.1f, \"random_p50_us\": %.2f, \"random_p99_us\": %.2f, "
+           "\"pages\": %lu, \"bad\": %lu}\n",
+           pages * PAGE / MIB / (filled - began), pages * PAGE / MIB / (scanned - filled), reads / (ended - scanned),
+           waited[reads / 2], waited[reads * 99 / 100], (unsigned long)pages, (unsigned long)bad);
+    return bad != 0;
+}

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""Storm: a program lives on swap, and on what its memory is swapped to, in turns.
+
+The program (storm.c) needs `--mib` MiB, has `--limit` MiB of RAM in a memory cgroup, and compares every byte. With a pool as
+large as the storm all stays in RAM, and the comparison is with other compressed RAM; with a pool of a part of it cold
+frames are written to the disk, and the comparison is with an ordinary swap file there, in speed and in bytes written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Final
+
+from bench import corpus, targets
+from bench.kit import MIB, BenchError, Benchmark, Options, build, in_turns, progress, run, workplace
+from bench.table import Column, Table
+from scripts.cell import Cell
+
+COLUMNS: Final = [
+    Column("fill_mib_s", "fill MiB/s"),
+    Column("scan_mib_s", "scan MiB/s"),
+    Column("random_s", "random page-ins/s"),
+    Column("random_p50_us", "p50 us"),
+    Column("random_p99_us", "p99 us"),
+]
+WRITTEN: Final = [Column("written_mib", "MiB written"), Column("disk_mib", "MiB written to the disk by anybody")]
+STORM_LIMIT_SECONDS: Final = 600.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what only this measurement knows."""
+    parser.add_argument(
+        "--mib", type=int, default=512, metavar="N", help="memory of the program (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=212, metavar="N", help="MiB of RAM that it gets (default: %(default)s)"
+    )
+    parser.add_argument("--reads", type=int, default=20000, metavar="N", help="random page-ins (default: %(default)s)")
+    parser.add_argument(
+        "--pool",
+        type=float,
+        action="append",
+        metavar="F",
+        help="size of the pool as a part of the storm: below 1 it is compared with a swap file (default: 1, then 0.25)",
+    )
+    parser.add_argument(
+        "--targets", metavar="A,B", help="what to compare: zram, floor, floor-zstd, nbdkit, zbudfs, swapfile"
+    )
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME=CMD", help="another version of zbudfs, by its command"
+    )
+
+
+def measure(options: Options) -> list[Table]:
+    """One table for each size of the pool."""
+    if options.short:
+        options.mib, options.limit, options.reads = 24, 12, 500
+        options.targets = options.targets or "floor-zstd,zbudfs,swapfile"
+    pages = corpus.sample(options.mib * MIB // 8)
+    also = dict(each.split("=", 1) for each in options.also)
+    found = []
+    with workplace(options) as folder, pages.as_file() as corpus_fd:
+        for part in options.pool or [1.0, 0.25]:
+            table = _table(options, part)
+            place = targets.Place(folder, options.mib * 3 // 2 * MIB, max(1, int(options.mib * part)) * MIB, also)
+            names = _names(options, part, table) + list(also)
+            for number, name in in_turns(names, options.rounds):
+                table.add(name, one(name, place, options, corpus_fd))
+                progress(f"pool {part:g}, round {number + 1}: {name} {table.rows[name][-1]}")
+            table.rows = {name: table.rows[name] for name in names}
+            table.notes.append(pages.describe())
+            found.append(table)
+    return found
+
+
+def _table(options: Options, part: float) -> Table:
+    size = "as large as the storm" if part == 1 else f"of {part:g} of the storm"
+    title = f"Swap storm of {options.mib} MiB in {options.limit} MiB of RAM, pool {size}"
+    return Table(title, COLUMNS if part >= 1 else [*COLUMNS, *WRITTEN])
+
+
+def _names(options: Options, part: float, table: Table) -> list[str]:
+    """What is compared, less what this machine has not got; the first of them is the base."""
+    known = dict.fromkeys([*targets.RAM, *targets.DISK])
+    usual = targets.RAM if part >= 1 else targets.DISK
+    wanted = options.targets.split(",") if options.targets else list(usual)
+    if unknown := [name for name in wanted if name not in known]:
+        raise BenchError(f"there is no target {unknown[0]!r}: known are {', '.join(known)}")
+    if options.short:
+        wanted = [name for name in wanted if name in usual]
+    for name in wanted:
+        if reason := targets.why_not(name):
+            table.notes.append(f"{name} is not compared: {reason}.")
+    names = [name for name in wanted if not targets.why_not(name)]
+    preferred = ("floor-zstd", "swapfile", *names)
+    table.base = next((name for name in preferred if name in names), None)
+    return names
+
+
+def one(name: str, place: targets.Place, options: Options, corpus_fd: int) -> dict[str, float | None]:
+    """One storm. Raises BenchError if a byte was wrong."""
+    program = build("storm", place.folder)
+    with targets.as_swap(name, place) as running, Cell("bench", options.limit * MIB) as cell:
+        disk, written = targets.disk_written_bytes(place.folder), running.written_bytes()
+        command = [str(program), f"/dev/fd/{corpus_fd}", str(options.mib * MIB), str(options.reads)]
+        said = run(cell.command(command), limit_seconds=STORM_LIMIT_SECONDS, pass_fds=[corpus_fd])
+        written = running.written_bytes() - written
+        if disk is not None:
+            disk = (targets.disk_written_bytes(place.folder) or 0) - disk
+    figures = json.loads(said)
+    found: dict[str, float | None] = {column.key: figures[column.key] for column in COLUMNS}
+    found["written_mib"] = written / MIB
+    found["disk_mib"] = None if disk is None else disk / MIB
+    return found
+
+
+BENCHMARK: Final = Benchmark(
+    "storm",
+    "a program lives on swap: zbudfs, a C floor, nbdkit, zram, a swap file",
+    ("root", "fuse", "loop", "swap", "cell"),
+    add_options,
+    measure,
+)
