@@ -17,7 +17,7 @@ from zbudfs.cli.options import build_parser
 from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.settings import SettingsError
 
-COMMANDS = ("mount", "umount", "swapon", "swapoff", "restart", "status", "config")
+COMMANDS = ("mount", "umount", "swapon", "swapoff", "restart", "status", "set", "config")
 
 
 @pytest.mark.parametrize(

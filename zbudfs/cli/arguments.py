@@ -34,6 +34,8 @@ class Arguments(argparse.Namespace):
     """Whether swapoff unmounts as well."""
     force: bool
     """Whether swapoff leaves out the count of memory."""
+    words: list[str]
+    """What set is told: KEY=VALUE ..., then the mountpoint."""
     json: bool
     """Whether JSON is printed."""
     name: str | None

@@ -4,7 +4,7 @@
     mount    settings -> a daemon that mounts           umount    no users? -> unmount -> wait for the daemon's end
     swapon   mount if need be -> loop -> mkswap -> on   swapoff   room? -> off -> loop -> umount if wanted
     restart  order to the keeper -> it hands over     status    in `status`
-    config   files -> settings (in `config`)
+    config   files -> settings (in `config`)           set       check -> control/ -> what is in force (in `tuning`)
 
 They decide the order and undo what they did; how each step is done is known to `service` and `swap`.
 """
@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Final
 
 from zbudfs.cli import config as configuration
-from zbudfs.cli import config_page
+from zbudfs.cli import config_page, tuning
 from zbudfs.cli import status as status_page
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.ask import all_numbers, why_silent
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.service import launch
 from zbudfs.service.mountpoint import (
@@ -151,6 +152,29 @@ def status(arguments: Arguments) -> int:
         text = status_page.as_json(reports[0]) if arguments.json else status_page.as_pages(reports)
     print(text)
     return 1 if any("error" in report for report in reports) else 0
+
+
+def set_(arguments: Arguments) -> int:
+    """Change what can be changed while a mount runs, and print what is in force; without a KEY=VALUE everything."""
+    wanted = tuning.pairs(arguments.words[:-1])
+    _need_root("set")
+    mountpoint = _mounted(resolve(arguments.words[-1])).mountpoint
+    try:
+        if wanted:
+            tuning.check(wanted, mountpoint)
+            tuning.apply(wanted, mountpoint)
+        found = tuning.values(mountpoint)
+        numbers = all_numbers(mountpoint)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN or isinstance(error, TimeoutError):
+            raise CommandError(why_silent(mountpoint, error)) from None
+        raise CommandError(str(error.strerror)) from None
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        shown = {name: number for name, number in found.items() if name in wanted or not wanted}
+        print("\n".join(tuning.as_lines(shown, numbers)))
+    return 0
 
 
 def config(arguments: Arguments) -> int:

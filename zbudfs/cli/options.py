@@ -19,6 +19,7 @@ from zbudfs.cli.config import FOLDER
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
 from zbudfs.core.sizes import GRAMMAR, parse_size, parse_size_or_percent
+from zbudfs.core.tunables import TUNABLES
 from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
 from zbudfs.swap.attach import MAX_PRIORITY
 
@@ -134,6 +135,21 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("one_mountpoint", metavar="MOUNTPOINT", nargs="?", help="directory (default: every zbudfs)")
 
     sub = command(
+        "set",
+        commands.set_,
+        "change a zbudfs while it runs, and tell what is in force",
+        _set_epilog(),
+    )
+    sub.usage = "zbudfs set [-h] [--json] [KEY=VALUE ...] MOUNTPOINT"
+    sub.add_argument("--json", action="store_true", help="print one object with everything that can be set")
+    sub.add_argument(
+        "words",
+        metavar="WORD",
+        nargs="+",
+        help="what to change, and where; without a KEY=VALUE everything is listed",
+    )
+
+    sub = command(
         "config",
         commands.config,
         "tell what is configured, and where each value comes from",
@@ -144,6 +160,26 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--root", default="/", metavar="DIR", help="look at the system whose / is DIR (default: this one)")
     sub.add_argument("name", metavar="NAME", nargs="?", help="of the configuration (default: all)")
     return parser
+
+
+def _set_epilog() -> str:
+    """List the keys, as the daemon has them."""
+    width = max(len(tunable.name) for tunable in TUNABLES)
+    keys = "".join(f"  {tunable.name:{width}}  {tunable.meaning}\n" for tunable in TUNABLES)
+    return f"""\
+It holds until the unmount, crashes and restarts of the daemon included. Each key is a file in MOUNTPOINT/control/ as well.
+Either all values are right or nothing is changed.
+
+keys:
+{keys}
+A number of bytes is {GRAMMAR}.
+
+examples:
+  zbudfs set /mnt/zswap                                        what can be set, and how it is
+  zbudfs set pool_limit_bytes=1G level=3 /mnt/zswap
+  zbudfs set writeback_budget_bytes_per_day=20G /mnt/zswap     go easy on flash
+  zbudfs set writeback_enabled=0 writeback=all /mnt/zswap      write back only when told to, and now
+"""
 
 
 def _config_epilog() -> str:

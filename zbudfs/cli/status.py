@@ -8,13 +8,11 @@ is saved, how full is it, did anything go wrong.
 
 from __future__ import annotations
 
-import errno
 import json
-import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
+from zbudfs.cli.ask import all_numbers, why_silent
 from zbudfs.core.sizes import format_size
 from zbudfs.service.mountpoint import Mount, shown_path
 from zbudfs.swap.loop import SwapError, swaps, users
@@ -22,51 +20,18 @@ from zbudfs.swap.loop import SwapError, swaps, users
 Report = dict[str, Any]
 """One mount's numbers by name; or "mountpoint" and "error", if its daemon gives none."""
 
-ANSWER_LIMIT_SECONDS: Final = 20.0
-"""Longest wait for a daemon. Arbitrary: one that hangs is replaced within five seconds."""
-
 _PAGE_BYTES: Final = 4096
 
 
 def report(mount: Mount) -> Report:
     """Return what the daemon of `mount` tells, or why it tells nothing."""
     try:
-        found = json.loads(_read_within_limit(Path(mount.mountpoint, "stats/all.json")))
-        if not isinstance(found, dict):
-            raise ValueError("stats/all.json is not an object")
-    except OSError as error:
-        shown = shown_path(mount.mountpoint)
-        why = (
-            f"the daemon of {shown} has died: run zbudfs umount {shown} to clean up"
-            if error.errno == errno.ENOTCONN
-            else f"the daemon of {shown} does not answer: {error.strerror}"
-        )
-        return {"mountpoint": mount.mountpoint, "error": why}
-    except ValueError as error:
-        return {"mountpoint": mount.mountpoint, "error": f"the daemon of {shown_path(mount.mountpoint)}: {error}"}
+        found = all_numbers(mount.mountpoint)
+    except (OSError, ValueError) as error:
+        return {"mountpoint": mount.mountpoint, "error": why_silent(mount.mountpoint, error)}
     found["mountpoint"] = mount.mountpoint
     found["users"] = users(mount.mountpoint, mount.st_dev)
     return found
-
-
-def _read_within_limit(path: Path) -> bytes:
-    """Return what a file of a mount holds. TimeoutError if nobody answers: a read of it cannot be interrupted."""
-    answers: list[bytes | OSError] = []
-
-    def read() -> None:
-        try:
-            answers.append(path.read_bytes())
-        except OSError as error:
-            answers.append(error)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    reader.join(ANSWER_LIMIT_SECONDS)
-    if not answers:
-        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {ANSWER_LIMIT_SECONDS:g} s")
-    if isinstance(answers[0], OSError):
-        raise answers[0]
-    return answers[0]
 
 
 def as_json(reports: Report | Sequence[Report]) -> str:

@@ -263,7 +263,7 @@ class Reclaimer:
                 continue
             if not self.writeback_enabled and not self.ordered_frames:
                 return Refusal.NO_BACKING if self._backing is None else Refusal.WRITEBACK_OFF
-            frames = min(need, BATCH_FRAMES)
+            frames = min(need, BATCH_FRAMES, BATCH_FRAMES if self.writeback_enabled else self.ordered_frames)
             obstacle = self._obstacle(frames)
             if obstacle is not None:
                 return obstacle

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: MIT
+"""Steering a store that runs: limits, watermarks, level, writeback on and off, its budget, ages, orders; and adopting it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trio
+
+from tests.store.faulty import FaultyBacking
+from tests.store.rig import backed_store, get, in_block, in_ram, push, put, quiet, run, running, until
+from zbudfs.core.budget import DAY_SECONDS
+from zbudfs.core.codec import Codec
+from zbudfs.core.errors import PoolFull, Refusal
+from zbudfs.core.tunables import NAMES
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.store.board import Field
+from zbudfs.store.memory import StoreMemory
+from zbudfs.store.page_store import PageStore
+from zbudfs.store.steering import Steering
+
+FRAMES: Final = 64
+
+
+def noise(page: int) -> bytes:
+    """Return a page that does not compress: one frame each."""
+    return random.Random(page).randbytes(PAGE_SIZE)
+
+
+def text(page: int) -> bytes:
+    """Return a page that is worth half a frame and a bit, so that each has one to itself."""
+    return random.Random(page).randbytes(2200).ljust(PAGE_SIZE, b"x")
+
+
+async def fill(store: PageStore, most: int, cause: Refusal) -> int:
+    """Write pages until one is refused, for that cause: how many there are."""
+    for page in range(most):
+        try:
+            await put(store, page, noise(page))
+        except PoolFull as error:
+            assert error.cause is cause  # noqa: PT017
+            return page
+    raise AssertionError("nothing was refused")
+
+
+def test_values_of_a_fresh_store(tmp_path: Path) -> None:
+    """What is in force is what the store was made with."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, _):
+            steering = Steering(store)
+            steering.adopt()
+            found = {name: steering.value(name) for name in NAMES}
+            assert found == {
+                "pool_limit_bytes": FRAMES * PAGE_SIZE,
+                "low_watermark_frames": 16,
+                "high_watermark_frames": 32,
+                "level": -1,
+                "writeback_enabled": 1,
+                "writeback_budget_bytes_per_day": 0,
+                "age_seconds": 0,
+                "writeback": 0,
+                "drop_ephemeral": 0,
+            }
+
+    run(main)
+
+
+def test_a_wrong_value_changes_nothing(tmp_path: Path) -> None:
+    """Not even the board."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, _):
+            steering = Steering(store)
+            before = [store.memory.board.fields[field] for field in Field]
+            for name in NAMES:
+                values = {other: steering.value(other) for other in NAMES}
+                with pytest.raises(ValueError, match=name):
+                    steering.set(name, "nonsense")
+                assert {other: steering.value(other) for other in NAMES} == values
+            assert [store.memory.board.fields[field] for field in Field] == before
+
+    run(main)
+
+
+def test_the_limit_goes_down_and_up(tmp_path: Path) -> None:
+    """What is over a lower limit is written back; a higher one is used again."""
+
+    async def main() -> None:
+        backing = FaultyBacking(str(tmp_path / "backing"))
+        async with running(PageStore(1024 * PAGE_SIZE, 512, backing, Codec())) as store:
+            steering = Steering(store)
+            for page in range(400):
+                await put(store, page, noise(page))
+            assert not store.statistics().cumul_writeback_frames
+            steering.set("pool_limit_bytes", "1M")
+            await until(lambda: store.statistics().pool_used_bytes <= 1 << 20, "the pool is below its limit")
+            await quiet(store)
+            assert store.statistics().pool_limit_bytes == store.statistics().pool_limit_set_bytes == 1 << 20
+            assert store.statistics().cumul_writeback_frames >= 400 - 256
+            steering.set("pool_limit_bytes", "2M")
+            assert store.statistics().pool_limit_bytes == 2 << 20
+            for page in range(400):
+                assert await get(store, page) == noise(page)
+            await quiet(store)
+
+    run(main)
+
+
+def test_pressure_does_not_forget_the_limit_that_was_set(tmp_path: Path) -> None:
+    """It lowers the limit that was set, and gives that one back."""
+
+    async def main() -> None:
+        backing = FaultyBacking(str(tmp_path / "backing"))
+        async with running(PageStore(1024 * PAGE_SIZE, 1024, backing, Codec())) as store:
+            Steering(store).set("pool_limit_bytes", "2M")
+            store.reclaimer.pressure()
+            assert store.statistics().pool_limit_bytes == (2 << 20) * 7 // 8
+            assert Steering(store).value("pool_limit_bytes") == 2 << 20
+            push(60.0)
+            await until(lambda: store.statistics().pool_limit_bytes == 2 << 20, "the limit is back")
+
+    run(main)
+
+
+def test_watermarks(tmp_path: Path) -> None:
+    """They start and end the writeback where they say, and follow the limit again when they are told to."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, _):
+            steering = Steering(store)
+            steering.set("low_watermark_frames", "1")
+            steering.set("high_watermark_frames", "10")
+            for page in range(FRAMES - 1):
+                await put(store, page, noise(page))
+            await quiet(store)
+            assert store.statistics().cumul_writeback_frames == 0  # one free frame is enough now
+            await put(store, FRAMES - 1, noise(FRAMES - 1))
+            await quiet(store)
+            assert store.statistics().cumul_writeback_frames == 10
+            steering.set("high_watermark_frames", "auto")
+            steering.set("low_watermark_frames", "auto")
+            await quiet(store)
+            assert (steering.value("low_watermark_frames"), steering.value("high_watermark_frames")) == (16, 32)
+
+    run(main)
+
+
+def test_the_level_of_what_is_stored_from_now_on(tmp_path: Path) -> None:
+    """Pages of both levels are read; a higher level makes smaller zpages."""
+    words = [b"some", b"words", b"come", b"again", b"and", b"others", b"do", b"not"]
+    source = random.Random(5)
+    page = b" ".join(source.choice(words) for _ in range(2000))[:PAGE_SIZE]
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, _):
+            await put(store, 0, page)
+            fast = store.statistics().compressed_bytes
+            Steering(store).set("level", "19")
+            await put(store, 1, page)
+            assert store.statistics().compressed_bytes - fast < fast
+            assert store.statistics().level == 19
+            assert await get(store, 0, 2) == page * 2
+
+    run(main)
+
+
+def test_writeback_that_is_off(tmp_path: Path) -> None:
+    """Nothing goes out by itself, writes beyond the pool are refused for that cause; an order still works."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, _):
+            steering = Steering(store)
+            steering.set("writeback_enabled", "0")
+            for page in range(FRAMES):
+                await put(store, page, noise(page))
+            await quiet(store)
+            with pytest.raises(PoolFull) as caught:
+                await put(store, FRAMES, noise(FRAMES))
+            assert caught.value.cause is Refusal.WRITEBACK_OFF
+            assert store.causes()["refused_writeback_off"] == store.statistics().refused_pool_full == 1
+            assert store.statistics().cumul_writeback_frames == 0
+            steering.set("writeback", "10")
+            await until(lambda: not steering.value("writeback"), "the order is done")
+            await quiet(store)
+            assert store.statistics().cumul_writeback_frames == 10
+            steering.set("writeback_enabled", "1")
+            for page in range(FRAMES, 2 * FRAMES):
+                await put(store, page, noise(page))
+            for page in range(2 * FRAMES):
+                assert await get(store, page) == noise(page)
+            await quiet(store)
+
+    run(main)
+
+
+def test_everything_is_written_back_on_order(tmp_path: Path) -> None:
+    """All that is there goes out, though the watermarks ask for nothing; then what was read back is dropped on order."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, _):
+            steering = Steering(store)
+            for page in range(20):
+                await put(store, page, text(page) if page % 2 else noise(page))
+            steering.set("writeback", "all")
+            await until(lambda: all(in_block(store, page) for page in range(20)), "all of it is on disk")
+            await quiet(store)
+            assert steering.value("writeback") == 0
+            for page in range(5):
+                assert await get(store, page) == (text(page) if page % 2 else noise(page))
+            assert steering.value("drop_ephemeral") == 5
+            assert store.statistics().cumul_refault_blocks == 5
+            steering.set("drop_ephemeral", "1")
+            await until(lambda: not steering.value("drop_ephemeral"), "they are dropped")
+            await quiet(store)
+            assert store.statistics().pool_used_bytes == 0
+            assert store.statistics().cumul_dropped_frames == 5
+
+    run(main)
+
+
+def test_an_order_ends_where_the_disk_fails(tmp_path: Path) -> None:
+    """It is not tried for ever, and the frames stay."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, backing):
+            steering = Steering(store)
+            for page in range(10):
+                await put(store, page, noise(page))
+            backing.fail("write_blocks")
+            steering.set("writeback", "all")
+            await until(lambda: not steering.value("writeback"), "the order is given up")
+            await quiet(store)
+            assert store.statistics().writeback_failures == 1
+            assert all(in_ram(store, page) for page in range(10))
+
+    run(main)
+
+
+def test_frames_go_when_they_are_old(tmp_path: Path) -> None:
+    """What nothing was added to for so long goes out, what is newer stays, and raw frames wait their time as well."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, _):
+            steering = Steering(store)
+            for page in range(5):
+                await put(store, page, text(page))
+            push(100.0)
+            await until(lambda: store.statistics().coldest_age_seconds >= 90, "time has passed")
+            for page in range(5, 10):
+                await put(store, page, text(page))
+            await put(store, 10, noise(10))  # raw: at the old end, and new
+            steering.set("age_seconds", "50")
+            await until(lambda: in_block(store, 4), "the old ones are gone")
+            await quiet(store)
+            assert [in_block(store, page) for page in range(11)] == [True] * 5 + [False] * 6
+            assert store.statistics().cumul_aged_frames == 5
+            push(100.0)
+            await until(lambda: all(in_block(store, page) for page in range(11)), "the others are old now")
+            await quiet(store)
+            assert store.statistics().pool_used_bytes == 0
+
+    run(main)
+
+
+def test_the_budget_is_kept(tmp_path: Path) -> None:
+    """So much and no more; then writes are refused for that cause, until time has given more."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path, nr_pages=4096, nr_frames=128) as (store, _):
+            steering = Steering(store)
+            steering.set("writeback_budget_bytes_per_day", "1M")
+            written = await fill(store, 4096, Refusal.BUDGET)
+            await quiet(store)
+            found = store.statistics()
+            out = found.cumul_writeback_bytes
+            assert 512 << 10 <= out <= 1 << 20
+            assert found.writeback_budget_used_bytes + found.writeback_budget_left_bytes == 1 << 20
+            assert found.writeback_budget_left_bytes < 64 * PAGE_SIZE  # a batch
+            assert found.writeback_budget_full_in_seconds > DAY_SECONDS // 2
+            assert store.causes()["refused_budget"] == 1
+            for page in range(written):
+                assert await get(store, page) == noise(page)
+            push(DAY_SECONDS / 2)
+            await until(lambda: store.statistics().writeback_budget_left_bytes > 400 << 10, "the budget is refilled")
+            await put(store, written, noise(written))
+            await until(lambda: store.statistics().cumul_writeback_bytes > out, "it goes on")
+            await quiet(store)
+
+    run(main)
+
+
+def test_what_was_set_is_adopted() -> None:
+    """Another worker on the same memory has it all; what was left of the budget as well."""
+    memory = StoreMemory(256 * PAGE_SIZE, 512, backed=False)
+    memory.populate()
+
+    async def main() -> None:
+        store = PageStore(256 * PAGE_SIZE, 512, None, Codec(), memory)
+        store.recover()
+        steering = Steering(store)
+        for name, text_ in (("pool_limit_bytes", "1M"), ("low_watermark_frames", "3"), ("level", "-5")):
+            steering.set(name, text_)
+        steering.set("high_watermark_frames", "7")
+        store.save_counters()
+        steering.save()
+        mine = {name: steering.value(name) for name in NAMES}
+        assert (mine["pool_limit_bytes"], mine["level"], mine["high_watermark_frames"]) == (1 << 20, -5, 7)
+        other = PageStore(256 * PAGE_SIZE, 512, None, Codec(), memory)
+        follower = Steering(other)
+        follower.adopt_level()
+        assert other.codec.level == -5
+        other.recover()
+        follower.adopt()
+        assert {name: follower.value(name) for name in NAMES} == mine
+        await trio.lowlevel.checkpoint()
+
+    run(main)
+
+
+def test_a_budget_is_adopted_as_it_was_left(tmp_path: Path) -> None:
+    """A crash gives nothing back."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, _):
+            steering = Steering(store)
+            steering.set("writeback_budget_bytes_per_day", "8M")
+            store.reclaimer.budget.spend(5 << 20, trio.current_time())
+            steering.save()
+            store.reclaimer.budget.set(0, trio.current_time())
+            steering.adopt()
+            assert steering.value("writeback_budget_bytes_per_day") == 8 << 20
+            assert (3 << 20) <= store.reclaimer.budget.left_bytes(trio.current_time()) < (3 << 20) + 4096
+
+    run(main)

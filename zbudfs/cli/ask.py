@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""Asking a mount, with a limit: whoever reads from a mount whose daemon hangs cannot be interrupted, so a thread does it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from zbudfs.service.mountpoint import shown_path
+
+T = TypeVar("T")
+
+ANSWER_LIMIT_SECONDS: Final = 20.0
+"""Longest wait for a daemon. Arbitrary: one that hangs is replaced within five seconds."""
+
+
+def within_limit(function: Callable[[], T], limit_seconds: float = ANSWER_LIMIT_SECONDS) -> T:
+    """Return what `function` returns, or raise its OSError; TimeoutError if it takes longer than that."""
+    answers: list[T] = []
+    errors: list[OSError] = []
+
+    def ask() -> None:
+        try:
+            answers.append(function())
+        except OSError as error:
+            errors.append(error)
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    asker.join(limit_seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {limit_seconds:g} s")
+    return answers[0]
+
+
+def all_numbers(mountpoint: str, limit_seconds: float = ANSWER_LIMIT_SECONDS) -> dict[str, Any]:
+    """Return stats/all.json of a mount. OSError; ValueError if it is not what it should be."""
+    found = json.loads(within_limit(Path(mountpoint, "stats/all.json").read_bytes, limit_seconds))
+    if not isinstance(found, dict):
+        raise ValueError("stats/all.json is not an object")
+    return found
+
+
+def why_silent(mountpoint: str, error: OSError | ValueError) -> str:
+    """Return the sentence for a mount that gives no answer."""
+    shown = shown_path(mountpoint)
+    if isinstance(error, ValueError):
+        return f"the daemon of {shown}: {error}"
+    if error.errno == errno.ENOTCONN:
+        return f"the daemon of {shown} has died: run zbudfs umount {shown} to clean up"
+    return f"the daemon of {shown} does not answer: {error.strerror}"
