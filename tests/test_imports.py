@@ -29,7 +29,8 @@ BELOW: Final[dict[str, frozenset[str]]] = {
     "fuse": frozenset({"core", "store"}),
     "service": frozenset({"core", "store", "fuse"}),
     "swap": frozenset({"core"}),
-    "cli": frozenset({"core", "store", "fuse", "service", "swap"}),
+    "estimate": frozenset({"core"}),
+    "cli": frozenset({"core", "store", "fuse", "service", "swap", "estimate"}),
 }
 """Each room, and the rooms that it may import from besides itself. `swap` needs no mount, only loop devices."""
 
@@ -48,13 +49,24 @@ PURE_PARTS: Final = {"sys": frozenset({"byteorder", "maxsize", "hash_info"})}
 ONLY_IN: Final = {
     "pyfuse3": frozenset({"fuse"}),
     "argparse": frozenset({"cli"}),
+    "rich": frozenset({"cli"}),
+    "matplotlib": frozenset({"cli"}),
     "zstandard": frozenset({"core"}),
     "mmap": frozenset({"store", "service"}),
 }
 """What has one place in the design."""
 
-NOT_IN_THE_DAEMON: Final = ("zbudfs.cli", "zbudfs.swap", "zbudfs.service.launch", "argparse")
-NEVER: Final = ("numpy", "rich", "click", "typer", "prompt_toolkit", "pkg_resources", "setuptools", "asyncio")
+ONLY_COMMANDS: Final = ("rich", "matplotlib", "textual")
+"""Large, and not needed for anything but the command that wants it."""
+NOT_IN_THE_DAEMON: Final = (
+    "zbudfs.cli",
+    "zbudfs.swap",
+    "zbudfs.service.launch",
+    "zbudfs.estimate",
+    "argparse",
+    *ONLY_COMMANDS,
+)
+NEVER: Final = ("numpy", "click", "typer", "prompt_toolkit", "pkg_resources", "setuptools", "asyncio")
 
 
 IMPURE_CALLS: Final = frozenset({"open", "print", "input", "exec", "eval", "breakpoint"})

@@ -44,3 +44,17 @@ class Arguments(argparse.Namespace):
     """Whether config only looks for errors."""
     root: str
     """Folder that holds the system whose configuration is read."""
+    pids: list[int]
+    """Processes that estimate looks at."""
+    all: bool
+    """Whether estimate looks at all processes."""
+    file: str | None
+    """That estimate looks at; None: processes."""
+    sample: int | None
+    """Bytes to look at; None: the default."""
+    seed: int
+    """What random choices start from."""
+    levels: list[int] | None
+    """zstd levels to compare; None: the default one alone."""
+    plot: str | None
+    """Picture to draw; None: none."""

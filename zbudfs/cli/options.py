@@ -8,17 +8,19 @@ What depends on the machine, such as a percentage of its RAM, is worked out in `
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from zbudfs import __version__
-from zbudfs.cli import commands
+from zbudfs.cli import commands, values
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.config import FOLDER
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
-from zbudfs.core.sizes import GRAMMAR, parse_size, parse_size_or_percent
+from zbudfs.cli.study_options import add_estimate
+from zbudfs.core.sizes import GRAMMAR
 from zbudfs.core.tunables import TUNABLES
 from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
 from zbudfs.swap.attach import MAX_PRIORITY
@@ -33,6 +35,8 @@ examples:
   zbudfs mount --backing none /mnt/zswap        in RAM alone, nothing is ever written to disk
   zbudfs umount /mnt/zswap                      what was stored is gone after that
 
+  zbudfs estimate --all                         how would this machine's memory compress? changes nothing
+
 The mountpoint is a directory that exists. All commands but status need root. `zbudfs COMMAND --help` tells more.
 """
 
@@ -46,6 +50,11 @@ than SIZE at most, and is emptied at umount.
 
 class _Parser(argparse.ArgumentParser):
     """Tells errors in one line, like every other error of this program."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # No option of ours starts with a digit, so "-3,-1,1" is a value, as "-3" is.
+        self._negative_number_matcher = re.compile(r"-\d")
 
     def error(self, message: str) -> NoReturn:
         print(f"zbudfs: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -159,6 +168,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one object, or a list of objects if no NAME is given")
     sub.add_argument("--root", default="/", metavar="DIR", help="look at the system whose / is DIR (default: this one)")
     sub.add_argument("name", metavar="NAME", nargs="?", help="of the configuration (default: all)")
+
+    add_estimate(command)
     return parser
 
 
@@ -204,11 +215,14 @@ examples:
 def _add_mount_options(parser: argparse.ArgumentParser) -> None:
     """Add what mount and swapon have in common."""
     parser.add_argument(
-        "--size", type=_size, metavar="SIZE", help="size of the swap file, in whole pages of 4096 bytes (default: RAM)"
+        "--size",
+        type=values.size,
+        metavar="SIZE",
+        help="size of the swap file, in whole pages of 4096 bytes (default: RAM)",
     )
     parser.add_argument(
         "--pool",
-        type=_pool,
+        type=values.size_or_percent,
         metavar="SIZE|PERCENT",
         help=f"most RAM for what is stored; a percentage is one of RAM (default: {DEFAULT_POOL.replace('%', '%%')})",
     )
@@ -219,7 +233,7 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--level",
-        type=_level,
+        type=values.level,
         metavar="N",
         help=f"zstd level, {MIN_LEVEL} (fast) to {MAX_LEVEL} (small), not 0 (default: {DEFAULT_LEVEL})",
     )
@@ -231,40 +245,11 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _pool(text: str) -> str:
-    try:
-        parse_size_or_percent(text, 0)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
 def _switch(text: str) -> bool:
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
     return text == "yes"
 
 
-def _level(text: str) -> int:
-    return _whole_number(text, "a level", MIN_LEVEL, MAX_LEVEL)
-
-
 def _priority(text: str) -> int:
-    return _whole_number(text, "a priority", 0, MAX_PRIORITY)
-
-
-def _whole_number(text: str, what: str, low: int, high: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = low - 1
-    if not low <= number <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}: write a whole number from {low} to {high}")
-    return number
+    return values.whole_number(text, "a priority", 0, MAX_PRIORITY)

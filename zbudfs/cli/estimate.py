@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: MIT
+"""`zbudfs estimate`: how the memory of this machine would compress, before anything is installed, mounted or changed.
+
+It finds the pages (`estimate.processes`, `estimate.files`), has them compressed and packed (`estimate.measure`), and tells
+the result for people, for programs (--json) and as a picture (--plot).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.commands import CommandError
+from zbudfs.cli.plot import check_plot, save_plot
+from zbudfs.cli.progress import progress_bar
+from zbudfs.core.codec import DEFAULT_LEVEL
+from zbudfs.core.sizes import format_size, parse_size_or_percent
+from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, PAGE_SHIFT, PAGE_SIZE, pages_in
+from zbudfs.estimate.files import sample_file
+from zbudfs.estimate.measure import LevelMeasure, measure
+from zbudfs.estimate.processes import all_pids, sample_processes
+from zbudfs.estimate.sample import Sample, SampleError
+from zbudfs.service.mountpoint import shown_path
+from zbudfs.service.settings import DEFAULT_POOL, ram_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DEFAULT_SAMPLE_BYTES: Final = 64 << 20
+"""16,384 pages: shares are right to within one percent of the whole (twice the standard error), and it takes a second."""
+
+_BAR_COLUMNS: Final = 40
+_ROW_CHUNKS: Final = 4
+"""Chunks that share a row of the histogram: 256 bytes."""
+_GIB_PAGES: Final = 1 << 18
+
+_LEFT_OUT: Final = (
+    ("denied", "processes that may not be read"),
+    ("ended", "processes that ended meanwhile"),
+    ("swapped_pages", "pages that are swapped out already"),
+    ("shared_pages", "pages that processes share"),
+    ("gone_pages", "pages that were gone when their turn came"),
+    ("unreadable_pages", "pages that cannot be read"),
+)
+
+
+def estimate(arguments: Arguments) -> int:
+    """Look at a sample, tell what would become of it, and write the picture if wanted."""
+    check_plot(arguments.plot)
+    pool_bytes = parse_size_or_percent(arguments.pool or DEFAULT_POOL, ram_bytes())
+    try:
+        sample = _take_sample(arguments)
+    except SampleError as error:
+        raise CommandError(str(error)) from None
+    measures = []
+    for level in arguments.levels or [DEFAULT_LEVEL]:
+        with progress_bar(f"compressing at level {level}") as progress:
+            measures.append(measure(sample.pages, level, progress))
+    if arguments.plot is not None:
+        save_plot(arguments.plot, f"zbudfs estimate: {sample.source}", lambda figure: _draw(figure, measures))
+    if arguments.json:
+        print(json.dumps(_as_json(sample, measures, pool_bytes, arguments.seed), indent=2))
+    else:
+        print(_as_page(sample, measures, pool_bytes, arguments.seed))
+    return 0
+
+
+def _take_sample(arguments: Arguments) -> Sample:
+    wanted = pages_in(DEFAULT_SAMPLE_BYTES if arguments.sample is None else arguments.sample)
+    with progress_bar("reading pages") as progress:
+        if arguments.file is not None:
+            return sample_file(arguments.file, shown_path(arguments.file), wanted, arguments.seed, progress)
+        if arguments.all:
+            return sample_processes(all_pids(), wanted, arguments.seed, progress, strict=False, source="all processes")
+        pids = list(dict.fromkeys(arguments.pids))
+        shown = ", ".join(map(str, pids[:8])) + (f" and {len(pids) - 8} more" if len(pids) > 8 else "")
+        source = f"process{'es' if len(pids) > 1 else ''} {shown}"
+        return sample_processes(pids, wanted, arguments.seed, progress, strict=True, source=source)
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+def _held_pages(measured: LevelMeasure, packing: str, pool_bytes: int) -> int | None:
+    """Return how many such pages a pool holds; None: they take no room at all."""
+    taken = measured.frames_per_page(packing)
+    return int((pool_bytes >> PAGE_SHIFT) / taken) if taken else None
+
+
+def _as_json(sample: Sample, measures: Sequence[LevelMeasure], pool_bytes: int, seed: int) -> dict[str, Any]:
+    return {
+        "source": sample.source,
+        "population_bytes": sample.population_pages << PAGE_SHIFT,
+        "sample_bytes": len(sample.pages) << PAGE_SHIFT,
+        "seed": seed,
+        "counts": sample.counts,
+        "pool_bytes": pool_bytes,
+        "levels": [_level_json(measured, sample, pool_bytes) for measured in measures],
+    }
+
+
+def _level_json(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> dict[str, Any]:
+    packings = {}
+    for packing in measured.frames:
+        held = _held_pages(measured, packing, pool_bytes)
+        packings[packing] = {
+            "frames": measured.frames[packing],
+            "zpages_per_frame": measured.zpages_per_frame(packing),
+            "frames_per_page": measured.frames_per_page(packing),
+            "whole_population_bytes": round(measured.frames_per_page(packing) * sample.population_pages) << PAGE_SHIFT,
+            "pool_holds_bytes": held << PAGE_SHIFT if held is not None else None,
+            "pool_saves_bytes": (held << PAGE_SHIFT) - pool_bytes if held is not None else None,
+        }
+    return {
+        "level": measured.level,
+        "pages": measured.pages,
+        "same_filled_pages": measured.same_filled_pages,
+        "raw_pages": measured.raw_pages,
+        "zpages": measured.zpages,
+        "zpage_bytes": measured.zpage_bytes,
+        "ratio": measured.ratio,
+        "compress_us_per_page": measured.compress_us,
+        "decompress_us_per_page": measured.decompress_us,
+        "chunk_histogram": list(measured.chunk_histogram),
+        "packings": packings,
+    }
+
+
+# ---- for people --------------------------------------------------------------------------------------------------
+
+
+def _as_page(sample: Sample, measures: Sequence[LevelMeasure], pool_bytes: int, seed: int) -> str:
+    whole = format_size(sample.population_pages << PAGE_SHIFT)
+    looked_at = format_size(len(sample.pages) << PAGE_SHIFT)
+    lines = [f"{sample.source}: {whole}, of which {looked_at} were looked at (--seed {seed})"]
+    if left := _left_out(sample):
+        lines.append(f"left out: {left}")
+    lines += ["", *_level_lines(measures[0])]
+    if len(measures) > 1:
+        lines += ["", *_comparison(measures)]
+    lines += ["", *_pool_lines(measures[0], sample, pool_bytes)]
+    return "\n".join(lines)
+
+
+def _left_out(sample: Sample) -> str:
+    counts = sample.counts
+    return ", ".join(f"{counts[cause]:,} {text}" for cause, text in _LEFT_OUT if counts.get(cause))
+
+
+def _level_lines(measured: LevelMeasure) -> list[str]:
+    same, raw = measured.same_filled_pages, measured.raw_pages
+    compressed = measured.pages - same - raw
+    mean = measured.zpage_bytes / measured.zpages if measured.zpages else 0
+    rows = [
+        ("same-filled", same, "one word repeated: kept as the word"),
+        ("compressed", compressed, f"to {mean:,.0f} bytes on average" if measured.zpages else ""),
+        ("raw", raw, "do not compress: a frame each" if raw else ""),
+    ]
+    lines = [f"level {measured.level}"]
+    for name, number, text in rows:
+        lines.append(f"  {name:12} {100 * number / measured.pages:5.1f} %  {text}".rstrip())
+    lines.append(f"  {'ratio':12} {measured.ratio:5.2f}    of what is not same-filled")
+    lines.append(
+        f"  {'time':12} {measured.compress_us:5.1f} us a page to compress, {measured.decompress_us:.1f} us to decompress"
+    )
+    for packing in measured.frames:
+        lines.append(
+            f"  {packing:12} {measured.zpages_per_frame(packing):5.2f}    zpages a frame:"
+            f" 1 GiB of it takes {_taken(measured, packing, _GIB_PAGES)}"
+        )
+    return lines + _histogram_lines(measured)
+
+
+def _histogram_lines(measured: LevelMeasure) -> list[str]:
+    histogram = measured.chunk_histogram
+    if not measured.zpages:
+        return []
+    rows = [sum(histogram[at : at + _ROW_CHUNKS]) for at in range(1, NCHUNKS, _ROW_CHUNKS)]
+    lines = ["  zpages by size, with their handles"]
+    for number, count in enumerate(rows):
+        most = min((number + 1) * _ROW_CHUNKS, NCHUNKS - 1) * CHUNK_SIZE
+        bar = "#" * round(_BAR_COLUMNS * count / max(rows)) or ("." if count else "")
+        lines.append(f"    to {most:4} B  {100 * count / measured.zpages:5.1f} %  {bar}".rstrip())
+    return lines
+
+
+def _comparison(measures: Sequence[LevelMeasure]) -> list[str]:
+    packings = list(measures[0].frames)
+    head = f"{'level':>5}  {'ratio':>6}  {'raw':>6}"
+    head += "".join(f"  {f'{packing}: a frame':>16}  {'of 1 GiB':>9}" for packing in packings)
+    lines = [head + f"  {'compress':>9}  {'decompress':>10}"]
+    for measured in measures:
+        line = f"{measured.level:5}  {measured.ratio:6.2f}  {100 * measured.raw_pages / measured.pages:4.1f} %"
+        for packing in packings:
+            line += f"  {measured.zpages_per_frame(packing):16.2f}  {_taken(measured, packing, _GIB_PAGES):>9}"
+        lines.append(f"{line}  {measured.compress_us:6.1f} us  {measured.decompress_us:7.1f} us")
+    return lines
+
+
+def _taken(measured: LevelMeasure, packing: str, pages: int) -> str:
+    return format_size(round(measured.frames_per_page(packing) * pages) << PAGE_SHIFT)
+
+
+def _pool_lines(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> list[str]:
+    lines = []
+    for packing in measured.frames:
+        held = _held_pages(measured, packing, pool_bytes)
+        if held is None:
+            lines.append(
+                f"pool of {format_size(pool_bytes)}, {packing}: holds any amount of it, since it takes no room"
+            )
+            continue
+        held_bytes = held * PAGE_SIZE
+        lines.append(
+            f"pool of {format_size(pool_bytes)}, {packing}: holds {format_size(held_bytes)} of such memory, which saves"
+            f" {format_size(held_bytes - pool_bytes)} of RAM"
+        )
+        lines.append(
+            f"  all of these {format_size(sample.population_pages << PAGE_SHIFT)} would take"
+            f" {_taken(measured, packing, sample.population_pages)}"
+            + ("" if held >= sample.population_pages else ": the rest goes to the backing file")
+        )
+    return lines
+
+
+def _draw(figure: Figure, measures: Sequence[LevelMeasure]) -> None:
+    """Fill the picture: zpages by size, and beside that what the levels cost and bring."""
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    sizes = [chunks * CHUNK_SIZE for chunks in range(NCHUNKS)]
+    for measured in measures:
+        shares = [100 * count / max(measured.zpages, 1) for count in measured.chunk_histogram]
+        left.step(sizes, shares, where="mid", label=f"level {measured.level}")
+    left.set_xlabel("zpage with its handle, bytes")
+    left.set_ylabel("share of the zpages, %")
+    left.axvline(PAGE_SIZE / 2, color="grey", linestyle=":", label="half a frame")
+    left.legend()
+    names = [str(measured.level) for measured in measures]
+    kinds = (
+        ("same-filled", [measured.same_filled_pages for measured in measures]),
+        ("compressed", [m.pages - m.same_filled_pages - m.raw_pages for m in measures]),
+        ("raw", [measured.raw_pages for measured in measures]),
+    )
+    bottom = [0.0] * len(measures)
+    for name, counts in kinds:
+        heights = [100 * count / measured.pages for count, measured in zip(counts, measures, strict=True)]
+        right.bar(names, heights, bottom=bottom, label=name)
+        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    for packing in measures[0].frames:
+        taken = [100 * measured.frames_per_page(packing) for measured in measures]
+        right.plot(names, taken, "k_", markersize=30)
+        right.annotate(f"{packing}: {taken[-1]:.0f} % taken", (names[-1], taken[-1]), ha="center", va="bottom")
+    right.set_xlabel("level")
+    right.set_ylabel("share of the pages, %")
+    right.legend()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""What may be typed for a value, as argparse wants it: a function from the text to the value.
+
+A text that is none raises ArgumentTypeError with what was wrong and what would be right, so that it is a usage error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import PurePath
+from typing import Final
+
+from zbudfs.core.sizes import parse_size, parse_size_or_percent
+from zbudfs.service.settings import MAX_LEVEL, MIN_LEVEL
+
+MAX_SEED: Final = (1 << 63) - 1
+PLOT_ENDS: Final = (".svg", ".png")
+"""What the name of a picture may end in, and what it then is."""
+
+
+def size(text: str) -> int:
+    """A size, in bytes."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def some_size(text: str) -> int:
+    """A size that is not zero, in bytes."""
+    found = size(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is nothing: write a size above 0, such as 64M")
+    return found
+
+
+def size_or_percent(text: str) -> str:
+    """A size or a percentage, as it was typed: of what is not known here."""
+    try:
+        parse_size_or_percent(text, 0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def level(text: str) -> int:
+    """A zstd level; 0 is let through, for whoever has more to say about it."""
+    return whole_number(text, "a level", MIN_LEVEL, MAX_LEVEL)
+
+
+def levels(text: str) -> list[int]:
+    """Levels with commas between them."""
+    found = [level(part.strip()) for part in text.split(",")]
+    if 0 in found:
+        raise argparse.ArgumentTypeError(f"level 0 is none: write levels from {MIN_LEVEL} to -1 and 1 to {MAX_LEVEL}")
+    return list(dict.fromkeys(found))
+
+
+def seed(text: str) -> int:
+    """What random numbers start from."""
+    return whole_number(text, "a seed", 0, MAX_SEED)
+
+
+def pid(text: str) -> int:
+    """The number of a process."""
+    return whole_number(text, "the number of a process", 1, (1 << 31) - 1)
+
+
+def plot_file(text: str) -> str:
+    """The name of a picture."""
+    if PurePath(text).suffix.lower() not in PLOT_ENDS or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a picture: write one that ends in .svg or .png")
+    return text
+
+
+def whole_number(text: str, what: str, low: int, high: int) -> int:
+    """A whole number of what `what` says, from `low` to `high`."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = low - 1
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}: write a whole number from {low} to {high}")
+    return number
