@@ -249,8 +249,7 @@ def _draw(figure: Figure, measures: Sequence[LevelMeasure]) -> None:
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     for packing in measures[0].frames:
         taken = [100 * measured.frames_per_page(packing) for measured in measures]
-        right.plot(names, taken, "k_", markersize=30)
-        right.annotate(f"{packing}: {taken[-1]:.0f} % taken", (names[-1], taken[-1]), ha="center", va="bottom")
+        right.plot(names, taken, linestyle="", marker="_", markersize=30, label=f"RAM it takes, {packing}")
     right.set_xlabel("level")
     right.set_ylabel("share of the pages, %")
-    right.legend()
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
