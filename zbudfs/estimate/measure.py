@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from zbudfs.core.allocator import NO_REF, Allocator, chunks_for, max_zpage_size
 from zbudfs.core.codec import Codec, is_word, word_zpage
 from zbudfs.core.page_table import entry_of_word
 from zbudfs.core.units import NCHUNKS, PAGE_SHIFT, PAGE_SIZE
-from zbudfs.core.zbud import NO_REF, Zbud, chunks_for, max_zpage_size
+from zbudfs.core.zbud import Zbud
 
-PACKINGS: Final[Mapping[str, type[Zbud]]] = {"zbud": Zbud}
+PACKINGS: Final[Mapping[str, type[Allocator]]] = {"zbud": Zbud}
 """By the name that `--packing` has for it: how zpages are put into frames."""
 
 _ORDER: Final = sys.byteorder
@@ -115,7 +116,7 @@ def measure(
     )
 
 
-def _frames_taken(packing: type[Zbud], zpages: Sequence[bytes]) -> int:
+def _frames_taken(packing: type[Allocator], zpages: Sequence[bytes]) -> int:
     """Return how many frames an allocator fills with the zpages."""
     nr_frames = max(len(zpages), 1)
     frames = bytearray(nr_frames * PAGE_SIZE)  # untouched ones take no memory
