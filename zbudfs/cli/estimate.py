@@ -17,7 +17,7 @@ from zbudfs.cli.plot import check_plot, save_plot
 from zbudfs.cli.progress import progress_bar
 from zbudfs.core.codec import DEFAULT_LEVEL
 from zbudfs.core.sizes import format_size, parse_size_or_percent
-from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, PAGE_SHIFT, PAGE_SIZE, pages_in
+from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, SIZE_CLASS_BYTES, SIZE_CLASSES, pages_in
 from zbudfs.estimate.files import sample_file
 from zbudfs.estimate.measure import LevelMeasure, measure
 from zbudfs.estimate.processes import all_pids, sample_processes
@@ -177,10 +177,10 @@ def _histogram_lines(measured: LevelMeasure) -> list[str]:
     histogram = measured.chunk_histogram
     if not measured.zpages:
         return []
-    rows = [sum(histogram[at : at + _ROW_CHUNKS]) for at in range(1, NCHUNKS, _ROW_CHUNKS)]
+    rows = [sum(histogram[at : at + _ROW_CHUNKS]) for at in range(1, SIZE_CLASSES, _ROW_CHUNKS)]
     lines = ["  zpages by size, with their handles"]
     for number, count in enumerate(rows):
-        most = min((number + 1) * _ROW_CHUNKS, NCHUNKS - 1) * CHUNK_SIZE
+        most = min((number + 1) * _ROW_CHUNKS, SIZE_CLASSES - 1) * SIZE_CLASS_BYTES
         bar = "#" * round(_BAR_COLUMNS * count / max(rows)) or ("." if count else "")
         lines.append(f"    to {most:4} B  {100 * count / measured.zpages:5.1f} %  {bar}".rstrip())
     return lines
@@ -228,7 +228,7 @@ def _pool_lines(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> list
 def _draw(figure: Figure, measures: Sequence[LevelMeasure]) -> None:
     """Fill the picture: zpages by size, and beside that what the levels cost and bring."""
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    sizes = [chunks * CHUNK_SIZE for chunks in range(NCHUNKS)]
+    sizes = [chunks * SIZE_CLASS_BYTES for chunks in range(SIZE_CLASSES)]
     for measured in measures:
         shares = [100 * count / max(measured.zpages, 1) for count in measured.chunk_histogram]
         left.step(sizes, shares, where="mid", label=f"level {measured.level}")

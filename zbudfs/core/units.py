@@ -17,6 +17,11 @@ CHUNK_SHIFT: Final = 6
 CHUNK_SIZE: Final = 1 << CHUNK_SHIFT
 NCHUNKS: Final = PAGE_SIZE >> CHUNK_SHIFT
 
+SIZE_CLASS_BYTES: Final = CHUNK_SIZE
+"""Zpages are counted by size in steps of so many bytes, handle included: what is said about sizes goes no further."""
+SIZE_CLASSES: Final = NCHUNKS
+"""Classes from 0 on, which is nothing."""
+
 WORD_SIZE: Final = 8
 PAGE_WORDS: Final = PAGE_SIZE // WORD_SIZE
 

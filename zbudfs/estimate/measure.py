@@ -17,7 +17,7 @@ from typing import Final
 from zbudfs.core.allocator import NO_REF, Allocator, chunks_for, max_zpage_size
 from zbudfs.core.codec import Codec, is_word, word_zpage
 from zbudfs.core.page_table import entry_of_word
-from zbudfs.core.units import NCHUNKS, PAGE_SHIFT, PAGE_SIZE
+from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, SIZE_CLASSES
 from zbudfs.core.zbud import Zbud
 
 PACKINGS: Final[Mapping[str, type[Allocator]]] = {"zbud": Zbud}
@@ -97,7 +97,7 @@ def measure(
     for zpage in zpages:
         codec.decode(zpage)
     decompress_ns = clock() - began
-    histogram = [0] * NCHUNKS
+    histogram = [0] * SIZE_CLASSES
     for zpage in zpages:
         histogram[chunks_for(len(zpage))] += 1
     compressed = len(pages) - same_filled
