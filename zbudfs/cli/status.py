@@ -77,6 +77,7 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, what in (
             ("refused_pool_full", "writes refused for want of room"),
             ("lost_pages", "reads of pages that were lost"),
+            ("pagein_failures", "reads that the backing file refused"),
             ("writeback_failures", "writebacks that the backing file did not take"),
         )
         if number(name)
