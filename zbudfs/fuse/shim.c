@@ -82,7 +82,7 @@ static struct fuse_lowlevel_ops pyfuse3_ops, shim_ops;
 static fuse_ino_t served_inode;
 static PyObject *handlers[NR_HANDLERS];
 static unsigned max_background = 12, max_burst = 1, max_spin_ns;
-static PyObject *may_linger; /* function without arguments: whether nobody but the kernel wants anything of this thread */
+static PyObject *runnable; /* a container: empty if nobody but the kernel wants anything of this thread */
 static int event_loop_fd = -1;
 static unsigned long long own_metrics[METRIC_WORDS], *metrics = own_metrics;
 static Py_buffer metrics_buffer;
@@ -280,12 +280,10 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
    Waking a sleeping core costs more than serving a page. So the first part of the moment is spent awake, as long as that
    pays: each request that comes within it earns credit, each that does not costs twice as much. */
 static int linger(struct fuse_session *session) {
-    if (event_loop_fd < 0 || !may_linger) return 0;
-    PyObject *may = PyObject_CallNoArgs(may_linger);
-    if (!may) PyErr_WriteUnraisable(may_linger);
-    int yes = may == Py_True;
-    Py_XDECREF(may);
-    if (!yes) return 0;
+    if (event_loop_fd < 0 || !runnable) return 0;
+    Py_ssize_t waiting = PyObject_Size(runnable);
+    if (waiting < 0) PyErr_WriteUnraisable(runnable);
+    if (waiting) return 0;
     struct pollfd fds[] = {{.fd = fuse_session_fd(session), .events = POLLIN}, {.fd = event_loop_fd, .events = POLLIN}};
     static int credit;
     struct timespec moment = {.tv_nsec = LINGER_NS}, none = {0};
@@ -357,10 +355,10 @@ static PyObject *py_set_limits(PyObject *self, PyObject *args) {
 
 static PyObject *py_set_linger(PyObject *self, PyObject *args) {
     (void)self;
-    PyObject *function;
-    if (!PyArg_ParseTuple(args, "iO", &event_loop_fd, &function)) return NULL;
-    Py_INCREF(function);
-    Py_XSETREF(may_linger, function);
+    PyObject *tasks;
+    if (!PyArg_ParseTuple(args, "iO", &event_loop_fd, &tasks)) return NULL;
+    Py_INCREF(tasks);
+    Py_XSETREF(runnable, tasks);
     Py_RETURN_NONE;
 }
 
@@ -441,7 +439,7 @@ static PyObject *py_in_work(PyObject *self, PyObject *unused) {
 static PyMethodDef methods[] = {
     {"serve_file", py_serve_file, METH_VARARGS, "serve_file(inode, read, write, fallocate, fsync): the handlers of the served file"},
     {"set_limits", py_set_limits, METH_VARARGS, "set_limits(background, burst, spin_ns): requests in flight, taken without a sleep, and awake for so long"},
-    {"set_linger", py_set_linger, METH_VARARGS, "set_linger(fd, may): wait for requests and fd while may() is true; -1: never"},
+    {"set_linger", py_set_linger, METH_VARARGS, "set_linger(fd, tasks): wait for requests and fd while tasks is empty; -1: never"},
     {"reply", py_reply, METH_VARARGS, "reply(request, errno, written=-1) -> errno: answer a request; a write with its length"},
     {"reply_data", py_reply_data, METH_VARARGS, "reply_data(request, data) -> errno: answer a read"},
     {"first_request", py_first_request, METH_NOARGS, "first_request() -> bytes: FUSE_INIT as it came, empty if it has not"},
