@@ -30,7 +30,8 @@ BELOW: Final[dict[str, frozenset[str]]] = {
     "service": frozenset({"core", "store", "fuse"}),
     "swap": frozenset({"core"}),
     "estimate": frozenset({"core"}),
-    "cli": frozenset({"core", "store", "fuse", "service", "swap", "estimate"}),
+    "tracing": frozenset({"core", "store"}),
+    "cli": frozenset({"core", "store", "fuse", "service", "swap", "estimate", "tracing"}),
 }
 """Each room, and the rooms that it may import from besides itself. `swap` needs no mount, only loop devices."""
 
@@ -52,7 +53,7 @@ ONLY_IN: Final = {
     "rich": frozenset({"cli"}),
     "matplotlib": frozenset({"cli"}),
     "zstandard": frozenset({"core"}),
-    "mmap": frozenset({"store", "service"}),
+    "mmap": frozenset({"store", "service", "tracing"}),
 }
 """What has one place in the design."""
 
@@ -63,6 +64,8 @@ NOT_IN_THE_DAEMON: Final = (
     "zbudfs.swap",
     "zbudfs.service.launch",
     "zbudfs.estimate",
+    "zbudfs.tracing",
+    "zbudfs.core.trace_file",
     "argparse",
     *ONLY_COMMANDS,
 )

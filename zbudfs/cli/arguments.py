@@ -58,3 +58,15 @@ class Arguments(argparse.Namespace):
     """zstd levels to compare; None: the default one alone."""
     plot: str | None
     """Picture to draw; None: none."""
+    pools: list[str] | None
+    """Pools to compare, as they were typed; None: the recorded one."""
+    watermarks: list[str] | None
+    """Pairs of watermarks to compare, as they were typed; None: the daemon's."""
+    trace: str
+    """File that holds a trace."""
+    output: str
+    """File to write."""
+    seconds: float | None
+    """How long to record; None: until told to stop."""
+    max: int | None
+    """Largest size of a trace, in bytes; None: the default."""

@@ -72,7 +72,7 @@ class CommandError(Exception):
 
 def mount(arguments: Arguments) -> int:
     """Mount and return when it is up; in the foreground, when it has ended."""
-    _need_root("mount")
+    need_root("mount")
     mountpoint = resolve(arguments.mountpoint)
     settings = make_settings(arguments, mountpoint)
     _check_free(mountpoint)
@@ -90,14 +90,14 @@ def mount(arguments: Arguments) -> int:
 
 def umount(arguments: Arguments) -> int:
     """Unmount, if no swap is on it, and return when the daemon has ended."""
-    _need_root("umount")
-    take_down(_mounted(resolve(arguments.mountpoint)))
+    need_root("umount")
+    take_down(find_mounted(resolve(arguments.mountpoint)))
     return 0
 
 
 def swapon(arguments: Arguments) -> int:
     """Mount if need be, then make it active swap; print the device."""
-    _need_root("swapon")
+    need_root("swapon")
     mountpoint = resolve(arguments.mountpoint)
     mounted = find_mount(mountpoint)
     if mounted is None:
@@ -120,8 +120,8 @@ def swapon(arguments: Arguments) -> int:
 
 def swapoff(arguments: Arguments) -> int:
     """Take swap and loop device away, and the mount as well if wanted."""
-    _need_root("swapoff")
-    mounted = _mounted(resolve(arguments.mountpoint))
+    need_root("swapoff")
+    mounted = find_mounted(resolve(arguments.mountpoint))
     devices = detach(mounted.mountpoint, st_dev=mounted.st_dev, force=arguments.force)
     if arguments.umount:
         take_down(mounted)
@@ -132,8 +132,8 @@ def swapoff(arguments: Arguments) -> int:
 
 def restart(arguments: Arguments) -> int:
     """Hand a mount over to the version of zbudfs that runs this command; swap stays on."""
-    _need_root("restart")
-    mounted = _mounted(resolve(arguments.mountpoint))
+    need_root("restart")
+    mounted = find_mounted(resolve(arguments.mountpoint))
     answer = _order_restart(mounted.mountpoint)
     _wait_served(mounted.mountpoint, answer["pid"])
     print(f"zbudfs {answer['version']} serves {shown_path(mounted.mountpoint)} now, pid {answer['pid']}")
@@ -146,7 +146,7 @@ def status(arguments: Arguments) -> int:
         reports = [status_page.report(mount) for mount in zbudfs_mounts()]
         text = status_page.as_json(reports) if arguments.json else status_page.as_pages(reports)
     else:
-        reports = [status_page.report(_mounted(resolve(arguments.one_mountpoint)))]
+        reports = [status_page.report(find_mounted(resolve(arguments.one_mountpoint)))]
         if "error" in reports[0]:
             raise CommandError(str(reports[0]["error"]))
         text = status_page.as_json(reports[0]) if arguments.json else status_page.as_pages(reports)
@@ -273,12 +273,14 @@ def _prepare_backing_folder(settings: Settings) -> None:
         raise CommandError(f"the folder {shown_path(str(folder))} for the backing file does not exist")
 
 
-def _need_root(command: str) -> None:
+def need_root(command: str) -> None:
+    """CommandError for those who are not root."""
     if os.geteuid() != 0:
         raise CommandError(f"{command} needs root: run it with sudo")
 
 
-def _mounted(mountpoint: str) -> Mount:
+def find_mounted(mountpoint: str) -> Mount:
+    """Return the zbudfs that is mounted there. CommandError if none is."""
     found = find_mount(mountpoint)
     if found is None:
         raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")

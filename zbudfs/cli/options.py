@@ -19,7 +19,7 @@ from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.config import FOLDER
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
-from zbudfs.cli.study_options import add_estimate
+from zbudfs.cli.study_options import add_estimate, add_trace
 from zbudfs.core.sizes import GRAMMAR
 from zbudfs.core.tunables import TUNABLES
 from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
@@ -36,6 +36,7 @@ examples:
   zbudfs umount /mnt/zswap                      what was stored is gone after that
 
   zbudfs estimate --all                         how would this machine's memory compress? changes nothing
+  zbudfs trace record -o storm.zbt /mnt/zswap   record requests; trace show and trace replay look at them
 
 The mountpoint is a directory that exists. All commands but status need root. `zbudfs COMMAND --help` tells more.
 """
@@ -170,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("name", metavar="NAME", nargs="?", help="of the configuration (default: all)")
 
     add_estimate(command)
+    add_trace(command)
     return parser
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The words of the commands that look and change nothing: estimate. What they run is imported when it is run."""
+"""The words of the commands that look at things: estimate and trace. What they run is imported when it is run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,49 @@ examples:
   zbudfs estimate --all --pool 2G --levels -3,-1,1,3 which level, in how much time
   zbudfs estimate --file core.1234                   writable memory of a core dump; any other file as pages
   zbudfs estimate --all --json | jq '.levels[0].packings.zbud.zpages_per_frame'
+"""
+
+_TRACE_EPILOG: Final = """\
+A trace holds times, page numbers, counts and how large pages are compressed; never what is in them, and no names.
+
+examples:
+  zbudfs trace record --seconds 60 -o storm.zbt /mnt/zswap
+  zbudfs trace show storm.zbt
+  zbudfs trace replay --pool 512M,1G,2G storm.zbt
+
+`zbudfs trace COMMAND --help` tells more; docs/trace-format.md is about the file.
+"""
+
+_RECORD_EPILOG: Final = """\
+What the daemon serves is copied from a ring in shared memory: it never waits for this command. What comes faster than
+it is read is lost, and counted. Ctrl-C ends the recording; the file is whole then.
+
+examples:
+  zbudfs trace record --seconds 60 -o storm.zbt /mnt/zswap
+  zbudfs trace record --max 16M -o last.zbt /mnt/zswap      the last few million requests, until Ctrl-C
+"""
+
+_SHOW_EPILOG: Final = """\
+The working set are the different pages read or written in a stretch of time: a pool that holds it (see zbudfs estimate
+for how much that is in RAM) hardly reads from disk.
+
+examples:
+  zbudfs trace show storm.zbt
+  zbudfs trace show --plot storm.svg storm.zbt
+"""
+
+_REPLAY_EPILOG: Final = """\
+The requests are given to zbudfs's own store as fast as it takes them, with made-up pages of the recorded sizes, and every
+page that is read is compared. Every combination of what is given is tried:
+
+  hits       share of the pages read that needed no disk       to disk    written back
+  from disk  read back                                         refused    pages that found no room
+  a frame    pages to a frame, not counting same-filled ones   CPU        for a page read or written
+
+examples:
+  zbudfs trace replay --pool 256M,512M,1G storm.zbt
+  zbudfs trace replay --watermark 2%:5%,10%:20% --backing none storm.zbt
+  zbudfs trace replay --level -1,3 --json storm.zbt
 """
 
 
@@ -66,11 +109,111 @@ def add_estimate(command: AddCommand) -> None:
     _add_output(sub)
 
 
+def add_trace(command: AddCommand) -> None:
+    """Add the command trace, with its own commands."""
+    sub = command(
+        "trace",
+        _no_command,
+        "record what is asked of a mount, look at it, and replay it",
+        _TRACE_EPILOG,
+    )
+    commands = sub.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def trace_command(name: str, run: Callable[[Arguments], int], summary: str, epilog: str) -> argparse.ArgumentParser:
+        part = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        part.set_defaults(run=run)
+        return part
+
+    part = trace_command("record", _trace_record, "record the requests of a mount to a file", _RECORD_EPILOG)
+    part.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="file to write; one that is there is replaced"
+    )
+    part.add_argument("--seconds", type=values.seconds, metavar="N", help="how long (default: until Ctrl-C)")
+    part.add_argument(
+        "--max",
+        type=values.some_size,
+        metavar="SIZE",
+        help="largest size of the file, 1M or more; then the newest overwrites the oldest (default: 64M)",
+    )
+    part.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory that it is mounted on")
+
+    part = trace_command("show", _trace_show, "tell what is in a trace, and how the working set went", _SHOW_EPILOG)
+    _add_output(part)
+    part.add_argument("trace", metavar="FILE", help="what trace record has written")
+
+    part = trace_command("replay", _trace_replay, "replay a trace without a mount, to compare settings", _REPLAY_EPILOG)
+    part.add_argument(
+        "--pool",
+        dest="pools",
+        type=values.pools,
+        metavar="SIZE,...",
+        help="pools to compare; a percentage is one of RAM (default: as recorded)",
+    )
+    part.add_argument(
+        "--level",
+        dest="levels",
+        type=values.levels,
+        metavar="N,...",
+        help="zstd levels to compare (default: as recorded)",
+    )
+    part.add_argument(
+        "--watermark",
+        dest="watermarks",
+        type=values.watermarks,
+        metavar="LOW:HIGH,...",
+        help="free room below which writeback starts, and at which it stops; a percentage is one of the pool (default: the"
+        " daemon's)",
+    )
+    part.add_argument(
+        "--backing",
+        metavar="DIR|none",
+        help="folder for a backing file during the replay (default: /var/tmp, or none if there was none)",
+    )
+    part.add_argument(
+        "--seed",
+        type=values.seed,
+        default=1,
+        metavar="N",
+        help="make other pages of the same sizes (default: %(default)s)",
+    )
+    part.add_argument("--json", action="store_true", help="print a list of objects, one for each combination")
+    part.add_argument("trace", metavar="FILE", help="what trace record has written")
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one object, sizes in bytes")
     parser.add_argument(
         "--plot", type=values.plot_file, metavar="FILE", help="draw it as well, to a file that ends in .svg or .png"
     )
+
+
+def _no_command(_: Arguments) -> int:
+    raise AssertionError("trace has commands of its own")
+
+
+def _trace_record(arguments: Arguments) -> int:
+    from zbudfs.cli.trace_record import record
+
+    return record(arguments)
+
+
+def _trace_show(arguments: Arguments) -> int:
+    from zbudfs.cli.trace_show import show
+
+    return show(arguments)
+
+
+def _trace_replay(arguments: Arguments) -> int:
+    from zbudfs.cli.trace_replay import replay_trace
+
+    return replay_trace(arguments)
 
 
 def _estimate(arguments: Arguments) -> int:

@@ -13,6 +13,7 @@ from typing import Final
 from zbudfs.core.sizes import parse_size, parse_size_or_percent
 from zbudfs.service.settings import MAX_LEVEL, MIN_LEVEL
 
+MAX_SECONDS: Final = 1e9
 MAX_SEED: Final = (1 << 63) - 1
 PLOT_ENDS: Final = (".svg", ".png")
 """What the name of a picture may end in, and what it then is."""
@@ -54,6 +55,36 @@ def levels(text: str) -> list[int]:
     if 0 in found:
         raise argparse.ArgumentTypeError(f"level 0 is none: write levels from {MIN_LEVEL} to -1 and 1 to {MAX_LEVEL}")
     return list(dict.fromkeys(found))
+
+
+def pools(text: str) -> list[str]:
+    """Sizes or percentages with commas between them, as they were typed."""
+    return list(dict.fromkeys(size_or_percent(part.strip()) for part in text.split(",")))
+
+
+def watermarks(text: str) -> list[str]:
+    """Pairs LOW:HIGH of sizes or percentages with commas between them, as they were typed."""
+    found = [part.strip() for part in text.split(",")]
+    for pair in found:
+        parts = pair.split(":")
+        if len(parts) != 2:
+            raise argparse.ArgumentTypeError(
+                f"{pair!r} is no pair of watermarks: write LOW:HIGH, such as 2%:5% or 8M:16M"
+            )
+        for part in parts:
+            size_or_percent(part)
+    return list(dict.fromkeys(found))
+
+
+def seconds(text: str) -> float:
+    """A time that is not zero."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write seconds, such as 60 or 0.5")
+    return found
 
 
 def seed(text: str) -> int:

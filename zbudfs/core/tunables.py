@@ -45,6 +45,7 @@ TUNABLES: Final = (
     Tunable("writeback_enabled", "0 or 1", "whether frames are written to the backing file without an order"),
     Tunable("writeback_budget_bytes_per_day", "bytes a day", "most that is written to the backing file; 0 is no limit"),
     Tunable("age_seconds", "seconds", "frames to which nothing was added for so long are written back; 0 is never"),
+    Tunable("trace", "0 or 1", "whether requests are recorded for zbudfs trace; off again when nobody reads them"),
     Tunable("writeback", "frames", "write N or all of the coldest frames now; reads as what is left of it", order=True),
     Tunable(
         "drop_ephemeral", "frames", "write 1 to drop clean copies of blocks; reads as how many there are", order=True
@@ -162,6 +163,10 @@ def _writeback(name: str, text: str, limits: Limits) -> int:
     return _whole_number(name, text, 0, limits.pool_bytes // PAGE_SIZE, f" frames, or {ALL}")
 
 
+def _trace(name: str, text: str, limits: Limits) -> int:
+    return _whole_number(name, text, 0, 1)
+
+
 def _drop(name: str, text: str, limits: Limits) -> int:
     return _whole_number(name, text, 1, 1)
 
@@ -174,6 +179,7 @@ _PARSERS: Final = {
     "writeback_enabled": _enabled,
     "writeback_budget_bytes_per_day": _budget,
     "age_seconds": _age,
+    "trace": _trace,
     "writeback": _writeback,
     "drop_ephemeral": _drop,
 }

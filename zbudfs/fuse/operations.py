@@ -12,6 +12,7 @@ import pyfuse3
 import trio
 
 from zbudfs.core.errors import BackingError, BackingFull, LayoutError, OutOfRange, PageLost, PoolFull, ZbudfsError
+from zbudfs.core.trace import Kind
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.fuse import shim
 from zbudfs.fuse.nodes import (
@@ -26,6 +27,7 @@ from zbudfs.fuse.nodes import (
     Folder,
     Stats,
 )
+from zbudfs.fuse.traced import traced
 from zbudfs.store.board import Field
 from zbudfs.store.memory import PARKING_SLOT_BYTES
 from zbudfs.store.page_store import PageStore
@@ -85,7 +87,8 @@ class Operations(pyfuse3.Operations):
         """By file handle: the name in control/."""
         # Not from the start again after a takeover: an old handle must not read another file's content.
         self._next_handle = (os.getpid() << 32) + SWAPFILE + 1
-        shim.serve_file(SWAPFILE, self._read_served, self._write_served, self._fallocate_served, self._fsync_served)
+        store.tracer.on_change = self._serve
+        self._serve()
 
     def init(self) -> None:
         """FUSE_INIT has come: the mount answers from now on."""
@@ -268,6 +271,12 @@ class Operations(pyfuse3.Operations):
     # ---- the swapfile's data, which the shim asks for -------------------------------------------------------------
     # Each answers at once where it can (bytes, 0 or an errno), or None and later, from a task, with `shim.reply`.
 
+    def _serve(self) -> None:
+        """Have the shim ask here: with a trace, or without one and without a question whether there is one."""
+        plain = self._read_served, self._write_served, self._fallocate_served
+        read, write, fallocate = traced(self._store.tracer, *plain) if self._store.tracer.active else plain
+        shim.serve_file(SWAPFILE, read, write, fallocate, self._fsync_served)
+
     def _read_served(self, request: int, offset: int, length: int) -> bytes | int | None:
         try:
             content = self._store.read_nowait(offset, length)
@@ -311,12 +320,24 @@ class Operations(pyfuse3.Operations):
         try:
             await self._store.write(offset, content)
         except Exception as error:
+            self._trace_write(Kind.REFUSED, offset, len(content), length)
             shim.reply(request, fuse_error(error).errno)
         else:
+            self._trace_write(Kind.WRITE, offset, len(content), length)
             shim.reply(request, 0, length)
         finally:
             if slot is not None:
                 self._parking.append(slot)
+
+    def _trace_write(self, kind: Kind, offset: int, rest: int, length: int) -> None:
+        """Record a write that had to wait: `rest` bytes of it at `offset`, of `length` in all."""
+        tracer = self._store.tracer
+        if tracer.active:
+            start = offset + rest - length
+            if kind == Kind.WRITE:
+                tracer.wrote(start, length)
+            else:
+                tracer.missed(kind, start, length)
 
     def _fallocate_served(self, request: int, mode: int, offset: int, length: int) -> int | None:
         """Punching and zeroing are discards; anything else is not supported. Never ENOSYS: it would be the last call."""

@@ -158,6 +158,7 @@ class Worker:
                 self._say_ready()
                 nursery.start_soon(self._heartbeat, store, steering)
                 nursery.start_soon(self._end_on_signals, signals, helper)
+                nursery.start_soon(store.tracer.run, helper)
                 async with trio.open_nursery() as waiting:
                     if not self._emergency:
                         waiting.start_soon(self._follow, helper, steering)

@@ -78,6 +78,8 @@ class Field(IntEnum):
     WRITEBACK_BUDGET_LEFT = 22
     """Bytes, as of the last time that the counters were kept."""
     AGE_SECONDS = 23
+    TRACING = 24
+    """1 while requests are recorded (store/tracer.py)."""
 
 
 class Board:

@@ -8,6 +8,7 @@
     blocks      the block map                      rebuilt, but for which segments are ready
     parking     what is to be written and waits for a frame
     outgoing    blocks on their way to the disk, encrypted
+    trace       what was asked, for a reader; without memory unless a trace is on
     board       what the processes tell each other
 
 Made by the keeper before it starts a worker, so that every worker has it mapped. Where there is a pool directory (a tmpfs
@@ -25,6 +26,7 @@ from zbudfs.core.zbud import Zbud
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import SEGMENT_BYTES
 from zbudfs.store.board import BOARD_BYTES, Board
+from zbudfs.store.trace_ring import RING_BYTES
 
 FRAME_ENTRY_BYTES: Final = 12
 """Of the pool's table: the block of a frame, an entry of the stack of free frames, and when it was stored to."""
@@ -61,6 +63,7 @@ class StoreMemory:
         # One more than the pages need: a block with a live page for each page at worst, and the header.
         self.nr_segments = size_bytes // SEGMENT_BYTES + 2
         self.parking = Arena("parking", PARKING_SLOTS * PARKING_SLOT_BYTES, folder)
+        self.trace = Arena("trace", RING_BYTES, folder)
         self.blocks = Arena("blocks", BlockMap.table_size(self.nr_segments), folder) if backed else None
         self.outgoing = Arena("outgoing", BATCH_FRAMES << PAGE_SHIFT, folder) if backed else None
 
@@ -108,5 +111,5 @@ class StoreMemory:
     @property
     def arenas(self) -> list[Arena]:
         """All but the board."""
-        arenas = [self.pages, self.frames, self.frame_table, self.free_frames, self.parking]
+        arenas = [self.pages, self.frames, self.frame_table, self.free_frames, self.parking, self.trace]
         return arenas + [arena for arena in (self.blocks, self.outgoing) if arena is not None]

@@ -54,6 +54,7 @@ from zbudfs.store.pool import Pool
 from zbudfs.store.reclaimer import Reclaimer
 from zbudfs.store.recovery import Recovery, rebuild
 from zbudfs.store.state import State
+from zbudfs.store.tracer import Tracer
 
 ZERO_PAGE: Final = bytes(PAGE_SIZE)
 DISCARD_STEP_PAGES: Final = 2048
@@ -199,6 +200,7 @@ class PageStore:
         self.backing = backing
         self.codec = codec
         self.reclaimer = Reclaimer(self.state, backing)
+        self.tracer = Tracer(self.state, memory)
         self._readers: list[IoThread[dict[int, BackingError]]] = []
         if backing is not None:
             self._readers = [IoThread("read-0"), IoThread("read-1")]

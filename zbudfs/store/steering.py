@@ -48,6 +48,7 @@ class Steering:
             "writeback_enabled": int(reclaimer.writeback_enabled),
             "writeback_budget_bytes_per_day": reclaimer.budget.bytes_per_day,
             "age_seconds": reclaimer.age_seconds,
+            "trace": int(self._store.tracer.active),
             "writeback": reclaimer.ordered_frames,
             "drop_ephemeral": self._store.zbud_counters()["eph_pageframes"],
         }[name]
@@ -61,6 +62,9 @@ class Steering:
             return
         if name == "drop_ephemeral":
             reclaimer.order_drop()
+            return
+        if name == "trace":
+            self._store.tracer.order(on=bool(value))
             return
         if name == "pool_limit_bytes":
             fields[Field.POOL_LIMIT_FRAMES] = value >> PAGE_SHIFT
@@ -85,6 +89,7 @@ class Steering:
         fields = self._fields
         budget = fields[Field.WRITEBACK_BUDGET]
         self._reclaimer.budget.set(budget, trio.current_time(), fields[Field.WRITEBACK_BUDGET_LEFT])
+        self._store.tracer.adopt()
         self._apply()
 
     def save(self) -> None:

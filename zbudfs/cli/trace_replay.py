@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""`zbudfs trace replay`: one trace against a store with several settings, and what came of each, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.commands import CommandError
+from zbudfs.cli.progress import progress_bar
+from zbudfs.cli.trace_show import load
+from zbudfs.core.errors import ZbudfsError
+from zbudfs.core.sizes import format_size, parse_size_or_percent
+from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
+from zbudfs.service.mountpoint import shown_path
+from zbudfs.service.settings import MIN_POOL_BYTES, ram_bytes
+from zbudfs.tracing.file import Trace
+from zbudfs.tracing.replay import ReplayResult, ReplaySettings, Script, replay
+
+DEFAULT_FOLDER: Final = "/var/tmp"
+"""On a disk, unlike /tmp on many systems."""
+MAX_SETTINGS: Final = 64
+
+
+def replay_trace(arguments: Arguments) -> int:
+    """Replay and compare; 1 if a page came back wrong."""
+    trace = load(arguments.trace)
+    ram = ram_bytes()
+    pools = [_pool(text, ram) for text in arguments.pools or ()] or [_recorded_pool(trace, ram)]
+    wanted = [
+        ReplaySettings(pool, level, *_watermarks(text, pool))
+        for level in arguments.levels or [trace.about["level"]]
+        for pool in dict.fromkeys(pools)
+        for text in arguments.watermarks or [""]
+    ]
+    if len(wanted) > MAX_SETTINGS:
+        raise CommandError(f"these are {len(wanted)} settings to compare: the most is {MAX_SETTINGS}")
+    folder = _folder(arguments.backing, trace)
+    script = Script(trace, arguments.seed)
+    _check_memory(max(pools), script)
+    results = []
+    for number, settings in enumerate(wanted, 1):
+        what = f"replay {number} of {len(wanted)}" if len(wanted) > 1 else "replay"
+        try:
+            with progress_bar(what) as progress:
+                results.append(replay(script, settings, folder, arguments.seed, progress))
+        except (ZbudfsError, MemoryError) as error:
+            raise CommandError(str(error) or "there is not enough memory for this replay") from None
+    if arguments.json:
+        print(json.dumps([_as_json(result) for result in results], indent=2))
+    else:
+        print("\n".join(_as_table(results, arguments.trace, script)))
+    return 1 if any(result.wrong_pages for result in results) else 0
+
+
+def _pool(text: str, ram: int) -> int:
+    pool = parse_size_or_percent(text, ram) // PAGE_SIZE * PAGE_SIZE
+    if not MIN_POOL_BYTES <= pool <= ram:
+        raise CommandError(
+            f"pool of {format_size(pool)} cannot be: it must be from 1M to this machine's {format_size(ram)}"
+        )
+    return pool
+
+
+def _recorded_pool(trace: Trace, ram: int) -> int:
+    pool: int = max(trace.about["pool_limit_bytes"] // PAGE_SIZE * PAGE_SIZE, MIN_POOL_BYTES)
+    if pool > ram:
+        raise CommandError(
+            f"the trace was recorded with a pool of {format_size(pool)}, more than this machine's {format_size(ram)}: write"
+            " another one with --pool"
+        )
+    return pool
+
+
+def _watermarks(text: str, pool: int) -> tuple[int, int]:
+    """Return low and high in frames; 0 is what follows the pool."""
+    if not text:
+        return 0, 0
+    low, high = (parse_size_or_percent(part, pool) >> PAGE_SHIFT for part in text.split(":"))
+    if not 0 < low <= high <= pool >> PAGE_SHIFT:
+        raise CommandError(
+            f"watermarks {text} cannot be for a pool of {format_size(pool)}: low must be a frame or more, and no more than"
+            " high, and high no more than the pool"
+        )
+    return low, high
+
+
+def _folder(typed: str | None, trace: Trace) -> str | None:
+    """Return where the backing file goes; None: nowhere."""
+    if typed == "none" or (typed is None and trace.about.get("backing_size_bytes") == 0):
+        return None
+    folder = typed or DEFAULT_FOLDER
+    if not Path(folder).is_dir():
+        raise CommandError(f"{shown_path(folder)} is no folder: write one for the backing file, or none")
+    return folder
+
+
+def _check_memory(pool: int, script: Script) -> None:
+    """Raise CommandError if the pool would not fit into what is left of RAM."""
+    needed = min(pool, script.nr_pages * PAGE_SIZE)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:") and needed > int(line.split()[1]) * 1024:
+            raise CommandError(
+                f"this replay may need {format_size(needed)} of RAM, and {format_size(int(line.split()[1]) * 1024)} are"
+                " left: write a smaller --pool"
+            )
+
+
+def _as_json(result: ReplayResult) -> dict[str, Any]:
+    found = asdict(result)
+    return {
+        **found.pop("settings"),
+        **found,
+        "hit_ratio": result.hit_ratio,
+        "cpu_us_per_page": result.cpu_us_per_page,
+    }
+
+
+def _as_table(results: Sequence[ReplayResult], path: str, script: Script) -> list[str]:
+    lines = [
+        f"{shown_path(path)}: {results[0].written_pages:,} pages written, {results[0].read_pages:,} read,"
+        f" {script.nr_pages:,} different ones ({format_size(script.nr_pages * PAGE_SIZE)})",
+        "",
+        f"{'pool':>9}  {'level':>5}  {'watermarks':>17}  {'hits':>7}  {'to disk':>9}  {'from disk':>9}"
+        f"  {'refused':>8}  {'a frame':>7}  {'CPU':>9}  {'time':>7}",
+    ]
+    for result in results:
+        settings = result.settings
+        low, high = settings.low_watermark_frames, settings.high_watermark_frames
+        marks = (
+            f"{format_size(low << PAGE_SHIFT)}:{format_size(high << PAGE_SHIFT)}".replace(" ", "") if low else "auto"
+        )
+        lines.append(
+            f"{format_size(settings.pool_bytes):>9}  {settings.level:5}  {marks:>17}  {100 * result.hit_ratio:5.1f} %"
+            f"  {format_size(result.writeback_frames << PAGE_SHIFT):>9}  {format_size(result.pagein_blocks << PAGE_SHIFT):>9}"
+            f"  {result.refused_pages:8,}  {result.pages_per_frame:7.2f}  {result.cpu_us_per_page:6.1f} us"
+            f"  {result.seconds:5.1f} s"
+        )
+        if result.wrong_pages or result.lost_pages:
+            lines.append(
+                f"  {result.wrong_pages:,} pages came back wrong and {result.lost_pages:,} were lost: please report it"
+            )
+    return lines
