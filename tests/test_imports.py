@@ -38,7 +38,20 @@ BELOW: Final[dict[str, frozenset[str]]] = {
 PURE: Final = frozenset(
     {
         *("__future__", "abc", "array", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools"),
-        *("heapq", "itertools", "math", "operator", "re", "string", "struct", "types", "typing", "warnings", "zlib"),
+        *(
+            "heapq",
+            "itertools",
+            "json",
+            "math",
+            "operator",
+            "re",
+            "string",
+            "struct",
+            "types",
+            "typing",
+            "warnings",
+            "zlib",
+        ),
         *("sys", "zstandard"),
     }
 )

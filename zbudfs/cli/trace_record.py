@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,8 +36,8 @@ _POLL_MS: Final = 50
 """Between two looks at the ring, which holds 65,536 records."""
 _FLUSH_SECONDS: Final = 10.0
 """What was recorded is in the file after so long, even if there is little of it."""
-_START_LIMIT_SECONDS: Final = 20.0
-"""Longest wait for the daemon to begin: it has to find 1 MiB of memory."""
+_ANSWER_LIMIT_SECONDS: Final = 20.0
+"""Longest wait for the daemon to begin, for which it has to find 1 MiB of memory, and to end."""
 
 
 def record(arguments: Arguments) -> int:
@@ -94,7 +94,8 @@ def _record(ring: RingReader, writer: TraceWriter, switch: Path, daemon: int, se
     with _stoppable() as stopped, progress_bar("recording (Ctrl-C ends it)") as progress:
         switch.write_text("1")
         try:
-            _wait_active(ring)
+            if not _wait(lambda: ring.active):
+                raise CommandError("the daemon has not begun to record: the system gives it no memory for that")
             began = flushed = time.monotonic()
             ended = ""
             while not stopped and not ended:
@@ -114,16 +115,19 @@ def _record(ring: RingReader, writer: TraceWriter, switch: Path, daemon: int, se
         finally:
             with suppress(OSError):  # the mount may be gone
                 switch.write_text("0")
+                _wait(lambda: not ring.active)  # no more comes; what came last can still be read
         writer.add(*ring.read())
     return ended
 
 
-def _wait_active(ring: RingReader) -> None:
-    end = time.monotonic() + _START_LIMIT_SECONDS
-    while not ring.active:
+def _wait(condition: Callable[[], bool]) -> bool:
+    """Wait until something holds; whether it does within the limit."""
+    end = time.monotonic() + _ANSWER_LIMIT_SECONDS
+    while not condition():
         if time.monotonic() > end:
-            raise CommandError("the daemon has not begun to record: the system gives it no memory for that")
+            return False
         time.sleep(0.01)
+    return True
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from zlib import crc32
 
 import zstandard
 
+from zbudfs.core.codec import MAX_LEVEL, MIN_LEVEL
 from zbudfs.core.trace import (
     CLASS_MASK,
     KIND_BITS,
@@ -146,7 +147,8 @@ def decode_header(data: bytes) -> tuple[dict[str, Any], int]:
     for name in ("size_bytes", "pool_limit_bytes", "level"):
         if type(about.get(name)) is not int:
             raise TraceFileError(f"the header of the trace does not say {name}")
-    if not 0 < about["size_bytes"] <= MAX_DEVICE_PAGES << PAGE_SHIFT or about["pool_limit_bytes"] < 0:
+    size, pool, level = about["size_bytes"], about["pool_limit_bytes"], about["level"]
+    if not 0 < size <= MAX_DEVICE_PAGES << PAGE_SHIFT or pool < 0 or not MIN_LEVEL <= level <= MAX_LEVEL or not level:
         raise TraceFileError("the header of the trace tells of a device that cannot be")
     return about, length
 

@@ -23,6 +23,9 @@ from zbudfs.store.trace_ring import TraceRing
 UNREAD_SECONDS: Final = 10.0
 """A trace that nobody has read for so long ends. Arbitrary: a reader looks many times a second."""
 
+KEEP_SECONDS: Final = 5.0
+"""What was recorded last can be read for so long after the end. Arbitrary: a reader takes it at once."""
+
 _LOOK_SECONDS: Final = 1.0
 
 
@@ -38,6 +41,8 @@ class Tracer:
         self._fields = memory.board.fields
         self._wanted = False
         self._ordered = trio.Event()
+        self._release_at = float("inf")
+        """When the memory of a trace that has ended goes back to the system."""
 
     def order(self, *, on: bool) -> None:
         """Have the trace turned on or off, soon. Turning on what is on is nothing; what is in the ring stays."""
@@ -50,12 +55,16 @@ class Tracer:
             self._ring.resume()
             self._wanted = True
             self._set_active(active=True)
+        else:
+            self._release_at = trio.current_time() + KEEP_SECONDS  # what it may have left
+        self._ordered.set()
 
     async def run(self, helper: IoThread[None]) -> None:
         """Do what is ordered, until cancelled; `helper` waits for memory."""
         beat, seen_at = 0, trio.current_time()
         while True:
-            with trio.move_on_after(_LOOK_SECONDS if self.active else float("inf")):
+            look_at = trio.current_time() + _LOOK_SECONDS if self.active else self._release_at
+            with trio.move_on_at(look_at):
                 await self._ordered.wait()
             self._ordered = trio.Event()
             now = trio.current_time()
@@ -70,9 +79,13 @@ class Tracer:
             elif not self._wanted and self.active:
                 self._set_active(active=False)
                 self._ring.end()
+                self._release_at = now + KEEP_SECONDS
+            elif not self.active and now >= self._release_at:
+                self._release_at = float("inf")
                 await helper.run(self._ring.release)
 
     async def _turn_on(self, helper: IoThread[None]) -> None:
+        self._release_at = float("inf")
         try:
             await helper.run(self._ring.populate)
         except MemoryError:

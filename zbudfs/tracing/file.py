@@ -50,6 +50,8 @@ class TraceWriter:
         self._waiting: array[int] = array("Q")
         self.records = 0
         self.lost_records = 0
+        self.file_bytes = 0
+        """Length of the file, once it is closed."""
         self.rounds = 0
         """Times that the file was full and went on at its beginning."""
 
@@ -91,13 +93,9 @@ class TraceWriter:
         """Write what is left, and close the file."""
         try:
             self.flush()
+            self.file_bytes = os.fstat(self._fd).st_size
         finally:
             os.close(self._fd)
-
-    @property
-    def file_bytes(self) -> int:
-        """Length of the file."""
-        return os.fstat(self._fd).st_size
 
 
 @dataclass

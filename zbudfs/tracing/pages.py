@@ -2,7 +2,7 @@
 """Made-up pages that compress to a wanted size class: what a replay writes, since a trace holds no content.
 
     class 0        one word repeated
-    class 1..63    some text, some noise where text alone would be too small, then zeros; cut to the class by trying
+    class 1..63    noise, text and zeros, or noise and zeros where text is too small; cut to the class by trying
     RAW_CLASS      noise
 
 The class is right at the level at which the trace was recorded. At another level the page compresses as such a page does,
@@ -24,7 +24,11 @@ VARIANTS: Final = 8
 
 _WORDS: Final = 400
 _NOISE_SHARE: Final = 0.3
-"""Share of the noise in pages that text alone does not fill. Guessed."""
+"""Share of the noise in a zpage. Guessed."""
+
+
+_SHORTEST_BYTES: Final = 24
+"""Bytes of content at the least: a page of nothing but zeros is same-filled."""
 
 
 class PageMaker:
@@ -52,17 +56,15 @@ class PageMaker:
             return self._random.randrange(1 << 32).to_bytes(8, "little") * (PAGE_SIZE // 8)
         if size_class >= RAW_CLASS:
             return self._random.randbytes(PAGE_SIZE)
-        # More and more of it is noise until the class is reached.
-        wanted = size_class * SIZE_CLASS_BYTES
-        noise = self._random.randbytes(min(int(wanted * _NOISE_SHARE), PAGE_SIZE))
-        rich = (noise + self._text())[:PAGE_SIZE]
-        if self._class_of(rich) >= size_class:
-            return self._cut(rich, size_class)
-        return self._mixed(self._random.randbytes(PAGE_SIZE), rich, size_class)
+        noise = self._random.randbytes(PAGE_SIZE)
+        rich = (noise[: int(size_class * SIZE_CLASS_BYTES * _NOISE_SHARE)] + self._text())[:PAGE_SIZE]
+        # How a large zpage of text grows is not smooth, and beyond some size there is none: noise alone is always right.
+        page = self._cut(rich, size_class)
+        return page if self._class_of(page) == size_class else self._cut(noise, size_class)
 
     def _cut(self, content: bytes, size_class: int) -> bytes:
         """Zeros from where on the page is of the class."""
-        low, high = 0, PAGE_SIZE
+        low, high = _SHORTEST_BYTES, PAGE_SIZE
         while low < high:
             middle = (low + high) // 2
             if self._class_of(content[:middle].ljust(PAGE_SIZE, b"\0")) < size_class:
@@ -70,17 +72,6 @@ class PageMaker:
             else:
                 high = middle
         return content[:low].ljust(PAGE_SIZE, b"\0")
-
-    def _mixed(self, noise: bytes, rest: bytes, size_class: int) -> bytes:
-        """Noise up to where the page is of the class, then the rest."""
-        low, high = 0, PAGE_SIZE
-        while low < high:
-            middle = (low + high) // 2
-            if self._class_of(noise[:middle] + rest[middle:]) < size_class:
-                low = middle + 1
-            else:
-                high = middle
-        return noise[:low] + rest[low:]
 
     def _class_of(self, page: bytes) -> int:
         size = len(self._codec.encode(page))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +42,8 @@ class RingReader:
         self._beat += 1
         words[Word.BEAT] = self._beat
         head, first = words[Word.HEAD], self._tail
+        if head < first:  # the memory of a trace that has ended was given back
+            return array("Q"), 0
         start = max(first, head - RING_RECORDS)
         taken = self._copy(start, head)
         # Meanwhile the oldest of these may have been overwritten, and one more may be about to be.
@@ -66,15 +69,10 @@ class RingReader:
 
 def open_ring(pool_directory: str, worker_pid: int) -> RingReader:
     """Return the ring of a mount. FileNotFoundError if there is none, PermissionError for those who are not root."""
-    for path in _candidates(pool_directory, worker_pid):
-        try:
-            return RingReader(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW * path.endswith("/trace")))
-        except FileNotFoundError:
-            continue
+    with suppress(FileNotFoundError):
+        return RingReader(os.open(f"{pool_directory}/trace", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+    for path in Path(f"/proc/{worker_pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # the file was closed meanwhile
+            if path.readlink().name.startswith("memfd:zbudfs-trace"):
+                return RingReader(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     raise FileNotFoundError(f"the worker {worker_pid} has no ring for a trace")
-
-
-def _candidates(pool_directory: str, worker_pid: int) -> list[str]:
-    folder = Path(f"/proc/{worker_pid}/fd")
-    unnamed = [str(path) for path in folder.iterdir() if "zbudfs-trace" in str(path.readlink())]
-    return [f"{pool_directory}/trace", *unnamed]

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: MIT
+"""The ring that a worker writes and another process reads, and turning it on and off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from scripts.storm import make_page
+from tests.store.rig import push, put, quiet, run, running, until
+from tests.support import LIMIT_SECONDS
+from zbudfs.core.codec import Codec
+from zbudfs.core.trace import CLASS_MASK, KIND_BITS, KIND_MASK, RAW_CLASS, UNKNOWN_CLASS, Kind
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.store.arena import Arena
+from zbudfs.store.iothread import IoThread
+from zbudfs.store.memory import StoreMemory
+from zbudfs.store.page_store import PageStore
+from zbudfs.store.trace_ring import RING_BYTES, RING_RECORDS, TraceRing
+from zbudfs.store.tracer import KEEP_SECONDS, UNREAD_SECONDS
+from zbudfs.tracing.ring import RingReader, open_ring
+
+
+def read_all(reader: RingReader) -> tuple[list[tuple[int, int, int, int]], int]:
+    """Return (kind, class, first page, pages) of what is new, and how many were lost."""
+    words, lost = reader.read()
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [(a & KIND_MASK, a >> KIND_BITS & CLASS_MASK, b & 0xFFFFFFFF, b >> 32) for a, b in pairs], lost
+
+
+def one_class(page: int) -> int:
+    """Return the size class of any page."""
+    return 9
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[TraceRing, RingReader]:
+    """A ring, and its reader."""
+    ring = TraceRing(Arena("trace", RING_BYTES, str(tmp_path)))
+    ring.populate()
+    ring.begin()
+    return ring, open_ring(str(tmp_path), os.getpid())
+
+
+def test_neighbours_of_one_class_are_one_record(both: tuple[TraceRing, RingReader]) -> None:
+    """Others are several, and together they are all of the request."""
+    ring, reader = both
+    classes = [3, 3, 3, 0, 64, 64]
+    ring.put(Kind.WRITE, 100, 6, lambda page: classes[page - 100])
+    ring.put_one(Kind.DISCARD, 5, 1 << 40, UNKNOWN_CLASS)
+    assert read_all(reader) == (
+        [
+            (Kind.WRITE, 3, 100, 3),
+            (Kind.WRITE, 0, 103, 1),
+            (Kind.WRITE, 64, 104, 2),
+            (Kind.DISCARD, UNKNOWN_CLASS, 5, 0xFFFFFFFF),
+        ],
+        0,
+    )
+    assert read_all(reader) == ([], 0)
+    reader.close()
+
+
+@pytest.mark.parametrize("written", [RING_RECORDS - 1, RING_RECORDS + 500, 3 * RING_RECORDS + 7])
+def test_who_reads_too_slowly_loses_the_oldest(both: tuple[TraceRing, RingReader], written: int) -> None:
+    """What is there is the newest, and what is not is counted."""
+    ring, reader = both
+    ring.put(Kind.READ, 0, 1, one_class)
+    assert len(read_all(reader)[0]) == 1
+    for page in range(written):
+        ring.put(Kind.READ, page, 1, one_class)
+    found, lost = read_all(reader)
+    assert len(found) + lost == written
+    assert len(found) == min(written, RING_RECORDS - 1)  # one may be about to be overwritten
+    assert [page for _, _, page, _ in found] == list(range(lost, written))
+    reader.close()
+
+
+def test_another_worker_goes_on(both: tuple[TraceRing, RingReader], tmp_path: Path) -> None:
+    """In the same ring, with the same clock, after the last record."""
+    ring, reader = both
+    ring.put(Kind.READ, 1, 1, one_class)
+    following = TraceRing(Arena("trace", RING_BYTES, str(tmp_path)))
+    following.resume()
+    following.put(Kind.READ, 2, 1, one_class)
+    words, lost = reader.read()
+    assert (len(words), lost) == (4, 0)
+    assert words[0] >> 11 <= words[2] >> 11 < 60_000_000
+    before = reader.active
+    following.end()
+    assert (before, reader.active) == (True, False)
+    reader.close()
+
+
+def test_a_ring_without_a_name() -> None:
+    """Is found among the worker's open files; where there is none that is said."""
+    program = (
+        "import sys\n"
+        "from zbudfs.store.memory import StoreMemory\n"
+        "from zbudfs.store.trace_ring import TraceRing\n"
+        "ring = TraceRing(StoreMemory(1 << 20, 256, backed=False).trace)\n"
+        "ring.populate(), ring.begin(), ring.put(2, 77, 1, lambda page: 9)\n"
+        "print('ready', flush=True), sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        reader = open_ring("/none", worker.pid)
+        assert reader.active
+        assert read_all(reader) == ([(Kind.READ, 9, 77, 1)], 0)
+        reader.close()
+        worker.communicate(timeout=LIMIT_SECONDS)
+    with pytest.raises(FileNotFoundError, match="has no ring"):
+        open_ring("/none", os.getppid())
+
+
+@asynccontextmanager
+async def traced_store(folder: Path) -> AsyncIterator[tuple[PageStore, Callable[[], RingReader]]]:
+    """Have a store whose tracer runs, and a way to its ring."""
+    memory = StoreMemory(1 << 20, 256, backed=False, folder=str(folder))
+    memory.populate()
+    store = PageStore(1 << 20, 256, None, Codec(), memory)
+    store.recover()
+    helper = IoThread[None]("helper")
+    async with running(store), trio.open_nursery() as nursery:
+        nursery.start_soon(store.tracer.run, helper)
+        yield store, lambda: open_ring(str(folder), os.getpid())
+        nursery.cancel_scope.cancel()
+    helper.close()
+
+
+def test_on_and_off(tmp_path: Path) -> None:
+    """It takes memory only while it is on; whoever serves is told of each change."""
+
+    async def main() -> None:
+        async with traced_store(tmp_path) as (store, open_reader):
+            changes: list[bool] = []
+            tracer = store.tracer
+            tracer.on_change = lambda: changes.append(tracer.active)
+            assert store.memory.trace.resident_bytes == 0
+            tracer.order(on=True)
+            await until(lambda: tracer.active, "the trace is on")
+            assert store.memory.trace.resident_bytes >= RING_BYTES
+            await put(store, 0, b"".join(make_page(number, 0, 1) for number in range(8)))
+            tracer.wrote(0, 8 * PAGE_SIZE)
+            tracer.read(8 * PAGE_SIZE + 5, 10)
+            tracer.missed(Kind.DISCARD, 0, 1 << 62)
+            tracer.read(1 << 20, 4096)  # beyond the end
+            tracer.missed(Kind.DISCARD, 1 << 62, 5)
+            reader = open_reader()
+            found, lost = read_all(reader)
+            assert lost == 0
+            assert found[0] == (Kind.WRITE, 0, 0, 1)
+            assert sum(pages for kind, _, _, pages in found if kind == Kind.WRITE) == 8
+            assert found[-3:] == [
+                (Kind.WRITE, RAW_CLASS, 7, 1),
+                (Kind.READ, 0, 8, 1),
+                (Kind.DISCARD, UNKNOWN_CLASS, 0, 256),
+            ]
+            reader.close()
+            tracer.order(on=False)
+            await until(lambda: not tracer.active, "the trace is off")
+            assert store.memory.trace.resident_bytes > 0  # what came last can still be read
+            push(KEEP_SECONDS * 1.5)
+            await until(lambda: store.memory.trace.resident_bytes == 0, "its memory is given back")
+            assert changes == [True, False]
+            await quiet(store)
+
+    run(main)
+
+
+def test_a_trace_that_nobody_reads_ends(tmp_path: Path) -> None:
+    """A reader that died cannot turn it off; one that reads keeps it on."""
+
+    async def main() -> None:
+        async with traced_store(tmp_path) as (store, open_reader):
+            tracer = store.tracer
+            tracer.order(on=True)
+            await until(lambda: tracer.active, "the trace is on")
+            reader = open_reader()
+            for _ in range(3):
+                reader.read()
+                await trio.sleep(0.01)
+                push(UNREAD_SECONDS * 0.7)
+                await trio.sleep(0.01)
+                assert tracer.active
+            reader.close()
+            push(UNREAD_SECONDS * 1.5)
+            await until(lambda: not tracer.active, "the trace has ended")
+
+    run(main)
+
+
+def test_a_takeover_goes_on_with_the_trace(tmp_path: Path) -> None:
+    """The board says that there is one."""
+
+    async def main() -> None:
+        async with traced_store(tmp_path) as (store, open_reader):
+            store.tracer.order(on=True)
+            await until(lambda: store.tracer.active, "the trace is on")
+            store.tracer.missed(Kind.DISCARD, 0, PAGE_SIZE)
+            following = PageStore(
+                1 << 20, 256, None, Codec(), StoreMemory(1 << 20, 256, backed=False, folder=str(tmp_path))
+            )
+            following.recover()
+            following.tracer.adopt()
+            assert following.tracer.active
+            following.tracer.missed(Kind.DISCARD, PAGE_SIZE, PAGE_SIZE)
+            reader = open_reader()
+            assert [page for _, _, page, _ in read_all(reader)[0]] == [0, 1]
+            reader.close()
+            following.close()
+
+    run(main)
