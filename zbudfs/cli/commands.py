@@ -157,8 +157,8 @@ def status(arguments: Arguments) -> int:
 def set_(arguments: Arguments) -> int:
     """Change what can be changed while a mount runs, and print what is in force; without a KEY=VALUE everything."""
     wanted = tuning.pairs(arguments.words[:-1])
-    _need_root("set")
-    mountpoint = _mounted(resolve(arguments.words[-1])).mountpoint
+    need_root("set")
+    mountpoint = find_mounted(resolve(arguments.words[-1])).mountpoint
     try:
         if wanted:
             tuning.check(wanted, mountpoint)
