@@ -117,7 +117,7 @@ def add_trace(command: AddCommand) -> None:
         "record what is asked of a mount, look at it, and replay it",
         _TRACE_EPILOG,
     )
-    commands = sub.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = sub.add_subparsers(title="commands", metavar="COMMAND", required=True, help="what to do with a trace")
 
     def trace_command(name: str, run: Callable[[Arguments], int], summary: str, epilog: str) -> argparse.ArgumentParser:
         part = commands.add_parser(
