@@ -23,7 +23,7 @@ from zbudfs.store.memory import BOUNCE_FRAMES, PARKING_SLOT_BYTES, PARKING_SLOTS
 from zbudfs.store.pool import Pool
 
 MIB = 1 << 20
-NAMES = {"board", "pages", "frames", "frametable", "freeframes", "parking", "blocks", "outgoing"}
+NAMES = {"board", "pages", "frames", "frametable", "freeframes", "parking", "trace", "blocks", "outgoing"}
 
 
 def make(folder: Path | None = None, *, size: int = 4 * MIB, frames: int = 100, backed: bool = True) -> StoreMemory:
