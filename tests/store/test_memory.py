@@ -55,7 +55,7 @@ def test_without_a_backing_file_there_is_no_block_map(tmp_path: Path) -> None:
     memory = make(tmp_path, backed=False)
     assert memory.blocks is None
     assert {file.name for file in tmp_path.iterdir()} == NAMES - {"blocks", "outgoing"}
-    assert len(memory.arenas) == 5
+    assert len(memory.arenas) == 6
     memory.populate()
 
 
