@@ -186,6 +186,7 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "backing": str(tmp_path.resolve() / "some file"),
         "level": -7,
         "encrypt": False,
+        "source": "zbudfs",
     }
     assert settings_for("--backing", "none")["backing"] is None
     assert settings_for("--backing", "./none")["backing"] == str(tmp_path.resolve() / "none")

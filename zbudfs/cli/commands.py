@@ -75,11 +75,10 @@ def mount(arguments: Arguments) -> int:
     need_root("mount")
     mountpoint = resolve(arguments.mountpoint)
     settings = make_settings(arguments, mountpoint)
-    _check_free(mountpoint)
-    _prepare_backing_folder(settings)
     if not arguments.foreground:
-        _tell_refusals(launch.start(settings), mountpoint)
+        start(settings)
         return 0
+    prepare(settings)
 
     def on_ready(ready: launch.Ready) -> None:
         print(f"zbudfs: mounted on {shown_path(mountpoint)}, pid {ready.pid}; Ctrl-C ends it", file=sys.stderr)
@@ -101,10 +100,7 @@ def swapon(arguments: Arguments) -> int:
     mountpoint = resolve(arguments.mountpoint)
     mounted = find_mount(mountpoint)
     if mounted is None:
-        settings = make_settings(arguments, mountpoint)
-        _check_free(mountpoint)
-        _prepare_backing_folder(settings)
-        _tell_refusals(launch.start(settings), mountpoint)
+        start(make_settings(arguments, mountpoint))
     else:
         _refuse_mount_options(arguments, mountpoint)
         if here := users(mountpoint, mounted.st_dev):
@@ -260,6 +256,18 @@ def _backing(typed: str | None, mountpoint: str) -> str | None:
     if name in ("", ".", "..") or "\0" in typed:
         raise SettingsError(f"backing {typed!r} is not a file name: write the path of a file, or none")
     return os.path.join(os.path.realpath(folder or "."), name)  # noqa: PTH118  the path may hold any bytes
+
+
+def prepare(settings: Settings) -> None:
+    """See that a daemon can be started: a free mountpoint, a folder for the backing file. CommandError, MountError."""
+    _check_free(settings.mountpoint)
+    _prepare_backing_folder(settings)
+
+
+def start(settings: Settings) -> None:
+    """Have a daemon mount in the background; return when it is up. CommandError, MountError, LaunchError."""
+    prepare(settings)
+    _tell_refusals(launch.start(settings), settings.mountpoint)
 
 
 def _prepare_backing_folder(settings: Settings) -> None:

@@ -124,7 +124,7 @@ def load(name: str, root: str = "/") -> Config:
                 continue
             try:
                 value = BY_NAME[key].read(written, ram)
-                _settings(name, {key: value}, root)
+                settings_of({key: value}, default_mountpoint(name), root)
             except ValueError as error:  # a SettingsError as well
                 said = "" if str(error).startswith(_shown(written)) else f" = {_shown(written)}"
                 problems.append(f"{file}: {key}{said}: {error}")
@@ -133,7 +133,8 @@ def load(name: str, root: str = "/") -> Config:
     if problems:
         raise ConfigError(problems)
     try:
-        arguments, settings = _settings(name, {key: each.value for key, each in found.items()}, root)
+        values = {key: each.value for key, each in found.items()}
+        arguments, settings = settings_of(values, default_mountpoint(name), root)
     except SettingsError as error:
         raise ConfigError([f"{', '.join(files)}: {error}"]) from None
     swap = found["swap"].value if "swap" in found else True
@@ -172,6 +173,11 @@ def default_mountpoint(name: str) -> str:
     return f"/run/zbudfs.{name}"
 
 
+def is_configured(name: str, root: str = "/") -> bool:
+    """Whether there is a file for `name`; anything may be asked for."""
+    return _NAME.fullmatch(name) is not None and name in names(root)
+
+
 def make_mountpoint(config: Config) -> None:
     """Make the directory to mount on, and those above it, if they are missing. Raises OSError."""
     mountpoint = config.settings.mountpoint
@@ -179,13 +185,16 @@ def make_mountpoint(config: Config) -> None:
         Path(mountpoint).mkdir(mode=0o755, parents=True, exist_ok=True)
 
 
-def _settings(name: str, values: Mapping[str, Value], root: str) -> tuple[Arguments, Settings]:
-    """Return what a command line with these options would give."""
+def settings_of(values: Mapping[str, Value], mountpoint: str, root: str = "/") -> tuple[Arguments, Settings]:
+    """Return what a command line with these values would give; `mountpoint` if there is none among them.
+
+    Raises SettingsError.
+    """
     from zbudfs.cli.commands import make_settings, resolve
     from zbudfs.cli.options import build_parser  # here: it knows the commands, and those know this module
 
-    mountpoint = str(values.get("mountpoint", default_mountpoint(name)))
-    arguments = build_parser().parse_args(["swapon", mountpoint], Arguments())
+    mountpoint = str(values.get("mountpoint", mountpoint))
+    arguments = build_parser().parse_args(["swapon", "--", mountpoint], Arguments())
     for key, value in values.items():
         setattr(arguments, key, value)
     arguments.mountpoint = resolve(mountpoint)

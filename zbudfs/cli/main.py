@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from zbudfs.cli.arguments import Arguments
@@ -34,12 +34,21 @@ INTERRUPTED: Final = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default that of the process) and return its exit status."""
+
+    def run() -> int:
+        arguments = build_parser().parse_args(argv, Arguments())
+        return arguments.run(arguments)
+
+    return guarded(run)
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Do something and return its exit status, or tell its error in one line and return the status for that."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     try:
-        arguments = build_parser().parse_args(argv, Arguments())
-        status = arguments.run(arguments)
+        status = run()
         sys.stdout.flush()
         return status
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 after an error that it has told

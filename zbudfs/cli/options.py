@@ -49,7 +49,7 @@ than SIZE at most, and is emptied at umount.
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Tells errors in one line, like every other error of this program."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; what it gives is an `Arguments` whose `run` is the command."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="zbudfs",
         description="Compressed swap: a file system whose one file keeps its pages compressed in RAM, two to a frame,"
         " and writes the cold ones to disk.",

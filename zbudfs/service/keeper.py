@@ -134,7 +134,7 @@ class Keeper:
                         "the pool is in memory without a name: `zbudfs restart` cannot hand it to a newer version (it"
                         " needs a tmpfs with noswap: Linux 6.4 or later, and the right to mount)"
                     )
-                self._fuse_fd = open_and_mount(settings.mountpoint)
+                self._fuse_fd = open_and_mount(settings.mountpoint, settings.source)
             except BaseException:
                 if self._backing is not None:
                     self._backing.close()

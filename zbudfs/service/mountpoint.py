@@ -28,7 +28,7 @@ FSTYPE: Final = "fuse.zbudfs"
 """The file system type in mount tables: FUSE, subtype zbudfs."""
 
 SOURCE: Final = "zbudfs"
-"""What stands for the device in mount tables."""
+"""What stands for the device in mount tables, where nothing else is wanted."""
 
 MAX_READ_BYTES: Final = 1 << 20
 """Largest read request that the kernel may send."""
@@ -167,7 +167,7 @@ def check_mountpoint(mountpoint: str, root: str = "/") -> None:
         raise MountError(f"the mountpoint {shown} is not a directory")
 
 
-def open_and_mount(mountpoint: str) -> int:
+def open_and_mount(mountpoint: str, source: str = SOURCE) -> int:
     """Mount a zbudfs at `mountpoint` (absolute, resolved) and return the file descriptor of its connection.
 
     The kernel's first request is waiting in the descriptor on return; nothing on the mount answers until somebody
@@ -185,20 +185,20 @@ def open_and_mount(mountpoint: str) -> int:
         )
         raise MountError(f"/dev/fuse cannot be opened: {error.strerror}{remedy and ': ' + remedy}") from None
     try:
-        _mount(fd, mountpoint)
+        _mount(fd, mountpoint, source)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _mount(fd: int, mountpoint: str) -> None:
+def _mount(fd: int, mountpoint: str, source: str) -> None:
     """Call mount(2) for the connection `fd`; raise MountError where it refuses."""
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME
     data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_READ_BYTES}"
     libc = ctypes.CDLL(None, use_errno=True)
     target = os.fsencode(mountpoint)
-    if libc.mount(SOURCE.encode(), target, FSTYPE.encode(), ctypes.c_ulong(flags), data.encode()) != 0:
+    if libc.mount(os.fsencode(source), target, FSTYPE.encode(), ctypes.c_ulong(flags), data.encode()) != 0:
         code = ctypes.get_errno()
         hint = {
             errno.EPERM: " (it needs CAP_SYS_ADMIN, which containers often lack)",

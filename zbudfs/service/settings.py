@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a daemon is told: six values, checked once, handed over as JSON.
+"""What a daemon is told: a few values, checked once, handed over as JSON.
 
 The command line makes a `Settings` and so may a service manager; the daemon reads nothing else, no environment and no
 file. A value that cannot work is refused here, before anything is mounted, by a `SettingsError` that names the field,
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
 
 from zbudfs.core.sizes import format_size, parse_size_or_percent
-from zbudfs.service.mountpoint import escape_path
+from zbudfs.service.mountpoint import SOURCE, escape_path
 
 PAGE_BYTES: Final = 4096
 MIN_SIZE_BYTES: Final = 1 << 20
@@ -56,9 +56,17 @@ class Settings:
     """zstd compression level: -7 (fast) to 19 (small), not 0."""
     encrypt: bool = True
     """Whether what is written to the backing file is encrypted."""
+    source: str = SOURCE
+    """What stands for the device in mount tables: `mount -a` knows by it that a line of fstab is mounted already."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("mountpoint", str), ("size_bytes", int), ("pool_bytes", int), ("level", int)):
+        for name, kind in (
+            ("mountpoint", str),
+            ("size_bytes", int),
+            ("pool_bytes", int),
+            ("level", int),
+            ("source", str),
+        ):
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise SettingsError(f"{name} is {value!r}: it must be of type {kind.__name__}")
@@ -77,6 +85,8 @@ class Settings:
             if f"{self.backing}/".startswith(f"{self.mountpoint.rstrip('/')}/") and self.mountpoint != "/":
                 raise SettingsError(f"backing {self.backing!r} lies on the mountpoint: it must be somewhere else")
         _check_level(self.level)
+        if not self.source or "\0" in self.source or len(self.source) > _NAME_MAX:
+            raise SettingsError(f"source {self.source!r} is refused: it must be a name of 1 to {_NAME_MAX} characters")
 
     def to_json(self) -> str:
         """Return the settings as one line of JSON, pure ASCII; paths that are no UTF-8 survive."""
@@ -94,7 +104,7 @@ class Settings:
             raise SettingsError(f"settings must be a JSON object with {', '.join(sorted(known))}")
         if unknown := found.keys() - known:
             raise SettingsError(f"unknown settings: {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
-        if missing := known - found.keys() - {"level", "encrypt"}:
+        if missing := {field.name for field in fields(cls) if field.default is MISSING} - found.keys():
             raise SettingsError(f"missing settings: {', '.join(sorted(missing))}")
         return cls(**found)
 
