@@ -58,6 +58,7 @@ class OneLineParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\d")
 
     def error(self, message: str) -> NoReturn:
+        """Tell what was typed wrongly, and end with exit status 2."""
         print(f"zbudfs: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
