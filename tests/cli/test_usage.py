@@ -17,7 +17,9 @@ from zbudfs.cli.options import build_parser
 from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.settings import SettingsError
 
-COMMANDS = ("mount", "umount", "swapon", "swapoff", "restart", "status", "set", "config", "estimate", "trace")
+COMMANDS = (
+    *("mount", "umount", "swapon", "swapoff", "restart", "status", "set", "config", "doctor", "estimate", "trace"),
+)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +125,8 @@ def test_the_version() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Help says what every option does."""
     assert main([command, "--help"]) == 0
-    assert {"config": "NAME", "estimate": "PID", "trace": "COMMAND"}.get(
-        command, "MOUNTPOINT"
-    ) in capsys.readouterr().out
+    metavars = {"config": "NAME", "doctor": "NAME", "estimate": "PID", "trace": "COMMAND"}
+    assert metavars.get(command, "MOUNTPOINT") in capsys.readouterr().out
     parser = build_parser()
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     assert tuple(commands.choices) == COMMANDS

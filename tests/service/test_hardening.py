@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zbudfs.service.hardening import Mapping, _protect_from_oom_killer, parse_maps, ranges_to_fill
+from zbudfs.service.hardening import Mapping, parse_maps, protect_from_oom_killer, ranges_to_fill
 
 MAPS = """\
 00400000-00401000 r-xp 00001000 fd:00 100   /usr/bin/python3.11
@@ -55,10 +55,10 @@ def test_the_lowest_oom_score_that_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     knob = tmp_path / "proc/self/oom_score_adj"
     knob.write_text("0")
-    assert _protect_from_oom_killer(str(tmp_path)) is None
+    assert protect_from_oom_killer(str(tmp_path)) is None
     assert knob.read_text() == "-1000"
     knob.unlink()
-    assert "could not be told" in str(_protect_from_oom_killer(str(tmp_path)))
+    assert "could not be told" in str(protect_from_oom_killer(str(tmp_path)))
 
 
 HARDENED = """

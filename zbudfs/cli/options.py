@@ -17,6 +17,7 @@ from zbudfs import __version__
 from zbudfs.cli import commands, values
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.config import FOLDER
+from zbudfs.cli.doctor.command import add_doctor
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
 from zbudfs.cli.study_options import add_estimate, add_trace
@@ -35,10 +36,11 @@ examples:
   zbudfs mount --backing none /mnt/zswap        in RAM alone, nothing is ever written to disk
   zbudfs umount /mnt/zswap                      what was stored is gone after that
 
+  zbudfs doctor                                 is this machine ready for it?
   zbudfs estimate --all                         how would this machine's memory compress? changes nothing
   zbudfs trace record -o storm.zbt /mnt/zswap   record requests; trace show and trace replay look at them
 
-The mountpoint is a directory that exists. All commands but status need root. `zbudfs COMMAND --help` tells more.
+The mountpoint is a directory that exists. What changes something needs root. `zbudfs COMMAND --help` tells more.
 """
 
 _MOUNT_EPILOG: Final = f"""\
@@ -171,6 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--root", default="/", metavar="DIR", help="look at the system whose / is DIR (default: this one)")
     sub.add_argument("name", metavar="NAME", nargs="?", help="of the configuration (default: all)")
 
+    add_doctor(command)
     add_estimate(command)
     add_trace(command)
     return parser

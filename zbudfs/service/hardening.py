@@ -87,10 +87,10 @@ def before_threads(heap_bytes: int) -> list[str]:
         _set_name(),
         _set_undumpable(),
         _disable_huge_pages(),
-        _set_io_flusher(),
-        _protect_from_oom_killer(),
+        set_io_flusher(),
+        protect_from_oom_killer(),
         _pin_heap(heap_bytes),
-        _schedule_realtime(),
+        schedule_realtime(),
     )
     threading.stack_size(THREAD_STACK_BYTES)
     return [refusal for refusal in steps if refusal]
@@ -111,7 +111,7 @@ def lock_memory(skip: Iterable[tuple[int, int]] = ()) -> list[str]:
     gc.collect()
     gc.freeze()
     gc.disable()
-    refusals = [_grow_main_stack(MAIN_STACK_BYTES), _populate(tuple(skip)), _lock()]
+    refusals = [_grow_main_stack(MAIN_STACK_BYTES), _populate(tuple(skip)), lock_all()]
     return [refusal for refusal in refusals if refusal]
 
 
@@ -151,7 +151,7 @@ def _disable_huge_pages() -> str | None:
     return f"huge pages could not be turned off ({os.strerror(code)}): the daemon may lock more RAM" if code else None
 
 
-def _set_io_flusher() -> str | None:
+def set_io_flusher() -> str | None:
     """Reclaim that starts from the daemon's own allocations does no I/O (Linux 5.6)."""
     code = _prctl(_PR_SET_IO_FLUSHER, 1)
     if not code:
@@ -166,7 +166,7 @@ def _set_io_flusher() -> str | None:
     )
 
 
-def _protect_from_oom_killer(root: str = "/") -> str | None:
+def protect_from_oom_killer(root: str = "/") -> str | None:
     """Set the lowest OOM score that the system allows. `root` holds `proc/`."""
     knob = Path(root, "proc/self/oom_score_adj")
     try:
@@ -225,7 +225,7 @@ def _pin_heap(heap_bytes: int) -> str | None:
     return None
 
 
-def _schedule_realtime() -> str | None:
+def schedule_realtime() -> str | None:
     """Become real-time, so that the daemon runs beside a storm and may use the kernel's reserve of free pages.
 
     Without SCHED_RESET_ON_FORK: that flag would put every thread started later back to ordinary scheduling (a thread
@@ -365,7 +365,7 @@ def _main_stack_bytes() -> int:
     return sum(mapping.end - mapping.start for mapping in maps if mapping.name == "[stack]")
 
 
-def _lock() -> str | None:
+def lock_all() -> str | None:
     """Lock all that is present, and whatever comes to be present later."""
     # With CAP_IPC_LOCK the limit does not count; without it mlockall() tells whether it was enough.
     with contextlib.suppress(OSError, ValueError):

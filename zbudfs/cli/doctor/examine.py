@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""All checks in the order of the report, and the report itself, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Final
+
+from zbudfs.cli.doctor import disk, kernel, rights, software, swap
+from zbudfs.cli.doctor.finding import Finding, Level, Machine, warning
+
+CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
+    kernel.check_version,
+    kernel.check_fuse,
+    kernel.check_loop,
+    kernel.check_timeouts,
+    kernel.check_psi,
+    software.check_libraries,
+    software.check_programs,
+    rights.check_capabilities,
+    rights.check_memlock,
+    rights.check_protections,
+    rights.check_cgroup,
+    swap.check_zswap,
+    swap.check_other_swap,
+    disk.check_backing,
+)
+
+
+def examine(machine: Machine) -> list[Finding]:
+    """Return what all checks say. One that cannot look where it must is a warning, not the end."""
+    findings: list[Finding] = []
+    for check in CHECKS:
+        try:
+            findings += check(machine)
+        except (OSError, ValueError, IndexError) as error:
+            name = check.__name__.removeprefix("check_").replace("_", " ")
+            remedy = "run this as root" if isinstance(error, PermissionError) else "see that /proc and /sys are there"
+            findings.append(warning(name, f"it could not be looked at: {error}", remedy))
+    return findings
+
+
+def as_page(findings: Sequence[Finding], columns: int | None = None) -> str:
+    """Return a line for each finding, and one for each remedy; broken to fit into so many columns, if any."""
+    width = max(len(finding.check) for finding in findings)
+    margin = " " * (7 + 2 + width + 2)
+    lines = []
+    for finding in findings:
+        paragraphs = [(f"{finding.level:7}  {finding.check:{width}}  ", finding.text)]
+        if finding.remedy:
+            paragraphs.append((margin, f"-> {finding.remedy}"))
+        for start, text in paragraphs:
+            pieces = textwrap.wrap(text, max(columns - len(margin), 20)) if columns else [text]
+            lines += [f"{start if at == 0 else margin}{piece}" for at, piece in enumerate(pieces)]
+    return "\n".join(
+        [*lines, "", f"{count(findings, Level.PROBLEM)} problems, {count(findings, Level.WARNING)} warnings"]
+    )
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """Return the same as an object."""
+    numbers = {"problems": count(findings, Level.PROBLEM), "warnings": count(findings, Level.WARNING)}
+    return json.dumps({**numbers, "findings": [asdict(finding) for finding in findings]}, indent=2)
+
+
+def count(findings: Sequence[Finding], level: Level) -> int:
+    """Return how many findings are of that level."""
+    return sum(finding.level is level for finding in findings)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""What the system lets a daemon do that is started from here: its protections are really taken, in a child.
+
+A service started by a service manager has rights and limits of its own; what is seen here holds for `zbudfs mount`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+from typing import Final
+
+from zbudfs.cli.doctor.finding import Finding, Level, Machine, ok, problem, warning
+from zbudfs.core.sizes import format_size
+from zbudfs.service import hardening
+
+CAPABILITIES: Final = {
+    21: (Level.PROBLEM, "CAP_SYS_ADMIN", "nothing can be mounted, and no swap turned on"),
+    24: (Level.PROBLEM, "CAP_SYS_RESOURCE", "IO flusher mode and the lowest OOM score are refused"),
+    14: (Level.WARNING, "CAP_IPC_LOCK", "memory can be locked up to a limit only"),
+    23: (Level.WARNING, "CAP_SYS_NICE", "real-time scheduling is refused"),
+}
+"""By number in capabilities(7): how much it matters, the name, and what its absence means."""
+
+MEMORY_BESIDE_POOL_BYTES: Final = 96 << 20
+"""What the processes take besides the pool. Guessed: 90 MiB were measured, and tables come on top."""
+
+
+def check_capabilities(machine: Machine) -> Iterator[Finding]:
+    """Tell which capabilities are missing."""
+    found = int(machine.first_line_with("/proc/self/status", "CapEff:"), 16)
+    missing = [each for number, each in CAPABILITIES.items() if not found >> number & 1]
+    for level, name, without in missing:
+        yield Finding(
+            level, "capabilities", f"{name} is missing: {without}", "be root; in a container, give it that capability"
+        )
+    if not missing:
+        yield ok("capabilities", ", ".join(name for _, name, _ in CAPABILITIES.values()))
+
+
+def check_memlock(machine: Machine) -> Iterator[Finding]:
+    """Tell whether the limit on locked memory is in the way."""
+    limit = machine.first_line_with("/proc/self/limits", "Max locked memory").split()[0]
+    capable = int(machine.first_line_with("/proc/self/status", "CapEff:"), 16) >> 14 & 1
+    if limit == "unlimited":
+        yield ok("locked memory", "there is no limit")
+    elif capable:
+        yield ok("locked memory", f"the limit is {format_size(int(limit))}, which CAP_IPC_LOCK overrides")
+    else:
+        yield problem(
+            "locked memory",
+            f"the limit is {format_size(int(limit))}: the daemon itself may be swapped out, and the machine may hang",
+            "ulimit -l unlimited, LimitMEMLOCK=infinity in the service, or CAP_IPC_LOCK",
+        )
+
+
+def check_protections(machine: Machine) -> Iterator[Finding]:
+    """Take each protection of the daemon in a child, and tell what was refused."""
+    for level, name, step in (
+        (Level.PROBLEM, "IO flusher", hardening.set_io_flusher),
+        (Level.PROBLEM, "OOM score", hardening.protect_from_oom_killer),
+        (Level.WARNING, "real-time", hardening.schedule_realtime),
+        (Level.PROBLEM, "mlockall", hardening.lock_all),
+    ):
+        refusal = in_child(step)
+        if refusal is None:
+            yield ok(name, "tried in a child, and granted")
+        else:
+            text, _, remedy = refusal.rpartition("; ")
+            yield Finding(level, name, text or refusal, remedy if text else "look in the kernel's log")
+
+
+def in_child(step: Callable[[], str | None]) -> str | None:
+    """Return what `step` returns in a child process, which then ends: what it does to the process is gone with it."""
+    answer, wanted = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            text = step() or ""
+        except BaseException as error:  # whatever it is: this process must not go on as the parent would
+            text = f"it failed ({error!r})"
+        os.write(wanted, text.encode(errors="replace"))
+        os._exit(0)
+    os.close(wanted)
+    with open(answer, encoding="utf-8") as stream:  # noqa: PTH123  a descriptor
+        text = stream.read()
+    os.waitpid(child, 0)
+    return text or None
+
+
+def check_cgroup(machine: Machine) -> Iterator[Finding]:
+    """Tell whether a memory cgroup leaves too little for pool and processes."""
+    limits = [limit for limit in _cgroup_limits(machine) if limit < 1 << 62]
+    needed = machine.settings.pool_bytes + MEMORY_BESIDE_POOL_BYTES
+    if not limits:
+        yield ok("memory cgroup", "no limit on what is started from here")
+    elif min(limits) < needed:
+        yield problem(
+            "memory cgroup",
+            f"a limit of {format_size(min(limits))}, and a pool of {format_size(machine.settings.pool_bytes)} with the"
+            f" processes needs {format_size(needed)}: the daemon would wait for memory that only it can free",
+            "a smaller pool, a higher limit, or start it in system.slice with zbudfs@NAME",
+        )
+    else:
+        yield warning(
+            "memory cgroup",
+            f"a limit of {format_size(min(limits))} on what is started from here: with others in the same group it may"
+            " be reached",
+            "start it in system.slice with zbudfs@NAME",
+        )
+
+
+def _cgroup_limits(machine: Machine) -> Iterator[int]:
+    """Yield the limits of the memory cgroups that this process is in, and of those above, in bytes."""
+    mounts = machine.read("/proc/self/mountinfo")
+    for line in machine.read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            fstype, knob = "cgroup2", "memory.max"
+        elif "memory" in controllers.split(","):
+            fstype, knob = "cgroup", "memory.limit_in_bytes"
+        else:
+            continue
+        for mount in mounts.splitlines():
+            fields, _, rest = mount.partition(" - ")
+            words = rest.split()
+            if words[0] != fstype or (fstype == "cgroup" and "memory" not in words[-1].split(",")):
+                continue
+            # In a container the mount shows only a part of the tree, and the path begins with where that part is.
+            part, top = fields.split()[3:5]
+            inside = PurePosixPath(path.removeprefix(part if part != "/" else "").lstrip("/"))
+            for folder in (inside, *inside.parents):
+                try:
+                    text = machine.read(str(PurePosixPath(top) / folder / knob))
+                except OSError:
+                    continue  # the root has none
+                if re.fullmatch(r"\d+", text):
+                    yield int(text)

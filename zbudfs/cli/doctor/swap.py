@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""What else swaps on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from zbudfs.cli.doctor.finding import Finding, Machine, ok, warning
+from zbudfs.core.sizes import format_size
+from zbudfs.service.mountpoint import find_mount, shown_path
+from zbudfs.swap.loop import loop_devices_on, swaps
+
+
+def check_zswap(machine: Machine) -> Iterator[Finding]:
+    """See whether zswap compresses in front of everything that is swapped out."""
+    try:
+        enabled = machine.read("/sys/module/zswap/parameters/enabled")
+    except OSError:
+        enabled = "N"
+    if enabled in ("Y", "1"):
+        yield warning(
+            "zswap",
+            "it is on: pages are compressed by it first, and what it writes out is compressed again here",
+            "echo N > /sys/module/zswap/parameters/enabled, and zswap.enabled=0 on the kernel's command line",
+        )
+    else:
+        yield ok("zswap", "off")
+
+
+def check_other_swap(machine: Machine) -> Iterator[Finding]:
+    """Compare with other swap, and its priorities."""
+    mountpoint = machine.settings.mountpoint
+    mounted = find_mount(mountpoint, machine.root)
+    ours = set()
+    if mounted is not None:
+        ours = {loop.path for loop in loop_devices_on(mountpoint, mounted.st_dev, machine.root)}
+    active = swaps(machine.root)
+    others = [swap for swap in active if swap.path not in ours]
+    priority = next((swap.priority for swap in active if swap.path in ours), machine.priority)
+    if not others:
+        yield ok("other swap", "none")
+        return
+    for swap in others:
+        what = f"{shown_path(swap.path)} ({format_size(swap.size_bytes)}, priority {swap.priority})"
+        if swap.path.startswith("/dev/zram"):
+            text = f"{what} is compressed memory already: what it holds takes RAM that zbudfs could write back"
+            yield warning("other swap", text, f"take it off (swapoff {swap.path}), or keep it and leave zbudfs out")
+        elif priority is None or swap.priority > priority:
+            mine = "the kernel's choice, behind all other swap" if priority is None else str(priority)
+            text = f"{what} is filled first: the priority here is {mine}"
+            yield warning("other swap", text, f"set priority = {max(swap.priority, -1) + 1} or higher")
+        elif swap.priority == priority:
+            text = f"{what} has the same priority: pages go to both in turn"
+            yield warning("other swap", text, f"set priority = {swap.priority + 1} unless that is meant")
+        else:
+            yield ok("other swap", f"{what} is filled after this one, whose priority is {priority}")
