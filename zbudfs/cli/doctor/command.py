@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -29,7 +28,9 @@ examples:
 
 def add_doctor(command: Callable[..., Any]) -> None:
     """Declare the command with `command(name, run, summary, epilog)`, which returns a parser."""
-    sub = command("doctor", doctor, "tell whether this machine is ready for zbudfs, and what to do if it is not", _EPILOG)
+    sub = command(
+        "doctor", doctor, "tell whether this machine is ready for zbudfs, and what to do if it is not", _EPILOG
+    )
     sub.add_argument("--json", action="store_true", help="print one object")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--backing", metavar="FILE|none", help="look at this place for the backing file")
