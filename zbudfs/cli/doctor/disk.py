@@ -8,8 +8,8 @@ when there is none; a loop or zram device is memory, or another file system, in 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -72,8 +72,7 @@ def _direct_io(path: Path, shown: str, *, device: bool) -> Finding:
         fd = os.open(path, flags | (0 if device else os.O_TMPFILE), 0o600)
         try:
             if not device:
-                with mmap.mmap(-1, _BLOCK_BYTES) as block:
-                    os.pwrite(fd, block, 0)
+                os.pwrite(fd, _aligned_block(), 0)
         finally:
             os.close(fd)
     except OSError as error:
@@ -86,6 +85,13 @@ def _direct_io(path: Path, shown: str, *, device: bool) -> Finding:
             _REMEDY,
         )
     return ok("direct I/O", f"tried beside {shown}" if not device else f"{shown} can be opened for it")
+
+
+def _aligned_block() -> memoryview:
+    """Return zeros at an address that O_DIRECT takes."""
+    room = ctypes.create_string_buffer(2 * _BLOCK_BYTES)
+    start = -ctypes.addressof(room) % _BLOCK_BYTES
+    return memoryview(room)[start : start + _BLOCK_BYTES]
 
 
 def _file_system(machine: Machine, backing: str, folder: Path, *, device: bool) -> Iterator[Finding]:
