@@ -9,7 +9,7 @@ export PREFIX DESTDIR LIBDIR BINDIR HELPERDIR SYSCONFDIR UNITDIR DATADIR WHEELHO
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv demo test lint format campaign-kill bench install uninstall dist clean
+.PHONY: help venv demo test lint format campaign-kill bench install uninstall dist pages clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
@@ -22,6 +22,7 @@ help:
 	@echo 'make install     the program, units, man pages, completion, /etc/zbudfs/swap.toml: below PREFIX=/usr/local, as root'
 	@echo '                 (DESTDIR=, SYSCONFDIR=, UNITDIR= ... as usual; WHEELHOUSE=folder: from wheels, without a network)'
 	@echo 'make uninstall   all of that away again'
+	@echo 'make pages       manual pages and shell completion again, after a change of options'
 	@echo 'make dist        sdist and wheel in dist/, installed into an empty environment and tried'
 	@echo 'make clean    remove what was built'
 
@@ -55,8 +56,11 @@ install:
 uninstall:
 	@scripts/install.sh uninstall
 
+pages: venv
+	@$(BIN)/python -m scripts.pages
+
 dist: venv
-	@$(BIN)/python scripts/dist.py
+	@$(BIN)/python -m scripts.dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
