@@ -12,12 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from scripts.dist import build_both
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, status_of
 from zbudfs import __version__
 
-RUN_TIME = ("pyfuse3", "trio", "zstandard", "attrs", "sortedcontainers", "idna", "outcome", "sniffio")
+
+def needed_by(name: str, known: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Return the names of the distributions that an installed one needs here, and of those that they need."""
+    for text in importlib.metadata.requires(name) or ():
+        wanted = Requirement(text)
+        if wanted.name not in known and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
+            known = needed_by(wanted.name, known | {wanted.name})
+    return known
 
 
 def wheel_of(name: str, target: Path) -> None:
@@ -38,7 +46,7 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist, the wheel made from it, and wheels of all that it needs."""
     folder = tmp_path_factory.mktemp("wheelhouse")
     build_both(ROOT, folder)
-    for name in RUN_TIME:
+    for name in needed_by("zbudfs"):
         wheel_of(name, folder)
     return folder
 
