@@ -5,7 +5,8 @@
 #    source ~/.local/share/bash_completion/zbudfs
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set config doctor estimate)
+_shtab_zbudfs_trace_subparsers=(record show replay)
+_shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set config doctor estimate trace)
 
 _shtab_zbudfs_mount_option_strings=(-h --help --size --pool --backing --level --encrypt --foreground)
 _shtab_zbudfs_umount_option_strings=(-h --help)
@@ -17,6 +18,10 @@ _shtab_zbudfs_set_option_strings=(-h --help --json)
 _shtab_zbudfs_config_option_strings=(-h --help --check --json --root)
 _shtab_zbudfs_doctor_option_strings=(-h --help --json --backing --root)
 _shtab_zbudfs_estimate_option_strings=(-h --help --all --file --sample --seed --levels --pool --json --plot)
+_shtab_zbudfs_trace_record_option_strings=(-h --help -o --output --seconds --max)
+_shtab_zbudfs_trace_show_option_strings=(-h --help --json --plot)
+_shtab_zbudfs_trace_replay_option_strings=(-h --help --pool --level --watermark --backing --seed --json)
+_shtab_zbudfs_trace_option_strings=(-h --help)
 _shtab_zbudfs_option_strings=(-h --help --version)
 
 _shtab_zbudfs_mount_pos_0_COMPGEN=_shtab_compgen_dirs
@@ -32,8 +37,15 @@ _shtab_zbudfs_doctor___backing_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_doctor___root_COMPGEN=_shtab_compgen_dirs
 _shtab_zbudfs_estimate___file_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_estimate___plot_COMPGEN=_shtab_compgen_files
+_shtab_zbudfs_trace_record_pos_0_COMPGEN=_shtab_compgen_dirs
+_shtab_zbudfs_trace_record__o_COMPGEN=_shtab_compgen_files
+_shtab_zbudfs_trace_record___output_COMPGEN=_shtab_compgen_files
+_shtab_zbudfs_trace_show_pos_0_COMPGEN=_shtab_compgen_files
+_shtab_zbudfs_trace_show___plot_COMPGEN=_shtab_compgen_files
+_shtab_zbudfs_trace_replay_pos_0_COMPGEN=_shtab_compgen_files
 
-_shtab_zbudfs_pos_0_choices=(mount umount swapon swapoff restart status set config doctor estimate)
+_shtab_zbudfs_trace_pos_0_choices=(record show replay)
+_shtab_zbudfs_pos_0_choices=(mount umount swapon swapoff restart status set config doctor estimate trace)
 
 _shtab_zbudfs_mount__h_nargs=0
 _shtab_zbudfs_mount___help_nargs=0
@@ -67,6 +79,17 @@ _shtab_zbudfs_estimate__h_nargs=0
 _shtab_zbudfs_estimate___help_nargs=0
 _shtab_zbudfs_estimate___all_nargs=0
 _shtab_zbudfs_estimate___json_nargs=0
+_shtab_zbudfs_trace_record__h_nargs=0
+_shtab_zbudfs_trace_record___help_nargs=0
+_shtab_zbudfs_trace_show__h_nargs=0
+_shtab_zbudfs_trace_show___help_nargs=0
+_shtab_zbudfs_trace_show___json_nargs=0
+_shtab_zbudfs_trace_replay__h_nargs=0
+_shtab_zbudfs_trace_replay___help_nargs=0
+_shtab_zbudfs_trace_replay___json_nargs=0
+_shtab_zbudfs_trace_pos_0_nargs=A...
+_shtab_zbudfs_trace__h_nargs=0
+_shtab_zbudfs_trace___help_nargs=0
 _shtab_zbudfs_pos_0_nargs=A...
 _shtab_zbudfs__h_nargs=0
 _shtab_zbudfs___help_nargs=0

@@ -50,8 +50,8 @@ function _shtab_zbudfs_using
   test "$_shtab_zbudfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set config doctor estimate
-set -g _shtab_zbudfs_opts_with_value --backing --encrypt --file --level --levels --plot --pool --priority --root --sample --seed --size
+set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set config doctor estimate trace 'trace record' 'trace show' 'trace replay'
+set -g _shtab_zbudfs_opts_with_value --backing --encrypt --file --level --levels --max --output --plot --pool --priority --root --sample --seconds --seed --size --watermark -o
 
 complete -c zbudfs -e
 complete -c zbudfs -f
@@ -114,3 +114,25 @@ complete -c zbudfs -n '_shtab_zbudfs_using estimate' -l levels -x -d 'zstd level
 complete -c zbudfs -n '_shtab_zbudfs_using estimate' -l pool -x -d 'pool to tell the saving for (default: 25% of RAM)'
 complete -c zbudfs -n '_shtab_zbudfs_using estimate' -l json -d 'print one object, sizes in bytes'
 complete -c zbudfs -n '_shtab_zbudfs_using estimate' -l plot -xka "(__fish_complete_path (commandline -ct))" -d 'draw it as well, to a file that ends in .svg or .png'
+complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a trace -d 'Record what is asked of a mount, look at it, and replay it.'
+complete -c zbudfs -n '_shtab_zbudfs_using trace' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using trace; and test $_shtab_zbudfs_npos -eq 0' -a record -d 'Record the requests of a mount to a file.'
+complete -c zbudfs -n '_shtab_zbudfs_using trace record' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using trace record' -s o -l output -xka "(__fish_complete_path (commandline -ct))" -d 'file to write; one that is there is replaced'
+complete -c zbudfs -n '_shtab_zbudfs_using trace record' -l seconds -x -d 'how long (default: until Ctrl-C)'
+complete -c zbudfs -n '_shtab_zbudfs_using trace record' -l max -x -d 'largest size of the file, 1M or more; then the newest overwrites the oldest (default: 64M)'
+complete -c zbudfs -n '_shtab_zbudfs_using trace record; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory that it is mounted on'
+complete -c zbudfs -n '_shtab_zbudfs_using trace; and test $_shtab_zbudfs_npos -eq 0' -a show -d 'Tell what is in a trace, and how the working set went.'
+complete -c zbudfs -n '_shtab_zbudfs_using trace show' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using trace show' -l json -d 'print one object, sizes in bytes'
+complete -c zbudfs -n '_shtab_zbudfs_using trace show' -l plot -xka "(__fish_complete_path (commandline -ct))" -d 'draw it as well, to a file that ends in .svg or .png'
+complete -c zbudfs -n '_shtab_zbudfs_using trace show; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'what trace record has written'
+complete -c zbudfs -n '_shtab_zbudfs_using trace; and test $_shtab_zbudfs_npos -eq 0' -a replay -d 'Replay a trace without a mount, to compare settings.'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l pool -x -d 'pools to compare; a percentage is one of RAM (default: as recorded)'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l level -x -d 'zstd levels to compare (default: as recorded)'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l watermark -x -d 'free room below which writeback starts, and at which it stops; a percentage is one of the pool (default: the daemon'"'"'s)'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l backing -x -d 'folder for a backing file during the replay (default: /var/tmp, or none if there was none)'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l seed -x -d 'make other pages of the same sizes (default: 1)'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l json -d 'print a list of objects, one for each combination'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'what trace record has written'

@@ -19,9 +19,19 @@ _shtab_zbudfs_commands() {
     status:'Tell what is stored, what it takes, and what the system refused.'
     swapoff:'Read everything back to RAM and end the swap on a zbudfs.'
     swapon:'Make a zbudfs active swap, mounting it first if need be.'
+    trace:'Record what is asked of a mount, look at it, and replay it.'
     umount:'Unmount a zbudfs; what it stored is gone and its backing file is emptied.'
   )
   _describe 'zbudfs commands' _commands
+}
+
+_shtab_zbudfs_trace_commands() {
+  local _commands=(
+    record:'Record the requests of a mount to a file.'
+    replay:'Replay a trace without a mount, to compare settings.'
+    show:'Tell what is in a trace, and how the working set went.'
+  )
+  _describe 'zbudfs trace commands' _commands
 }
 
 _shtab_zbudfs_options=(
@@ -134,6 +144,48 @@ _shtab_zbudfs_swapon_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_zbudfs_swapon_defaults_added=0
 
+_shtab_zbudfs_trace_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_zbudfs_trace_defaults_added=0
+
+_shtab_zbudfs_trace_record_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  {-o,--output}"[file to write\; one that is there is replaced]:FILE:_files"
+  "--seconds[how long (default\: until Ctrl-C)]:N:"
+  "--max[largest size of the file, 1M or more\; then the newest overwrites the oldest (default\: 64M)]:SIZE:"
+  ":directory that it is mounted on:_files -/"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_zbudfs_trace_record_defaults_added=0
+
+_shtab_zbudfs_trace_replay_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--pool[pools to compare\; a percentage is one of RAM (default\: as recorded)]:SIZE,...:"
+  "--level[zstd levels to compare (default\: as recorded)]:N,...:"
+  "--watermark[free room below which writeback starts, and at which it stops\; a percentage is one of the pool (default\: the daemon\'s)]:LOW:HIGH,...:"
+  "--backing[folder for a backing file during the replay (default\: \/var\/tmp, or none if there was none)]:DIR|none:"
+  "--seed[make other pages of the same sizes (default\: 1)]:N:"
+  "--json[print a list of objects, one for each combination]"
+  ":what trace record has written:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_zbudfs_trace_replay_defaults_added=0
+
+_shtab_zbudfs_trace_show_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[print one object, sizes in bytes]"
+  "--plot[draw it as well, to a file that ends in .svg or .png]:FILE:_files"
+  ":what trace record has written:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_zbudfs_trace_show_defaults_added=0
+
 _shtab_zbudfs_umount_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   ":directory that it is mounted on:_files -/"
@@ -170,7 +222,33 @@ _shtab_zbudfs() {
         status) _arguments -C -s $_shtab_zbudfs_status_options ;;
         swapoff) _arguments -C -s $_shtab_zbudfs_swapoff_options ;;
         swapon) _arguments -C -s $_shtab_zbudfs_swapon_options ;;
+        trace) _shtab_zbudfs_trace ;;
         umount) _arguments -C -s $_shtab_zbudfs_umount_options ;;
+      esac
+  esac
+}
+
+_shtab_zbudfs_trace() {
+  local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->trace'
+
+  # Add default positional/remainder specs only if none exist, and only once per session
+  if (( ! _shtab_zbudfs_trace_defaults_added )); then
+    if (( ${_shtab_zbudfs_trace_options[(I)${(q)one_or_more}*]} +          ${_shtab_zbudfs_trace_options[(I)${(q)remainder}*]} +          ${_shtab_zbudfs_trace_options[(I)${(q)default}]} == 0 )); then
+      _shtab_zbudfs_trace_options+=(': :_shtab_zbudfs_trace_commands' '*::: :->trace')
+    fi
+    _shtab_zbudfs_trace_defaults_added=1
+  fi
+  _arguments -C -s $_shtab_zbudfs_trace_options
+
+  case $state in
+    trace)
+      words=($line[1] "${words[@]}")
+      (( CURRENT += 1 ))
+      curcontext="${curcontext%:*:*}:_shtab_zbudfs_trace-$line[1]:"
+      case $line[1] in
+        record) _arguments -C -s $_shtab_zbudfs_trace_record_options ;;
+        replay) _arguments -C -s $_shtab_zbudfs_trace_replay_options ;;
+        show) _arguments -C -s $_shtab_zbudfs_trace_show_options ;;
       esac
   esac
 }

@@ -44,9 +44,14 @@ def pages() -> dict[str, str]:
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Return the parser of each command, by name."""
-    (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return dict(action.choices)
+    """Return the parser of each command by its name, those within commands as well: "trace record"."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                found[name] = sub
+                found.update({f"{name} {below}": parser for below, parser in subcommands(sub).items()})
+    return found
 
 
 def completed_parser() -> argparse.ArgumentParser:
@@ -67,8 +72,9 @@ def commands() -> str:
         title = " ".join([f"zbudfs {name}", *map(usage, actions)])
         lines = [escaped(title), "-" * (len(escaped(title)) + 2), "", escaped(sub.description or ""), ""]
         for action in actions:
-            head = ", ".join(action.option_strings) or ""
-            head = f"{head} {shown(action)}".strip()
+            if isinstance(action, argparse._SubParsersAction):
+                continue  # has sections of its own
+            head = f"{', '.join(action.option_strings)} {shown(action)}".strip()
             explained = sub._get_formatter()._expand_help(action)
             lines += [f"**{escaped(head)}**", f"    {escaped(explained)}", ""]
         if sub.epilog:
