@@ -92,9 +92,10 @@ def processes(served: Served) -> list[int]:
 # ---- another keeper ------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_bytes(mount: Mount, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["zbud", "dense:6"])
+def test_the_same_bytes(mount: Mount, tmp_path: Path, packing: str) -> None:
     """All that was stored, in RAM and on disk, is there for new processes; open files go on, and so does all else."""
-    served = mount("--pool", "2M", "--level", "1", "--backing", tmp_path / "backing")
+    served = mount("--pool", "2M", "--level", "1", "--packing", packing, "--backing", tmp_path / "backing")
     with opened(served.swapfile) as fd:
         fill(fd, 0, 2048)
         before, old = served.stats(), processes(served)
@@ -113,6 +114,7 @@ def test_the_same_bytes(mount: Mount, tmp_path: Path) -> None:
         assert not {*old} & {*processes(served)}
         assert (after["keeper_pid"], after["pid"]) == (new_keeper, new_keeper)
         assert (after["recoveries"], after["lost_pages"], after["lost_in_recovery"]) == (0, 0, 0)
+        assert after["packing"] == packing
         for name in ("stored_pages", "size_bytes", "pool_configured_bytes", "level", "backing_path", "open_swapfiles"):
             assert after[name] == before[name], name
         assert served.swapfile.stat().st_mtime_ns == born
@@ -237,10 +239,40 @@ def test_settings_that_are_not_known(mount: Mount, tmp_path: Path) -> None:
         goes_on(served, fd, old)
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "why"),
+    [
+        (
+            *("service/keeper.py", "Packing.parse(settings.packing)", 'Packing.parse("zbud")'),
+            "packs its frames as dense:7 and cannot be handed over to zbud: swapoff and unmount it, then mount it anew",
+        ),
+        (
+            *("core/dense.py", "_LAYOUT: Final = 0xD1", "_LAYOUT: Final = 0xD2"),
+            "packs its frames as a packing that this version does not know and cannot be handed over to dense:7",
+        ),
+    ],
+    ids=["another packing", "another layout of frames"],
+)
+def test_across_packings(mount: Mount, tmp_path: Path, file: str, old: str, new: str, why: str) -> None:
+    """What could not read the frames says so, and the running one goes on."""
+    other = version_at(tmp_path, file, old, new)
+    served = mount("--packing", "dense")
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 64)
+        before = processes(served)
+        run = restart_with(other, served.mountpoint)
+        assert run.returncode == 1
+        assert f"goes on as it was: the running zbudfs {why}" in run.stderr
+        goes_on(served, fd, before)
+
+
 def test_a_version_whose_worker_fails(mount: Mount, tmp_path: Path) -> None:
     """A worker that cannot get ready is found out before anything is handed over."""
     other = version_at(
-        tmp_path, "service/worker.py", "await _warm_up(settings.level)", "raise OSError('not in the mood')"
+        tmp_path,
+        "service/worker.py",
+        "await _warm_up(settings.level, mounted.memory.packing)",
+        "raise OSError('not in the mood')",
     )
     served = mount()
     with opened(served.swapfile) as fd:

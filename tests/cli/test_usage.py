@@ -35,6 +35,10 @@ COMMANDS = (
         (["mount", "--level", "20", "/x"], "argument --level: '20' is not a level: write a whole number from -7 to 19"),
         (["mount", "--level", "-8", "/x"], "'-8' is not a level"),
         (["mount", "--encrypt", "maybe", "/x"], "'maybe' is neither yes nor no"),
+        (
+            ["mount", "--packing", "dense:8", "/x"],
+            "argument --packing: 'dense:8' is not a packing: write zbud, dense, or",
+        ),
         (["mount", "--level", "fast", "/x"], "'fast' is not a level"),
         (["swapon", "--priority", "-1", "/x"], "'-1' is not a priority: write a whole number from 0 to 32767"),
         (["mount", "--siz", "4G", "/x"], "unrecognized arguments: --siz"),
@@ -171,6 +175,7 @@ def test_defaults() -> None:
     assert 0 <= size // 4 - pool <= 4096
     assert found["level"] == -1
     assert found["encrypt"] is True
+    assert found["packing"] == "zbud"
     assert found["backing"] == "/var/lib/zbudfs/mnt-z.backing"
 
 
@@ -178,7 +183,8 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Every option arrives, with a relative path made absolute."""
     monkeypatch.chdir(tmp_path)
     found = settings_for(
-        "--size", "1.5G", "--pool", "64M", "--backing", "some file", "--level", "-7", "--encrypt", "no"
+        *("--size", "1.5G", "--pool", "64M", "--backing", "some file"),
+        *("--level", "-7", "--encrypt", "no", "--packing", "dense"),
     )
     assert found == {
         "mountpoint": "/mnt/z",
@@ -188,6 +194,7 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "level": -7,
         "encrypt": False,
         "source": "zbudfs",
+        "packing": "dense:7",
     }
     assert settings_for("--backing", "none")["backing"] is None
     assert settings_for("--backing", "./none")["backing"] == str(tmp_path.resolve() / "none")

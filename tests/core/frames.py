@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+import contextlib
+from collections.abc import Iterator
+from typing import ClassVar, Final
 
 from zbudfs.core.allocator import HANDLE_SIZE, NO_REF, PERSISTENT_KIND
+from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.units import CHUNK_SIZE, NO_FRAME, PAGE_SIZE
-from zbudfs.core.zbud import Zbud
 
 FILLER: Final = b"\xa5"
 """What stands in every frame before anything is stored."""
@@ -23,13 +25,26 @@ def content(page: int, size: int) -> bytes:
     return (b"<%d:%d>" % (page, size) * (size // 4 + 1))[:size]
 
 
+@contextlib.contextmanager
+def packed_by(packing: Packing) -> Iterator[Packing]:
+    """Have callers that name no packing use this one."""
+    before = Caller.packing
+    Caller.packing = packing
+    try:
+        yield packing
+    finally:
+        Caller.packing = before
+
+
 class Caller:
-    """Hands in the lowest free frame, and takes frames back; `zbud` is the allocator."""
+    """Hands in the lowest free frame, and takes frames back; `allocator` is of the packing in force."""
+
+    packing: ClassVar[Packing] = ZBUD
 
     def __init__(self, nr_frames: int) -> None:
         self.buffer = bytearray(FILLER * (nr_frames * PAGE_SIZE))
-        self.table = bytearray(Zbud.table_size(nr_frames))
-        self.zbud = Zbud(memoryview(self.buffer), memoryview(self.table), nr_frames)
+        self.table = bytearray(self.packing.kind.table_size(nr_frames))
+        self.allocator = self.packing.allocator(memoryview(self.buffer), memoryview(self.table), nr_frames)
         self.free_frames = list(range(nr_frames))
 
     def take(self) -> int:
@@ -46,17 +61,17 @@ class Caller:
 
     def create(self, page: int, size: int, kind: int = PERSISTENT_KIND) -> int:
         """Store a zpage in a frame of its own."""
-        ref = self.zbud.create_prep(self.take(), size, kind)
-        self.zbud.create_finish(ref, page, content(page, size))
+        ref = self.allocator.create_prep(self.take(), size, kind)
+        self.allocator.create_finish(ref, page, content(page, size))
         return ref
 
     def match(self, page: int, size: int, kind: int = PERSISTENT_KIND, *, halves: bool = False) -> int:
         """Store a zpage beside another, or return NO_REF. In one step where there is one, unless in `halves`."""
         if kind == PERSISTENT_KIND and not halves:
-            return self.zbud.match(page, content(page, size))
-        ref = self.zbud.match_prep(size, kind)
+            return self.allocator.match(page, content(page, size))
+        ref = self.allocator.match_prep(size, kind)
         if ref != NO_REF:
-            self.zbud.match_finish(ref, page, content(page, size))
+            self.allocator.match_finish(ref, page, content(page, size))
         return ref
 
     def store(self, page: int, size: int, kind: int = PERSISTENT_KIND) -> int:
@@ -66,17 +81,17 @@ class Caller:
 
     def raw(self, page: int) -> int:
         """Store a raw page."""
-        return self.zbud.create_raw(self.take(), page, content(page, PAGE_SIZE))
+        return self.allocator.create_raw(self.take(), page, content(page, PAGE_SIZE))
 
     def free(self, ref: int) -> bool:
         """Free a zpage; whether its frame came back."""
-        return self.give(self.zbud.free(ref))
+        return self.give(self.allocator.free(ref))
 
     def zpage(self, ref: int, page: int) -> bytes | None:
         """Return the bytes of a zpage."""
-        view = self.zbud.zpage(ref, page)
+        view = self.allocator.zpage(ref, page)
         return None if view is None else bytes(view)
 
     def lru(self, kind: int = PERSISTENT_KIND) -> list[int]:
         """Return the frames on an LRU list, oldest first."""
-        return list(self.zbud.frames_of(kind))
+        return list(self.allocator.frames_of(kind))

@@ -27,6 +27,7 @@ GOOD: dict[str, Any] = {
     "pool_bytes": 1 << 28,
     "backing": None,
     "level": -1,
+    "packing": "zbud",
 }
 
 
@@ -45,6 +46,8 @@ GOOD: dict[str, Any] = {
         ("backing", "file", "not an absolute path"),
         ("backing", "/mnt/z/file", "lies on the mountpoint"),
         ("backing", 7, "must be a path or none"),
+        ("packing", "dense:1", "packing: 'dense:1' is not a packing: write zbud"),
+        ("packing", 2, "it must be of type str"),
         ("level", 0, "zstd takes it for"),
         ("level", 20, "does not exist: write one from -7"),
         ("level", -8, "does not exist"),
@@ -69,6 +72,8 @@ def test_a_value_that_cannot_work_is_refused(field: str, value: object, reason: 
         ("level", -7),
         ("level", 19),
         ("encrypt", False),
+        ("packing", "dense"),
+        ("packing", "dense:2"),
         ("mountpoint", "/"),
     ],
 )

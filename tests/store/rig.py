@@ -15,8 +15,9 @@ import trio.testing
 from tests.store.faulty import FaultyBacking
 from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.codec import Codec
+from zbudfs.core.packing import Packing
 from zbudfs.core.page_table import BLOCK, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, RAW_FRAME, REF_MASK
-from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
+from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pool import Pool
@@ -66,6 +67,19 @@ def let_go(memory: StoreMemory) -> None:
     """Give the memory of a store that is closed back to the system."""
     for arena in memory.arenas:
         arena.release(0, arena.size)
+
+
+@contextlib.contextmanager
+def packed_by(packing: Packing) -> Iterator[Packing]:
+    """Have stores whose packing is not said use this one."""
+    defaults = StoreMemory.__init__.__kwdefaults__
+    assert defaults is not None
+    before = defaults["packing"]
+    defaults["packing"] = packing
+    try:
+        yield packing
+    finally:
+        defaults["packing"] = before
 
 
 @contextlib.contextmanager
@@ -142,6 +156,21 @@ def place_of(store: PageStore, page: int) -> tuple[int, int]:
     """Return the frame or block of a page, and its index in there."""
     ref = store.state.table.entries[page] >> KIND_BITS & REF_MASK
     return ref >> REF_BITS, ref & ((1 << REF_BITS) - 1)
+
+
+def forge_handle(store: PageStore, page: int, *, owner: int | None = None, size: int | None = None) -> None:
+    """Have the handle of a zpage in RAM say another page, or another size."""
+    frame, index = place_of(store, page)
+    memory = store.memory
+    words = memory.frames.view.cast("Q")
+    dense = memory.packing.name == "dense"
+    first = frame * PAGE_WORDS
+    place = first + index if dense else first + (PAGE_WORDS - 1 if index else 0)
+    if owner is not None:
+        shift = 24 if dense else 12
+        words[place] = words[place] & ~(0xFFFFFFFF << shift) | owner << shift
+    if size is not None:
+        words[place] = words[place] & ~0xFFF | size
 
 
 def in_ram(store: PageStore, page: int) -> bool:

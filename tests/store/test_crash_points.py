@@ -33,10 +33,11 @@ import pytest
 import trio
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
-from tests.store.rig import drop, get, in_block, in_ram, kind_of, put
+from tests.store.rig import drop, get, in_block, in_ram, kind_of, packed_by, put
 from tests.support import LIMIT_SECONDS, ROOT
 from zbudfs.core.allocator import EPHEMERAL_KIND
 from zbudfs.core.codec import Codec, page_of_word
+from zbudfs.core.packing import Packing
 from zbudfs.core.page_table import BLOCK, FRAME, RAW_BLOCK, RAW_FRAME, WORD
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store import page_store, reclaimer
@@ -56,9 +57,11 @@ ODD_WORD: Final = page_of_word(0x3FB999999999999A)
 
 WATCHED: Final = (
     *("store/state.py", "store/recovery.py", "store/pool.py"),
-    *("core/allocator.py", "core/zbud.py", "core/page_table.py", "core/block_map.py", "core/lists.py"),
+    *("core/allocator.py", "core/zbud.py", "core/dense.py", "core/page_table.py", "core/block_map.py", "core/lists.py"),
 )
 """The code that changes state: each of its lines is a place to be killed at."""
+
+PACKINGS: Final = ("zbud", "dense")
 
 Act = Callable[["Scene"], None]
 
@@ -439,6 +442,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "a zpage over a raw page in a block": _write(10, page(110, HALF)),
     "a zpage over an ephemeral one": _write(11, page(111, HALF)),
     "a raw page over an ephemeral raw one": _write(13, page(113, RAW)),
+    "a zpage into the hole of another": _several(_discard(0, 1), _write(20, page(20, HALF))),
     "discard of a zpage": _discard(0, 1),
     "discard of a raw page": _discard(4, 1),
     "discard in a block": _discard(8, 2),
@@ -556,9 +560,18 @@ STORM: Final = "all at once"
 
 
 def main() -> int:
-    """Do all operations; print, for each, what was found, or what went wrong."""
+    """Do all operations with the packing named; print, for each, what was found, or what went wrong."""
     found: dict[str, Any] = {}
     threads(Inline)
+    with packed_by(Packing.parse(sys.argv[1])):
+        found = do_all()
+    print(json.dumps(found))
+    return 0
+
+
+def do_all() -> dict[str, Any]:
+    """Do all operations; for each, what was found, or what went wrong."""
+    found: dict[str, Any] = {}
     for name in (*OPERATIONS, STORM):
         with tempfile.TemporaryDirectory(prefix="zbudfs-crash-") as folder:
             try:
@@ -568,23 +581,23 @@ def main() -> int:
                     found[name] = kill_everywhere(OPERATIONS[name], Path(folder))
             except Exception:
                 found[name] = traceback.format_exc()
-    print(json.dumps(found))
-    return 0
+    return found
 
 
 @functools.cache
-def results() -> dict[str, Any]:
+def results(packing: str) -> dict[str, Any]:
     """Have every operation killed everywhere, in a process of its own; what it found."""
-    command = [sys.executable, "-m", "tests.store.test_crash_points"]
+    command = [sys.executable, "-m", "tests.store.test_crash_points", packing]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * LIMIT_SECONDS, cwd=ROOT, check=True)
     found: dict[str, Any] = json.loads(run.stdout)
     return found
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_killed_at_each_step(name: str) -> None:
+def test_killed_at_each_step(name: str, packing: str) -> None:
     """After a kill at any step each page is the old or the new one, nothing is lost, and the store works on."""
-    found = results()[name]
+    found = results(packing)[name]
     assert isinstance(found, dict), found
     operation = OPERATIONS[name]
     assert found["kills"] >= operation.fewest
@@ -592,9 +605,10 @@ def test_killed_at_each_step(name: str) -> None:
         assert 0 < found["new"] < found["kills"] * len(operation.becomes)
 
 
-def test_killed_in_the_midst_of_everything() -> None:
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_killed_in_the_midst_of_everything(packing: str) -> None:
     """The same with all tasks and threads at work: what was answered stays, what was not is old or new."""
-    found = results()[STORM]
+    found = results(packing)[STORM]
     assert isinstance(found, dict), found
     assert found["kills"] >= 20
     assert found["new"] > 0

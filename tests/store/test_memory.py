@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from tests.support import LIMIT_SECONDS, ROOT
 from zbudfs.core.allocator import REF_BITS
+from zbudfs.core.errors import LayoutError
+from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.board import Field
 from zbudfs.store.memory import BOUNCE_FRAMES, PARKING_SLOT_BYTES, PARKING_SLOTS, StoreMemory
@@ -26,9 +28,16 @@ MIB = 1 << 20
 NAMES = {"board", "pages", "frames", "frametable", "freeframes", "parking", "trace", "blocks", "outgoing"}
 
 
-def make(folder: Path | None = None, *, size: int = 4 * MIB, frames: int = 100, backed: bool = True) -> StoreMemory:
+def make(
+    folder: Path | None = None,
+    *,
+    size: int = 4 * MIB,
+    frames: int = 100,
+    backed: bool = True,
+    packing: Packing = ZBUD,
+) -> StoreMemory:
     """Return the memory of a small store."""
-    return StoreMemory(size, frames, backed=backed, folder=None if folder is None else str(folder))
+    return StoreMemory(size, frames, backed=backed, folder=None if folder is None else str(folder), packing=packing)
 
 
 def with_pages(memory: StoreMemory) -> dict[str, int]:
@@ -83,6 +92,21 @@ def test_another_process_finds_it(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=ROOT, check=False)
     assert (run.stdout, run.stderr) == ("b'pages' b'frames'\n", "")
     assert bytes(memory.frames.view[:4]) == b"back"
+
+
+def test_another_packing_is_refused(tmp_path: Path) -> None:
+    """Frames of one packing mean nothing to another: one clear sentence, and the memory is as it was."""
+    for number, (there, wanted) in enumerate((("zbud", "dense:6"), ("dense:6", "zbud"), ("dense:6", "dense:7"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        memory = make(folder, packing=Packing.parse(there))
+        memory.frames.view[:5] = b"there"
+        with pytest.raises(LayoutError) as caught:
+            make(folder, packing=Packing.parse(wanted))
+        assert f"packs its frames as {there} and cannot be handed over to {wanted}: swapoff and" in str(caught.value)
+        again = make(folder, packing=Packing.parse(there))
+        assert bytes(again.frames.view[:5]) == b"there"
+        assert again.board.fields[Field.PACKING] == Packing.parse(there).code
 
 
 def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:

@@ -22,17 +22,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
-from tests.store.rig import block_of, drop, get, in_block, in_ram, kind_of, let_go, place_of, put, run
+from tests.store.rig import (
+    block_of,
+    drop,
+    forge_handle,
+    get,
+    in_block,
+    in_ram,
+    kind_of,
+    let_go,
+    place_of,
+    put,
+    run,
+)
 from zbudfs.core.allocator import EPHEMERAL_KIND, PERSISTENT_KIND, REF_BITS, FrameState
 from zbudfs.core.block_map import SEGMENT_BLOCKS
 from zbudfs.core.codec import Codec, check_of_raw, page_of_word
 from zbudfs.core.errors import LayoutError, PageLost
 from zbudfs.core.page_table import BLOCK, FRAME, LOST, RAW_BLOCK, RAW_FRAME, WORD, entry
-from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS
+from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.backing import Backing
 from zbudfs.store.board import LAYOUT, Field
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
+
+pytestmark = pytest.mark.usefixtures("packing")
 
 PAGES: Final = 64
 FRAMES: Final = 32
@@ -418,30 +432,21 @@ Damage = Callable[[Life], int]
 """Spoils something in the memory of a dead store, and returns the page that this costs."""
 
 
-def _words(life: Life) -> memoryview:
-    return life.memory.frames.view.cast("Q")
-
-
-def _handle_place(life: Life, number: int) -> int:
-    frame, index = place_of(life.store, number)
-    return (frame + 1) * PAGE_WORDS - 1 if index else frame * PAGE_WORDS
-
-
 def _another_handle(life: Life) -> int:
-    _words(life)[_handle_place(life, 0)] ^= 1 << 12  # the handle now says page 1
+    forge_handle(life.store, 0, owner=1)
     return 0
 
 
 def _size(size: int) -> Damage:
     def damage(life: Life) -> int:
-        _words(life)[_handle_place(life, 2)] = 2 << 12 | size
+        forge_handle(life.store, 2, size=size)
         return 2
 
     return damage
 
 
 def _overlap(life: Life) -> int:
-    _words(life)[_handle_place(life, 1)] = 1 << 12 | 3000  # its buddy has 1900
+    forge_handle(life.store, 1, size=3000)  # its buddy has 1900
     return 1
 
 

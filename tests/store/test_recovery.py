@@ -25,6 +25,7 @@ from tests.core.samples import BIG, HALF, RAW, SMALL, page, pages
 from tests.store.rig import (
     backed_store,
     drop,
+    forge_handle,
     get,
     in_block,
     let_go,
@@ -62,10 +63,14 @@ from zbudfs.store.pool import Pool
 from zbudfs.store.recovery import Recovery, rebuild
 from zbudfs.store.state import State
 
+pytestmark = pytest.mark.usefixtures("packing")
+
 PAGES = 40
 FRAMES = 12
 ZEROS = bytes(PAGE_SIZE)
 ODD_WORD = page_of_word(0x0102030405060708)
+CHANGING = ("state.py", "allocator.py", "zbud.py", "dense.py", "block_map.py", "page_table.py")
+"""The code that changes state."""
 HERE = str(Path(zbudfs.__file__).parent)
 
 
@@ -133,9 +138,7 @@ def interrupted(seed: str, moment: Any) -> Iterator[None]:
         name = frame.f_code.co_filename
         if not name.startswith(HERE) or frame.f_code.co_name in ("check", "statistics", "counters"):
             return None
-        often = (
-            0.08 if name.endswith(("state.py", "allocator.py", "zbud.py", "block_map.py", "page_table.py")) else 0.01
-        )
+        often = 0.08 if name.endswith(CHANGING) else 0.01
         if event == "line" and generator.random() < often:
             moment()
         return trace
@@ -312,7 +315,7 @@ def test_what_does_not_confirm_itself_is_lost_alone(tmp_path: Path, damage: str)
             assert not in_block(store, 40)
             if damage == "handle":
                 victim = 40
-                allocator.frame_bytes(place_of(store, victim)[0]).cast("Q")[0] ^= 1 << 13
+                forge_handle(store, victim, owner=victim ^ 2)
             elif damage == "raw":
                 victim = 30
                 allocator.frame_bytes(place_of(store, victim)[0])[77] ^= 1

@@ -40,6 +40,8 @@ from zbudfs.core.page_table import RAW_BLOCK
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.page_store import PageStore
 
+pytestmark = pytest.mark.usefixtures("packing")
+
 T = TypeVar("T")
 ZEROS = bytes(PAGE_SIZE)
 FRAMES = 64

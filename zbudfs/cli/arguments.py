@@ -26,6 +26,8 @@ class Arguments(argparse.Namespace):
     """zstd level; None: the default."""
     encrypt: bool | None
     """Whether to encrypt what is written back; None: the default."""
+    packing: str | None
+    """As core/packing.py writes it; None: the default."""
     foreground: bool
     """Whether the daemon stays at the terminal."""
     priority: int | None

@@ -44,6 +44,7 @@ from zbudfs.service.pooldir import pool_directories, remove_dead
 from zbudfs.service.settings import (
     BACKING_FOLDER,
     DEFAULT_LEVEL,
+    DEFAULT_PACKING,
     PAGE_BYTES,
     Settings,
     SettingsError,
@@ -239,6 +240,7 @@ def make_settings(arguments: Arguments, mountpoint: str, root: str = "/") -> Set
         backing=_backing(arguments.backing, mountpoint),
         level=DEFAULT_LEVEL if arguments.level is None else arguments.level,
         encrypt=arguments.encrypt is not False,
+        packing=DEFAULT_PACKING if arguments.packing is None else arguments.packing,
     )
 
 
@@ -311,7 +313,9 @@ def _check_free(mountpoint: str) -> None:
 def _refuse_mount_options(arguments: Arguments, mountpoint: str) -> None:
     """What is mounted has its size and pool: silently ignoring others would be a lie."""
     typed = [
-        f"--{name}" for name in ("size", "pool", "backing", "level", "encrypt") if getattr(arguments, name) is not None
+        f"--{name}"
+        for name in ("size", "pool", "backing", "level", "encrypt", "packing")
+        if getattr(arguments, name) is not None
     ]
     if typed:
         raise CommandError(f"{shown_path(mountpoint)} is mounted already: {', '.join(typed)} can only be set at mount")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR, parse_amount
-from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
+from zbudfs.core.packing import GRAMMAR, Packing
+from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_PACKING, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
 from zbudfs.swap.attach import MAX_PRIORITY
 
 Value = str | int | bool | None
@@ -79,6 +80,12 @@ def _number(what: str, low: int, high: int) -> Callable[[object, int], int]:
     return read
 
 
+def _packing(value: object, ram: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"write, in quotes, {GRAMMAR}")
+    return str(Packing.parse(value))
+
+
 def switch(value: object, ram: int) -> bool:
     """Read a key that is on or off."""
     if isinstance(value, bool):
@@ -131,6 +138,13 @@ KEYS: Final = (
         kind="true or false",
         default="true",
         summary="whether what is written to the backing file is encrypted",
+    ),
+    Key(
+        name="packing",
+        read=_packing,
+        kind="zbud, dense, or dense:N with N from 2 to 7",
+        default=DEFAULT_PACKING,
+        summary="how many pages share a frame: zbud is two and fast, dense up to N",
     ),
     Key(
         name="swap",

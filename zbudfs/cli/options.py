@@ -21,9 +21,10 @@ from zbudfs.cli.doctor.command import add_doctor
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
 from zbudfs.cli.study_options import add_estimate, add_trace
+from zbudfs.core.packing import DENSE, Packing
 from zbudfs.core.sizes import GRAMMAR
 from zbudfs.core.tunables import TUNABLES
-from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
+from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_PACKING, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
 from zbudfs.swap.attach import MAX_PRIORITY
 
 _EPILOG: Final = """\
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser; what it gives is an `Arguments` whose `run` is the command."""
     parser = OneLineParser(
         prog="zbudfs",
-        description="Compressed swap: a file system whose one file keeps its pages compressed in RAM, two to a frame,"
+        description="Compressed swap: a file system whose one file keeps its pages compressed in RAM, several to a frame,"
         " and writes the cold ones to disk.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -249,12 +250,26 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
         metavar="yes|no",
         help="encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)",
     )
+    parser.add_argument(
+        "--packing",
+        type=_packing,
+        metavar="zbud|dense[:N]",
+        help="zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM at some speed"
+        f" (default: {DEFAULT_PACKING}; dense alone is {DENSE})",
+    )
 
 
 def _switch(text: str) -> bool:
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
     return text == "yes"
+
+
+def _packing(text: str) -> str:
+    try:
+        return str(Packing.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _priority(text: str) -> int:

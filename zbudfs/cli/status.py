@@ -85,7 +85,7 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     backing = report.get("backing_path")
     written = number("cumul_writeback_pages")
     return [
-        ("device", f"{size('size_bytes')}, zstd level {report.get('level')}, {_used_by(report)}"),
+        ("device", f"{size('size_bytes')}, {_packing(report)}zstd level {report.get('level')}, {_used_by(report)}"),
         ("daemon", f"zbudfs {report.get('version')}, pid {report.get('pid')}, {_standby(report)}"),
         ("stored", f"{format_size(stored)} in {pages:,} page{'s'[: pages != 1]}{_listed(kinds)}"),
         ("takes", f"{size('pool_used_bytes')} of RAM, {size('backing_used_bytes')} on disk"),
@@ -109,6 +109,11 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _secrecy(report: Mapping[str, Any]) -> str:
     return "encrypted" if report.get("encrypted") else "not encrypted"
+
+
+def _packing(report: Mapping[str, Any]) -> str:
+    """Return the packing and a comma; nothing where the daemon does not tell."""
+    return f"{report['packing']}, " if report.get("packing") else ""
 
 
 def _standby(report: Mapping[str, Any]) -> str:

@@ -63,6 +63,9 @@ KINDS: Final = ("pers", "eph")
 FULL: Final = 0
 """What stands for an unbuddied list where a frame is on none, since it has no room: list 0 would be empty frames."""
 
+_ENDS: Final = (2, 2, 2 * NCHUNKS, 2 * NCHUNKS)
+"""Entries of the first columns that belong to no frame: the ends of the lists."""
+
 ROUND_UP: Final = HANDLE_SIZE + CHUNK_SIZE - 1
 
 
@@ -160,6 +163,8 @@ class Allocator(ABC):
     With `attach` nothing is written, and nothing may be asked, before `reset`: the memory may be another process's still.
     """
 
+    LAYOUT: ClassVar[int]
+    """A byte for the layout of a frame, changed whenever that changes. No two packings have the same."""
     OWN_WIDTHS: ClassVar[tuple[int, ...]]
     """Bytes of an entry of each column that only this packing has."""
     OWN_BYTES: ClassVar[int] = 0
@@ -214,11 +219,10 @@ class Allocator(ABC):
     @classmethod
     def _columns(cls, nr_frames: int) -> list[tuple[int, int]]:
         """(offset, length) in bytes of each column."""
-        ends = [2, 2, 2 * NCHUNKS, 2 * NCHUNKS]  # entries beyond the frames' own: the ends of the lists
         columns = []
         offset = 0
         for number, width in enumerate(cls._widths()):
-            length = width * (nr_frames + (ends[number] if number < len(ends) else 0))
+            length = width * (nr_frames + (_ENDS[number] if number < len(_ENDS) else 0))
             columns.append((offset, length))
             offset += -(-length // 8) * 8
         return columns
@@ -241,7 +245,8 @@ class Allocator(ABC):
     @classmethod
     def fixed_spans(cls, nr_frames: int) -> list[tuple[int, int]]:
         """(offset, length) of the parts of the table that belong to no frame: the ends of the lists, and the packing's."""
-        ends = [(offset + 4 * nr_frames, 8 * NCHUNKS) for offset, _ in cls._columns(nr_frames)[:4]]
+        lists = zip(cls._columns(nr_frames), _ENDS, strict=False)
+        ends = [(offset + 4 * nr_frames, 4 * count) for (offset, _), count in lists]
         own_start = cls.table_size(nr_frames) - cls.OWN_BYTES
         return [*ends, (own_start, cls.OWN_BYTES)] if cls.OWN_BYTES else ends
 

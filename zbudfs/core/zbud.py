@@ -58,6 +58,7 @@ class Zbud(Allocator):
     I1 is: first_chunks + last_chunks <= NCHUNKS. A frame is unbuddied iff it has exactly one buddy.
     """
 
+    LAYOUT: ClassVar[int] = 0xB1
     OWN_WIDTHS: ClassVar[tuple[int, ...]] = (1, 1)
     most_zpages = 2
 

@@ -26,6 +26,7 @@ import time
 from typing import Final, NoReturn
 
 from zbudfs import __version__
+from zbudfs.core.packing import Packing
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.fuse import shim
 from zbudfs.service import hardening
@@ -181,6 +182,7 @@ class Keeper:
             settings.pool_bytes >> PAGE_SHIFT,
             backed=settings.backing is not None,
             folder=self._directory.memory_folder,
+            packing=Packing.parse(settings.packing),
         )
 
     def _encrypt(self) -> None:
@@ -249,7 +251,8 @@ class Keeper:
         settings = self._settings
         self._log.info(
             f"zbudfs {__version__} on {settings.mountpoint}: {settings.size_bytes >> 20} MiB, pool of"
-            f" {settings.pool_bytes >> 20} MiB, {settings.backing or 'no backing file'}; libfuse {shim.libfuse_version()}"
+            f" {settings.pool_bytes >> 20} MiB, {settings.packing}, {settings.backing or 'no backing file'};"
+            f" libfuse {shim.libfuse_version()}"
         )
 
     def undo(self) -> None:

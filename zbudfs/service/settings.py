@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
 
+from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.service.mountpoint import SOURCE, escape_path
 
@@ -30,6 +31,7 @@ DEFAULT_LEVEL: Final = -1
 """Measured: 8 us and 1025 bytes for a real page; level 1 takes 11 us for 941 bytes, and both pack 1.93 to a frame."""
 DEFAULT_POOL: Final = "25%"
 """Share of RAM. Guessed, not measured: enough to matter, and the rest stays with the programs."""
+DEFAULT_PACKING: Final = str(ZBUD)
 BACKING_FOLDER: Final = "/var/lib/zbudfs"
 
 _NAME_MAX: Final = 255
@@ -58,6 +60,8 @@ class Settings:
     """Whether what is written to the backing file is encrypted."""
     source: str = SOURCE
     """What stands for the device in mount tables: `mount -a` knows by it that a line of fstab is mounted already."""
+    packing: str = DEFAULT_PACKING
+    """How zpages are packed into frames, by its name: see core/packing.py."""
 
     def __post_init__(self) -> None:
         for name, kind in (
@@ -66,6 +70,7 @@ class Settings:
             ("pool_bytes", int),
             ("level", int),
             ("source", str),
+            ("packing", str),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
@@ -87,6 +92,10 @@ class Settings:
         _check_level(self.level)
         if not self.source or "\0" in self.source or len(self.source) > _NAME_MAX:
             raise SettingsError(f"source {self.source!r} is refused: it must be a name of 1 to {_NAME_MAX} characters")
+        try:
+            Packing.parse(self.packing)
+        except ValueError as error:
+            raise SettingsError(f"packing: {error}") from None
 
     def to_json(self) -> str:
         """Return the settings as one line of JSON, pure ASCII; paths that are no UTF-8 survive."""

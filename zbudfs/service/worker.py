@@ -35,6 +35,7 @@ import trio
 
 from zbudfs import __version__
 from zbudfs.core.codec import Codec
+from zbudfs.core.packing import Packing
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.fuse import shim
 from zbudfs.fuse.nodes import Control, Stats, Value
@@ -132,7 +133,7 @@ class Worker:
         settings = mounted.settings
         fields = self._board.fields
         if not self._emergency:
-            await _warm_up(settings.level)
+            await _warm_up(settings.level, mounted.memory.packing)
         store = PageStore(
             settings.size_bytes, mounted.memory.nr_frames, mounted.backing, Codec(settings.level), mounted.memory
         )
@@ -286,6 +287,7 @@ class Worker:
             "pool_directory": mounted.pool_directory,
             "survives_crash": self._survives(),
             "version": __version__,
+            "packing": settings.packing,
             "backing_path": settings.backing,
             "encrypted": settings.encrypt and settings.backing is not None,
             "backing_size_bytes": settings.size_bytes if settings.backing is not None else 0,
@@ -323,9 +325,13 @@ def _urgency() -> Iterator[Urgency]:
         urgency.close()
 
 
-async def _warm_up(level: int) -> None:
+async def _warm_up(level: int, packing: Packing) -> None:
     """Use each path once, on a small store: a page that compresses, one that does not, a word; a large request, a part."""
-    store = PageStore(SCRATCH_BYTES, SCRATCH_BYTES // PAGE_SIZE, None, Codec(level))
+    nr_frames = SCRATCH_BYTES // PAGE_SIZE
+    memory = StoreMemory(SCRATCH_BYTES, nr_frames, backed=False, packing=packing)
+    memory.populate()
+    store = PageStore(SCRATCH_BYTES, nr_frames, None, Codec(level), memory)
+    store.recover()
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
         compressible = bytes(range(256)) * (PAGE_SIZE // 256)

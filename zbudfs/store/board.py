@@ -80,6 +80,8 @@ class Field(IntEnum):
     AGE_SECONDS = 23
     TRACING = 24
     """1 while requests are recorded (store/tracer.py)."""
+    PACKING = 25
+    """The code of the packing, which is also that of the layout of its frames."""
 
 
 class Board:

@@ -19,13 +19,14 @@ processes does.
 from typing import Final
 
 from zbudfs.core.block_map import BlockMap
+from zbudfs.core.errors import LayoutError
+from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.page_table import ENTRY_SIZE
 from zbudfs.core.reclaim import BATCH_FRAMES
 from zbudfs.core.units import PAGE_SHIFT
-from zbudfs.core.zbud import Zbud
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import SEGMENT_BYTES
-from zbudfs.store.board import BOARD_BYTES, Board
+from zbudfs.store.board import BOARD_BYTES, LAYOUT, Board, Field
 from zbudfs.store.trace_ring import RING_BYTES
 
 FRAME_ENTRY_BYTES: Final = 12
@@ -47,18 +48,26 @@ class StoreMemory:
     In `folder`, or without a name. What is there already is taken; LayoutError if it is not for the same store.
     """
 
-    def __init__(self, size_bytes: int, nr_frames: int, *, backed: bool, folder: str | None = None) -> None:
+    def __init__(
+        self, size_bytes: int, nr_frames: int, *, backed: bool, folder: str | None = None, packing: Packing = ZBUD
+    ) -> None:
         self.size_bytes = size_bytes
         self.nr_frames = nr_frames
         self.folder = folder
+        self.packing = packing
         self.board = Board(Arena("board", BOARD_BYTES, folder))
+        self._check_packing()
         self.board.claim(
-            size_bytes=size_bytes, pool_frames=nr_frames, backed=int(backed), persistent=int(folder is not None)
+            size_bytes=size_bytes,
+            pool_frames=nr_frames,
+            backed=int(backed),
+            persistent=int(folder is not None),
+            packing=packing.code,
         )
         self.nr_pages = size_bytes >> PAGE_SHIFT
         self.pages = Arena("pages", self.nr_pages * ENTRY_SIZE, folder)
         self.frames = Arena("frames", (nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT, folder)
-        self.frame_table = Arena("frametable", Zbud.table_size(nr_frames), folder)
+        self.frame_table = Arena("frametable", packing.kind.table_size(nr_frames), folder)
         self.free_frames = Arena("freeframes", FRAME_ENTRY_BYTES * nr_frames, folder)
         # One more than the pages need: a block with a live page for each page at worst, and the header.
         self.nr_segments = size_bytes // SEGMENT_BYTES + 2
@@ -66,6 +75,16 @@ class StoreMemory:
         self.trace = Arena("trace", RING_BYTES, folder)
         self.blocks = Arena("blocks", BlockMap.table_size(self.nr_segments), folder) if backed else None
         self.outgoing = Arena("outgoing", BATCH_FRAMES << PAGE_SHIFT, folder) if backed else None
+
+    def _check_packing(self) -> None:
+        """LayoutError if frames of another packing are there: nothing could be found in them."""
+        fields = self.board.fields
+        if fields[Field.LAYOUT] == LAYOUT and fields[Field.PACKING] != self.packing.code:
+            there = Packing.of_code(fields[Field.PACKING])
+            raise LayoutError(
+                f"the running zbudfs packs its frames as {there or 'a packing that this version does not know'} and cannot"
+                f" be handed over to {self.packing}: swapoff and unmount it, then mount it anew with --packing {self.packing}"
+            )
 
     def populate(self) -> None:
         """Populate what has a fixed size; the frames and their tables come in steps. MemoryError."""
@@ -75,14 +94,14 @@ class StoreMemory:
             if arena is not None:
                 arena.populate(0, arena.size)
         self.frames.populate(self.nr_frames << PAGE_SHIFT, BOUNCE_FRAMES << PAGE_SHIFT)
-        for offset, length in Zbud.fixed_spans(self.nr_frames):
+        for offset, length in self.packing.kind.fixed_spans(self.nr_frames):
             self.frame_table.populate(offset, length)
 
     def populate_frames(self, runs: list[tuple[int, int]]) -> None:
         """Give frames, as runs (first, count), memory, and their parts of the tables. MemoryError."""
         for first, count in runs:
             self.frames.populate(first << PAGE_SHIFT, count << PAGE_SHIFT)
-            for offset, length in Zbud.table_spans(self.nr_frames, first, count):
+            for offset, length in self.packing.kind.table_spans(self.nr_frames, first, count):
                 self.frame_table.populate(offset, length)
             # block_of, the stack of ready frames from the left and that of bare ones from the right, stored_at
             for entry in (

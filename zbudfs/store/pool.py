@@ -14,7 +14,6 @@ that is read when there is no frame to keep it in.
 from typing import Final
 
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
-from zbudfs.core.zbud import Zbud
 from zbudfs.store.memory import BOUNCE_FRAMES, FRAME_ENTRY_BYTES, StoreMemory
 
 RESERVE_FRAMES: Final = 1024
@@ -64,10 +63,10 @@ class Pool:
         self.used_frames = 0
         self.used_frames_max = 0
         self.bounce = list(range(nr_frames, nr_frames + BOUNCE_FRAMES))
-        self.allocator = Zbud(self.frames, memory.frame_table.view, nr_frames, attach=attach)
+        self.allocator = memory.packing.allocator(self.frames, memory.frame_table.view, nr_frames, attach=attach)
 
     def restore(self, populated: list[tuple[int, int]]) -> None:
-        """The zpages of a store are claimed (`Zbud.restore`): sort its frames into used, ready and bare ones.
+        """The zpages of a store are claimed (`Allocator.restore`): sort its frames into used, ready and bare ones.
 
         `populated` are the frames that have memory, as runs (first, count).
         """

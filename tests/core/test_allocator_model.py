@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The allocator against a model: a dict of what was stored, and lists of frames by age. The model knows no chunk columns.
+"""Each allocator against a model: a dict of what was stored, and lists of frames by age. The model knows no columns.
 
 Every way of putting a zpage in and taking it out, the asynchronous ones in halves, in any order; after each step the
 allocator recounts itself, and contents, ages, matches and counters are compared.
@@ -8,14 +8,17 @@ allocator recounts itself, and contents, ages, matches and counters are compared
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.core.frames import Caller, content
+from tests.core.frames import Caller, content, packed_by
 from zbudfs.core.allocator import (
     EPHEMERAL_KIND,
+    FULL,
+    HANDLE_SIZE,
     KINDS,
     NO_REF,
     PERSISTENT_KIND,
@@ -24,7 +27,8 @@ from zbudfs.core.allocator import (
     chunks_for,
     max_zpage_size,
 )
-from zbudfs.core.units import NCHUNKS, NO_FRAME, PAGE_SIZE
+from zbudfs.core.packing import DENSE, ZBUD, Packing
+from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, NO_FRAME, PAGE_SIZE
 
 FRAMES = 8
 KIND = st.sampled_from([PERSISTENT_KIND, EPHEMERAL_KIND])
@@ -45,6 +49,9 @@ class Frame:
     """By ref: size of a zpage whose place is taken and which is not filled yet."""
     raw: tuple[int, bytes] | None = None
     filling: bool = False
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By ref: offset and size; only a dense frame has them."""
+    tail: int = 0
 
     @property
     def kind(self) -> int:
@@ -62,11 +69,42 @@ class Frame:
         return self.state in (PERSISTENT, EPHEMERAL)
 
     @property
-    def chunks(self) -> list[int]:
-        """The chunks of each buddy."""
-        return [chunks_for(len(data)) for _, data in self.zpages.values()] + [
-            chunks_for(s) for s in self.pending.values()
-        ]
+    def sizes(self) -> list[int]:
+        """The size of each zpage, to come or there."""
+        return [*(len(data) for _, data in self.zpages.values()), *self.pending.values()]
+
+    def used(self, packing: Packing) -> int:
+        """Return the unbuddied list on which the frame must be, FULL for none."""
+        if self.raw is not None or not self.sizes or len(self.sizes) == packing.zpages:
+            return FULL
+        if packing.name == "zbud":
+            return chunks_for(self.sizes[0])
+        end = self.tail if self.pinned else HANDLE_SIZE * packing.zpages + sum(self.sizes)
+        used = -(-end // CHUNK_SIZE)
+        return used if used < NCHUNKS else FULL
+
+    def add(self, ref: int, size: int, packing: Packing) -> None:
+        """A dense frame lays zpages from left to right, and moves them together when its tail is too short."""
+        if packing.name == "zbud":
+            return
+        start = HANDLE_SIZE * packing.zpages
+        self.tail = max(self.tail, start) if self.places else start
+        if self.tail + size > PAGE_SIZE:
+            assert not self.pinned
+            self.tail = start
+            for other in sorted(self.places):
+                length = self.places[other][1]
+                self.places[other] = (self.tail, length)
+                self.tail += length
+        self.places[ref] = (self.tail, size)
+        self.tail += size
+
+    def remove(self, ref: int) -> None:
+        """What is freed at the end joins the tail."""
+        if ref in self.places:
+            offset, size = self.places.pop(ref)
+            if offset + size == self.tail:
+                self.tail = offset
 
     @property
     def empty(self) -> bool:
@@ -74,13 +112,16 @@ class Frame:
         return not self.zpages and not self.pending and self.raw is None
 
 
-class ZbudMachine(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """Steps of a caller who does all that the page store does, and more."""
+
+    packing: ClassVar[Packing]
 
     def __init__(self) -> None:
         super().__init__()
-        self.caller = Caller(FRAMES)
-        self.zbud = self.caller.zbud
+        with packed_by(self.packing):
+            self.caller = Caller(FRAMES)
+        self.allocator = self.caller.allocator
         self.frames: dict[int, Frame] = {}
         self.ages: list[list[int]] = [[], []]
         self.page = 0
@@ -115,15 +156,13 @@ class ZbudMachine(RuleBasedStateMachine):
 
     def best_match(self, size: int, kind: int) -> int | None:
         """Return how many chunks the fullest frame uses that has room, None if none has."""
+        zbud = self.packing.name == "zbud"
+        chunks = chunks_for(size) if zbud else -(-size // CHUNK_SIZE)
         fitting = [
-            frame.chunks[0]
+            used
             for frame in self.frames.values()
-            if frame.listed
-            and frame.kind == kind
-            and not frame.filling
-            and frame.raw is None
-            and len(frame.chunks) == 1
-            and frame.chunks[0] + chunks_for(size) <= NCHUNKS
+            if frame.listed and frame.kind == kind and not frame.filling
+            if (used := frame.used(self.packing)) != FULL and used + chunks <= NCHUNKS
         ]
         return max(fitting, default=None)
 
@@ -138,19 +177,20 @@ class ZbudMachine(RuleBasedStateMachine):
     def prepare(self, size: int, kind: int) -> int:
         """Take a place, matched if possible; NO_REF if there is no frame for it."""
         expected = self.best_match(size, kind)
-        ref = self.zbud.match_prep(size, kind)
+        ref = self.allocator.match_prep(size, kind)
         assert (ref == NO_REF) == (expected is None)
         if ref == NO_REF:
             if not self.caller.free_frames:
                 return NO_REF
             frame = self.caller.take()
-            ref = self.zbud.create_prep(frame, size, kind)
+            ref = self.allocator.create_prep(frame, size, kind)
             self.frames[frame] = Frame(PERSISTENT if kind == PERSISTENT_KIND else EPHEMERAL)
         else:
-            assert self.frames[ref >> REF_BITS].chunks == [expected]
+            assert self.frames[ref >> REF_BITS].used(self.packing) == expected
         frame = ref >> REF_BITS
         assert ref not in self.frames[frame].zpages
         assert ref not in self.frames[frame].pending
+        self.frames[frame].add(ref, size, self.packing)
         self.frames[frame].pending[ref] = size
         self.recent(frame)
         return ref
@@ -160,7 +200,7 @@ class ZbudMachine(RuleBasedStateMachine):
         frame = self.frames[ref >> REF_BITS]
         size = frame.pending.pop(ref)
         page = self.next_page()
-        self.zbud.match_finish(ref, page, content(page, size))
+        self.allocator.match_finish(ref, page, content(page, size))
         frame.zpages[ref] = (page, content(page, size))
         self.count(frame.kind, size)
 
@@ -175,13 +215,14 @@ class ZbudMachine(RuleBasedStateMachine):
     def match(self, size: int) -> None:
         """A match with what is at hand, in one step."""
         expected, page = self.best_match(size, PERSISTENT_KIND), self.next_page()
-        ref = self.zbud.match(page, content(page, size))
+        ref = self.allocator.match(page, content(page, size))
         assert (ref == NO_REF) == (expected is None)
         if ref != NO_REF:
             frame = self.frames[ref >> REF_BITS]
-            assert frame.chunks == [expected]
+            assert frame.used(self.packing) == expected
             assert ref not in frame.zpages
             assert ref not in frame.pending
+            frame.add(ref, size, self.packing)
             frame.zpages[ref] = (page, content(page, size))
             self.recent(ref >> REF_BITS)
             self.count(PERSISTENT_KIND, size)
@@ -202,7 +243,7 @@ class ZbudMachine(RuleBasedStateMachine):
     def store_raw(self) -> None:
         """A raw page goes to the old end: it is the first to be written back."""
         frame, page = self.caller.take(), self.next_page()
-        assert self.zbud.create_raw(frame, page, content(page, PAGE_SIZE)) >> REF_BITS == frame
+        assert self.allocator.create_raw(frame, page, content(page, PAGE_SIZE)) >> REF_BITS == frame
         self.frames[frame] = Frame(PERSISTENT, raw=(page, content(page, PAGE_SIZE)))
         self.ages[PERSISTENT_KIND].insert(0, frame)
 
@@ -213,7 +254,7 @@ class ZbudMachine(RuleBasedStateMachine):
     def fill_prep(self) -> None:
         """A block is being read into a free frame."""
         frame = self.caller.take()
-        self.zbud.fill_prep(frame)
+        self.allocator.fill_prep(frame)
         self.frames[frame] = Frame(EPHEMERAL, filling=True)
         self.recent(frame)
 
@@ -226,25 +267,29 @@ class ZbudMachine(RuleBasedStateMachine):
     def fill_cancel(self, data: st.DataObject) -> None:
         """The read failed, or is not wanted any more."""
         frame = data.draw(st.sampled_from(self.filling()))
-        self.zbud.fill_cancel(frame)
+        self.allocator.fill_cancel(frame)
         self.handed_back(frame)
 
     @precondition(lambda self: self.filling() and any(frame.zpages for frame in self.frames.values()))
-    @rule(data=st.data(), which=st.integers(1, 3))
+    @rule(data=st.data(), which=st.integers(1, 127))
     def fill_finish(self, data: st.DataObject, which: int) -> None:
-        """The block is a copy of some frame, and one or both of its zpages are still wanted."""
+        """The block is a copy of some frame, and some of its zpages are still wanted."""
         number = data.draw(st.sampled_from(self.filling()))
         source = data.draw(st.sampled_from([number for number, frame in self.frames.items() if frame.zpages]))
-        self.zbud.frame_bytes(number)[:] = self.zbud.frame_bytes(source)
+        self.allocator.frame_bytes(number)[:] = self.allocator.frame_bytes(source)
         there = sorted(self.frames[source].zpages)
         wanted = [ref for index, ref in enumerate(there) if which >> index & 1] or there[:1]
         offset = (number - source) << REF_BITS
-        self.zbud.fill_finish(number, [ref + offset for ref in wanted])
+        self.allocator.fill_finish(number, [ref + offset for ref in wanted])
         frame = self.frames[number]
         frame.filling = False
         for ref in wanted:
             page, data_of_it = self.frames[source].zpages[ref]
             frame.zpages[ref + offset] = (page, data_of_it)
+            place = self.frames[source].places.get(ref)
+            if place is not None:
+                frame.places[ref + offset] = place
+                frame.tail = max(frame.tail, sum(place))
             self.count(EPHEMERAL_KIND, len(data_of_it))
 
     @precondition(lambda self: self.filling())
@@ -252,8 +297,8 @@ class ZbudMachine(RuleBasedStateMachine):
     def fill_finish_raw(self, data: st.DataObject) -> None:
         """The block holds a raw page."""
         number, page = data.draw(st.sampled_from(self.filling())), self.next_page()
-        self.zbud.frame_bytes(number)[:] = content(page, PAGE_SIZE)
-        assert self.zbud.fill_finish_raw(number, page) >> REF_BITS == number
+        self.allocator.frame_bytes(number)[:] = content(page, PAGE_SIZE)
+        assert self.allocator.fill_finish_raw(number, page) >> REF_BITS == number
         self.frames[number].filling = False
         self.frames[number].raw = (page, content(page, PAGE_SIZE))
 
@@ -271,10 +316,11 @@ class ZbudMachine(RuleBasedStateMachine):
         ref = data.draw(st.sampled_from(self.refs()))
         number = ref >> REF_BITS
         frame = self.frames[number]
-        freed = self.zbud.free(ref)
+        freed = self.allocator.free(ref)
         if frame.state is DYING:
             assert freed == NO_FRAME
             return
+        frame.remove(ref)
         if frame.zpages.pop(ref, None) is None:
             frame.raw = None
         if frame.empty and frame.listed:
@@ -289,8 +335,8 @@ class ZbudMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def writeback_begin(self, data: st.DataObject) -> None:
         """Any persistent frame that is not unevictable may become a zombie, mostly the oldest."""
-        number = data.draw(st.sampled_from([self.zbud.oldest(PERSISTENT_KIND), *self.of_state(PERSISTENT)]))
-        self.zbud.writeback_begin(number)
+        number = data.draw(st.sampled_from([self.allocator.oldest(PERSISTENT_KIND), *self.of_state(PERSISTENT)]))
+        self.allocator.writeback_begin(number)
         self.frames[number].state = ZOMBIE
         self.ages[PERSISTENT_KIND].remove(number)
 
@@ -299,7 +345,7 @@ class ZbudMachine(RuleBasedStateMachine):
     def writeback_done(self, data: st.DataObject) -> None:
         """What is still in a zombie is in its block now."""
         number = data.draw(st.sampled_from(self.of_state(ZOMBIE)))
-        assert self.zbud.writeback_done(number) == number
+        assert self.allocator.writeback_done(number) == number
         self.evicted[PERSISTENT_KIND] += 1
         self.handed_back(number)
 
@@ -309,7 +355,7 @@ class ZbudMachine(RuleBasedStateMachine):
         """A zombie goes back to the old end with what is left of it."""
         number = data.draw(st.sampled_from(self.of_state(ZOMBIE)))
         empty = self.frames[number].empty
-        assert self.zbud.writeback_failed(number) == (number if empty else NO_FRAME)
+        assert self.allocator.writeback_failed(number) == (number if empty else NO_FRAME)
         self.frames[number].state = PERSISTENT
         if empty:
             self.handed_back(number)
@@ -320,8 +366,8 @@ class ZbudMachine(RuleBasedStateMachine):
     @rule()
     def drop_begin(self) -> None:
         """The oldest ephemeral frame that is not unevictable is dropped."""
-        number = self.zbud.oldest(EPHEMERAL_KIND)
-        self.zbud.drop_begin(number)
+        number = self.allocator.oldest(EPHEMERAL_KIND)
+        self.allocator.drop_begin(number)
         self.frames[number].state = DYING
         self.ages[EPHEMERAL_KIND].remove(number)
 
@@ -330,7 +376,7 @@ class ZbudMachine(RuleBasedStateMachine):
     def drop_done(self, data: st.DataObject) -> None:
         """Nothing refers to a dying frame any more."""
         number = data.draw(st.sampled_from(self.of_state(DYING)))
-        assert self.zbud.drop_done(number) == number
+        assert self.allocator.drop_done(number) == number
         self.evicted[EPHEMERAL_KIND] += 1
         self.handed_back(number)
 
@@ -339,29 +385,29 @@ class ZbudMachine(RuleBasedStateMachine):
     @invariant()
     def recount(self) -> None:
         """The allocator finds no fault in itself."""
-        self.zbud.check()
+        self.allocator.check()
 
     @invariant()
     def contents(self) -> None:
         """Each zpage is there, under its page and no other, and each frame is what the model says."""
         for number in range(FRAMES):
             frame = self.frames.get(number)
-            assert self.zbud.state(number) is (frame.state if frame else FrameState.FREE)
+            assert self.allocator.state(number) is (frame.state if frame else FrameState.FREE)
             if frame is None:
                 continue
-            assert self.zbud.is_ephemeral(number) == (frame.state is EPHEMERAL)
-            assert self.zbud.is_raw(number) == (frame.raw is not None)
+            assert self.allocator.is_ephemeral(number) == (frame.state is EPHEMERAL)
+            assert self.allocator.is_raw(number) == (frame.raw is not None)
             for ref, (page, data) in frame.zpages.items():
                 assert self.caller.zpage(ref, page) == data
                 assert self.caller.zpage(ref, page + 1) is None
-                assert self.zbud.handle_at(ref) == page
+                assert self.allocator.handle_at(ref) == page
             if frame.raw is not None:
-                assert self.zbud.raw(number << REF_BITS) == frame.raw[1]
+                assert self.allocator.raw(number << REF_BITS) == frame.raw[1]
             if not frame.pinned:
                 there = {ref: page for ref, (page, _) in frame.zpages.items()}
                 if frame.raw is not None:
                     there[number << REF_BITS] = frame.raw[0]
-                assert dict(self.zbud.residents(number)) == there
+                assert dict(self.allocator.residents(number)) == there
 
     @invariant()
     def order(self) -> None:
@@ -369,25 +415,25 @@ class ZbudMachine(RuleBasedStateMachine):
         for kind in (PERSISTENT_KIND, EPHEMERAL_KIND):
             assert self.caller.lru(kind) == self.ages[kind]
             evictable = [number for number in self.ages[kind] if not self.frames[number].pinned]
-            assert self.zbud.oldest(kind) == (evictable[0] if evictable else NO_FRAME)
+            assert self.allocator.oldest(kind) == (evictable[0] if evictable else NO_FRAME)
 
     @invariant()
     def counters(self) -> None:
         """Every counter, list length and the histogram are what the model counts."""
-        counters = self.zbud.counters()
+        counters = self.allocator.counters()
         histogram, unbuddied = [0] * NCHUNKS, [0] * NCHUNKS
         for kind, prefix in enumerate(KINDS):
             mine = [frame for frame in self.frames.values() if frame.kind == kind]
             sizes = [len(data) for frame in mine for _, data in frame.zpages.values()]
-            listed = [frame.chunks for frame in mine if frame.listed and frame.raw is None and not frame.filling]
+            listed = [frame.used(self.packing) for frame in mine if frame.listed and frame.sizes]
             expected = {
                 "pageframes": len(mine),
                 "zpages": len(sizes),
                 "zbytes": sum(sizes),
                 "cumul_zpages": self.cumul[kind][0],
                 "cumul_zbytes": self.cumul[kind][1],
-                "buddied_count": sum(len(chunks) == 2 for chunks in listed),
-                "unbuddied_count": sum(len(chunks) == 1 for chunks in listed),
+                "buddied_count": listed.count(FULL),
+                "unbuddied_count": len(listed) - listed.count(FULL),
                 "evicted_pageframes": self.evicted[kind],
                 "zombie_count": sum(frame.state is ZOMBIE for frame in mine),
                 "raw_count": sum(frame.raw is not None for frame in mine),
@@ -395,12 +441,21 @@ class ZbudMachine(RuleBasedStateMachine):
             assert {name: counters[f"{prefix}_{name}"] for name in expected} == expected
             for size in sizes:
                 histogram[chunks_for(size)] += 1
-            for chunks in listed:
-                if len(chunks) == 1:
-                    unbuddied[chunks[0]] += 1
-        assert self.zbud.chunk_histogram() == histogram
-        assert self.zbud.unbuddied_lists() == unbuddied
+            for used in listed:
+                unbuddied[used] += used != FULL
+        assert self.allocator.chunk_histogram() == histogram
+        assert self.allocator.unbuddied_lists() == unbuddied
 
 
-TestZbudMachine = ZbudMachine.TestCase
-TestZbudMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+def tried(packing: Packing, examples: int) -> Any:
+    """Return the test of one packing."""
+    machine: Any = type(f"Machine_{packing.name}_{packing.zpages}", (Machine,), {"packing": packing})
+    case: Any = machine.TestCase
+    case.settings = settings(max_examples=examples, stateful_step_count=50, deadline=None)
+    return case
+
+
+TestZbud = tried(ZBUD, 75)
+TestDenseOfTwo = tried(Packing("dense", 2), 25)
+TestDenseOfThree = tried(Packing("dense", 3), 40)
+TestDense = tried(DENSE, 75)
