@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from bench import document, fio, machine, memory, recovery, size, store, storm
+from bench import document, fio, machine, memory, packing, recovery, size, store, storm
 from bench.kit import BenchError, Benchmark, Options, progress
 from bench.table import Table
 
@@ -29,6 +29,7 @@ BENCHMARKS: Final = (
     store.BENCHMARK,
     memory.BENCHMARK,
     size.BENCHMARK,
+    packing.BENCHMARK,
     recovery.BENCHMARK,
 )
 ROUNDS: Final = 5

@@ -1,58 +1,60 @@
 # SPDX-License-Identifier: MIT
-"""How many pages a frame holds, packing by packing, on the memory of real programs.
+"""Packing: how many pages share a frame, packing by packing, on the memory of real programs.
 
-    packing.py [--pages N] [--level N] [--programs python,node,java] [--packings zbud,dense:2,...] [--json]
+    fill     every page once: pages a frame, and microseconds to place one that is compressed already
+    churn    twice as many overwrites of random pages by the content of others: the same again
+    write    fill and churn in a pool of a third of the frames: bytes written back per byte of the pages in them
 
-Each program makes itself a heap and stops; its writable private memory is read from /proc, pages that are one word
-repeated left out (they take no frame), and compressed as the daemon does. Then, for each packing, through a page store
-with a real backing file:
-
-    fill     every page once, the pool large enough: pages a frame
-    churn    twice as many overwrites of random pages by other pages' content: pages a frame again
-    write    the same content in a pool of a third of the frames: bytes written back per byte of the pages in them
-
-and how large zpages are: the share between half and two thirds of a frame is what three zpages to a pair of frames
-could gain. A program that is not installed is left out, and said so. No root is needed.
+Each program makes itself a heap and stops. Pages of one repeated word are left out: they take no frame. The share of
+zpages between half and two thirds of a frame is what three zpages to a pair of frames could gain; `bound` is the pages a
+frame that packing without any loss would reach, with 8 bytes of handle each.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import trio
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from bench import corpus, stores
+from bench.kit import PAGE, BenchError, Benchmark, Options, in_turns, progress, workplace
+from bench.table import Column, Table
 from zbudfs.core.allocator import HANDLE_SIZE, MAX_ZPAGE_SIZE
-from zbudfs.core.codec import DEFAULT_LEVEL, Codec, is_word
-from zbudfs.core.packing import Packing
-from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
+from zbudfs.core.codec import DEFAULT_LEVEL, Codec
+from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.store.backing import Backing
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 
-PYTHON: Final = """
+COLUMNS: Final = [
+    Column("filled", "pages a frame, filled"),
+    Column("churned", "after the churn"),
+    Column("written", "bytes written per page byte"),
+    Column("fill_us", "place, us"),
+    Column("churn_us", "replace, us"),
+]
+PROGRAMS: Final = ("python", "node", "java")
+DEFAULT_PACKINGS: Final = "zbud,dense:2,dense:3,dense:4,dense:5,dense:6,dense:7"
+FEWEST_FRAMES: Final = 64
+
+_PYTHON: Final = """
 import json, random, time
 d = [{'id': i, 'name': 'user%d' % i, 'tags': random.choices('abcdef', k=5), 'v': random.random()} for i in range(COUNT)]
 s = json.dumps(d); print('up', flush=True); time.sleep(300)
 """
-NODE: Final = """
+_NODE: Final = """
 const a = []; for (let i = 0; i < 4 * COUNT; i++) a.push({id: i, name: 'user' + i, v: Math.random(), s: 'x'.repeat(i % 50)});
 const m = new Map(a.map((o) => [o.name, o])); console.log('up'); setTimeout(() => m, 300000);
 """
-JAVA: Final = """
+_JAVA: Final = """
 import java.util.*;
 public class Heap {
     record User(int id, String name, List<String> tags, double value) {}
@@ -65,206 +67,161 @@ public class Heap {
     }
 }
 """
-UP_LIMIT_SECONDS: Final = 120.0
-_READ_BYTES: Final = 1 << 20
 
 
-def commands(count: int, folder: str) -> dict[str, list[str]]:
-    """Return how each program is started, `count` objects large, by its name."""
-    heap = Path(folder, "Heap.java")
-    heap.write_text(JAVA.replace("COUNT", str(count)))
-    return {
-        "python": [sys.executable, "-c", PYTHON.replace("COUNT", str(count))],
-        "node": ["node", "-e", NODE.replace("COUNT", str(count))],
-        "java": ["java", "-Xmx512m", str(heap)],
-    }
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what only this measurement knows."""
+    parser.add_argument(
+        "--pages", type=int, default=24_000, metavar="N", help="most pages of each program (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--objects", type=int, default=90_000, metavar="N", help="how large the programs are (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--level", type=int, default=DEFAULT_LEVEL, metavar="N", help="zstd level (default: %(default)s)"
+    )
+    parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="A,B", help="of %(default)s")
+    parser.add_argument("--packings", default=DEFAULT_PACKINGS, metavar="A,B", help="default: %(default)s")
 
 
-def memory_of(pid: int) -> Iterator[bytes]:
-    """Yield the pages of a process's writable private memory that are not one word repeated."""
-    with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as mem:
-        for line in maps:
-            fields = line.split()
-            if not fields[1].startswith("rw") or fields[1][3] != "p" or fields[-1] in ("[vvar]", "[vsyscall]"):
+def measure(options: Options) -> list[Table]:
+    """One table for each program."""
+    if options.short:
+        options.pages, options.objects, options.programs, options.packings = 2000, 12_000, "python", "zbud,dense"
+    try:
+        packings = [Packing.parse(text) for text in options.packings.split(",")]
+        codec = Codec(options.level)
+    except ValueError as error:
+        raise BenchError(str(error)) from None
+    found = []
+    with workplace(options) as folder:
+        for program in options.programs.split(","):
+            if program not in PROGRAMS:
+                raise BenchError(f"there is no program {program!r}: known are {', '.join(PROGRAMS)}")
+            table = Table(f"Packing the memory of {program}, zstd level {options.level}", COLUMNS)
+            table.base = str(ZBUD) if ZBUD in packings else None
+            command = _command(program, options.objects, folder)
+            if shutil.which(command[0]) is None:
+                table.notes.append(f"{program} is not measured: it is not installed.")
+                found.append(table)
                 continue
-            start, end = (int(bound, 16) for bound in fields[0].split("-"))
-            for at in range(start, end, _READ_BYTES):
-                try:
-                    mem.seek(at)
-                    piece = mem.read(min(_READ_BYTES, end - at))
-                except OSError:  # reserved, not readable
-                    break
-                for offset in range(0, len(piece) - PAGE_SIZE + 1, PAGE_SIZE):
-                    page = piece[offset : offset + PAGE_SIZE]
-                    if not is_word(page, int.from_bytes(page[:8], sys.byteorder)):
-                        yield page
+            pages = _snapshot(command)
+            random.Random(7).shuffle(pages)
+            del pages[options.pages :]
+            zpages = [codec.encode(page) for page in pages]
+            for number, name in in_turns([str(packing) for packing in packings], options.rounds):
+                packing = Packing.parse(name)
+                table.add(name, trio.run(_one, pages, zpages, packing, folder, number))
+                progress(f"{program}, round {number + 1}: {name} {table.rows[name][-1]}")
+            table.rows = {str(packing): table.rows[str(packing)] for packing in packings}
+            table.notes.append(describe(zpages))
+            found.append(table)
+    return found
 
 
-def snapshot(argv: Sequence[str]) -> list[bytes]:
-    """Return the pages of a program, read once it has said that it is up."""
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+def _command(program: str, count: int, folder: Path) -> list[str]:
+    """How a program is started, `count` objects large."""
+    if program == "python":
+        return [sys.executable, "-I", "-c", _PYTHON.replace("COUNT", str(count))]
+    if program == "node":
+        return ["node", "-e", _NODE.replace("COUNT", str(count))]
+    heap = folder / "Heap.java"
+    heap.write_text(_JAVA.replace("COUNT", str(count)))
+    return ["java", "-Xmx512m", str(heap)]
+
+
+def _snapshot(command: Sequence[str]) -> list[bytes]:
+    """The pages of a program, read once it has said that it is up."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
-            assert process.stdout is not None
+            assert process.stdout is not None  # it is a pipe
             if process.stdout.readline() != b"up\n":
-                raise SystemExit(f"packing.py: {argv[0]} did not come up")
-            return list(memory_of(process.pid))
+                raise BenchError(f"{command[0]} did not come up")
+            return corpus.memory_of(process.pid)
         finally:
             process.kill()
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How large the zpages of a program are."""
-
-    pages: int
-    mean_bytes: float
-    raw_share: float
-    """Pages that no frame can hold compressed."""
-    pair_share: float
-    """Zpages, handle included, above a half and up to two thirds of a frame."""
-
-    @classmethod
-    def of(cls, zpages: Sequence[bytes]) -> Sizes:
-        """Measure them."""
-        sizes = [len(zpage) + HANDLE_SIZE for zpage in zpages]
-        between = sum(PAGE_SIZE / 2 < size <= 2 * PAGE_SIZE / 3 for size in sizes)
-        raw = sum(len(zpage) > MAX_ZPAGE_SIZE for zpage in zpages)
-        return cls(len(sizes), sum(sizes) / len(sizes), raw / len(sizes), between / len(sizes))
+def describe(zpages: Sequence[bytes]) -> str:
+    """How large zpages are, in a sentence."""
+    sizes = [len(zpage) + HANDLE_SIZE for zpage in zpages]
+    raw = sum(len(zpage) > MAX_ZPAGE_SIZE for zpage in zpages)
+    between = sum(PAGE / 2 < size <= 2 * PAGE / 3 for size in sizes)
+    larger = sum(size > 2 * PAGE / 3 for size in sizes) - raw
+    mean = sum(sizes) / len(sizes)
+    return (
+        f"{len(sizes):,} pages; a zpage and its handle have {mean:.0f} bytes on average (bound: {PAGE / mean:.2f} pages a"
+        f" frame); {raw / len(sizes):.1%} incompressible, {between / len(sizes):.1%} between half and two thirds of a frame,"
+        f" {larger / len(sizes):.1%} larger."
+    )
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a packing makes of the pages of a program."""
-
-    packing: str
-    filled: float
-    """Pages a frame after the fill."""
-    churned: float
-    """Pages a frame after the churn."""
-    written: float
-    """Bytes written back per byte of the pages that were in the frames."""
-    fill_us: float
-    """Microseconds to place one compressed page during the fill."""
-    churn_us: float
-    """The same during the churn, the old zpage freed."""
-
-
-async def measure(pages: Sequence[bytes], zpages: Sequence[bytes], packing: Packing, folder: str) -> Result:
-    """Fill, churn, and write back."""
+async def _one(
+    pages: Sequence[bytes], zpages: Sequence[bytes], packing: Packing, folder: Path, seed: int
+) -> dict[str, float | None]:
+    """One round: fill, churn, and write back."""
     count = len(pages)
-    order = random.Random(7)
-    replaced = [order.randrange(count) for _ in range(2 * count)]
-    by = [order.randrange(count) for _ in range(2 * count)]
-    memory = StoreMemory(count << PAGE_SHIFT, count, backed=False, packing=packing)
+    order = random.Random(seed)
+    churn = [(order.randrange(count), order.randrange(count)) for _ in range(2 * count)]
+    memory = StoreMemory(count * PAGE, count, backed=False, packing=packing)
     memory.populate()
-    store = PageStore(count << PAGE_SHIFT, count, None, Codec(), memory)
+    store = PageStore(count * PAGE, count, None, Codec(), memory)
     store.recover()
     pool = store.state.pool
     pool.reserve_wanted = count
     while runs := pool.take_bare():
         pool.populate(runs)
         pool.add_ready(runs)
+    place, place_raw = store.state.place, store.state.place_raw
 
     def put(page: int, content: int) -> None:
-        state = store.state
         zpage = zpages[content]
-        done = state.place(page, zpage) if len(zpage) <= MAX_ZPAGE_SIZE else state.place_raw(page, pages[content])
-        assert done
+        done = place(page, zpage) if len(zpage) <= MAX_ZPAGE_SIZE else place_raw(page, pages[content])
+        assert done, "there is a frame for each page"
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     for page in range(count):
         put(page, page)
-    fill_seconds = time.perf_counter() - start
-    filled = count / pool.used_frames
-    start = time.perf_counter()
-    for page, content in zip(replaced, by, strict=True):
+    filled = time.perf_counter()
+    frames_filled = pool.used_frames
+    began_churn = time.perf_counter()
+    for page, content in churn:
         put(page, content)
-    churn_seconds = time.perf_counter() - start
+    churned = time.perf_counter()
     frames = pool.used_frames
     store.check()
     store.close()
-    for arena in memory.arenas:
-        arena.release(0, arena.size)
-    written = await write_back(pages, packing, folder, max(frames // 3, 256), zip(replaced, by, strict=True))
-    return Result(
-        str(packing), filled, count / frames, written, fill_seconds / count * 1e6, churn_seconds / count / 2 * 1e6
-    )
+    stores.let_go(memory)
+    return {
+        "filled": count / frames_filled,
+        "churned": count / frames,
+        "written": await _written(pages, packing, folder, max(frames // 3, FEWEST_FRAMES), churn),
+        "fill_us": (filled - began) / count * 1e6,
+        "churn_us": (churned - began_churn) / len(churn) * 1e6,
+    }
 
 
-async def write_back(
-    pages: Sequence[bytes], packing: Packing, folder: str, frames: int, churn: Iterator[tuple[int, int]]
-) -> float:
-    """Return bytes written back per page byte, in a pool too small for the pages."""
-    size = len(pages) << PAGE_SHIFT
-    memory = StoreMemory(size, frames, backed=True, packing=packing)
+async def _written(
+    pages: Sequence[bytes], packing: Packing, folder: Path, frames: int, churn: Sequence[tuple[int, int]]
+) -> float | None:
+    """Bytes written back per byte of the pages in them, in a pool too small for the pages; None if none were."""
+    memory = StoreMemory(len(pages) * PAGE, frames, backed=True, packing=packing)
     memory.populate()
-    store = PageStore(size, frames, Backing(f"{folder}/backing"), Codec(), memory)
+    store = PageStore(len(pages) * PAGE, frames, Backing(str(folder / "backing")), Codec(), memory)
     store.recover()
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
-        for page, content in itertools.chain(((page, page) for page in range(len(pages))), churn):
-            await store.write(page << PAGE_SHIFT, pages[content])
+        for page, content in [*((page, page) for page in range(len(pages))), *churn]:
+            await store.write(page * PAGE, pages[content])
         counted = store.statistics()
         nursery.cancel_scope.cancel()
     store.close()
-    for arena in memory.arenas:
-        arena.release(0, arena.size)
-    return counted.cumul_writeback_bytes / (max(counted.cumul_writeback_pages, 1) * PAGE_SIZE)
+    stores.let_go(memory)
+    if not counted.cumul_writeback_pages:
+        return None
+    return counted.cumul_writeback_bytes / (counted.cumul_writeback_pages * PAGE)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pages", type=int, default=36_000, help="most pages of each program (default: %(default)s)")
-    parser.add_argument("--objects", type=int, default=90_000, help="how large the programs are (default: %(default)s)")
-    parser.add_argument("--level", type=int, default=DEFAULT_LEVEL, help="zstd level (default: %(default)s)")
-    parser.add_argument("--programs", default="python,node,java")
-    parser.add_argument("--packings", default="zbud,dense:2,dense:3,dense:4,dense:5,dense:6,dense:7")
-    parser.add_argument("--folder", help="where the backing file lies (default: a temporary folder)")
-    parser.add_argument("--json", action="store_true", help="print one object instead of a table")
-    arguments = parser.parse_args(argv)
-    try:
-        packings = [Packing.parse(text) for text in arguments.packings.split(",")]
-        codec = Codec(arguments.level)
-    except ValueError as error:
-        parser.error(str(error))
-    found = {}
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        known = commands(arguments.objects, folder)
-        for name in arguments.programs.split(","):
-            if name not in known:
-                parser.error(f"{name!r} is not a program: write some of {', '.join(known)}")
-            if shutil.which(known[name][0]) is None:
-                print(f"packing.py: {name} is not installed and left out", file=sys.stderr)
-                continue
-            pages = snapshot(known[name])
-            random.Random(7).shuffle(pages)
-            del pages[arguments.pages :]
-            zpages = [codec.encode(page) for page in pages]
-            sizes = Sizes.of(zpages)
-            results = [trio.run(measure, pages, zpages, packing, folder) for packing in packings]
-            found[name] = {"sizes": asdict(sizes), "packings": [asdict(result) for result in results]}
-            if not arguments.json:
-                print_table(name, sizes, results)
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-    return 0
-
-
-def print_table(name: str, sizes: Sizes, results: Sequence[Result]) -> None:
-    """Print what was measured on one program."""
-    print(
-        f"{name}: {sizes.pages:,} pages, {sizes.mean_bytes:.0f} bytes each, {sizes.raw_share:.1%} incompressible,"
-        f" {sizes.pair_share:.1%} between half and two thirds of a frame"
-    )
-    print(f"  {'packing':10}{'filled':>8}{'churned':>9}{'written':>9}{'fill us':>9}{'churn us':>10}")
-    for result in results:
-        print(
-            f"  {result.packing:10}{result.filled:8.2f}{result.churned:9.2f}{result.written:9.3f}"
-            f"{result.fill_us:9.2f}{result.churn_us:10.2f}",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+BENCHMARK: Final = Benchmark(
+    "packing", "pages a frame with each packing, on the memory of real programs", (), add_options, measure
+)

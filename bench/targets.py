@@ -5,10 +5,11 @@
     floor-zstd   the same with each page compressed at zbudfs's level
     nbdkit       nbdkit's memory plugin, allocator=zstd, behind nbdfuse
     zbudfs       this one; `--also NAME=COMMAND` adds another version
+    dense        this one with `--packing dense`
     zram         the kernel's own, lz4 where it has that
     swapfile     an ordinary swap file on the disk on which the backing file is, too
 
-All that are files (the first four) become swap in the same way as zbudfs does: a loop device with direct I/O, 4096-byte
+All that are files (all but the last two) become swap in the same way as zbudfs does: a loop device with direct I/O, 4096-byte
 sectors, discard, no write-back throttling.
 """
 
@@ -30,9 +31,9 @@ from zbudfs.swap.loop import SwapError
 
 PRIORITY: Final = 32767
 """Above every other swap: the storm's pages must go here."""
-FILES: Final = ("floor", "floor-zstd", "nbdkit", "zbudfs")
-RAM: Final = ("zram", "floor", "floor-zstd", "nbdkit", "zbudfs")
-DISK: Final = ("swapfile", "zbudfs")
+FILES: Final = ("floor", "floor-zstd", "nbdkit", "zbudfs", "dense")
+RAM: Final = ("zram", "floor", "floor-zstd", "nbdkit", "zbudfs", "dense")
+DISK: Final = ("swapfile", "zbudfs", "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,9 @@ def as_file(name: str, place: Place) -> Iterator[tuple[Path, Running]]:
     """Have a file target: the mountpoint with `swapfile` in it."""
     mountpoint = place.folder / f"mnt-{name}"
     mountpoint.mkdir(exist_ok=True)
-    if name == "zbudfs" or name in place.also:
-        with _zbudfs(zbudfs_command(place.also.get(name)), place, mountpoint) as running:
+    if name in ("zbudfs", "dense") or name in place.also:
+        packing = ["--packing", "dense"] if name == "dense" else []
+        with _zbudfs(zbudfs_command(place.also.get(name)), packing, place, mountpoint) as running:
             yield mountpoint, running
         return
     swapfile = mountpoint / "swapfile"
@@ -101,8 +103,8 @@ def as_file(name: str, place: Place) -> Iterator[tuple[Path, Running]]:
 
 
 @contextlib.contextmanager
-def _zbudfs(command: list[str], place: Place, mountpoint: Path) -> Iterator[Running]:
-    options = ["--size", str(place.size_bytes), "--pool", str(place.pool_bytes), "--level", str(place.level)]
+def _zbudfs(command: list[str], packing: list[str], place: Place, mountpoint: Path) -> Iterator[Running]:
+    options = [*packing, "--size", str(place.size_bytes), "--pool", str(place.pool_bytes), "--level", str(place.level)]
     run([*command, "mount", *options, "--backing", f"{mountpoint}.backing", mountpoint])
     try:
         wait_until(lambda: bool(stats(mountpoint)["standby_ready"]), "the standby")

@@ -110,6 +110,19 @@ def test_size(tmp_path: Path) -> None:
     assert stored[1] == pytest.approx(4 * stored[0], rel=0.1)
 
 
+def test_packing(tmp_path: Path) -> None:
+    """On the memory of a real program: dense packs at least 3.5 pages to a frame, also after twice as many overwrites."""
+    (table,) = short(tmp_path, "packing")
+    assert list(table["rows"]) == ["zbud", "dense:7"]
+    filled, churned, written = figures(table, "zbud", "filled", "churned", "written")
+    assert 1.5 < min(filled, churned) <= max(filled, churned) <= 2
+    assert written >= 0.5
+    filled, churned, written = figures(table, "dense:7", "filled", "churned", "written")
+    assert 3.5 <= min(filled, churned) <= max(filled, churned) <= 7
+    assert written <= 0.3
+    figures(table, "dense:7", "fill_us", "churn_us")
+
+
 @pytest.mark.needs("root", "fuse")
 def test_recovery(tmp_path: Path) -> None:
     """All that was stored is there afterwards, alone and in a mount."""

@@ -73,8 +73,8 @@ _FITS: Final = tuple((1 << (NCHUNKS - chunks + 1)) - 2 for chunks in range(NCHUN
 _UNDO: Final = 0x756E646F << 32
 """Added to the number of the frame of which there is an undo copy, so that hardly anything else is taken for one."""
 
-_NONE: Final = -1
-"""Where an emptied frame belongs: on no list, and not among the full ones."""
+_INDICES: Final = tuple(tuple(index for index in range(8) if live >> index & 1) for live in range(256))
+"""By the mask of the indices in use: these indices."""
 
 _FREE_INDEX: Final = bytes((~live & (live + 1)).bit_length() - 1 for live in range(256))
 """By the mask of the indices in use: the lowest free one."""
@@ -301,9 +301,13 @@ class Dense(Allocator):
         self._undo_of[0] = _UNDO + frame
         tail = self._start
         first = frame * PAGE_WORDS
-        for index, offset, size in self._places(frame, self._live[frame]):
-            frames[base + tail : base + tail + size] = copy[offset : offset + size]
-            words[first + index] = words[first + index] & ~(SIZE_MASK << _OFFSET_SHIFT) | tail << _OFFSET_SHIFT
+        for index in _INDICES[self._live[frame]]:
+            handle = words[first + index]
+            size = handle & SIZE_MASK
+            offset = handle >> _OFFSET_SHIFT & SIZE_MASK
+            if offset != tail:  # else it lies there already, and what was moved before lies in front of it
+                frames[base + tail : base + tail + size] = copy[offset : offset + size]
+                words[first + index] = handle + ((tail - offset) << _OFFSET_SHIFT)
             tail += size
         self._undo_of[0] = 0
         self._tail[frame] = tail
@@ -346,23 +350,35 @@ class Dense(Allocator):
         self._zpages[kind] -= 1
         self._zbytes[kind] -= size
         self._histogram[kind][(size + ROUND_UP) >> CHUNK_SHIFT] -= 1
-        before = self._list_of(frame) if state != ZOMBIE else FULL
+        used = self._used[frame]
+        tail = self._tail[frame]
+        self._used[frame] = now_used = used - size
+        now_tail = tail
+        if offset + size == tail:
+            self._tail[frame] = now_tail = offset
+        was_all = live == self._all_live
         live ^= 1 << index
         self._live[frame] = live
-        self._used[frame] -= size
-        if offset + size == self._tail[frame]:
-            self._tail[frame] = offset
         if state == ZOMBIE:
             return NO_FRAME
-        now = self._list_of(frame) if live else _NONE
-        if now != before:
-            if before == FULL:
-                self._buddied[kind] -= 1
-            else:
-                self._unlink_unbuddied(frame, before, kind)
-            if now > FULL:
+        if self._pins[frame]:
+            end, now_end = tail, now_tail
+        else:
+            end, now_end = self._start + used, self._start + now_used
+        before, now = (end + CHUNK_SIZE - 1) >> CHUNK_SHIFT, (now_end + CHUNK_SIZE - 1) >> CHUNK_SHIFT
+        if was_all or before == NCHUNKS:
+            if live and now == NCHUNKS:
+                return NO_FRAME
+            self._buddied[kind] -= 1
+            if live:
                 self._link_unbuddied(frame, now, kind)
-        if live:
+                return NO_FRAME
+        elif now != before or not live:
+            self._unlink_unbuddied(frame, before, kind)
+            if live:
+                self._link_unbuddied(frame, now, kind)
+                return NO_FRAME
+        else:
             return NO_FRAME
         self._lru.remove(frame)
         return self._leave(frame, kind, Event.EMPTIED)
@@ -376,10 +392,9 @@ class Dense(Allocator):
     def _places(self, frame: int, live: int) -> Iterator[tuple[int, int, int]]:
         """(index, offset, size) of each zpage of a mask."""
         first = frame * PAGE_WORDS
-        for index in range(self.most_zpages):
-            if live >> index & 1:
-                handle = self._words[first + index]
-                yield index, handle >> _OFFSET_SHIFT & SIZE_MASK, handle & SIZE_MASK
+        for index in _INDICES[live]:
+            handle = self._words[first + index]
+            yield index, handle >> _OFFSET_SHIFT & SIZE_MASK, handle & SIZE_MASK
 
     def _zpages_of(self, frame: int) -> Iterator[tuple[int, int]]:
         for index, _, size in self._places(frame, self._live[frame]):

@@ -16,11 +16,12 @@ from typing import Final
 
 from zbudfs.core.allocator import NO_REF, Allocator, chunks_for, max_zpage_size
 from zbudfs.core.codec import Codec, is_word, word_zpage
+from zbudfs.core.dense import Dense
 from zbudfs.core.page_table import entry_of_word
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, SIZE_CLASSES
 from zbudfs.core.zbud import Zbud
 
-PACKINGS: Final[Mapping[str, type[Allocator]]] = {"zbud": Zbud}
+PACKINGS: Final[Mapping[str, type[Allocator]]] = {"zbud": Zbud, "dense": Dense}
 """By the name that `--packing` has for it: how zpages are put into frames."""
 
 _ORDER: Final = sys.byteorder
