@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The kill campaign: workers are killed with SIGKILL at random moments while a program lives on the swap they serve.
 
-    campaign_kill.py [--kills 100] [--mib 1024] [--limit 256] [--pool 192M] [--seed 1]
+    campaign_kill.py [--kills 100] [--mib 1024] [--limit 256] [--pool 192M] [--packing zbud] [--seed 1]
 
 A program that knows what each of its bytes must be fills, rereads and rewrites `--mib` MiB in a memory cgroup of `--limit`
 MiB, again and again, until `--kills` workers are dead. The pool is smaller than what is stored, so writeback and page-in
@@ -138,9 +138,9 @@ def kernel_errors(since: float) -> int:
     return sum(any(words in line for words in wanted) for line in lines)
 
 
-def run(kills: int, mib: int, limit: int, pool: str, seed: int) -> dict[str, Any]:
+def run(kills: int, mib: int, limit: int, pool: str, seed: int, packing: str = "zbud") -> dict[str, Any]:
     """One campaign: the report."""
-    report: dict[str, Any] = {"bad": 0, "storms": 0, "failed_storms": 0}
+    report: dict[str, Any] = {"packing": packing, "bad": 0, "storms": 0, "failed_storms": 0}
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="zbudfs-kill-", dir="/var/tmp") as folder:
         mountpoint = Path(folder, "mnt")
@@ -152,6 +152,8 @@ def run(kills: int, mib: int, limit: int, pool: str, seed: int) -> dict[str, Any
             size,
             "--pool",
             pool,
+            "--packing",
+            packing,
             "--backing",
             f"{folder}/backing",
             "--priority",
@@ -219,9 +221,10 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=256)
     parser.add_argument("--pool", default="192M")
+    parser.add_argument("--packing", default="zbud")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    report = run(arguments.kills, arguments.mib, arguments.limit, arguments.pool, arguments.seed)
+    report = run(arguments.kills, arguments.mib, arguments.limit, arguments.pool, arguments.seed, arguments.packing)
     print(json.dumps(report))
     return 0 if sound(report) else 1
 

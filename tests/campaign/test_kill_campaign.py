@@ -11,12 +11,13 @@ from scripts.campaign_kill import run, sound
 
 pytestmark = pytest.mark.needs("root", "fuse", "loop", "swap", "cell")
 
-KILLS = 8
+KILLS = 6
 
 
-def test_no_byte_is_wrong() -> None:
+@pytest.mark.parametrize(("packing", "pool"), [("zbud", "16M"), ("dense", "8M")])
+def test_no_byte_is_wrong(packing: str, pool: str) -> None:
     """A short campaign: every kill is followed by a takeover, every byte is right, nothing fails and nobody hangs."""
-    report = run(kills=KILLS, mib=96, limit=32, pool="16M", seed=2)
+    report = run(kills=KILLS, mib=96, limit=32, pool=pool, seed=2, packing=packing)
     assert sound(report), json.dumps(report)
     assert report["kills"] >= KILLS
     for name in ("storms", "probe_reads", "cumul_writeback_pages", "cumul_pagein_pages", "cumul_discarded_pages"):

@@ -31,12 +31,14 @@ LENGTHS: Final = {
 }
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_random_writes(engine: str, lengths: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "lengths", "packing"),
+    [*((engine, lengths, "zbud") for engine in ENGINES for lengths in LENGTHS), ("libaio", "mostly small", "dense")],
+)
+def test_random_writes(engine: str, lengths: str, packing: str, tmp_path: Path) -> None:
     """No block that is read back differs from what was written."""
     require_tools("fio")
-    options = ("--size", str(SIZE), "--pool", str(SIZE // 8), "--backing", tmp_path / "backing")
+    options = ("--size", str(SIZE), "--pool", str(SIZE // 8), "--packing", packing, "--backing", tmp_path / "backing")
     with mounted(tmp_path / "mnt", *options) as mountpoint:
         command = [
             *("fio", "--name=verify", f"--filename={mountpoint}/swapfile", f"--size={SIZE}", f"--io_size={WRITTEN}"),
