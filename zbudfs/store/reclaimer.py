@@ -150,6 +150,9 @@ class Reclaimer:
         if self._pool.ready_frames < self._pool.reserve_frames >> 1:
             self._pool.reserve_wanted = ACTIVE_RESERVE_FRAMES
             self._memory_wanted.set()
+        self._see_to_free_frames()
+
+    def _see_to_free_frames(self) -> None:
         if self._pool.free_frames < self.watermarks.low_frames or len(self._waiting):
             self._writeback_wanted.set()
 
@@ -217,7 +220,8 @@ class Reclaimer:
         """The pool's limit from now on; what is over it is written back."""
         self._pool.limit_frames = frames
         self.watermarks = Watermarks.of(frames, *self.wanted_watermarks)
-        self.kick()
+        self._memory_wanted.set()
+        self._see_to_free_frames()
         self._waiting.unpark_all()
 
     def look(self) -> None:
