@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What the documents say is done."""
