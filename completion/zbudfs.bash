@@ -6,15 +6,16 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_zbudfs_trace_subparsers=(record show replay)
-_shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set config doctor estimate trace)
+_shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set exporter config doctor estimate trace)
 
-_shtab_zbudfs_mount_option_strings=(-h --help --size --pool --backing --level --encrypt --foreground)
+_shtab_zbudfs_mount_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --foreground)
 _shtab_zbudfs_umount_option_strings=(-h --help)
-_shtab_zbudfs_swapon_option_strings=(-h --help --size --pool --backing --level --encrypt --priority)
+_shtab_zbudfs_swapon_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --priority)
 _shtab_zbudfs_swapoff_option_strings=(-h --help --umount --force)
 _shtab_zbudfs_restart_option_strings=(-h --help)
-_shtab_zbudfs_status_option_strings=(-h --help --json)
+_shtab_zbudfs_status_option_strings=(-h --help --watch --json)
 _shtab_zbudfs_set_option_strings=(-h --help --json)
+_shtab_zbudfs_exporter_option_strings=(-h --help --listen --textfile --interval)
 _shtab_zbudfs_config_option_strings=(-h --help --check --json --root)
 _shtab_zbudfs_doctor_option_strings=(-h --help --json --backing --root)
 _shtab_zbudfs_estimate_option_strings=(-h --help --all --file --sample --seed --levels --pool --json --plot)
@@ -32,6 +33,8 @@ _shtab_zbudfs_swapon___backing_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_swapoff_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_zbudfs_restart_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_zbudfs_status_pos_0_COMPGEN=_shtab_compgen_dirs
+_shtab_zbudfs_exporter_pos_0_COMPGEN=_shtab_compgen_dirs
+_shtab_zbudfs_exporter___textfile_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_config___root_COMPGEN=_shtab_compgen_dirs
 _shtab_zbudfs_doctor___backing_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_doctor___root_COMPGEN=_shtab_compgen_dirs
@@ -45,7 +48,7 @@ _shtab_zbudfs_trace_show___plot_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_trace_replay_pos_0_COMPGEN=_shtab_compgen_files
 
 _shtab_zbudfs_trace_pos_0_choices=(record show replay)
-_shtab_zbudfs_pos_0_choices=(mount umount swapon swapoff restart status set config doctor estimate trace)
+_shtab_zbudfs_pos_0_choices=(mount umount swapon swapoff restart status set exporter config doctor estimate trace)
 
 _shtab_zbudfs_mount__h_nargs=0
 _shtab_zbudfs_mount___help_nargs=0
@@ -62,11 +65,15 @@ _shtab_zbudfs_restart__h_nargs=0
 _shtab_zbudfs_restart___help_nargs=0
 _shtab_zbudfs_status__h_nargs=0
 _shtab_zbudfs_status___help_nargs=0
+_shtab_zbudfs_status___watch_nargs='?'
 _shtab_zbudfs_status___json_nargs=0
 _shtab_zbudfs_set_pos_0_nargs=+
 _shtab_zbudfs_set__h_nargs=0
 _shtab_zbudfs_set___help_nargs=0
 _shtab_zbudfs_set___json_nargs=0
+_shtab_zbudfs_exporter_pos_0_nargs='*'
+_shtab_zbudfs_exporter__h_nargs=0
+_shtab_zbudfs_exporter___help_nargs=0
 _shtab_zbudfs_config__h_nargs=0
 _shtab_zbudfs_config___help_nargs=0
 _shtab_zbudfs_config___check_nargs=0

@@ -50,8 +50,8 @@ function _shtab_zbudfs_using
   test "$_shtab_zbudfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set config doctor estimate trace 'trace record' 'trace show' 'trace replay'
-set -g _shtab_zbudfs_opts_with_value --backing --encrypt --file --level --levels --max --output --plot --pool --priority --root --sample --seconds --seed --size --watermark -o
+set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set exporter config doctor estimate trace 'trace record' 'trace show' 'trace replay'
+set -g _shtab_zbudfs_opts_with_value --backing --encrypt --file --interval --level --levels --listen --max --output --packing --plot --pool --priority --root --sample --seconds --seed --size --textfile --watch --watermark -o
 
 complete -c zbudfs -e
 complete -c zbudfs -f
@@ -65,6 +65,7 @@ complete -c zbudfs -n '_shtab_zbudfs_using mount' -l pool -x -d 'most RAM for wh
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l backing -xka "(__fish_complete_path (commandline -ct))" -d 'where cold frames are written (default: a file in /var/lib/zbudfs, named after the mountpoint)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l level -x -d 'zstd level, -7 (fast) to 19 (small), not 0 (default: -1)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l encrypt -x -d 'encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)'
+complete -c zbudfs -n '_shtab_zbudfs_using mount' -l packing -x -d 'zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM at some speed (default: zbud; dense alone is dense:7)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l foreground -d 'stay at the terminal until Ctrl-C, and log to it'
 complete -c zbudfs -n '_shtab_zbudfs_using mount; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory to mount on'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a umount -d 'Unmount a zbudfs; what it stored is gone and its backing file is emptied.'
@@ -77,6 +78,7 @@ complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l pool -x -d 'most RAM for w
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l backing -xka "(__fish_complete_path (commandline -ct))" -d 'where cold frames are written (default: a file in /var/lib/zbudfs, named after the mountpoint)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l level -x -d 'zstd level, -7 (fast) to 19 (small), not 0 (default: -1)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l encrypt -x -d 'encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)'
+complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l packing -x -d 'zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM at some speed (default: zbud; dense alone is dense:7)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l priority -x -d '0 to 32767, the highest is used first (default: the kernel'"'"'s choice, after all other swap)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory that it is, or will be, mounted on'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a swapoff -d 'Read everything back to RAM and end the swap on a zbudfs.'
@@ -89,11 +91,18 @@ complete -c zbudfs -n '_shtab_zbudfs_using restart' -s h -l help -d 'show this h
 complete -c zbudfs -n '_shtab_zbudfs_using restart; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory that it is mounted on'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a status -d 'Tell what is stored, what it takes, and what the system refused.'
 complete -c zbudfs -n '_shtab_zbudfs_using status' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using status' -l watch -x -d 'look again and again (default: every 2 s), until Ctrl-C'
 complete -c zbudfs -n '_shtab_zbudfs_using status' -l json -d 'print one object, or a list of objects if no MOUNTPOINT is given'
 complete -c zbudfs -n '_shtab_zbudfs_using status; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory (default: every zbudfs)'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a set -d 'Change a zbudfs while it runs, and tell what is in force.'
 complete -c zbudfs -n '_shtab_zbudfs_using set' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using set' -l json -d 'print one object with everything that can be set'
+complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a exporter -d 'Give the numbers of all mounts to Prometheus.'
+complete -c zbudfs -n '_shtab_zbudfs_using exporter' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using exporter' -l listen -x -d 'answer scrapes there, over HTTP, until SIGTERM or Ctrl-C (default: localhost:9824)'
+complete -c zbudfs -n '_shtab_zbudfs_using exporter' -l textfile -xka "(__fish_complete_path (commandline -ct))" -d 'write a file for node_exporter'"'"'s textfile collector instead'
+complete -c zbudfs -n '_shtab_zbudfs_using exporter' -l interval -x -d 'write FILE again and again (default: once)'
+complete -c zbudfs -n '_shtab_zbudfs_using exporter; and test $_shtab_zbudfs_npos -ge 0' -ka "(__fish_complete_directories)" -d 'directory (default: every zbudfs)'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a config -d 'Tell what is configured, and where each value comes from.'
 complete -c zbudfs -n '_shtab_zbudfs_using config' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using config' -l check -d 'tell only what is wrong; exit status 1 if anything is'

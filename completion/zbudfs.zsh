@@ -13,6 +13,7 @@ _shtab_zbudfs_commands() {
     config:'Tell what is configured, and where each value comes from.'
     doctor:'Tell whether this machine is ready for zbudfs, and what to do if it is not.'
     estimate:'Tell how memory would compress and pair, before anything is installed or changed.'
+    exporter:'Give the numbers of all mounts to Prometheus.'
     mount:'Mount a zbudfs and return when it is up.'
     restart:'Have this version of zbudfs take over a running mount; swap stays on.'
     set:'Change a zbudfs while it runs, and tell what is in force.'
@@ -80,6 +81,17 @@ _shtab_zbudfs_estimate_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_zbudfs_estimate_defaults_added=0
 
+_shtab_zbudfs_exporter_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--listen[answer scrapes there, over HTTP, until SIGTERM or Ctrl-C (default\: localhost\:9824)]:ADDR:PORT:"
+  "--textfile[write a file for node_exporter\'s textfile collector instead]:FILE:_files"
+  "--interval[write FILE again and again (default\: once)]:SECONDS:"
+  "(*)::directory (default\: every zbudfs):_files -/"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_zbudfs_exporter_defaults_added=0
+
 _shtab_zbudfs_mount_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--size[size of the swap file, in whole pages of 4096 bytes (default\: RAM)]:SIZE:"
@@ -87,6 +99,7 @@ _shtab_zbudfs_mount_options=(
   "--backing[where cold frames are written (default\: a file in \/var\/lib\/zbudfs, named after the mountpoint)]:FILE|none:_files"
   "--level[zstd level, -7 (fast) to 19 (small), not 0 (default\: -1)]:N:"
   "--encrypt[encrypt what is written to the backing file, with a key that nobody ever sees (default\: yes)]:yes|no:"
+  "--packing[zbud\: two pages to a frame, fast\; dense\: up to N, from 2 to 7, for half the RAM at some speed (default\: zbud\; dense alone is dense\:7)]:zbud|dense[:N]:"
   "--foreground[stay at the terminal until Ctrl-C, and log to it]"
   ":directory to mount on:_files -/"
 )
@@ -113,6 +126,7 @@ _shtab_zbudfs_set_defaults_added=0
 
 _shtab_zbudfs_status_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--watch[look again and again (default\: every 2 s), until Ctrl-C]:SECONDS:"
   "--json[print one object, or a list of objects if no MOUNTPOINT is given]"
   ":directory (default\: every zbudfs):_files -/"
 )
@@ -137,6 +151,7 @@ _shtab_zbudfs_swapon_options=(
   "--backing[where cold frames are written (default\: a file in \/var\/lib\/zbudfs, named after the mountpoint)]:FILE|none:_files"
   "--level[zstd level, -7 (fast) to 19 (small), not 0 (default\: -1)]:N:"
   "--encrypt[encrypt what is written to the backing file, with a key that nobody ever sees (default\: yes)]:yes|no:"
+  "--packing[zbud\: two pages to a frame, fast\; dense\: up to N, from 2 to 7, for half the RAM at some speed (default\: zbud\; dense alone is dense\:7)]:zbud|dense[:N]:"
   "--priority[0 to 32767, the highest is used first (default\: the kernel\'s choice, after all other swap)]:N:"
   ":directory that it is, or will be, mounted on:_files -/"
 )
@@ -216,6 +231,7 @@ _shtab_zbudfs() {
         config) _arguments -C -s $_shtab_zbudfs_config_options ;;
         doctor) _arguments -C -s $_shtab_zbudfs_doctor_options ;;
         estimate) _arguments -C -s $_shtab_zbudfs_estimate_options ;;
+        exporter) _arguments -C -s $_shtab_zbudfs_exporter_options ;;
         mount) _arguments -C -s $_shtab_zbudfs_mount_options ;;
         restart) _arguments -C -s $_shtab_zbudfs_restart_options ;;
         set) _arguments -C -s $_shtab_zbudfs_set_options ;;

@@ -18,7 +18,20 @@ from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.settings import SettingsError
 
 COMMANDS = (
-    *("mount", "umount", "swapon", "swapoff", "restart", "status", "set", "config", "doctor", "estimate", "trace"),
+    *(
+        "mount",
+        "umount",
+        "swapon",
+        "swapoff",
+        "restart",
+        "status",
+        "set",
+        "exporter",
+        "config",
+        "doctor",
+        "estimate",
+        "trace",
+    ),
 )
 
 

@@ -293,7 +293,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
         yield Place(mnt, mnt / "swapfile", fd, outside)
         assert os.pread(fd, len(START), 0) == START
         assert os.fstat(fd).st_size == SIZE
-        assert {path.name for path in mnt.iterdir()} == {"stats", "swapfile"}
+        assert {path.name for path in mnt.iterdir()} == {"control", "stats", "swapfile"}
         assert_punching_works(mnt, fd)
         assert "error:" not in (mnt / "stats/log").read_text()
 

@@ -11,13 +11,27 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, opened, stat_of
+from tests.fuse.calls import (
+    MIB,
+    PAGE,
+    PUNCH,
+    all_stats,
+    disk_mounted,
+    fallocate,
+    frozen,
+    looped,
+    opened,
+    stat_of,
+    tool,
+)
 from tests.support import LIMIT_SECONDS, mounted, wait_until
 from zbudfs.core.latency import BUCKETS, Timed
 from zbudfs.core.tunables import NAMES
@@ -297,3 +311,47 @@ def test_open_swapfiles_are_counted(mnt: Path) -> None:
             assert stat_of(mnt, "open_swapfiles") == 2
         assert stat_of(mnt, "open_swapfiles") == 2
     wait_until(lambda: stat_of(mnt, "open_swapfiles") == 0, "the kernel to tell that the files are closed")
+
+
+def test_times_of_what_had_to_wait(mnt: Path) -> None:
+    """A discard and a sync are answered later, a write that patches a page as well: each is in its histogram once."""
+    with opened(mnt / "swapfile") as fd:
+        before = all_stats(mnt)
+        os.pwrite(fd, b"part of a page", 100)
+        os.pread(fd, 10, 100)
+        fallocate(fd, PUNCH, 0, MIB)
+        os.fsync(fd)
+        after = all_stats(mnt)
+    for kind in ("read", "write", "discard", "sync"):
+        name = f"{kind}_latency"
+        assert sum(after[f"{name}_us"]) - sum(before[f"{name}_us"]) == 1, kind
+        assert after[f"{name}_sum_us"] > before[f"{name}_sum_us"], kind
+        assert after[f"{name}_max_us"] <= after[f"{name}_sum_us"], kind
+    assert after["requests_in_work"] == 0 < after["requests_in_work_max"]
+    assert after["served_requests"] - before["served_requests"] == 4
+
+
+@pytest.mark.needs("loop")
+def test_a_request_in_work_is_seen(tmp_path: Path) -> None:
+    """A read that waits for a disk which stands still is in work, and its time is the whole of it."""
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    with looped(image) as device:
+        tool("mkfs.ext4", "-q", device)
+        with (
+            disk_mounted(device, folder),
+            mounted(tmp_path / "mnt", "--backing", folder / "backing") as mountpoint,
+            opened(mountpoint / "swapfile") as fd,
+        ):
+            os.pwrite(fd, os.urandom(MIB), 0)
+            with frozen(folder):
+                (mountpoint / "control/writeback").write_text("all")
+                wait_until(lambda: stat_of(mountpoint, "pers_zombie_count") > 0, "frames on their way")
+                syncing = threading.Thread(target=os.fsync, args=(fd,))
+                syncing.start()
+                wait_until(lambda: stat_of(mountpoint, "requests_in_work") == 1, "a request that waits")
+                time.sleep(0.1)
+            syncing.join(LIMIT_SECONDS)
+            assert stat_of(mountpoint, "requests_in_work") == 0
+            assert stat_of(mountpoint, "sync_latency_max_us") >= 100_000

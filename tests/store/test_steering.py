@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -335,5 +336,40 @@ def test_a_budget_is_adopted_as_it_was_left(tmp_path: Path) -> None:
             steering.adopt()
             assert steering.value("writeback_budget_bytes_per_day") == 8 << 20
             assert (3 << 20) <= store.reclaimer.budget.left_bytes(trio.current_time()) < (3 << 20) + 4096
+
+    run(main)
+
+
+def test_what_counts_goes_on() -> None:
+    """Every number that only grows is the same for the next worker, those of the allocator included."""
+    memory = StoreMemory(256 * PAGE_SIZE, 64, backed=False)
+    memory.populate()
+
+    def growing(store: PageStore) -> dict[str, int]:
+        found = {**asdict(store.statistics()), **store.causes(), **store.zbud_counters()}
+        return {
+            name: number
+            for name, number in found.items()
+            if name.startswith(("cumul_", "refused_", "lost_", "pressure_")) or "_cumul_" in name or "evicted" in name
+        }
+
+    async def main() -> None:
+        store = PageStore(256 * PAGE_SIZE, 64, None, Codec(), memory)
+        store.recover()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(store.run)
+            await fill(store, 256, Refusal.NO_BACKING)
+            await store.discard(0, 5 * PAGE_SIZE)
+            await put(store, 3, text(3))
+            await get(store, 0, 20)
+            store.reclaimer.governor.pressure(trio.current_time())
+            nursery.cancel_scope.cancel()
+        before = growing(store)
+        assert before["cumul_written_pages"] == before["cumul_raw_pages"] + 1 == 65
+        assert (before["refused_no_backing"], before["pressure_reports"], before["pers_cumul_zpages"]) == (1, 1, 1)
+        store.save_counters()
+        other = PageStore(256 * PAGE_SIZE, 64, None, Codec(), memory)
+        other.recover()
+        assert growing(other) == before
 
     run(main)

@@ -36,6 +36,16 @@ class Arguments(argparse.Namespace):
     """Whether swapoff unmounts as well."""
     force: bool
     """Whether swapoff leaves out the count of memory."""
+    watch: float | str | None
+    """Seconds between two looks; None: one look. What is no number was meant as the mountpoint."""
+    listen: tuple[str, int] | None
+    """Address and port of the exporter; None: the default."""
+    textfile: str | None
+    """File that the exporter writes; None: it listens."""
+    interval: float | None
+    """Seconds between two writes of that file; None: it is written once."""
+    mountpoints: list[str]
+    """As typed; none: all of them."""
     words: list[str]
     """What set is told: KEY=VALUE ..., then the mountpoint."""
     json: bool

@@ -4,7 +4,8 @@
     mount    settings -> a daemon that mounts           umount    no users? -> unmount -> wait for the daemon's end
     swapon   mount if need be -> loop -> mkswap -> on   swapoff   room? -> off -> loop -> umount if wanted
     restart  order to the keeper -> it hands over     status    in `status`
-    config   files -> settings (in `config`)           set       check -> control/ -> what is in force (in `tuning`)
+    config   files -> settings (in `config`)           exporter  in `exporter`
+    set      check -> control/ -> what is in force (in `tuning`)
 
 They decide the order and undo what they did; how each step is done is known to `service` and `swap`.
 """
@@ -25,6 +26,7 @@ from typing import Final
 
 from zbudfs.cli import config as configuration
 from zbudfs.cli import config_page, tuning
+from zbudfs.cli import exporter as exporting
 from zbudfs.cli import status as status_page
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.ask import all_numbers, why_silent
@@ -138,16 +140,32 @@ def restart(arguments: Arguments) -> int:
 
 
 def status(arguments: Arguments) -> int:
-    """Print what one mount, or every mount, stores; 1 if a daemon does not answer."""
-    if arguments.one_mountpoint is None:
-        reports = [status_page.report(mount) for mount in zbudfs_mounts()]
-        text = status_page.as_json(reports) if arguments.json else status_page.as_pages(reports)
-    else:
-        reports = [status_page.report(find_mounted(resolve(arguments.one_mountpoint)))]
-        if "error" in reports[0]:
+    """Print what one mount, or every mount, stores, once or again and again; 1 if a daemon does not answer."""
+    typed, seconds = arguments.one_mountpoint, arguments.watch
+    if isinstance(seconds, str):  # a path behind --watch
+        if typed is not None:
+            raise CommandError(f"{seconds!r} is not a time, and there are two mountpoints then")
+        typed, seconds = seconds, 2.0
+    only = None if typed is None else find_mounted(resolve(typed))
+
+    def collect() -> list[status_page.Report]:
+        reports = [status_page.report(mount) for mount in (zbudfs_mounts() if only is None else [only])]
+        if only is not None and "error" in reports[0]:
             raise CommandError(str(reports[0]["error"]))
-        text = status_page.as_json(reports[0]) if arguments.json else status_page.as_pages(reports)
-    print(text)
+        return reports
+
+    if seconds is not None:
+        with contextlib.suppress(KeyboardInterrupt):
+            status_page.watch(collect, seconds, as_object=arguments.json, single=only is not None)
+        return 0
+    before, then = collect(), time.monotonic()
+    if arguments.json:
+        reports = before
+        print(status_page.as_json(reports if only is None else reports[0]))
+    else:
+        time.sleep(status_page.SAMPLE_SECONDS if before else 0)
+        reports = collect()
+        print(status_page.as_pages(reports, before, time.monotonic() - then))
     return 1 if any("error" in report for report in reports) else 0
 
 
@@ -171,6 +189,32 @@ def set_(arguments: Arguments) -> int:
     else:
         shown = {name: number for name, number in found.items() if name in wanted or not wanted}
         print("\n".join(tuning.as_lines(shown, numbers)))
+    return 0
+
+
+def exporter(arguments: Arguments) -> int:
+    """Give the numbers to Prometheus until it is ended, or write them to a file."""
+    wanted = [resolve(path) for path in arguments.mountpoints]
+    try:
+        import prometheus_client as prometheus_client
+    except ImportError:
+        raise CommandError(exporting.MISSING) from None
+    if arguments.interval is not None and arguments.textfile is None:
+        raise CommandError("--interval is for --textfile FILE; over HTTP Prometheus decides when it asks")
+
+    def mountpoints() -> list[str]:
+        return wanted or list(dict.fromkeys(mount.mountpoint for mount in zbudfs_mounts()))
+
+    if arguments.textfile is not None:
+        with contextlib.suppress(KeyboardInterrupt):
+            exporting.write(mountpoints, arguments.textfile, arguments.interval)
+        return 0
+    address, port = arguments.listen or exporting.DEFAULT_LISTEN
+
+    def ready(port: int) -> None:
+        print(f"zbudfs: answering on {address}, port {port}; Ctrl-C ends it", file=sys.stderr, flush=True)
+
+    exporting.serve(mountpoints, address, port, ready)
     return 0
 
 

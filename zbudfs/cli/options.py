@@ -18,6 +18,7 @@ from zbudfs.cli import commands, values
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.config import FOLDER
 from zbudfs.cli.doctor.command import add_doctor
+from zbudfs.cli.exporter import listen_address
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
 from zbudfs.cli.study_options import add_estimate, add_trace
@@ -50,6 +51,18 @@ A SIZE is {GRAMMAR}.
 What does not fit into the pool is written, still compressed, to the backing file. It grows as needed, to a little more
 than SIZE at most, and is emptied at umount.
 """
+
+
+_EXPORTER_EPILOG: Final = """\
+Needs the package prometheus-client: pip install 'zbudfs[exporter]'. It need not run as root. A mount whose daemon does not
+answer is zbudfs_up 0, and does not hold up the others. docs/monitoring.md has alerts and a dashboard.
+
+examples:
+  zbudfs exporter --listen :9824                on all addresses
+  zbudfs exporter --textfile /var/lib/prometheus/node-exporter/zbudfs.prom --interval 15
+"""
+
+WATCH_SECONDS: Final = 2.0
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -141,7 +154,21 @@ def build_parser() -> argparse.ArgumentParser:
         "status",
         commands.status,
         "tell what is stored, what it takes, and what the system refused",
-        "examples:\n  zbudfs status\n  zbudfs status --json /mnt/zswap | jq .pool_used_bytes\n",
+        "The speeds are those of half a second, or of the time between two looks with --watch. Exit status 1 if a daemon does"
+        " not answer.\n\n"
+        "examples:\n"
+        "  zbudfs status\n"
+        "  zbudfs status --watch                                every two seconds, until Ctrl-C\n"
+        "  zbudfs status --json /mnt/zswap | jq .pool_used_bytes\n"
+        "  zbudfs status --json --watch 60 /mnt/zswap >> log    a line a minute\n",
+    )
+    sub.add_argument(
+        "--watch",
+        type=_seconds_or_mountpoint,
+        nargs="?",
+        const=WATCH_SECONDS,
+        metavar="SECONDS",
+        help=f"look again and again (default: every {WATCH_SECONDS:g} s), until Ctrl-C",
     )
     sub.add_argument(
         "--json", action="store_true", help="print one object, or a list of objects if no MOUNTPOINT is given"
@@ -162,6 +189,23 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="what to change, and where; without a KEY=VALUE everything is listed",
     )
+
+    sub = command(
+        "exporter",
+        commands.exporter,
+        "give the numbers of all mounts to Prometheus",
+        _EXPORTER_EPILOG,
+    )
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument(
+        "--listen",
+        type=_listen_address,
+        metavar="ADDR:PORT",
+        help="answer scrapes there, over HTTP, until SIGTERM or Ctrl-C (default: localhost:9824)",
+    )
+    where.add_argument("--textfile", metavar="FILE", help="write a file for node_exporter's textfile collector instead")
+    sub.add_argument("--interval", type=_seconds, metavar="SECONDS", help="write FILE again and again (default: once)")
+    sub.add_argument("mountpoints", metavar="MOUNTPOINT", nargs="*", help="directory (default: every zbudfs)")
 
     sub = command(
         "config",
@@ -257,6 +301,28 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
         help="zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM at some speed"
         f" (default: {DEFAULT_PACKING}; dense alone is {DENSE})",
     )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: write seconds from 0.1 to 86400")
+    return seconds
+
+
+def _seconds_or_mountpoint(text: str) -> float | str:
+    """Return a path as it is: `status --watch MOUNTPOINT` leaves the seconds out."""
+    return text if "/" in text else _seconds(text)
+
+
+def _listen_address(text: str) -> tuple[str, int]:
+    try:
+        return listen_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _switch(text: str) -> bool:

@@ -60,6 +60,9 @@ PERSISTENT_KIND: Final = 0
 EPHEMERAL_KIND: Final = 1
 KINDS: Final = ("pers", "eph")
 
+CUMULATIVE_COUNTERS: Final = 6
+"""How many numbers `Allocator.cumulative` gives."""
+
 FULL: Final = 0
 """What stands for an unbuddied list where a frame is on none, since it has no room: list 0 would be empty frames."""
 
@@ -597,6 +600,16 @@ class Allocator(ABC):
         """Set the cumulative counters to zero."""
         self._cumul_zpages = [0, 0]
         self._cumul_zbytes = [0, 0]
+
+    def cumulative(self) -> list[int]:
+        """The counters that only grow, for `go_on_from` of another process's allocator."""
+        return [*self._cumul_zpages, *self._cumul_zbytes, *self._evicted_pageframes]
+
+    def go_on_from(self, values: Sequence[int]) -> None:
+        """Count on from what `cumulative` gave."""
+        self._cumul_zpages, self._cumul_zbytes, self._evicted_pageframes = (
+            list(values[at : at + 2]) for at in range(0, CUMULATIVE_COUNTERS, 2)
+        )
 
     def unbuddied_lists(self) -> list[int]:
         """How many frames are on each unbuddied list: entry n counts those with room that use n chunks."""

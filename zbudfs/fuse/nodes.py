@@ -95,7 +95,7 @@ class Stats(Folder):
     def content(self, name: str) -> bytes:
         """What the file holds now: a value and a newline, several values separated by spaces, lines, or JSON."""
         if name == ALL_NAME:
-            return json.dumps(self.snapshot(), indent=1).encode() + b"\n"
+            return json.dumps(self.snapshot()).encode() + b"\n"  # indented it would not be done in C
         if name == LOG_NAME:
             return _lines(self._log())
         value = self.snapshot()[name]

@@ -276,6 +276,7 @@ class Worker:
             "requests_in_work": shim.in_work(),
             **self._board.latencies.numbers(),
             "mountpoint": settings.mountpoint,
+            "mounted_at": mounted.born_ns // 1_000_000_000,
             "pid": mounted.keeper_pid if keeper_lives else os.getpid(),
             "keeper_pid": fields[Field.KEEPER_PID],
             "worker_pid": fields[Field.WORKER_PID],

@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from zbudfs.core.allocator import INDEX_MASK, REF_BITS, max_zpage_size
+from zbudfs.core.allocator import CUMULATIVE_COUNTERS, INDEX_MASK, REF_BITS, max_zpage_size
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import (
     Codec,
@@ -77,6 +77,7 @@ CUMULATIVE: Final = (
     ("reclaimer", "cumul_grown_bytes"),
     ("reclaimer", "writeback_failures"),
     ("reclaimer", "cumul_aged_frames"),
+    ("governor", "reports"),
 )
 """Counters that a new worker goes on with: whose, and which."""
 
@@ -232,15 +233,17 @@ class PageStore:
         found = rebuild(self.state)
         if self.backing is not None and self.state.blocks is not None:
             self.backing.ready_bytes = self.state.blocks.ready_segments * SEGMENT_BYTES
-        values = self.memory.board.counters(len(CUMULATIVE))
-        for (owner, name), value in zip(CUMULATIVE, values, strict=True):
+        values = self.memory.board.counters(len(CUMULATIVE) + CUMULATIVE_COUNTERS)
+        for (owner, name), value in zip(CUMULATIVE, values, strict=False):
             self._owner(owner)[name] = value
+        self._allocator.go_on_from(values[len(CUMULATIVE) :])
         self._lost[Loss.CRASH] += found.lost_pages
         return found
 
     def save_counters(self) -> None:
         """Put the cumulative counters where they survive this process; what comes after the last time is lost with it."""
-        self.memory.board.save_counters([self._owner(owner)[name] for owner, name in CUMULATIVE])
+        mine = [self._owner(owner)[name] for owner, name in CUMULATIVE]
+        self.memory.board.save_counters(mine + self._allocator.cumulative())
 
     def _owner(self, owner: str) -> dict[str, int]:
         """The counters of an owner, by name."""
@@ -248,6 +251,7 @@ class PageStore:
             "store": self.__dict__,
             "state": self.state.__dict__,
             "reclaimer": self.reclaimer.__dict__,
+            "governor": self.reclaimer.governor.__dict__,
             "refused": self._refused,
             "lost": self._lost,
         }
