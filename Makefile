@@ -9,13 +9,14 @@ export PREFIX DESTDIR LIBDIR BINDIR HELPERDIR SYSCONFDIR UNITDIR DATADIR WHEELHO
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv demo test lint format campaign-kill bench install uninstall dist pages clean
+.PHONY: help venv demo test lint format campaign-kill test-vm bench install uninstall dist pages clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
 	@echo 'make demo     install what is missing, then swap a program that needs three times its memory, and count'
 	@echo 'make campaign-kill   a worker killed 100 times while a program lives on its swap (ARGS=--help tells more)'
 	@echo 'make bench    how fast it is, what it takes, and against what (ARGS=--help tells more; ARGS="storm --rounds 3")'
+	@echo 'make test-vm         boot, swap, hand-over and power-off in a virtual machine, emulated: slow (ARGS="boot pressure")'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff lay out the sources'
 	@echo 'make venv     only the virtual environment, in $(VENV)'
@@ -34,6 +35,9 @@ campaign-kill: venv
 
 bench: venv
 	@$(BIN)/python -m bench $(or $(ARGS),all)
+
+test-vm: venv
+	@$(BIN)/python scripts/vm.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check $(SOURCES)

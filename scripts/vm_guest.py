@@ -1,0 +1,632 @@
+# SPDX-License-Identifier: MIT
+"""Runs inside the virtual machine, as a service of its own, and shows one scenario: `vm_guest.py SCENARIO`.
+
+What it finds goes to the console as lines of JSON behind "@ ": {"check": ..., "ok": ..., "seen": ...}, and at last {"end":
+true}. Everything else on the console is for people. Only the standard library: it runs with the system's own Python.
+
+The process locks its memory, so that it can look on while everybody else waits for swap; under pressure it reads files
+itself rather than starting programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+PAYLOAD: Final = Path("/vm")
+STATE: Final = Path("/var/lib/vm-state")
+MOUNTPOINT: Final = Path("/run/zbudfs.swap")
+UNIT: Final = "zbudfs@swap.service"
+SWAP_UNIT: Final = "zbudfs-swap@swap.service"
+PAGE: Final = 4096
+MIB: Final = 1 << 20
+LIMIT_SECONDS: Final = 300.0
+"""Longest wait for anything. Generous: the machine is emulated."""
+
+PF_MEMALLOC_NOIO: Final = 0x00080000
+"""In the flags of /proc/PID/stat: what PR_SET_IO_FLUSHER sets."""
+
+COMPLAINTS: Final = re.compile(
+    r"blocked for more than|hung_task|Out of memory|oom-kill|Read-error|Write-error|I/O error|BUG:|stack trace|soft lockup"
+)
+
+
+class Failed(Exception):
+    """A scenario cannot go on."""
+
+
+def report(**what: object) -> None:
+    """Tell the host."""
+    print("@ " + json.dumps(what), flush=True)
+
+
+def check(what: str, ok: bool, seen: object = "") -> bool:
+    """Tell the host whether something holds, and what was seen."""
+    report(check=what, ok=bool(ok), seen=str(seen))
+    return bool(ok)
+
+
+def run(
+    *command: str, limit: float = LIMIT_SECONDS, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program; what it printed goes to the console as well."""
+    print(f"$ {' '.join(command)}", flush=True)
+    try:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+            check=False,
+            env={**os.environ, **(env or {})},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"{command[0]} did not end within {limit:g} s") from error
+    print(done.stdout, end="", flush=True)
+    return done
+
+
+def must(*command: str, limit: float = LIMIT_SECONDS) -> str:
+    """Run a program that has to succeed: what it printed."""
+    done = run(*command, limit=limit)
+    if done.returncode:
+        raise Failed(f"{' '.join(command)} failed ({done.returncode}): {done.stdout.strip().splitlines()[-1:]}")
+    return done.stdout
+
+
+def wait_for(condition: Callable[[], object], what: str, limit: float = LIMIT_SECONDS) -> float:
+    """Wait; how long it took. Failed."""
+    began = time.monotonic()
+    while True:
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            if condition():
+                return time.monotonic() - began
+        if time.monotonic() - began > limit:
+            raise Failed(f"waited {limit:g} s for {what}")
+        time.sleep(0.2)
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+def swaps() -> list[list[str]]:
+    """The lines of /proc/swaps."""
+    return [line.split() for line in Path("/proc/swaps").read_text().splitlines()[1:]]
+
+
+def swap_used_mib() -> int:
+    """What is swapped out."""
+    return sum(int(words[3]) for words in swaps()) >> 10
+
+
+def stats() -> dict[str, Any]:
+    """What the mount says about itself."""
+    found: dict[str, Any] = json.loads((MOUNTPOINT / "stats/all.json").read_text())
+    return found
+
+
+def board(number: int) -> int:
+    """A number from the pool directory's board, which answers also while nobody serves."""
+    with open("/run/zbudfs/run-zbudfs.swap/board", "rb") as file:  # noqa: PTH123
+        return int.from_bytes(os.pread(file.fileno(), 8, 8 * number), "little")
+
+
+KEEPER, WORKER, STANDBY, STANDBY_READY, SERVING, HEARTBEAT, RECOVERIES = 4, 5, 6, 7, 8, 9, 10
+
+
+def show(unit: str, name: str) -> str:
+    """One property of a unit."""
+    return must("systemctl", "show", "-P", name, unit).strip()
+
+
+def kernel_complaints() -> list[str]:
+    """What the kernel has complained about since it started."""
+    return [line for line in must("dmesg", "--notime").splitlines() if COMPLAINTS.search(line)]
+
+
+def check_kernel(allowed: str = "") -> None:
+    """The kernel has nothing to complain about."""
+    found = [line for line in kernel_complaints() if not allowed or not re.search(allowed, line)]
+    check("nothing hung, nobody killed, no I/O error in the kernel's log", not found, found[:3] or "nothing")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def configure(**keys: object) -> None:
+    """Write the drop-in of this scenario."""
+    folder = Path("/etc/zbudfs/swap.toml.d")
+    folder.mkdir(exist_ok=True)
+    folder.joinpath("vm.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in keys.items()))
+
+
+def start_swap(**keys: object) -> None:
+    """Have swap on with this configuration."""
+    run("systemctl", "stop", UNIT)
+    configure(**keys)
+    must("systemctl", "start", SWAP_UNIT)
+    wait_for(lambda: swaps() and stats()["standby_ready"], "swap and a standby")
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+class Storm:
+    """A program that fills memory with pages of which it knows every byte, and reads and rewrites them all the time.
+
+    Half of each page is random and half is text, so that zstd makes about half of it.
+    """
+
+    def __init__(self, mib: int) -> None:
+        self.mib = mib
+        self._out = Path(f"/run/storm-{os.getpid()}-{time.monotonic_ns()}")
+        self._out.write_text("0 0 0 fill")
+        command = [sys.executable, __file__, "storm", str(mib), str(self._out)]
+        self._process = subprocess.Popen(command, preexec_fn=_ordinary)
+
+    def state(self) -> tuple[int, int, int, str]:
+        """Pages filled, pages checked, wrong pages, and what it does."""
+        filled, checked, wrong, what = self._out.read_text().split()
+        return int(filled), int(checked), int(wrong), what
+
+    def wait_filled(self) -> None:
+        """Wait until all of it is there."""
+        wait_for(lambda: self.state()[3] == "check" or self._process.poll() is not None, "the storm's memory", 900)
+        self.must_live()
+
+    def must_live(self) -> None:
+        """Fail if it has ended."""
+        if self._process.poll() is not None:
+            raise Failed(f"the storm has ended by itself: {self._process.returncode}")
+
+    def wait_progress(self, pages: int = 2000) -> float:
+        """Wait until so many more pages were checked: how long that took."""
+        before = self.state()[1]
+        took = wait_for(lambda: self.state()[1] >= before + pages or self._process.poll() is not None, "progress")
+        self.must_live()
+        return took
+
+    def end(self) -> tuple[int, int]:
+        """Have it check all of it once more and end: pages checked and wrong."""
+        self.must_live()
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(1200)
+        _, checked, wrong, what = self.state()
+        if what != "done":
+            raise Failed(f"the storm did not come to its end: {what}")
+        return checked, wrong
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait(LIMIT_SECONDS)
+
+
+def _ordinary() -> None:
+    Path("/proc/self/oom_score_adj").write_text("0")
+
+
+def storm(mib: int, out: str) -> None:
+    """Be the storm."""
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    count = mib * MIB // PAGE
+    noise = random.Random(1).randbytes(MIB)
+    memory = mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    view = memoryview(memory)
+    generations = bytearray(count)
+
+    def page(number: int) -> bytes:
+        start = (number * 2654435761 + generations[number] * 40503) % (MIB - PAGE // 2)
+        text = b"page %d, generation %d. " % (number, generations[number])
+        return noise[start : start + PAGE // 2] + (text * (PAGE // 2 // len(text) + 1))[: PAGE // 2]
+
+    filled = checked = wrong = 0
+    file = os.open(out, os.O_WRONLY)
+
+    def tell(what: str) -> None:
+        os.pwrite(file, f"{filled} {checked} {wrong} {what}".ljust(64).encode(), 0)
+
+    def look(number: int) -> None:
+        nonlocal checked, wrong
+        if view[number * PAGE : (number + 1) * PAGE] != page(number):
+            wrong += 1
+        checked += 1
+
+    for number in range(count):
+        view[number * PAGE : (number + 1) * PAGE] = page(number)
+        filled += 1
+        if not number & 255:
+            tell("fill")
+    chance = random.Random(2)
+    while not ended:
+        first = chance.randrange(count)
+        for number in range(first, min(first + 16, count)):  # some of it in order, as programs do
+            look(number)
+            if chance.random() < 0.3:
+                generations[number] = (generations[number] + 1) & 255
+                view[number * PAGE : (number + 1) * PAGE] = page(number)
+        tell("check")
+    for number in range(count):
+        look(number)
+        if not number & 255:
+            tell("last")
+    tell("done")
+
+
+def stress(mib: int, seconds: int, workers: int = 1) -> subprocess.CompletedProcess[str]:
+    """stress-ng with verification."""
+    words = ["--vm", str(workers), "--vm-bytes", f"{mib}M", "--vm-method", "all", "--verify", "-t", f"{seconds}s"]
+    return run("choom", "-n", "0", "--", "stress-ng", *words, limit=seconds + 1200)
+
+
+# ---- scenarios ---------------------------------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """`make install` from wheels, without a network; configuration; the unit enabled for the next boot."""
+    must("cp", "-r", str(PAYLOAD / "source"), "/root/zbudfs")
+    must("make", "-C", "/root/zbudfs", "install", f"WHEELHOUSE={PAYLOAD}/wheels", limit=900)
+    check("make install", Path("/usr/local/bin/zbudfs").exists(), must("zbudfs", "--version").strip())
+    doctor = run("zbudfs", "doctor")
+    problems = [line for line in doctor.stdout.splitlines() if line.lower().startswith("problem")]
+    check("zbudfs doctor finds no problem", doctor.returncode == 0, problems or "none")
+    configure(size="1400M", pool="96M")
+    run("zbudfs", "config", "swap")
+    for unit in (UNIT, SWAP_UNIT):
+        path = f"/usr/local/lib/systemd/system/{unit.replace('@swap', '@')}"
+        verified = run("systemd-analyze", "verify", "--man=no", path)
+        said = verified.stdout.strip()
+        check(f"systemd-analyze verify {unit}", verified.returncode == 0 and not said, said or "nothing to say")
+        score = run("systemd-analyze", "security", "--offline=yes", path).stdout.splitlines()[-1]
+        check(f"systemd-analyze security {unit}", "level for" in score, score.lstrip("→ "))
+    must("systemctl", "enable", SWAP_UNIT)
+    check("enabled for the next boot", True, SWAP_UNIT)
+
+
+def boot() -> None:
+    """Booted with the unit enabled: swap is there without a hand, and the protections are real."""
+    found = swaps()
+    check("swap is on after boot, nobody did anything", len(found) == 1, " ".join(found[0]) if found else "none")
+    check("both units are active", show(UNIT, "ActiveState") == show(SWAP_UNIT, "ActiveState") == "active", "active")
+    wait_for(lambda: stats()["standby_ready"], "a standby")
+    wait_for(lambda: show(UNIT, "StatusText"), "a status")
+    check("the status says what is stored", "pages stored" in show(UNIT, "StatusText"), show(UNIT, "StatusText"))
+    check("descriptors are in the store", show(UNIT, "NFileDescriptorStore") == "3", show(UNIT, "NFileDescriptorStore"))
+    check("the main process is the keeper", show(UNIT, "MainPID") == str(board(KEEPER)), board(KEEPER))
+    for name, number in (("keeper", KEEPER), ("worker", WORKER), ("standby", STANDBY)):
+        pid = board(number)
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        check(f"{name}: IO flusher", bool(int(words[6]) & PF_MEMALLOC_NOIO), f"flags {int(words[6]):#x}")
+        score = Path(f"/proc/{pid}/oom_score_adj").read_text().strip()
+        check(f"{name}: OOM score", score == "-1000", score)
+        locked = re.search(r"VmLck:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        check(f"{name}: memory is locked", bool(locked and int(locked[1]) > 10_000), locked[0] if locked else "no")
+    cgroup = Path("/sys/fs/cgroup/system.slice", UNIT, "memory.swap.max")
+    check("MemorySwapMax=0", cgroup.read_text().strip() == "0", cgroup.read_text().strip())
+    warnings = stats()["warnings"]
+    check("the system refused nothing", not warnings, warnings or "nothing")
+    mounts()
+    must("systemctl", "stop", UNIT)
+    check(
+        "systemctl stop of the daemon takes swap off first",
+        not swaps() and not MOUNTPOINT.is_mount(),
+        "no swap, no mount",
+    )
+    check(
+        "both units are inactive", show(UNIT, "ActiveState") == show(SWAP_UNIT, "ActiveState") == "inactive", "inactive"
+    )
+    check("nothing left in /run/zbudfs", not list(Path("/run/zbudfs").iterdir()), "nothing")
+    must("systemctl", "start", SWAP_UNIT)
+    check("systemctl start of the swap unit brings both", len(swaps()) == 1, "swap is on")
+    check_kernel()
+
+
+def mounts() -> None:
+    """mount -t fuse.zbudfs, a line in fstab, and umount."""
+    place = Path("/mnt/extra")
+    place.mkdir(exist_ok=True)
+    must("mount", "-t", "fuse.zbudfs", "-o", "size=64M,pool=8M,backing=none", "extra", str(place))
+    check("mount -t fuse.zbudfs", (place / "swapfile").stat().st_size == 64 * MIB, "swapfile of 64 MiB")
+    must("umount", str(place))
+    with Path("/etc/fstab").open("a") as fstab:
+        fstab.write(f"extra {place} fuse.zbudfs size=32M,pool=8M,backing=none,nofail,noauto 0 0\n")
+    must("mount", str(place))
+    check("a line in /etc/fstab", (place / "swapfile").stat().st_size == 32 * MIB, "swapfile of 32 MiB")
+    must("umount", str(place))
+    check("umount", not place.is_mount(), "gone")
+
+
+def acceptance() -> None:
+    """A pool of 64 MiB and a backing file; stress-ng over 700 MiB with verification, three times; swapoff."""
+    start_swap(size="1400M", pool="64M")
+    for number in (1, 2, 3):
+        before = stats()
+        done = stress(700, 60)
+        after = stats()
+        passed = re.search(r"passed: (\d+)", done.stdout)
+        check(
+            f"stress-ng --vm-bytes 700M --verify, run {number} of 3",
+            done.returncode == 0 and bool(passed),
+            done.returncode,
+        )
+        out, back = (after[name] - before[name] for name in ("cumul_writeback_pages", "cumul_pagein_pages"))
+        check(f"run {number}: pages written back and read back meanwhile", out > 0 and back > 0, f"{out} and {back}")
+    check_kernel()
+    must("zbudfs", "swapoff", str(MOUNTPOINT), limit=900)
+    check("swapoff works after it", not swaps(), "no swap")
+
+
+def pressure() -> None:
+    """Twice the machine's RAM, of data that compresses to half, and then stress-ng's own patterns."""
+    start_swap(size="1900M", pool="96M")
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    mib = 2 * ram
+    before = stats()
+    load = Storm(mib)
+    try:
+        load.wait_filled()
+        load.wait_progress(20_000)
+        out = swap_used_mib()
+        checked, wrong = load.end()
+    finally:
+        load.kill()
+    after = stats()
+    check(f"{mib} MiB in a machine of {ram} MiB: no wrong page", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+    check("most of it was in swap", out > ram // 2, f"{out} MiB")
+    pages, count = (after[name] - before[name] for name in ("cumul_writeback_pages", "cumul_writeback_bytes"))
+    check(
+        "and much of that on disk, two pages to a block",
+        pages > 0 and count < 0.8 * PAGE * pages,
+        f"{pages} pages, {count >> 20} MiB",
+    )
+    done = stress(2 * ram // 2, 60, workers=2)
+    check(f"stress-ng --vm 2 --vm-bytes {2 * ram // 2}M --verify", done.returncode == 0, done.returncode)
+    check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
+    check_kernel()
+
+
+def served_by(*old: int) -> bool:
+    """Whether somebody else serves, with a standby."""
+    return bool(board(SERVING) and board(STANDBY_READY) and board(WORKER) not in old and is_alive(board(WORKER)))
+
+
+def handover() -> None:
+    """Everything that may happen to the daemon, while a program lives on the swap it serves."""
+    start_swap(size="1900M", pool="96M")
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    load = Storm(ram * 3 // 2)
+    try:
+        load.wait_filled()
+        check("a storm of one and a half times RAM", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+        for number in (1, 2):
+            _restart(load, number)
+        for name, fields in (
+            ("worker", [WORKER]),
+            ("keeper", [KEEPER]),
+            ("keeper and worker", [KEEPER, WORKER]),
+            ("worker", [WORKER]),
+            ("keeper", [KEEPER]),
+            ("keeper and worker", [KEEPER, WORKER]),
+            ("keeper, worker and standby", [KEEPER, WORKER, STANDBY]),
+        ):
+            _kill(load, name, fields)
+        for name, number in (("worker", WORKER), ("keeper", KEEPER)):
+            _stop(load, name, number)
+        checked, wrong = load.end()
+        check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+        check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
+    finally:
+        load.kill()
+    check(
+        "the swap unit was active all the time",
+        show(SWAP_UNIT, "ActiveState") == "active",
+        show(SWAP_UNIT, "ActiveState"),
+    )
+    check_kernel()
+
+
+def _restart(load: Storm, number: int) -> None:
+    device, worker = swaps()[0][0], board(WORKER)
+    began = time.monotonic()
+    must("systemctl", "restart", UNIT)
+    took = time.monotonic() - began
+    wait_for(lambda: served_by(worker), "a new worker and its standby")
+    stalled = load.wait_progress()
+    kept = bool(swaps()) and swaps()[0][0] == device
+    check(
+        f"systemctl restart under pressure, {number}", kept, f"{took:.1f} s; 2000 more pages checked in {stalled:.1f} s"
+    )
+
+
+def _kill(load: Storm, name: str, fields: list[int]) -> None:
+    wait_for(lambda: served_by(), "a standby")
+    pids = [board(field) for field in fields]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    stalled = load.wait_progress()
+    wait_for(
+        lambda: served_by(*pids) and board(KEEPER) not in pids and is_alive(board(KEEPER)),
+        "a keeper, a worker, a standby",
+    )
+    took = time.monotonic() - began
+    check(
+        f"kill -9 of {name} under pressure",
+        True,
+        f"2000 more pages within {stalled:.1f} s, all three again after {took:.1f} s",
+    )
+
+
+def _stop(load: Storm, name: str, number: int) -> None:
+    wait_for(lambda: served_by(), "a standby")
+    pid = board(number)
+    os.kill(pid, signal.SIGSTOP)
+    took = wait_for(lambda: board(number) != pid and not is_alive(pid) and is_alive(board(number)), f"another {name}")
+    stalled = load.wait_progress()
+    check(
+        f"SIGSTOP of the {name} is noticed and healed", True, f"after {took:.1f} s; 2000 more pages in {stalled:.1f} s"
+    )
+
+
+def stop() -> None:
+    """What has no room in RAM stays in swap: stop fails, and all goes on; with room it works."""
+    start_swap(size="1900M", pool="96M")
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    load = Storm(ram * 3 // 2)
+    try:
+        load.wait_filled()
+        for unit in (UNIT, SWAP_UNIT):
+            done = run("systemctl", "stop", unit)
+            check(
+                f"systemctl stop {unit} without room fails", done.returncode != 0, done.stdout.strip().splitlines()[-1:]
+            )
+            wait_for(lambda: show(UNIT, "ActiveState") == show(SWAP_UNIT, "ActiveState") == "active", "both units")
+            check("swap is still on, both units are active", len(swaps()) == 1, f"{swap_used_mib()} MiB in swap")
+            load.wait_progress()
+        checked, wrong = load.end()
+        check("no wrong page", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+    finally:
+        load.kill()
+    must("systemctl", "stop", UNIT)
+    check("with room it works", not swaps() and not MOUNTPOINT.is_mount(), "no swap, no mount")
+    check_kernel()
+
+
+def reboot() -> None:
+    """With swap in use: a reboot, and then a power-off; the host measures how long they take."""
+    STATE.mkdir(exist_ok=True)
+    first = not (STATE / "booted").exists()
+    (STATE / "booted").touch()
+    if not first:
+        check("swap is on again after the reboot", len(swaps()) == 1, swaps())
+    start_swap(size="1900M", pool="96M")
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    load = Storm(ram * 3 // 2)
+    load.wait_filled()
+    check("swap is in use", swap_used_mib() > 100, f"{swap_used_mib()} MiB")
+    check_kernel()
+    os.sync()
+    report(ends="reboot" if first else "power-off", again=first)
+    must("systemctl", "--no-block", "reboot" if first else "poweroff")
+    time.sleep(LIMIT_SECONDS)
+
+
+def full() -> None:
+    """The disk under the backing file fills up: writes are refused, nothing is lost; with room again it goes on."""
+    image, place = Path("/var/small.img"), Path("/mnt/small")
+    place.mkdir(exist_ok=True)
+    must("truncate", "-s", "192M", str(image))
+    must("mkfs.ext4", "-q", "-m", "0", str(image))
+    must("mount", "-o", "loop", str(image), str(place))
+    start_swap(size="1900M", pool="64M", backing=f"{place}/backing")
+    ballast = place / "ballast"
+    with ballast.open("wb") as file, contextlib.suppress(OSError):
+        while file.write(bytes(MIB)):
+            file.flush()
+            if os.statvfs(place).f_bavail * PAGE < 48 * MIB:
+                break
+    load = Storm(600)
+    try:
+        wait_for(lambda: stats()["backing_ready_bytes"] > 0, "writeback", 900)
+        with ballast.open("ab") as file, contextlib.suppress(OSError):
+            while file.write(bytes(MIB // 4)):
+                file.flush()
+        free = os.statvfs(place).f_bavail * PAGE
+        load.wait_filled()
+        load.wait_progress(5000)
+        seen = stats()
+        check(
+            "the disk is full",
+            free < MIB,
+            f"{free >> 10} KiB free, backing file of {seen['backing_ready_bytes'] >> 20} MiB",
+        )
+        ballast.unlink()
+        load.wait_progress(5000)
+        checked, wrong = load.end()
+        check("no wrong page", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+        failed = stats()["writeback_failures"]
+        check(
+            "no page was lost",
+            stats()["lost_pages"] == 0,
+            f"{failed} writebacks failed, {stats()['refused_pool_full']} writes refused",
+        )
+    finally:
+        load.kill()
+    check_kernel(allowed=r"Write-error on swap-device|I/O error, dev loop")
+    must("systemctl", "stop", UNIT)
+    must("umount", str(place))
+
+
+SCENARIOS: Final[dict[str, Callable[[], None]]] = {
+    "install": install,
+    "boot": boot,
+    "acceptance": acceptance,
+    "pressure": pressure,
+    "handover": handover,
+    "stop": stop,
+    "reboot": reboot,
+    "full": full,
+}
+
+
+def lock_memory() -> None:
+    """Stay out of swap."""
+    if ctypes.CDLL(None).mlockall(3):
+        print("this process could not lock its memory")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Tell of what ends a scenario."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        check(f"the scenario came to its end ({type(error).__name__})", False, error)
+        for command in (["systemctl", "status", "--no-pager", "-n", "30", UNIT, SWAP_UNIT], ["dmesg"]):
+            with contextlib.suppress(Exception):
+                print(run(*command, limit=60).stdout[-6000:])
+
+
+def main() -> None:
+    """Show the scenario that is named."""
+    name = (PAYLOAD / "scenario").read_text().strip()
+    lock_memory()
+    kernel, version = os.uname().release, must("systemctl", "--version").splitlines()[0]
+    report(kernel=kernel, systemd=version, uptime=time.clock_gettime(time.CLOCK_BOOTTIME))
+    with _told():
+        if name != "install":
+            run("systemctl", "is-system-running", "--wait", limit=240)
+        SCENARIOS[name]()
+    report(end=True)
+    os.sync()
+    subprocess.run(["systemctl", "--no-block", "poweroff"], check=False)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["storm"]:
+        storm(int(sys.argv[2]), sys.argv[3])
+    else:
+        threading.stack_size(1 << 20)
+        main()

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: MIT
+"""The virtual machine's parts: an emulator that works, and a disk with Debian 13 and the wheels for it.
+
+    QEMU       this machine's, or Debian's backport of it     unpacked, never installed
+    rootfs     mmdebstrap: systemd, kernel, compilers         once; a folder
+    wheels     built in it with chroot, at this machine's speed: what pip would download or compile inside
+    disk       ext4 made from the folder; machines write to a layer over it
+
+Everything is made once and kept in CACHE, under a name that changes with what it is made from. The archive is the one
+that this machine itself uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+CACHE: Final = Path(os.environ.get("ZBUDFS_VM_CACHE", "/var/tmp/zbudfs-test-vm"))
+OLDEST_QEMU: Final = 8
+"""QEMU 7.2 (Debian 12) crashes this guest at random when it emulates: seen as general protection faults."""
+
+PACKAGES: Final = (
+    *("systemd", "systemd-sysv", "udev", "dbus", "util-linux", "mount", "kmod", "procps", "e2fsprogs", "iproute2"),
+    *("fuse3", "python3", "python3-venv", "python3-dev", "python3-pip", "gcc", "libc6-dev", "make", "pkg-config"),
+    *("libfuse3-dev", "stress-ng", "initramfs-tools", "zstd", "busybox", "linux-image-cloud-amd64"),
+)
+QEMU_PACKAGES: Final = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
+MASKED: Final = (
+    *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer"),
+    *("systemd-firstboot.service", "getty@tty1.service", "serial-getty@ttyS0.service", "systemd-networkd.service"),
+)
+RUN_NEEDS: Final = (
+    *("pyfuse3", "trio", "zstandard", "cryptography", "cffi", "pycparser", "attrs", "idna", "outcome", "sniffio"),
+    *("sortedcontainers", "setuptools"),
+)
+"""What zbudfs runs with, and is built with itself."""
+BUILD_NEEDS: Final = ("setuptools>=78.1.1", "setuptools_scm>=8", "Cython", "wheel")
+"""What pyfuse3 is built with."""
+GUEST_UNIT: Final = """\
+[Unit]
+After=basic.target dbus.service
+RequiresMountsFor=/vm
+[Service]
+Type=exec
+ExecStart=/usr/bin/python3 -u /vm/vm_guest.py
+StandardOutput=file:/dev/hvc0
+StandardError=inherit
+TimeoutStopSec=5
+KillMode=mixed
+SendSIGKILL=yes
+OOMPolicy=continue
+OOMScoreAdjust=-1000
+MemorySwapMax=infinity
+Environment=LC_ALL=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+[Install]
+WantedBy=multi-user.target
+"""
+"""What runs a scenario. At the end of a machine it is one more program whose memory is in swap."""
+
+DISK_MIB: Final = 4096
+KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+
+class VmError(Exception):
+    """The machine cannot be made; the text is for the user."""
+
+
+def why_not() -> str | None:
+    """Return why no virtual machine can be had here, with the remedy; None if one can."""
+    if os.geteuid() != 0:
+        return "not root: run it with sudo"
+    wanted = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs"}
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [package for program, package in wanted.items() if shutil.which(program, path=path) is None]
+    return f"missing: apt-get install --no-install-recommends {' '.join(missing)}" if missing else None
+
+
+def run(*command: str | Path, log: Path | None = None, **more: str) -> str:
+    """Run a program and return what it prints. VmError, with its last words, when it fails."""
+    environment = {**os.environ, "LC_ALL": "C", "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin", **more}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if log is not None:
+        log.write_text(done.stdout + done.stderr)
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines()[-5:]
+        raise VmError(f"{Path(command[0]).name} failed ({done.returncode}): {' | '.join(words)}")
+    return done.stdout
+
+
+def archive() -> str:
+    """The Debian archive that this machine uses."""
+    found = run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages").split()
+    for uri in sorted(set(found)):
+        if "debian" in uri and "security" not in uri:
+            return uri
+    raise VmError("no Debian archive among this machine's package sources")
+
+
+def key(*parts: object) -> str:
+    """A name for what is made from `parts`."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def made(path: Path) -> Iterator[Path]:
+    """Have `path` made under another name first, so that it is whole whenever it is there."""
+    draft = path.with_name(f"{path.name}.draft-{os.getpid()}")
+    try:
+        yield draft
+        draft.rename(path)
+    finally:
+        remove(draft)
+
+
+def remove(tree: Path) -> None:
+    """Remove a file or folder, if it is there. Never what is mounted in it: an interrupted mmdebstrap leaves /proc there."""
+    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+        place = line.split()[1]
+        if place.startswith(f"{tree}/"):
+            run("umount", place)
+    if tree.is_dir():
+        shutil.rmtree(tree)
+    else:
+        tree.unlink(missing_ok=True)
+
+
+# ---- the emulator --------------------------------------------------------------------------------------------------
+
+
+def qemu() -> list[str]:
+    """The command that starts an emulator which is new enough."""
+    version = re.search(r"version (\d+)", run("qemu-system-x86_64", "--version"))
+    if version and int(version[1]) >= OLDEST_QEMU:
+        return ["qemu-system-x86_64"]
+    tree = CACHE / "qemu"
+    if not tree.is_dir():
+        with made(tree) as draft:
+            _unpack_backport(draft)
+    modules = tree / "usr/lib/x86_64-linux-gnu/qemu"
+    data = ["-L", f"{tree}/usr/share/seabios", "-L", f"{tree}/usr/share/qemu"]
+    return ["env", f"QEMU_MODULE_DIR={modules}", f"{tree}/usr/bin/qemu-system-x86_64", *data]
+
+
+def _unpack_backport(tree: Path) -> None:
+    """Unpack QEMU from bookworm-backports; the machine's own package sources stay as they are."""
+    apt = tree / "apt"
+    for folder in ("lists/partial", "cache/archives/partial", "deb"):
+        (apt / folder).mkdir(parents=True)
+    (apt / "status").touch()
+    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {archive()} bookworm-backports main\n")
+    settings = {
+        "Dir::Etc::SourceList": apt / "sources.list",
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State": apt,
+        "Dir::State::Lists": apt / "lists",
+        "Dir::State::status": apt / "status",
+        "Dir::Cache": apt / "cache",
+        "APT::Sandbox::User": "root",
+    }
+    options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
+    run("apt-get", *options, "update")
+    run("sh", "-c", 'cd "$0" && exec apt-get "$@"', apt / "deb", *options, "download", *QEMU_PACKAGES)
+    for package in (apt / "deb").glob("*.deb"):
+        run("dpkg", "-x", package, tree)
+    shutil.rmtree(apt)
+
+
+# ---- the system ----------------------------------------------------------------------------------------------------
+
+
+def system() -> Path:
+    """The folder of a Debian 13 that boots."""
+    tree = CACHE / f"debian-{key(PACKAGES, MASKED, GUEST_UNIT)}"
+    if not tree.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with made(tree) as draft:
+            _bootstrap(draft)
+    return tree
+
+
+def _bootstrap(tree: Path) -> None:
+    sources = tree.with_name("sources.list")
+    sources.write_text(f"deb [signed-by={KEYRING}] {archive()} trixie main\n")
+    run(
+        *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
+        *("--aptopt=APT::Install-Recommends false", "--aptopt=Acquire::Languages none"),
+        *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/locale/*"),
+        # A small initrd that starts quickly: the root disk's driver and nothing else.
+        '--customize-hook=printf "MODULES=list\\nCOMPRESS=zstd\\n" > "$1/etc/initramfs-tools/conf.d/small"',
+        '--customize-hook=printf "virtio_blk\\next4\\n" >> "$1/etc/initramfs-tools/modules"',
+        '--customize-hook=chroot "$1" update-initramfs -u -k all',
+        *("trixie", tree, sources),
+        log=CACHE / "mmdebstrap.log",
+    )
+    tree.chmod(0o755)
+    (tree / "etc/hostname").write_text("zbudfs-vm\n")
+    (tree / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n")
+    (tree / "etc/fstab").write_text("/dev/vda / ext4 defaults,noatime 0 0\n/dev/vdb /vm ext4 ro,noatime 0 0\n")
+    (tree / "vm").mkdir()
+    (tree / "etc/systemd/system/vm-guest.service").write_text(GUEST_UNIT)
+    run("chroot", tree, "systemctl", "enable", "vm-guest.service")
+    for unit in MASKED:
+        (tree / "etc/systemd/system" / unit).symlink_to("/dev/null")
+    for stamp in ("etc/.updated", "var/.updated"):
+        (tree / stamp).touch()  # nothing of what a system does when it was updated
+
+
+# ---- the wheels ----------------------------------------------------------------------------------------------------
+
+
+def pinned(*names: str) -> list[str]:
+    """The lines of requirements-dev.txt for these packages."""
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    return [line for line in lines if line.partition("==")[0].lower() in names]
+
+
+def sources() -> list[str]:
+    """What of this project a machine gets: the files that git knows, as they are now."""
+    listed = run("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+def wheels() -> Path:
+    """The folder of the wheels that zbudfs needs in the system, pip's own needs included."""
+    wanted = pinned(*RUN_NEEDS)
+    tree = system()
+    folder = CACHE / f"wheels-{key(tree.name, wanted)}"
+    if not folder.is_dir():
+        with made(folder) as draft:
+            _build(tree, draft, wanted)
+    return folder
+
+
+def _build(tree: Path, folder: Path, wanted: list[str]) -> None:
+    """Download here, for the system's Python, and build there without a network."""
+    python = run("chroot", tree, "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+    inside = Path("var/tmp/wheels")
+    work = tree / inside
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "-d", work]
+    compiled = [line for line in wanted if line.startswith("pyfuse3==")]
+    ready = [line for line in wanted if line not in compiled]
+    try:
+        run(*pip, "--no-deps", "--no-binary", ":all:", *compiled)
+        run(*pip, "--only-binary", ":all:", "--python-version", python, *ready, *BUILD_NEEDS)
+        run(
+            *("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", f"TMPDIR=/{inside}", "chroot", tree),
+            *(
+                "python3",
+                "-m",
+                "pip",
+                "wheel",
+                "-q",
+                "--no-index",
+                "--find-links",
+                f"/{inside}",
+                "-w",
+                f"/{inside}/out",
+            ),
+            *wanted,
+            log=CACHE / "wheels.log",
+        )
+        shutil.copytree(work / "out", folder)
+    finally:
+        shutil.rmtree(work)
+
+
+# ---- the disk ------------------------------------------------------------------------------------------------------
+
+
+def disk() -> Path:
+    """A folder with `root.img`, `vmlinuz` and `initrd`."""
+    tree = system()
+    folder = CACHE / f"disk-{key(tree.name, DISK_MIB)}"
+    if not folder.is_dir():
+        with made(folder) as draft:
+            draft.mkdir()
+            for name, pattern in (("vmlinuz", "vmlinuz-*"), ("initrd", "initrd.img-*")):
+                shutil.copy(next((tree / "boot").glob(pattern)), draft / name)
+            make_ext4(draft / "root.img", tree, DISK_MIB)
+    return folder
+
+
+def make_ext4(image: Path, tree: Path, size_mib: int) -> None:
+    """Make a file system of `size_mib` with what is in `tree`."""
+    options = ["-E", "lazy_itable_init=1,lazy_journal_init=1", "-m", "0", "-d", str(tree)]
+    run("mke2fs", "-q", "-F", "-t", "ext4", *options, image, f"{size_mib}M")
+
+
+if __name__ == "__main__":
+    print(*qemu())
+    print(disk())
+    print(wheels())
