@@ -6,6 +6,7 @@ fuse     /dev/fuse can be opened
 loop     loop devices can be had, and the programs for them
 swap     swap can be turned on
 cell     a memory cgroup can be made
+systemd  the program systemd-analyze; systemd need not run
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def _cell() -> str | None:
     return None if os.access(tree.path, os.W_OK) else f"{tree.path} cannot be written"
 
 
+def _systemd() -> str | None:
+    missing = shutil.which("systemd-analyze", path=_SBIN) is None
+    return "no systemd-analyze (apt-get install systemd)" if missing else None
+
+
 def _programs(*names: str) -> str | None:
     missing = [name for name in names if shutil.which(name, path=_SBIN) is None]
     return f"no {', '.join(missing)} (apt-get install util-linux mount)" if missing else None
@@ -75,5 +81,6 @@ NEEDS: Final[dict[str, Callable[[], str | None]]] = {
     "loop": _loop,
     "swap": _swap,
     "cell": _cell,
+    "systemd": _systemd,
 }
 """Each need, and the function that says why it cannot be had."""

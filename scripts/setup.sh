@@ -26,8 +26,7 @@ missing_packages() {
     has modprobe || echo kmod
     has mkfs.ext4 || echo e2fsprogs
     has fio || echo fio
-    has nbdkit || echo nbdkit
-    has nbdfuse || echo libnbd-bin
+    has systemd-analyze || echo systemd
     if has "$PYTHON"; then
         python_can 'import ensurepip, venv' || echo python3-venv
         python_can 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' || echo python3-dev
