@@ -107,7 +107,7 @@ def test_every_option_of_a_mount_is_a_key() -> None:
     """What can be typed can be configured, under the same name."""
     parser = build_parser()
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    options = {action.dest for action in commands.choices["swapon"]._actions} - {"help"}
+    options = {action.dest for action in commands.choices["swapon"]._actions} - {"help", "config"}
     assert options | {"swap"} == {key.name for key in KEYS}
 
 

@@ -362,6 +362,7 @@ def test_nobody_who_could_hand_over(mount: Mount) -> None:
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
+        standby = served.standby
         served.kill(served.keeper)
         for dead in (False, True):
             run = run_zbudfs("restart", served.mountpoint)
@@ -369,7 +370,7 @@ def test_nobody_who_could_hand_over(mount: Mount) -> None:
             assert run.stderr.startswith(f"zbudfs: the keeper of {served.mountpoint} cannot be reached")
             if not dead:
                 compare(fd, 0, 64)
-                served.kill(served.worker)
+                served.kill(standby, served.worker)
     assert is_mounted(served.mountpoint)
 
 

@@ -27,6 +27,7 @@ COMMANDS = (
         "status",
         "set",
         "exporter",
+        "serve",
         "config",
         "doctor",
         "estimate",
@@ -55,6 +56,10 @@ COMMANDS = (
         (["mount", "--level", "fast", "/x"], "'fast' is not a level"),
         (["swapon", "--priority", "-1", "/x"], "'-1' is not a priority: write a whole number from 0 to 32767"),
         (["mount", "--siz", "4G", "/x"], "unrecognized arguments: --siz"),
+        (["swapon"], "write either MOUNTPOINT or --config NAME"),
+        (["swapoff", "--config", "swap", "/x"], "write either MOUNTPOINT or --config NAME"),
+        (["swapon", "--config", "swap", "--size", "4G"], "--size does not go with --config: write it into the file"),
+        (["serve"], "required: NAME"),
         (["status", "/x", "/y"], "unrecognized arguments: /y"),
     ],
 )
@@ -132,6 +137,16 @@ def test_root_is_needed(
     assert capsys.readouterr().err == f"zbudfs: {command} needs root: run it with sudo\n"
 
 
+@pytest.mark.needs("root")
+def test_a_service_without_a_configuration(tmp_path: Path) -> None:
+    """`serve` ends with the status that tells a service manager not to try again; the other two just fail."""
+    name = f"none-{os.getpid()}"
+    for status, words in ((2, ["serve", name]), (1, ["swapon", "--config", name]), (1, ["swapoff", "--config", name])):
+        run = run_zbudfs(*words, cwd=tmp_path)
+        assert (run.returncode, run.stdout) == (status, "")
+        assert run.stderr.startswith(f"zbudfs: /etc/zbudfs/{name}.toml does not exist")
+
+
 def test_the_version() -> None:
     """--version says it."""
     run = run_zbudfs("--version")
@@ -142,7 +157,7 @@ def test_the_version() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Help says what every option does."""
     assert main([command, "--help"]) == 0
-    metavars = {"config": "NAME", "doctor": "NAME", "estimate": "PID", "trace": "COMMAND"}
+    metavars = {"serve": "NAME", "config": "NAME", "doctor": "NAME", "estimate": "PID", "trace": "COMMAND"}
     assert metavars.get(command, "MOUNTPOINT") in capsys.readouterr().out
     parser = build_parser()
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]

@@ -52,6 +52,8 @@ class Arguments(argparse.Namespace):
     """Whether JSON is printed."""
     name: str | None
     """Of a configuration; None: all of them."""
+    config: str | None
+    """Name of a configuration that says the rest; None: the mountpoint is typed."""
     check: bool
     """Whether config only looks for errors."""
     root: str

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from zbudfs import __version__
-from zbudfs.cli import commands, values
+from zbudfs.cli import commands, unit, values
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.config import FOLDER
 from zbudfs.cli.doctor.command import add_doctor
@@ -25,7 +25,15 @@ from zbudfs.cli.study_options import add_estimate, add_trace
 from zbudfs.core.packing import DENSE, Packing
 from zbudfs.core.sizes import GRAMMAR
 from zbudfs.core.tunables import TUNABLES
-from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_PACKING, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
+from zbudfs.service.settings import (
+    BACKING_FOLDER,
+    DEFAULT_LEVEL,
+    DEFAULT_PACKING,
+    DEFAULT_POOL,
+    MAX_LEVEL,
+    MIN_LEVEL,
+    SettingsError,
+)
 from zbudfs.swap.attach import MAX_PRIORITY
 
 _EPILOG: Final = """\
@@ -79,6 +87,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+_SERVE_EPILOG: Final = """\
+The process that was started becomes the daemon, and tells the service manager how things stand (sd_notify). Started again
+after a crash, or after SIGTERM while the swap file is open, it takes over what is still there: the mount, what is
+stored, and the worker that served meanwhile. zbudfs@.service runs this; by hand, zbudfs mount is what you want.
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; what it gives is an `Arguments` whose `run` is the command."""
     parser = OneLineParser(
@@ -119,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(
         "swapon",
-        commands.swapon,
+        _mountpoint_or_config(commands.swapon, unit.swapon),
         "make a zbudfs active swap, mounting it first if need be",
         _MOUNT_EPILOG + "\nIf a step fails, the steps before it are undone.\n",
     )
@@ -130,17 +145,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"0 to {MAX_PRIORITY}, the highest is used first (default: the kernel's choice, after all other swap)",
     )
-    sub.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory that it is, or will be, mounted on")
+    _add_mountpoint_or_config(sub)
 
     sub = command(
         "swapoff",
-        commands.swapoff,
+        _mountpoint_or_config(commands.swapoff, unit.swapoff),
         "read everything back to RAM and end the swap on a zbudfs",
         "If RAM is too short for what would come back, it fails and leaves everything running.\n",
     )
     sub.add_argument("--umount", action="store_true", help="unmount it as well")
     sub.add_argument("--force", action="store_true", help="try it even if RAM seems to be too short")
-    sub.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory that it is mounted on")
+    _add_mountpoint_or_config(sub)
 
     sub = command(
         "restart",
@@ -208,6 +223,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("mountpoints", metavar="MOUNTPOINT", nargs="*", help="directory (default: every zbudfs)")
 
     sub = command(
+        "serve",
+        unit.serve,
+        "become the daemon of a configuration, for a service manager",
+        _SERVE_EPILOG,
+    )
+    sub.add_argument("name", metavar="NAME", help=f"of the configuration, {FOLDER}/NAME.toml")
+
+    sub = command(
         "config",
         commands.config,
         "tell what is configured, and where each value comes from",
@@ -261,6 +284,35 @@ examples:
   zbudfs config --json swap | jq .values.size
   zbudfs config --check                         are all files in order?
 """
+
+
+def _add_mountpoint_or_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="NAME", help=f"what {FOLDER}/NAME.toml says, instead of MOUNTPOINT and options"
+    )
+    parser.add_argument(
+        "mountpoint", metavar="MOUNTPOINT", nargs="?", help="directory that it is, or will be, mounted on"
+    )
+
+
+def _mountpoint_or_config(
+    typed: Callable[[Arguments], int], configured: Callable[[Arguments], int]
+) -> Callable[[Arguments], int]:
+    """Choose by which of the two is there; exactly one must be."""
+
+    def run(arguments: Arguments) -> int:
+        if (arguments.mountpoint is None) == (arguments.config is None):
+            raise SettingsError("write either MOUNTPOINT or --config NAME")
+        given = [
+            name
+            for name in ("size", "pool", "backing", "level", "encrypt", "priority")
+            if getattr(arguments, name, None) is not None
+        ]
+        if arguments.config is not None and given:
+            raise SettingsError(f"--{given[0]} does not go with --config: write it into the file")
+        return typed(arguments) if arguments.config is None else configured(arguments)
+
+    return run
 
 
 def _add_mount_options(parser: argparse.ArgumentParser) -> None:

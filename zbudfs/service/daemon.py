@@ -3,6 +3,8 @@
 
     --settings-fd N --ready-fd M [--foreground]   make a mount; say on M how it went: one line of JSON
     --adopt-fd N [--foreground]                   take a mount over from the keeper at the other end of the socket N
+    --service [--settings-fd N]                   be the main process of a service: go on with what an earlier one has
+                                                  left, or make a mount; without settings only the former
 
 What runs here is the keeper (service/keeper.py), which forks the workers.
 """
@@ -14,14 +16,16 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from zbudfs.core.errors import ZbudfsError
 from zbudfs.fuse.shim import ShimError
 from zbudfs.service.keeper import Keeper, StartError, keep_adopted
 from zbudfs.service.log import Log, route_logging
 from zbudfs.service.mountpoint import MountError
+from zbudfs.service.notify import Notifier, take_stored
 from zbudfs.service.pooldir import PoolDirectoryError
+from zbudfs.service.predecessors import NAMES, Remains, find
 from zbudfs.service.settings import Settings, SettingsError
 
 EXPECTED = (ZbudfsError, MountError, PoolDirectoryError, SettingsError, ShimError, StartError, MemoryError, OSError)
@@ -35,8 +39,7 @@ def _say(ready_fd: int, message: dict[str, object]) -> None:
     os.close(ready_fd)
 
 
-def _mount(settings: Settings, log: Log, ready_fd: int, *, foreground: bool) -> int:
-    keeper = Keeper(settings, log, foreground=foreground)
+def _mount(settings: Settings, log: Log, say: Callable[[dict[str, object]], None], keeper: Keeper) -> int:
     made = False
     try:
         keeper.make()
@@ -48,25 +51,85 @@ def _mount(settings: Settings, log: Log, ready_fd: int, *, foreground: bool) -> 
             keeper.undo()
         text = str(error) or type(error).__name__
         log.error(text)
-        _say(ready_fd, {"error": text})
+        say({"error": text})
         return 1
-    _say(ready_fd, {"ready": True, "pid": os.getpid(), "warnings": keeper.warnings})
+    say({"ready": True, "pid": os.getpid(), "warnings": keeper.warnings})
+    return keeper.run()
+
+
+def _serve(settings: Settings | None, log: Log) -> int:
+    """Be the main process of a service: the exit status."""
+    notifier = Notifier.from_environment()
+    remains = find(take_stored(), settings.mountpoint if settings is not None else None)
+    if remains is not None:
+        return _resume(remains, settings, log, notifier)
+    for name in NAMES:
+        notifier.forget(name)
+    if settings is None:
+        log.error("there is nothing to go on with, and no settings to mount with")
+        return 1
+
+    def say(message: dict[str, object]) -> None:
+        if "error" in message:
+            notifier.tell(f"STATUS={message['error']}")
+
+    return _mount(settings, log, say, Keeper(settings, log, foreground=False, notifier=notifier))
+
+
+def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notifier) -> int:
+    """Go on with a mount that has lost its keeper, and perhaps its worker."""
+    settings = remains.settings
+    keeper = Keeper(settings, log, foreground=False, notifier=notifier)
+    try:
+        keeper.adopt(remains.folder, remains.descriptors, remains.born_ns)
+        if remains.pidfds:
+            keeper.start()
+        else:
+            keeper.start_at_once()
+    except EXPECTED as error:
+        text = f"{settings.mountpoint} cannot be taken over: {error or type(error).__name__}"
+        log.error(text)
+        notifier.tell(f"STATUS={text}")
+        return 1
+    # From here on there is no way back: whoever served must be gone before the new worker does.
+    try:
+        remains.end()
+    except TimeoutError as error:
+        log.error(str(error))
+        return 1
+    keeper.forget_served()
+    if wanted is not None and wanted != settings:
+        log.warning(f"the configuration has changed: it takes effect when {settings.mountpoint} is mounted anew")
+    try:
+        keeper.serve_first()
+    except StartError as error:
+        log.error(f"{error}; another worker is tried")
     return keeper.run()
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the daemon; the exit status."""
     foreground = "--foreground" in arguments
-    named = dict(zip(arguments[::2], arguments[1::2], strict=False))
+    service = "--service" in arguments
+    words = [word for word in arguments if word not in ("--foreground", "--service")]
+    named = dict(zip(words[::2], words[1::2], strict=True))
     log = Log(foreground)
     route_logging(log)
     if "--adopt-fd" in named:
-        return keep_adopted(socket.socket(fileno=int(named["--adopt-fd"])), log, foreground=foreground)
+        notifier = Notifier.from_environment() if service else None
+        channel = socket.socket(fileno=int(named["--adopt-fd"]))
+        return keep_adopted(channel, log, foreground=foreground, notifier=notifier)
+    settings = None
+    if "--settings-fd" in named:
+        with open(int(named["--settings-fd"]), "rb") as stream:  # noqa: PTH123  a descriptor
+            settings = Settings.from_json(stream.read())
+    if service:
+        return _serve(settings, log)
+    assert settings is not None
     ready_fd = int(named["--ready-fd"])
     os.set_inheritable(ready_fd, False)
-    with open(int(named["--settings-fd"]), "rb") as stream:  # noqa: PTH123  a descriptor
-        settings = Settings.from_json(stream.read())
-    return _mount(settings, log, ready_fd, foreground=foreground)
+    keeper = Keeper(settings, log, foreground=foreground)
+    return _mount(settings, log, lambda message: _say(ready_fd, message), keeper)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,12 @@ def before_threads(heap_bytes: int) -> list[str]:
     return [refusal for refusal in steps if refusal]
 
 
+def before_exec() -> None:
+    """Prepare a process that is about to become the daemon: what a new program keeps. `before_threads` tells refusals."""
+    _set_io_flusher()
+    _schedule_realtime()
+
+
 def grow_heap(heap_bytes: int) -> str | None:
     """Grow malloc's heap by so much, once, in a process that was forked from one prepared with less. What was refused."""
     return _pin_heap(heap_bytes)

@@ -12,6 +12,10 @@ system and forks a worker on it.
 
 The keeper has one thread, no event loop, and allocates as little as it can. It waits for: the end of its children
 (pidfds), signals, a heartbeat that stands still, and orders on a socket in the pool directory.
+
+As the main process of a service it also tells the manager how things stand (service/notify.py), gives it the descriptors
+to keep, and, told to end while the swapfile is open, goes alone: worker and standby serve on until another keeper comes
+(service/predecessors.py).
 """
 
 import array
@@ -31,7 +35,8 @@ from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.fuse import shim
 from zbudfs.service import hardening
 from zbudfs.service.log import Log
-from zbudfs.service.mountpoint import MountError, open_and_mount, request_timeout_warnings, unmount
+from zbudfs.service.mountpoint import MountError, is_connected, open_and_mount, request_timeout_warnings, unmount
+from zbudfs.service.notify import WATCHDOG_PARTS, Notifier
 from zbudfs.service.pooldir import PoolDirectory
 from zbudfs.service.settings import BACKING_FOLDER, Settings
 from zbudfs.service.worker import FAILED, Mounted, work
@@ -48,6 +53,15 @@ STANDBY_DELAY_SECONDS: Final = 0.2
 
 START_LIMIT_SECONDS: Final = 45.0
 """How long the first worker may take to come up. Arbitrary."""
+
+STATUS_SECONDS: Final = 5.0
+"""How often the line of status is renewed, if it has changed. Arbitrary."""
+
+CLOSE_SECONDS: Final = 1.0
+"""How long an open swapfile may still be on its way to be closed: the kernel does not wait for that. Arbitrary."""
+
+END_RETRY_SECONDS: Final = 1.0
+"""How often the worker is told to end when a service ends: a loop device lets go of its file a little late. Arbitrary."""
 
 MAX_FAILURES: Final = 8
 """Workers in a row that do not come up, before the keeper gives up. With the back-off that is some 25 seconds."""
@@ -94,10 +108,19 @@ class Child:
 class Keeper:
     """The keeper of one mount."""
 
-    def __init__(self, settings: Settings, log: Log, *, foreground: bool) -> None:
+    def __init__(self, settings: Settings, log: Log, *, foreground: bool, notifier: Notifier | None = None) -> None:
+        """Keep a mount with these settings; `notifier` if this is the main process of a service."""
         self._settings = settings
         self._log = log
         self._foreground = foreground
+        self._is_service = notifier is not None
+        self._notifier = notifier or Notifier()
+        self._not_stored: list[str] = []
+        self._told_beat = 0
+        self._told_status = ""
+        self._tell_alive_at = self._tell_status_at = self._tell_end_at = self._told_to_end_at = 0.0
+        self._told_to_end = False
+        self._pidfd = os.pidfd_open(os.getpid())
         self._warnings: list[str] = []
         self._worker: Child | None = None
         self._standby: Child | None = None
@@ -160,8 +183,18 @@ class Keeper:
 
     def _prepare(self, born_ns: int) -> None:
         self._born_ns = born_ns
+        self._descriptors = {"fuse": self._fuse_fd, "lock": self._directory.lock_fd}
+        if self._backing is not None:
+            self._descriptors["backing"] = self._backing.fileno()
         board = self._memory.board
-        board.fields[Field.KEEPER_PID] = os.getpid()
+        for field, value in (
+            (Field.KEEPER_PID, os.getpid()),
+            (Field.BORN_NS, born_ns),
+            (Field.FUSE_FD, self._fuse_fd),
+            (Field.LOCK_FD, self._directory.lock_fd),
+            (Field.BACKING_FD, self._descriptors.get("backing", 0)),
+        ):
+            board.fields[field] = value
         self._log.ring = board
         self._mounted = Mounted(
             self._settings,
@@ -169,6 +202,7 @@ class Keeper:
             self._backing,
             self._fuse_fd,
             os.getpid(),
+            self._pidfd,
             born_ns,
             self._warnings,
             self._log,
@@ -225,6 +259,16 @@ class Keeper:
         self._promote(self._worker)
         return self._warnings
 
+    def start_at_once(self) -> None:
+        """Fork the first worker while nobody serves the mount, and swap is dead with it: it gets ready afterwards."""
+        self._worker = self._fork(as_standby=False)
+        self._promote(self._worker)
+        self._memory.board.fields[Field.RECOVERIES] += 1
+
+    def forget_served(self) -> None:
+        """Whoever served before is gone."""
+        self._memory.board.fields[Field.SERVING] = 0
+
     def serve_first(self) -> None:
         """Order the first worker to serve and wait until it does. StartError."""
         assert self._worker is not None
@@ -262,6 +306,8 @@ class Keeper:
         self._clean_up()
 
     def _clean_up(self) -> None:
+        for name in self._descriptors:
+            self._notifier.forget(name)
         os.close(self._fuse_fd)
         if self._backing is not None:
             self._backing.close()
@@ -278,16 +324,17 @@ class Keeper:
     def _fork(self, *, as_standby: bool) -> Child:
         fields = self._memory.board.fields
         order_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        served_by = self._worker.pidfd if as_standby and self._worker is not None else None
         if as_standby:
             fields[Field.STANDBY_READY] = 0
         pid = os.fork()
         if not pid:
-            self._be_child(order_fd, as_standby=as_standby)
+            self._be_child(order_fd, served_by, as_standby=as_standby)
         if as_standby:
             fields[Field.STANDBY_PID] = pid
         return Child(pid, order_fd)
 
-    def _be_child(self, order_fd: int, *, as_standby: bool) -> NoReturn:
+    def _be_child(self, order_fd: int, served_by: int | None, *, as_standby: bool) -> NoReturn:
         """In the forked process: work, and end without any of the keeper's clean-up."""
         status = FAILED
         try:
@@ -298,7 +345,8 @@ class Keeper:
                 self._ballast.close()
             if self._control is not None:
                 self._control.close()
-            status = work(self._mounted, order_fd, emergency=not as_standby)
+            self._notifier.close()
+            status = work(self._mounted, order_fd, emergency=not as_standby, served_by=served_by)
         finally:
             os._exit(status)
 
@@ -313,14 +361,19 @@ class Keeper:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Keep the mount served until it is gone: the exit status."""
+        """Keep the mount served until it is gone, or until this keeper is to go alone: the exit status."""
         self._listen()
+        self._not_stored = list(self._descriptors)
+        self._notifier.tell("READY=1")
         while True:
             self._wait()
             status = self._look_after_worker()
             if status is not None:
                 break
             self._look_after_standby()
+            self._tell_manager()
+            if self._told_to_end and self._end_or_leave():
+                return 0  # handed over to worker and standby
             if self._control is not None and select.select([self._control], [], [], 0)[0] and self._serve_control():
                 return 0  # handed over: nothing of this is ours any more
         if self._standby is not None:
@@ -331,7 +384,9 @@ class Keeper:
 
     def _listen(self) -> None:
         def wake(number: int, frame: object) -> None:
-            if self._worker is not None and not (number == signal.SIGINT and self._foreground):
+            if self._is_service:
+                self._told_to_end = True
+            elif self._worker is not None and not (number == signal.SIGINT and self._foreground):
                 with contextlib.suppress(ProcessLookupError):  # it decides: with swap attached it must not end
                     signal.pidfd_send_signal(self._worker.pidfd, number)
 
@@ -374,7 +429,7 @@ class Keeper:
             pid, self._worker = self._worker.pid, None
             if status == 0:
                 return 0
-            if not self._mount_is_there():
+            if not is_connected(self._fuse_fd):
                 return 0  # it was unmounted while nobody served it
             self._failures = 0 if served else self._failures + 1
             why = self._memory.board.take_error() if status == FAILED else f"status {status}"
@@ -385,6 +440,9 @@ class Keeper:
             self._take_over()
             self._log.error(f"worker {pid} died ({why or status}); {self._standby_said()}")
         if self._worker is None:
+            if self._failures >= MAX_FAILURES and self._is_service and self._directory.survives:
+                self._log.error(f"{self._failures} workers in a row did not come up: a new keeper is to try")
+                os._exit(1)  # the manager keeps the descriptors, and the memory is in the pool directory
             if self._failures >= MAX_FAILURES:
                 self._log.error(
                     f"{self._failures} workers in a row did not come up: giving up, what is swapped out is lost"
@@ -462,13 +520,61 @@ class Keeper:
             if self._ballast is None:
                 self._load_ballast()
 
-    def _mount_is_there(self) -> bool:
-        """Whether the connection is alive: a poll of a connection that was unmounted or aborted says error."""
-        poll = select.poll()
-        poll.register(self._fuse_fd, 0)
-        return not poll.poll(0)
+    # ---- as the main process of a service ----------------------------------------------------------------------------
 
-    # ---- handing over to a newer version -------------------------------------------------------------------------
+    def _tell_manager(self) -> None:
+        """Descriptors until they are stored, signs of life as long as the worker gives them, one line of status."""
+        if not self._is_service:
+            return
+        now = time.monotonic()
+        self._not_stored = [
+            name for name in self._not_stored if not self._notifier.store(name, self._descriptors[name])
+        ]
+        # What the worker's event loop counts, and not that this loop turns: a stuck worker is a stuck service.
+        beat = self._heartbeat[0]
+        due = self._notifier.watchdog_seconds > 0 and now >= self._tell_alive_at
+        if due and beat != self._told_beat and self._notifier.tell("WATCHDOG=1"):
+            self._told_beat = beat
+            self._tell_alive_at = now + self._notifier.watchdog_seconds / WATCHDOG_PARTS
+        if now >= self._tell_status_at:
+            self._tell_status_at = now + STATUS_SECONDS
+            status = self._status()
+            if status != self._told_status and self._notifier.tell(f"STATUS={status}"):
+                self._told_status = status
+
+    def _status(self) -> str:
+        fields = self._memory.board.fields
+        if not fields[Field.SERVING]:
+            return "no worker serves at the moment; one takes over"
+        frames = fields[Field.USED_FRAMES]
+        return (
+            f"{fields[Field.STORED_PAGES]} pages stored in {frames >> 20 - PAGE_SHIFT} of"
+            f" {self._memory.nr_frames >> 20 - PAGE_SHIFT} MiB, {fields[Field.WRITTEN_BACK_PAGES]} of them on disk;"
+            f" {'standby ready' if fields[Field.STANDBY_READY] else 'no standby'}, {fields[Field.RECOVERIES]} recoveries"
+        )
+
+    def _end_or_leave(self) -> bool:
+        """The service is to end: have the worker unmount, or, with the swapfile open, True: this keeper goes alone.
+
+        Not while a worker takes over: it would end with its keeper.
+        """
+        fields = self._memory.board.fields
+        now = time.monotonic()
+        if self._worker is None or not fields[Field.SERVING]:
+            return False
+        if not self._told_to_end_at:
+            self._told_to_end_at = now
+        users = fields[Field.OPEN_SWAPFILES]
+        if not users and now >= self._tell_end_at:
+            self._tell_end_at = now + END_RETRY_SECONDS
+            self._notifier.tell("STOPPING=1", "STATUS=unmounting")
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._worker.pidfd, signal.SIGTERM)
+        if not users or now < self._told_to_end_at + CLOSE_SECONDS:
+            return False
+        self._notifier.tell("STOPPING=1", "STATUS=the swapfile is open: worker and standby serve on without a keeper")
+        self._log.info(f"told to end while the swapfile is open ({users} times): worker {self._worker.pid} serves on")
+        return True
 
     def _serve_control(self) -> bool:
         """Answer one order on the socket. True if another keeper has everything now."""
@@ -497,6 +603,7 @@ class Keeper:
         fields = self._memory.board.fields
         shared = (Field.KEEPER_PID, Field.STANDBY_PID, Field.STANDBY_READY)
         before = [fields[field] for field in shared]
+        self._notifier.tell("WATCHDOG=1")  # nothing is told meanwhile
         answer = self._try_restart(interpreter)
         if "error" in answer:
             for field, value in zip(shared, before, strict=True):
@@ -507,6 +614,7 @@ class Keeper:
         mine, theirs = socket.socketpair()
         arguments = [interpreter, "-I", "-m", "zbudfs.service.daemon", "--adopt-fd", str(theirs.fileno())]
         arguments += ["--foreground"] if self._foreground else []
+        arguments += ["--service"] if self._is_service else []
         os.set_inheritable(theirs.fileno(), True)
         try:
             pid = os.posix_spawn(interpreter, arguments, dict(os.environ))
@@ -517,8 +625,7 @@ class Keeper:
         mine.settimeout(START_LIMIT_SECONDS + 5)
         with mine:
             try:
-                descriptors = [self._fuse_fd, self._directory.lock_fd]
-                descriptors += [self._backing.fileno()] if self._backing is not None else []
+                descriptors = list(self._descriptors.values())
                 message: dict[str, object] = {
                     "settings": self._settings.to_json(),
                     "folder": self._directory.path,
@@ -536,6 +643,7 @@ class Keeper:
                         child.reap()
                 self._worker = self._standby = None
                 self._memory.board.fields[Field.SERVING] = 0
+                self._notifier.tell(f"MAINPID={pid}")
                 mine.sendall(b'{"go": true}\n')
                 return {"pid": pid, "version": reply["version"]}
             except OSError as error:
@@ -569,11 +677,12 @@ def _receive_line(channel: socket.socket) -> dict[str, object]:
     return message
 
 
-def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool) -> int:
+def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool, notifier: Notifier | None = None) -> int:
     """Be the keeper that takes over from the one at the other end of `channel`: the exit status."""
     try:
         handed, descriptors = receive_with_descriptors(channel)
-        keeper = Keeper(Settings.from_json(str(handed["settings"])), log, foreground=foreground)
+        settings = Settings.from_json(str(handed["settings"]))
+        keeper = Keeper(settings, log, foreground=foreground, notifier=notifier)
         keeper.adopt(str(handed["folder"]), descriptors, int(str(handed["born_ns"])))
         keeper.start()
     except Exception as error:

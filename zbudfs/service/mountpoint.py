@@ -19,6 +19,7 @@ import ctypes
 import errno
 import os
 import re
+import select
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,13 @@ def is_dead(mountpoint: str) -> bool:
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False
+
+
+def is_connected(fuse_fd: int) -> bool:
+    """Whether the connection of this descriptor is alive. One that was unmounted or aborted shows an error."""
+    poll = select.poll()
+    poll.register(fuse_fd, 0)
+    return not poll.poll(0)
 
 
 def parse_mountinfo(text: bytes) -> list[Mount]:

@@ -135,6 +135,16 @@ def pool_directories(mountpoint: str) -> list[str]:
     return sorted(f"{folder}/{found}" for found in names if found == name or found.startswith(f"{name}@"))
 
 
+def is_held(mountpoint: str) -> bool:
+    """Whether a process, or a service manager's store, has the lock of a pool directory of this mountpoint."""
+    for path in pool_directories(mountpoint):
+        try:
+            os.close(_lock(path))
+        except PoolDirectoryInUse:
+            return True
+    return False
+
+
 def remove_dead(mountpoint: str) -> list[str]:
     """Take away the pool directories that dead processes of a mount have left, and with them all memory that they held.
 

@@ -43,7 +43,7 @@ from zbudfs.fuse.operations import Operations
 from zbudfs.fuse.session import HEAP_BYTES, MAX_REQUEST_BYTES, open_session, resend, resume, serve
 from zbudfs.service import hardening
 from zbudfs.service.log import Log
-from zbudfs.service.mountpoint import MountError, unmount
+from zbudfs.service.mountpoint import MountError, is_connected, unmount
 from zbudfs.service.settings import Settings
 from zbudfs.service.urgency import Urgency
 from zbudfs.store.backing import Backing
@@ -77,6 +77,7 @@ class Mounted:
     backing: Backing | None
     fuse_fd: int
     keeper_pid: int
+    keeper_pidfd: int
     born_ns: int
     """Times of all files."""
     warnings: list[str]
@@ -85,18 +86,18 @@ class Mounted:
     pool_directory: str
 
 
-def work(mounted: Mounted, order_fd: int, *, emergency: bool) -> int:
+def work(mounted: Mounted, order_fd: int, *, emergency: bool, served_by: int | None = None) -> int:
     """Be a worker, in a process of its own; the exit status. `order_fd` is the eventfd on which to wait.
 
-    In an emergency swap is dead until this worker serves.
+    In an emergency swap is dead until this worker serves. `served_by` is the pidfd of the worker that serves meanwhile.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a standby ends with its keeper
+        signal.signal(number, signal.SIG_IGN)  # a standby ends with its mount
     _die_with_keeper(signal.SIGKILL)
     if os.getppid() != mounted.keeper_pid:
         return FAILED  # it died before that was set
     try:
-        trio.run(Worker(mounted, order_fd, emergency=emergency).run)
+        trio.run(Worker(mounted, order_fd, served_by, emergency=emergency).run)
     except BaseException as error:
         first = _first(error)
         mounted.log.error(f"a worker failed: {first!r}")
@@ -119,8 +120,9 @@ def _first(error: BaseException) -> BaseException:
 class Worker:
     """One worker's life."""
 
-    def __init__(self, mounted: Mounted, order_fd: int, *, emergency: bool) -> None:
+    def __init__(self, mounted: Mounted, order_fd: int, served_by: int | None, *, emergency: bool) -> None:
         self._emergency = emergency
+        self._served_by = served_by
         self._mounted = mounted
         self._order_fd = order_fd
         self._board = mounted.memory.board
@@ -143,7 +145,7 @@ class Worker:
             shim.use_metrics(self._board.latencies.words)
             steering = Steering(store)
             steering.adopt_level()
-            stats = Stats(store, lambda: self._facts(store), self._board.lines)
+            stats = Stats(store, self._facts, self._board.lines)
             control = Control(steering, self._log.info)
             operations = Operations(store, stats, control, nursery, mounted.born_ns)
             open_session(operations, mounted.fuse_fd)
@@ -163,6 +165,7 @@ class Worker:
                 async with trio.open_nursery() as waiting:
                     if not self._emergency:
                         waiting.start_soon(self._follow, helper, steering)
+                    waiting.start_soon(self._outlive_keeper)
                     await trio.lowlevel.wait_readable(self._order_fd)
                     waiting.cancel_scope.cancel()
                 await self._take_over(store, steering, nursery)
@@ -176,6 +179,7 @@ class Worker:
         began = time.monotonic_ns()
         fields = self._board.fields
         self._active = True
+        fields[Field.WORKER_PID] = os.getpid()  # from the next line on it may be the only one left
         _die_with_keeper(0)
         found = store.recover()
         steering.adopt()
@@ -219,6 +223,25 @@ class Worker:
                 self._board.fields[Field.HEARTBEAT] += 1
                 store.save_counters()
                 steering.save()
+
+    async def _outlive_keeper(self) -> None:
+        """Without a keeper there is nobody to order a standby: it waits for the worker's end and orders itself.
+
+        Who is not the standby of a worker that serves, or whose mount is gone, ends instead.
+        """
+        mounted = self._mounted
+        if self._served_by is not None:
+            _die_with_keeper(0)
+        await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
+        if self._served_by is None:
+            os._exit(FAILED)
+        await trio.lowlevel.wait_readable(self._served_by)
+        if not is_connected(mounted.fuse_fd):
+            os._exit(0)
+        fields = self._board.fields
+        fields[Field.SERVING] = fields[Field.STANDBY_PID] = fields[Field.STANDBY_READY] = 0
+        fields[Field.RECOVERIES] += 1
+        os.eventfd_write(self._order_fd, 1)
 
     async def _follow(self, helper: IoThread[None], steering: Steering) -> None:
         """As a standby: keep up with what the worker changes and a takeover would need memory for."""
@@ -267,7 +290,7 @@ class Worker:
             else:
                 return  # the session sees that the mount is gone, and ends
 
-    def _facts(self, store: PageStore) -> dict[str, Value]:
+    def _facts(self) -> dict[str, Value]:
         mounted = self._mounted
         settings = mounted.settings
         fields = self._board.fields
@@ -280,8 +303,8 @@ class Worker:
             "pid": mounted.keeper_pid if keeper_lives else os.getpid(),
             "keeper_pid": fields[Field.KEEPER_PID],
             "worker_pid": fields[Field.WORKER_PID],
-            "standby_pid": fields[Field.STANDBY_PID] if keeper_lives else 0,  # it ends with its keeper
-            "standby_ready": bool(fields[Field.STANDBY_READY]) and keeper_lives,
+            "standby_pid": fields[Field.STANDBY_PID],
+            "standby_ready": bool(fields[Field.STANDBY_READY]),
             "recoveries": fields[Field.RECOVERIES],
             "last_recovery_us": fields[Field.LAST_RECOVERY_US],
             "lost_in_recovery": fields[Field.LOST_IN_RECOVERY],
@@ -294,11 +317,7 @@ class Worker:
             "backing_size_bytes": settings.size_bytes if settings.backing is not None else 0,
             "open_swapfiles": fields[Field.OPEN_SWAPFILES],
             "log_dropped": mounted.log.dropped,
-            "warnings": [
-                *mounted.warnings,
-                *self._present_warnings(keeper_lives=keeper_lives),
-                *store.reclaimer.warnings(),
-            ],
+            "warnings": [*mounted.warnings, *self._present_warnings(keeper_lives=keeper_lives)],
         }
 
     def _survives(self) -> bool:
@@ -312,7 +331,10 @@ class Worker:
                 " (FUSE_NOTIFY_RESEND, Linux 6.9 or later)"
             )
         if not keeper_lives:
-            found.append("the keeper has died: nobody would take over; swapoff and mount anew")
+            found.append(
+                "the keeper is gone: the standby would take over once, and nobody after it; start the service again, or"
+                " swapoff and mount anew"
+            )
         return found
 
 

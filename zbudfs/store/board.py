@@ -82,6 +82,17 @@ class Field(IntEnum):
     """1 while requests are recorded (store/tracer.py)."""
     PACKING = 25
     """The code of the packing, which is also that of the layout of its frames."""
+    BORN_NS = 40
+    """When the mount was made: the time of all its files."""
+    FUSE_FD = 41
+    """Number of the connection's descriptor in the worker and the standby, and of the next two."""
+    LOCK_FD = 42
+    BACKING_FD = 43
+    """0: there is no backing file."""
+    STORED_PAGES = 44
+    """As of the last heartbeat, like the next two."""
+    USED_FRAMES = 45
+    WRITTEN_BACK_PAGES = 46
 
 
 class Board:

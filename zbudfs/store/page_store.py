@@ -48,6 +48,7 @@ from zbudfs.core.page_table import (
 )
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
+from zbudfs.store.board import Field
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.pool import Pool
@@ -241,9 +242,17 @@ class PageStore:
         return found
 
     def save_counters(self) -> None:
-        """Put the cumulative counters where they survive this process; what comes after the last time is lost with it."""
+        """Put the cumulative counters where they survive this process; what comes after the last time is lost with it.
+
+        Beside them what is stored now, for the keeper to tell.
+        """
+        board = self.memory.board
         mine = [self._owner(owner)[name] for owner, name in CUMULATIVE]
-        self.memory.board.save_counters(mine + self._allocator.cumulative())
+        board.save_counters(mine + self._allocator.cumulative())
+        counts = self._table.counts
+        board.fields[Field.STORED_PAGES] = self._table.stored_pages
+        board.fields[Field.USED_FRAMES] = self._pool.used_frames
+        board.fields[Field.WRITTEN_BACK_PAGES] = counts[BLOCK] + counts[RAW_BLOCK]
 
     def _owner(self, owner: str) -> dict[str, int]:
         """The counters of an owner, by name."""

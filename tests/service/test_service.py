@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: MIT
+"""The keeper as the main process of a service, under a manager that does what systemd does: it keeps what it is given.
+
+Whoever of keeper, worker and standby is stopped or killed, the keeper that is started next goes on with what is there, and
+no reader sees anything of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.service.test_keeper import PAGE, Served, compare, fill, opened, watched
+from tests.support import LIMIT_SECONDS, is_mounted, is_running, wait_until, zbudfs
+from zbudfs.service.settings import Settings
+from zbudfs.store.board import Field
+
+pytestmark = pytest.mark.needs("root", "fuse")
+
+MIB: Final = 1 << 20
+LAUNCH: Final = """
+import fcntl, json, os, sys
+fds, settings = json.loads(sys.argv[1]), int(sys.argv[2])
+high = {name: fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for name, fd in fds.items()}
+settings = fcntl.fcntl(settings, fcntl.F_DUPFD, 100)
+for number, fd in enumerate(high.values(), 3):
+    os.dup2(fd, number)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_FDNAMES=":".join(fds))
+command = [sys.executable, "-I", "-m", "zbudfs.service.daemon", "--service", "--settings-fd", str(settings)]
+os.execv(command[0], command)
+"""
+"""What systemd does between fork and exec."""
+
+
+class Manager:
+    """Starts the daemon, listens to it, and keeps descriptors for it."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.said: list[str] = []
+        self.stored: dict[str, int] = {}
+        self.process: subprocess.Popen[bytes] | None = None
+        self._settings = settings
+        self._path = folder / "notify"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(self._path))
+        self._end, self._ender = os.pipe()
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while self._end not in select.select([self._socket.fileno(), self._end], [], [])[0]:
+            data, fds, _, _ = socket.recv_fds(self._socket, 4096, 4)
+            lines = data.decode().split("\n")
+            names = [line.removeprefix("FDNAME=") for line in lines if line.startswith("FDNAME=")]
+            if "FDSTORE=1" in lines:
+                assert "FDPOLL=0" in lines
+                (fd,) = fds
+                os.close(self.stored.pop(names[0], os.open("/dev/null", os.O_RDONLY)))
+                self.stored[names[0]] = fd
+            if "FDSTOREREMOVE=1" in lines and names[0] in self.stored:
+                os.close(self.stored.pop(names[0]))
+            self.said += lines
+
+    def start(self, *, keep: bool = True) -> None:
+        """Start the daemon, with the descriptors that were kept, and wait until it says that it is ready."""
+        settings_fd, write_fd = os.pipe()
+        os.write(write_fd, self._settings.to_json().encode())
+        os.close(write_fd)
+        ready = self.said.count("READY=1")
+        if not keep:
+            self.lose()
+        command = [sys.executable, "-c", LAUNCH, json.dumps(self.stored), str(settings_fd)]
+        environment = {**os.environ, "NOTIFY_SOCKET": str(self._path), "WATCHDOG_USEC": "2000000"}
+        fds = (*self.stored.values(), settings_fd)
+        self.process = subprocess.Popen(command, env=environment, pass_fds=fds, start_new_session=True)
+        os.close(settings_fd)
+        try:
+            wait_until(lambda: self.said.count("READY=1") > ready, "READY=1")
+        except AssertionError as error:
+            self.process.kill()
+            self.lose()  # who waits for an answer gets an error
+            raise AssertionError(f"{error}; it said {self.said[-5:]}") from None
+
+    def lose(self) -> None:
+        """Forget all descriptors, as a manager does whose service was stopped."""
+        for name in list(self.stored):
+            os.close(self.stored.pop(name))
+
+    def wait(self) -> int:
+        """Wait for the end of the main process: its exit status."""
+        assert self.process is not None
+        return self.process.wait(LIMIT_SECONDS)
+
+    def close(self) -> None:
+        """End listening."""
+        os.write(self._ender, b"x")
+        self._thread.join()
+        for fd in (self._end, self._ender):
+            os.close(fd)
+        self._socket.close()
+        self.lose()
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[tuple[Manager, Served]]:
+    """A service that runs, with a backing file."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    settings = Settings(
+        mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=2 * MIB, backing=str(tmp_path / "backing")
+    )
+    manager = Manager(tmp_path, settings)
+    with contextlib.closing(manager), watched(Served(mountpoint)) as served:
+        manager.start()
+        served.wait_ready()
+        yield manager, served
+        manager.lose()
+        served.kill_all()
+        manager.wait()
+
+
+@contextlib.contextmanager
+def steady_reader(served: Served) -> Iterator[None]:
+    """Read and write pages all the while; nothing may fail."""
+    failures: list[str] = []
+    end = threading.Event()
+
+    def read() -> None:
+        with opened(served.swapfile) as fd:
+            number = 0
+            while not end.is_set():
+                page = bytes([number & 255]) * 8 + os.urandom(8) * 511
+                try:
+                    os.pwrite(fd, page, (8192 + number % 64) * PAGE)
+                    if os.pread(fd, PAGE, (8192 + number % 64) * PAGE) != page:
+                        failures.append(f"wrong page {number}")
+                except OSError as error:
+                    failures.append(str(error))
+                number += 1
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+    assert not failures, failures[:3]
+
+
+def test_it_tells_how_things_stand(service: tuple[Manager, Served]) -> None:
+    """Ready, what is to be kept, a line of status that follows what is stored, and signs of life."""
+    manager, served = service
+    wait_until(lambda: set(manager.stored) == {"fuse", "lock", "backing"}, "the descriptors")
+    assert Path(f"/proc/self/fd/{manager.stored['fuse']}").readlink() == Path("/dev/fuse")
+    alive = manager.said.count("WATCHDOG=1")
+    wait_until(lambda: manager.said.count("WATCHDOG=1") >= alive + 2, "signs of life")
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 2048)
+        wait_until(lambda: any(line.startswith("STATUS=2048 pages stored") for line in manager.said), "a status")
+    zbudfs("umount", served.mountpoint)
+    assert manager.wait() == 0
+    wait_until(lambda: not manager.stored, "the store being emptied")
+    assert not served.pool.exists()
+
+
+def test_told_to_end_with_nothing_open(service: tuple[Manager, Served], tmp_path: Path) -> None:
+    """It unmounts and leaves nothing behind."""
+    manager, served = service
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 1024)
+    os.kill(served.keeper, signal.SIGTERM)
+    assert manager.wait() == 0
+    wait_until(lambda: "STOPPING=1" in manager.said, "STOPPING=1")
+    wait_until(lambda: not manager.stored, "the store being emptied")
+    assert not is_mounted(served.mountpoint)
+    assert not served.pool.exists()
+    assert (tmp_path / "backing").stat().st_size == 0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_keeper_is_replaced(number: signal.Signals, kept: bool, service: tuple[Manager, Served]) -> None:
+    """While the swapfile is in use the keeper goes alone; the next one has everything, store or no store."""
+    manager, served = service
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 4096)
+        old = [served.worker, served.standby]
+        with steady_reader(served):
+            os.kill(served.keeper, number)
+            assert manager.wait() == (0 if number == signal.SIGTERM else -number)
+            compare(fd, 0, 512)
+            assert all(is_running(pid) for pid in old)
+            manager.start(keep=kept)
+            assert not any(is_running(pid) for pid in old)
+            served.wait_ready()
+        assert manager.process is not None
+        assert served.keeper == manager.process.pid
+        compare(fd, 0, 4096)
+        found = served.stats()
+        assert (found["lost_pages"], found["lost_in_recovery"], len(manager.stored)) == (0, 0, 3)
+
+
+def test_keeper_and_worker_are_killed(service: tuple[Manager, Served]) -> None:
+    """The standby takes over by itself; the next keeper takes over from it."""
+    manager, served = service
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 4096)
+        standby = served.standby
+        with steady_reader(served):
+            served.kill(served.keeper, served.worker)
+            manager.wait()
+            compare(fd, 0, 512)
+            assert served.worker == standby
+            assert served.field(Field.RECOVERIES) == 1
+            manager.start()
+            assert not is_running(standby)
+        compare(fd, 0, 4096)
+        assert served.stats()["lost_pages"] == 0
+
+
+def test_all_of_them_are_killed(service: tuple[Manager, Served]) -> None:
+    """Whoever reads waits for the next keeper, which has the connection from the store and all else from the pool.
+
+    Only a process of its own has the file open: whoever has would wait as soon as it starts a program, which closes it.
+    """
+    manager, served = service
+    wait_until(lambda: len(manager.stored) == 3, "the descriptors")
+    mine, its = socket.socketpair()
+    reader = os.fork()
+    if not reader:
+        status = 1
+        try:
+            with opened(served.swapfile) as fd:
+                fill(fd, 0, 4096)
+                its.send(b"filled")
+                its.recv(1)
+                compare(fd, 0, 4096)
+            status = 0
+        finally:
+            os._exit(status)
+    mine.settimeout(LIMIT_SECONDS)
+    with mine, its:
+        assert mine.recv(16) == b"filled"
+        served.kill(served.keeper, served.worker, served.standby)
+        manager.wait()
+        mine.send(b"x")
+        manager.start()
+        assert os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
+    found = served.stats()
+    assert (found["lost_pages"], found["recoveries"]) == (0, 1)
+
+
+def test_a_stuck_worker_is_no_sign_of_life(service: tuple[Manager, Served]) -> None:
+    """While its heartbeat stands still nothing is told; the keeper kills it, and signs of life come again."""
+    manager, served = service
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 512)
+        worker = served.worker
+        os.kill(worker, signal.SIGSTOP)
+        before = manager.said.count("WATCHDOG=1")
+        while served.worker == worker and is_running(worker):
+            assert manager.said.count("WATCHDOG=1") <= before + 2, "it says that a stopped worker is alive"
+            time.sleep(0.05)
+        compare(fd, 0, 512)
+        alive = manager.said.count("WATCHDOG=1")
+        wait_until(lambda: manager.said.count("WATCHDOG=1") > alive, "signs of life")
+
+
+def test_restart_names_the_new_main_process(service: tuple[Manager, Served]) -> None:
+    """`zbudfs restart` hands over to another process: the manager is told which, and the new one tells and stores."""
+    manager, served = service
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 512)
+        old = served.keeper
+        zbudfs("restart", served.mountpoint)
+        assert manager.wait() == 0
+        assert served.keeper != old
+        wait_until(lambda: f"MAINPID={served.keeper}" in manager.said, "MAINPID")
+        alive = manager.said.count("WATCHDOG=1")
+        wait_until(lambda: manager.said.count("WATCHDOG=1") > alive, "signs of life")
+        compare(fd, 0, 512)
+        served.wait_ready()
+        os.kill(served.keeper, signal.SIGKILL)
+        manager.start()
+        compare(fd, 0, 512)
+
+
+def test_the_mount_is_gone(service: tuple[Manager, Served]) -> None:
+    """Unmounted while nobody was there: what was kept is of no use, and the next keeper mounts anew, with nothing left."""
+    manager, served = service
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 512)
+    served.kill(served.keeper, served.worker, served.standby)
+    manager.wait()
+    subprocess.run(["umount", "-l", served.mountpoint], check=True)
+    manager.start()
+    with opened(served.swapfile) as fd:
+        assert os.pread(fd, PAGE, 0) == bytes(PAGE)
+    served.wait_ready()
+    folders = list(served.pool.parent.glob(f"{served.pool.name}*"))
+    assert folders == [served.pool]
