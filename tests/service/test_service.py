@@ -192,8 +192,7 @@ def test_told_to_end_with_nothing_open(service: tuple[Manager, Served], tmp_path
     assert (tmp_path / "backing").stat().st_size == 0
 
 
-@pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(("number", "kept"), [(signal.SIGTERM, True), (signal.SIGKILL, True), (signal.SIGKILL, False)])
 def test_the_keeper_is_replaced(number: signal.Signals, kept: bool, service: tuple[Manager, Served]) -> None:
     """While the swapfile is in use the keeper goes alone; the next one has everything, store or no store."""
     manager, served = service
