@@ -116,6 +116,7 @@ class Keeper:
         self._is_service = notifier is not None
         self._notifier = notifier or Notifier()
         self._not_stored: list[str] = []
+        self._told_ready = False
         self._told_beat = 0
         self._told_status = ""
         self._tell_alive_at = self._tell_status_at = self._tell_end_at = self._told_to_end_at = 0.0
@@ -364,7 +365,7 @@ class Keeper:
         """Keep the mount served until it is gone, or until this keeper is to go alone: the exit status."""
         self._listen()
         self._not_stored = list(self._descriptors)
-        self._notifier.tell("READY=1")
+        self._tell_manager()
         while True:
             self._wait()
             status = self._look_after_worker()
@@ -523,13 +524,14 @@ class Keeper:
     # ---- as the main process of a service ----------------------------------------------------------------------------
 
     def _tell_manager(self) -> None:
-        """Descriptors until they are stored, signs of life as long as the worker gives them, one line of status."""
+        """Descriptors, and that this is up, until they were taken; signs of life while the worker gives them; a status."""
         if not self._is_service:
             return
         now = time.monotonic()
         self._not_stored = [
             name for name in self._not_stored if not self._notifier.store(name, self._descriptors[name])
         ]
+        self._told_ready = self._told_ready or self._notifier.tell("READY=1")
         # What the worker's event loop counts, and not that this loop turns: a stuck worker is a stuck service.
         beat = self._heartbeat[0]
         due = self._notifier.watchdog_seconds > 0 and now >= self._tell_alive_at
@@ -575,6 +577,8 @@ class Keeper:
         self._notifier.tell("STOPPING=1", "STATUS=the swapfile is open: worker and standby serve on without a keeper")
         self._log.info(f"told to end while the swapfile is open ({users} times): worker {self._worker.pid} serves on")
         return True
+
+    # ---- handing over to a newer version -------------------------------------------------------------------------
 
     def _serve_control(self) -> bool:
         """Answer one order on the socket. True if another keeper has everything now."""
