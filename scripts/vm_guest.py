@@ -416,10 +416,10 @@ def handover() -> None:
     """Everything that may happen to the daemon, while a program lives on the swap it serves."""
     start_swap(size="1900M", pool="96M")
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
-    load = Storm(ram * 5 // 4)
+    load = Storm(ram)
     try:
         load.wait_filled()
-        check("a storm of one and a quarter times RAM", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+        check("a storm as large as RAM", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
         for number in (1, 2):
             _restart(load, number)
         for name, fields in (
@@ -520,7 +520,7 @@ def reboot() -> None:
         check("swap is on again after the reboot", len(swaps()) == 1, swaps())
     start_swap(size="1900M", pool="96M")
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
-    load = Storm(ram * 5 // 4)
+    load = Storm(ram)
     load.wait_filled()
     check("swap is in use", swap_used_mib() > 100, f"{swap_used_mib()} MiB")
     check_kernel()
