@@ -98,8 +98,8 @@ def before_threads(heap_bytes: int) -> list[str]:
 
 def before_exec() -> None:
     """Prepare a process that is about to become the daemon: what a new program keeps. `before_threads` tells refusals."""
-    _set_io_flusher()
-    _schedule_realtime()
+    set_io_flusher()
+    schedule_realtime()
 
 
 def grow_heap(heap_bytes: int) -> str | None:

@@ -158,6 +158,8 @@ class Worker:
                     nursery.start_soon(self._settle_later, helper)
                 else:
                     self._settle()
+                if self._served_by is not None:
+                    _die_with_keeper(0)  # who has said that it is ready is there also when the keeper is not
                 self._say_ready()
                 nursery.start_soon(self._heartbeat, store, steering)
                 nursery.start_soon(self._end_on_signals, signals, helper)
@@ -230,8 +232,6 @@ class Worker:
         Who is not the standby of a worker that serves, or whose mount is gone, ends instead.
         """
         mounted = self._mounted
-        if self._served_by is not None:
-            _die_with_keeper(0)
         await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
         if self._served_by is None:
             os._exit(FAILED)
