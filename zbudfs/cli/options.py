@@ -305,7 +305,7 @@ def _mountpoint_or_config(
             raise SettingsError("write either MOUNTPOINT or --config NAME")
         given = [
             name
-            for name in ("size", "pool", "backing", "level", "encrypt", "priority")
+            for name in ("size", "pool", "backing", "packing", "level", "encrypt", "priority")
             if getattr(arguments, name, None) is not None
         ]
         if arguments.config is not None and given:
