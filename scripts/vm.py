@@ -200,14 +200,14 @@ def note(outcome: Outcome, what: str, ok: bool, seen: str) -> None:
 def section(outcome: Outcome, options: argparse.Namespace) -> str:
     """One scenario in the report."""
     summary = (SCENARIOS[outcome.name].__doc__ or "").strip().splitlines()[0]
-    version = vm_image.run("git", "-C", ROOT, "describe", "--always", "--dirty").strip()
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     verdict = "All of it held." if outcome.held else "Not all of it held."
     lines = [
         f"## {outcome.name}",
         "",
         summary,
         "",
-        f"Version {version}, {time.strftime('%Y-%m-%d', time.gmtime())}. {outcome.machine}. {options.memory} MiB,"
+        f"zbudfs {version[1] if version else ''}, {time.strftime('%Y-%m-%d', time.gmtime())}. {outcome.machine}. {options.memory} MiB,"
         f" {options.cpus} CPUs, emulated; {outcome.seconds:.0f} s. **{verdict}**",
         "",
         "| what | held | seen |",
@@ -262,6 +262,7 @@ def main() -> int:
             if "install" in wanted or not installed.exists():
                 disk = copy_of(vm_image.disk() / "root.img", folder / "installed.img")
                 outcomes.append(play("install", disk, folder, options))
+                write_report(outcomes, options)
                 if not outcomes[0].ended:
                     wanted = []
                 for old in vm_image.CACHE.glob("installed-*.img"):
@@ -270,10 +271,10 @@ def main() -> int:
             for scenario in wanted:
                 if scenario != "install":
                     outcomes.append(play(scenario, copy_of(installed, folder / "disk.img"), folder, options))
+                    write_report(outcomes, options)
         except vm_image.VmError as error:
             print(f"test-vm: {error}", file=sys.stderr)
             return 1
-    write_report(outcomes, options)
     failed = [outcome.name for outcome in outcomes if not outcome.held]
     print(
         f"\n{REPORT.relative_to(ROOT)}: {len(outcomes)} scenarios, {f'not all held: {failed}' if failed else 'all of it held'}"
