@@ -207,8 +207,8 @@ def section(outcome: Outcome, options: argparse.Namespace) -> str:
         "",
         summary,
         "",
-        f"zbudfs {version[1] if version else ''}, {time.strftime('%Y-%m-%d', time.gmtime())}. {outcome.machine}. {options.memory} MiB,"
-        f" {options.cpus} CPUs, emulated; {outcome.seconds:.0f} s. **{verdict}**",
+        f"zbudfs {version[1] if version else ''}, {time.strftime('%Y-%m-%d', time.gmtime())}. {outcome.machine}.",
+        f"{options.memory} MiB, {options.cpus} CPUs, emulated; {outcome.seconds:.0f} s. **{verdict}**",
         "",
         "| what | held | seen |",
         "|---|---|---|",
