@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.corpus import Corpus
 from bench.kit import PAGE, BenchError
 from zbudfs.core.codec import Codec
 from zbudfs.store.backing import Backing
+from zbudfs.store.cipher import KEY_BYTES, BlockCipher
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 
@@ -24,8 +26,10 @@ REQUEST_PAGES: Final = 32
 
 @contextlib.asynccontextmanager
 async def running(nr_pages: int, nr_frames: int, backing: Path | None = None) -> AsyncIterator[PageStore]:
-    """Have a store of so many pages over so many frames for a while."""
+    """Have a store of so many pages over so many frames for a while; what it writes to `backing` is encrypted."""
     store = PageStore(nr_pages * PAGE, nr_frames, Backing(str(backing)) if backing is not None else None, Codec())
+    if store.backing is not None and store.memory.outgoing is not None:
+        store.backing.encrypt(BlockCipher(os.urandom(KEY_BYTES)), store.memory.outgoing.view)
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)
@@ -45,16 +49,14 @@ def let_go(memory: StoreMemory) -> None:
 async def populate(store: PageStore, frames: int) -> None:
     """Have so many frames ready, so that what is measured next does not wait for memory."""
     pool = store.state.pool
-    pool.reserve_wanted = frames
     wanted = min(frames, pool.free_frames)
     with trio.move_on_after(60):
         while pool.ready_frames < wanted:
             store.reclaimer.kick()
+            pool.reserve_wanted = frames
             await trio.sleep(0.005)
     if pool.ready_frames < wanted:
         raise BenchError(f"the store has {pool.ready_frames} ready frames after a minute instead of {wanted}")
-    # The trim at calm times would take them away again.
-    pool.reserve_wanted = frames
 
 
 def requests(corpus: Corpus, nr_pages: int, shift: int = 0) -> list[memoryview]:
