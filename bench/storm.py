@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="size of the pool as a part of the storm: below 1 it is compared with a swap file (default: 1, then 0.25)",
     )
     parser.add_argument(
-        "--targets", metavar="A,B", help="what to compare: zram, floor, floor-zstd, nbdkit, zbudfs, swapfile"
+        "--targets", metavar="A,B", help="what to compare: zram, floor, floor-zstd, nbdkit, zbudfs, zbudfs-2, swapfile"
     )
     parser.add_argument(
         "--also", action="append", default=[], metavar="NAME=CMD", help="another version of zbudfs, by its command"
@@ -85,7 +85,7 @@ def _names(options: Options, part: float, table: Table) -> list[str]:
     known = dict.fromkeys([*targets.RAM, *targets.DISK])
     usual = targets.RAM if part >= 1 else targets.DISK
     wanted = options.targets.split(",") if options.targets else list(usual)
-    if unknown := [name for name in wanted if name not in known]:
+    if unknown := [name for name in wanted if name not in known and not name.removeprefix(targets.STRIPED).isdecimal()]:
         raise BenchError(f"there is no target {unknown[0]!r}: known are {', '.join(known)}")
     if options.short:
         wanted = [name for name in wanted if name in usual]

@@ -6,6 +6,7 @@
     nbdkit       nbdkit's memory plugin, allocator=zstd, behind nbdfuse
     zbudfs       this one; `--also NAME=COMMAND` adds another version
     dense        this one with `--packing dense`
+    zbudfs-2     this one with two instances; any other number will do as well
     zram         the kernel's own, lz4 where it has that
     swapfile     an ordinary swap file on the disk on which the backing file is, too
 
@@ -31,8 +32,8 @@ from zbudfs.swap.loop import SwapError
 
 PRIORITY: Final = 32767
 """Above every other swap: the storm's pages must go here."""
-FILES: Final = ("floor", "floor-zstd", "nbdkit", "zbudfs", "dense")
-RAM: Final = ("zram", "floor", "floor-zstd", "nbdkit", "zbudfs", "dense")
+STRIPED: Final = "zbudfs-"
+RAM: Final = ("zram", "floor", "floor-zstd", "nbdkit", "zbudfs", "dense", "zbudfs-2")
 DISK: Final = ("swapfile", "zbudfs", "dense")
 
 
@@ -117,7 +118,10 @@ def _zbudfs(command: list[str], packing: list[str], place: Place, mountpoint: Pa
 @contextlib.contextmanager
 def as_swap(name: str, place: Place) -> Iterator[Running]:
     """Have a target as the swap that is used first."""
-    if name == "zram":
+    if name.startswith(STRIPED):
+        with _striped(name.removeprefix(STRIPED), place) as running:
+            yield running
+    elif name == "zram":
         with _zram(place.size_bytes) as running:
             yield running
     elif name == "swapfile":
@@ -132,7 +136,26 @@ def as_swap(name: str, place: Place) -> Iterator[Running]:
             try:
                 yield running
             finally:
-                detach(str(mountpoint), st_dev=mountpoint.stat().st_dev, force=True)
+                detach([(str(mountpoint), mountpoint.stat().st_dev)], force=True)
+
+
+@contextlib.contextmanager
+def _striped(instances: str, place: Place) -> Iterator[Running]:
+    """Several instances, which share size and pool."""
+    mountpoint = place.folder / "striped"
+    mountpoint.mkdir(exist_ok=True)
+    command = zbudfs_command()
+    options = ["--size", str(place.size_bytes), "--pool", str(place.pool_bytes), "--level", str(place.level)]
+    options += ["--backing", f"{mountpoint}.backing", "--instances", instances, "--priority", str(PRIORITY)]
+    run([*command, "swapon", *options, mountpoint])
+    try:
+        members = sorted(mountpoint.iterdir())
+        for member in members:
+            wait_until(lambda member=member: bool(stats(member)["standby_ready"]), "the standby")  # type: ignore[misc]
+        pids = [int(stats(member)[name]) for member in members for name in ("keeper_pid", "worker_pid")]
+        yield Running(lambda: _written_by(pids))
+    finally:
+        run([*command, "swapoff", "--force", "--umount", mountpoint])
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def test_there_and_back(folder: Path) -> None:
         throttling = block / "queue/wbt_lat_usec"
         assert not throttling.exists() or throttling.read_text() == "0\n"
     finally:
-        assert detach(str(folder)) == [device]
+        assert detach([(str(folder), None)]) == [device]
     assert device not in [swap.path for swap in swaps()]
 
 
@@ -61,4 +61,4 @@ def test_a_step_that_fails_undoes_those_before(folder: Path) -> None:
 def test_a_loop_device_without_swap_is_detached(folder: Path) -> None:
     """What somebody has attached by hand is taken away as well."""
     device = run_tool(["losetup", "--find", "--show", str(folder / "swapfile")], limit_seconds=LIMIT_SECONDS)
-    assert detach(str(folder)) == [device]
+    assert detach([(str(folder), None)]) == [device]

@@ -65,8 +65,8 @@ def test_detaching_where_memory_is_short_changes_nothing(tmp_path: Path) -> None
     (loop / "backing_file").write_text("/mnt/z/swapfile\n")
     (loop / "dio").write_text("1\n")
     with pytest.raises(SwapError, match="nothing was changed"):
-        detach("/mnt/z", root=str(tmp_path))
-    assert detach("/mnt/other", root=str(tmp_path)) == []
+        detach([("/mnt/z", None)], root=str(tmp_path))
+    assert detach([("/mnt/other", None)], root=str(tmp_path)) == []
 
 
 def test_attaching_where_nothing_is_mounted(tmp_path: Path) -> None:

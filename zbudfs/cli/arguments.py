@@ -28,6 +28,8 @@ class Arguments(argparse.Namespace):
     """Whether to encrypt what is written back; None: the default."""
     packing: str | None
     """As core/packing.py writes it; None: the default."""
+    instances: int | None
+    """How many daemons share size and pool; None: the default."""
     foreground: bool
     """Whether the daemon stays at the terminal."""
     priority: int | None

@@ -21,11 +21,12 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from zbudfs.cli import config as configuration
-from zbudfs.cli import config_page, tuning
+from zbudfs.cli import config_page, stripe, tuning
 from zbudfs.cli import exporter as exporting
 from zbudfs.cli import status as status_page
 from zbudfs.cli.arguments import Arguments
@@ -77,65 +78,76 @@ def mount(arguments: Arguments) -> int:
     """Mount and return when it is up; in the foreground, when it has ended."""
     need_root("mount")
     mountpoint = resolve(arguments.mountpoint)
-    settings = make_settings(arguments, mountpoint)
     if not arguments.foreground:
-        start(settings)
+        _start(arguments, mountpoint)
         return 0
-    prepare(settings)
+    parts = make_parts(arguments, mountpoint)
+    if len(parts) > 1:
+        raise SettingsError("--foreground is for one instance: leave it out, or --instances")
+    _prepare(mountpoint, parts)
 
     def on_ready(ready: launch.Ready) -> None:
         print(f"zbudfs: mounted on {shown_path(mountpoint)}, pid {ready.pid}; Ctrl-C ends it", file=sys.stderr)
         _tell_refusals(ready, mountpoint)
 
-    return launch.run_in_foreground(settings, on_ready)
+    return launch.run_in_foreground(parts[0], on_ready)
 
 
 def umount(arguments: Arguments) -> int:
     """Unmount, if no swap is on it, and return when the daemon has ended."""
     need_root("umount")
-    take_down(find_mounted(resolve(arguments.mountpoint)))
+    mountpoint = resolve(arguments.mountpoint)
+    take_all_down(mountpoint, _all_mounted(mountpoint))
     return 0
 
 
 def swapon(arguments: Arguments) -> int:
-    """Mount if need be, then make it active swap; print the device."""
+    """Mount if need be, then make it active swap; print the device, or devices."""
     need_root("swapon")
     mountpoint = resolve(arguments.mountpoint)
-    mounted = find_mount(mountpoint)
-    if mounted is None:
-        start(make_settings(arguments, mountpoint))
+    mounts = stripe.mounts_of(mountpoint)
+    mounted_here = not mounts
+    if mounted_here:
+        mounts = _start(arguments, mountpoint)
     else:
         _refuse_mount_options(arguments, mountpoint)
-        if here := users(mountpoint, mounted.st_dev):
-            raise CommandError(f"{shown_path(mountpoint)} is in use already: {', '.join(here)}")
+        _refuse_users(mountpoint, mounts, "is in use already: {}")
+    priority = arguments.priority
+    if priority is None and len(mounts) > 1:
+        priority = stripe.STRIPE_PRIORITY
+    devices: list[str] = []
     try:
-        print(attach(mountpoint, arguments.priority))
+        for mounted in mounts:
+            devices.append(attach(mounted.mountpoint, priority))
     except BaseException:
-        if mounted is None and (ours := find_mount(mountpoint)) is not None:
-            take_down(ours)
+        detach([(mounted.mountpoint, mounted.st_dev) for mounted in mounts[: len(devices)]], force=True)
+        if mounted_here:
+            take_all_down(mountpoint, mounts)
         raise
+    print("\n".join(devices))
     return 0
 
 
 def swapoff(arguments: Arguments) -> int:
     """Take swap and loop device away, and the mount as well if wanted."""
     need_root("swapoff")
-    mounted = find_mounted(resolve(arguments.mountpoint))
-    devices = detach(mounted.mountpoint, st_dev=mounted.st_dev, force=arguments.force)
+    mountpoint = resolve(arguments.mountpoint)
+    mounts = _all_mounted(mountpoint)
+    devices = detach([(mounted.mountpoint, mounted.st_dev) for mounted in mounts], force=arguments.force)
     if arguments.umount:
-        take_down(mounted)
+        take_all_down(mountpoint, mounts)
     elif not devices:
-        raise CommandError(f"no swap is on {shown_path(mounted.mountpoint)}")
+        raise CommandError(f"no swap is on {shown_path(mountpoint)}")
     return 0
 
 
 def restart(arguments: Arguments) -> int:
     """Hand a mount over to the version of zbudfs that runs this command; swap stays on."""
     need_root("restart")
-    mounted = find_mounted(resolve(arguments.mountpoint))
-    answer = _order_restart(mounted.mountpoint)
-    _wait_served(mounted.mountpoint, answer["pid"])
-    print(f"zbudfs {answer['version']} serves {shown_path(mounted.mountpoint)} now, pid {answer['pid']}")
+    for mounted in _all_mounted(resolve(arguments.mountpoint)):
+        answer = _order_restart(mounted.mountpoint)
+        _wait_served(mounted.mountpoint, answer["pid"])
+        print(f"zbudfs {answer['version']} serves {shown_path(mounted.mountpoint)} now, pid {answer['pid']}")
     return 0
 
 
@@ -146,10 +158,12 @@ def status(arguments: Arguments) -> int:
         if typed is not None:
             raise CommandError(f"{seconds!r} is not a time, and there are two mountpoints then")
         typed, seconds = seconds, 2.0
-    only = None if typed is None else find_mounted(resolve(typed))
+    only = None if typed is None else resolve(typed)
+    chosen = None if only is None else _all_mounted(only)
 
     def collect() -> list[status_page.Report]:
-        reports = [status_page.report(mount) for mount in (zbudfs_mounts() if only is None else [only])]
+        groups = stripe.grouped(zbudfs_mounts()) if only is None or chosen is None else [(only, chosen)]
+        reports = [status_page.report_all(*group) for group in groups]
         if only is not None and "error" in reports[0]:
             raise CommandError(str(reports[0]["error"]))
         return reports
@@ -316,6 +330,45 @@ def start(settings: Settings) -> None:
     _tell_refusals(launch.start(settings), settings.mountpoint)
 
 
+def make_parts(arguments: Arguments, mountpoint: str, root: str = "/") -> list[Settings]:
+    """Return the settings of each daemon; more than one if there are to be several instances. Raises SettingsError."""
+    whole = make_settings(arguments, mountpoint, root)
+    return stripe.divided(whole, arguments.instances or 1, arguments.backing)
+
+
+def _prepare(mountpoint: str, parts: Sequence[Settings]) -> None:
+    """See that it can be mounted there, and make the folders that are needed."""
+    _check_free(mountpoint)
+    stripe.make_folders(parts)
+    for part in parts:
+        prepare(part)
+
+
+def _start(arguments: Arguments, mountpoint: str) -> list[Mount]:
+    """Mount all instances; return the mounts. If one does not come up, those that did are taken down again."""
+    parts = make_parts(arguments, mountpoint)
+    try:
+        _prepare(mountpoint, parts)
+        _start_each(parts)
+    except BaseException:
+        stripe.undo_folders(parts)
+        raise
+    return stripe.mounts_of(mountpoint)
+
+
+def _start_each(parts: Sequence[Settings]) -> None:
+    up: list[Settings] = []
+    try:
+        for part in parts:
+            ready = launch.start(part)
+            up.append(part)
+    except BaseException:
+        for part in up:
+            take_down(find_mounted(part.mountpoint))
+        raise
+    _tell_refusals(ready, parts[0].mountpoint)  # all of them are refused the same
+
+
 def _prepare_backing_folder(settings: Settings) -> None:
     """Make the folder of default backing files, which only root may look into; any other folder must exist."""
     if settings.backing is None:
@@ -333,11 +386,21 @@ def need_root(command: str) -> None:
         raise CommandError(f"{command} needs root: run it with sudo")
 
 
-def find_mounted(mountpoint: str) -> Mount:
-    """Return the zbudfs that is mounted there. CommandError if none is."""
-    found = find_mount(mountpoint)
-    if found is None:
+def _all_mounted(mountpoint: str) -> list[Mount]:
+    """Return the zbudfs that is mounted there, or the instances below. Raises CommandError if there is none."""
+    found = stripe.mounts_of(mountpoint)
+    if not found:
         raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
+    return found
+
+
+def find_mounted(mountpoint: str) -> Mount:
+    """Return the one that is mounted there."""
+    found, *more = _all_mounted(mountpoint)
+    if more or found.mountpoint != mountpoint:
+        raise CommandError(
+            f"{shown_path(mountpoint)} has {len(more) + 1} instances: name one, such as {shown_path(found.mountpoint)}"
+        )
     return found
 
 
@@ -352,17 +415,25 @@ def _check_free(mountpoint: str) -> None:
             f" run zbudfs umount {shown_path(mountpoint)} first"
         )
     check_mountpoint(mountpoint)
+    if below := stripe.mounts_of(mountpoint):
+        raise MountError(f"zbudfs is mounted on {shown_path(below[0].mountpoint)} already")
 
 
 def _refuse_mount_options(arguments: Arguments, mountpoint: str) -> None:
     """What is mounted has its size and pool: silently ignoring others would be a lie."""
     typed = [
         f"--{name}"
-        for name in ("size", "pool", "backing", "level", "encrypt", "packing")
+        for name in ("size", "pool", "backing", "level", "encrypt", "packing", "instances")
         if getattr(arguments, name) is not None
     ]
     if typed:
         raise CommandError(f"{shown_path(mountpoint)} is mounted already: {', '.join(typed)} can only be set at mount")
+
+
+def _refuse_users(mountpoint: str, mounts: Sequence[Mount], sentence: str) -> None:
+    """Raise CommandError if swap or a loop device is on any of the mounts."""
+    if here := [user for mounted in mounts for user in users(mounted.mountpoint, mounted.st_dev)]:
+        raise CommandError(f"{shown_path(mountpoint)} {sentence.format(', '.join(here))}")
 
 
 def _tell_refusals(ready: launch.Ready, mountpoint: str) -> None:
@@ -375,6 +446,16 @@ def _tell_refusals(ready: launch.Ready, mountpoint: str) -> None:
 
 
 # ---- after -------------------------------------------------------------------------------------------------------
+
+
+def take_all_down(mountpoint: str, mounts: Sequence[Mount]) -> None:
+    """Unmount all instances of a mountpoint, as `take_down` does; none while swap or a loop device is on any of them."""
+    if len(mounts) > 1:
+        _refuse_users(mountpoint, mounts, f"is in use: {{}}; run zbudfs swapoff {shown_path(mountpoint)} first")
+    for mounted in mounts:
+        take_down(mounted)
+        if mounted.mountpoint != mountpoint:
+            stripe.remove_folder(mounted.mountpoint)
 
 
 def take_down(mounted: Mount) -> None:
@@ -440,7 +521,7 @@ def _clean_up_dead(mounted: Mount) -> None:
     What was swapped out is gone with them; programs that need it are ended by the kernel.
     """
     mountpoint = mounted.mountpoint
-    detach(mountpoint, st_dev=mounted.st_dev, force=True)
+    detach([(mountpoint, mounted.st_dev)], force=True)
     # Nobody can use what is on it any more: the mount leaves the tree although files are still open.
     unmount(mountpoint, lazy=True)
     if not _remove_remains(mountpoint):

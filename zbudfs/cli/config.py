@@ -190,7 +190,7 @@ def settings_of(values: Mapping[str, Value], mountpoint: str, root: str = "/") -
 
     Raises SettingsError.
     """
-    from zbudfs.cli.commands import make_settings, resolve
+    from zbudfs.cli.commands import make_parts, make_settings, resolve
     from zbudfs.cli.options import build_parser  # here: it knows the commands, and those know this module
 
     mountpoint = str(values.get("mountpoint", mountpoint))
@@ -198,6 +198,7 @@ def settings_of(values: Mapping[str, Value], mountpoint: str, root: str = "/") -
     for key, value in values.items():
         setattr(arguments, key, value)
     arguments.mountpoint = resolve(mountpoint)
+    make_parts(arguments, arguments.mountpoint, root)  # raises where an instance's part would be too small
     return arguments, make_settings(arguments, arguments.mountpoint, root)
 
 

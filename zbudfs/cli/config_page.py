@@ -21,6 +21,7 @@ def effective(config: Config) -> dict[str, Value]:
         "size": settings.size_bytes,
         "pool": settings.pool_bytes,
         "backing": settings.backing or "none",
+        "instances": config.arguments.instances or 1,
         "swap": config.swap,
     }
     for key in KEYS:

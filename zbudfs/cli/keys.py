@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR, parse_amount
+from zbudfs.cli.stripe import MAX_INSTANCES
 from zbudfs.core.packing import GRAMMAR, Packing
 from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_PACKING, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
 from zbudfs.swap.attach import MAX_PRIORITY
@@ -145,6 +146,14 @@ KEYS: Final = (
         kind="zbud, dense, or dense:N with N from 2 to 7",
         default=DEFAULT_PACKING,
         summary="how many pages share a frame: zbud is two and fast, dense up to N",
+    ),
+    Key(
+        name="instances",
+        read=_number("a number of instances", 1, MAX_INSTANCES),
+        kind=f"whole number, 1 to {MAX_INSTANCES}",
+        default="1",
+        summary="how many daemons share size and pool, with swap that the kernel fills in turns",
+        mount_option=False,
     ),
     Key(
         name="swap",

@@ -146,6 +146,10 @@ def settings_for(source: str, directory: str, values: dict[str, Value], root: st
     configured: dict[str, Value] = {}
     if config.is_configured(source, root):
         configured = {key: found.value for key, found in config.load(source, root).found.items()}
+    if configured.get("instances", 1) != 1:
+        raise SettingsError(
+            f"{source} is configured to have several instances, and mount(8) mounts one: use zbudfs mount"
+        )
     _, settings = config.settings_of({**configured, **values, "mountpoint": directory}, directory, root)
     return replace(settings, source=source)
 

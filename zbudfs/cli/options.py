@@ -21,6 +21,7 @@ from zbudfs.cli.doctor.command import add_doctor
 from zbudfs.cli.exporter import listen_address
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
+from zbudfs.cli.stripe import MAX_INSTANCES, STRIPE_PRIORITY
 from zbudfs.cli.study_options import add_estimate, add_trace
 from zbudfs.core.packing import DENSE, Packing
 from zbudfs.core.sizes import GRAMMAR
@@ -143,7 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--priority",
         type=_priority,
         metavar="N",
-        help=f"0 to {MAX_PRIORITY}, the highest is used first (default: the kernel's choice, after all other swap)",
+        help=f"0 to {MAX_PRIORITY}, the highest is used first (default: the kernel's choice, after all other swap;"
+        f" with several instances {STRIPE_PRIORITY})",
     )
     _add_mountpoint_or_config(sub)
 
@@ -353,6 +355,13 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
         help="zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM at some speed"
         f" (default: {DEFAULT_PACKING}; dense alone is {DENSE})",
     )
+    parser.add_argument(
+        "--instances",
+        type=_instances,
+        metavar="N",
+        help="divide size and pool among N daemons, mounted on MOUNTPOINT/0, MOUNTPOINT/1 ..., whose swap the kernel"
+        " fills in turns (default: 1, mounted on MOUNTPOINT itself)",
+    )
 
 
 def _seconds(text: str) -> float:
@@ -388,6 +397,10 @@ def _packing(text: str) -> str:
         return str(Packing.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _instances(text: str) -> int:
+    return values.whole_number(text, "a number of instances", 1, MAX_INSTANCES)
 
 
 def _priority(text: str) -> int:

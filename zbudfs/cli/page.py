@@ -51,7 +51,8 @@ class _Page:
         return format_size(self._number(name))
 
     def lines(self) -> Iterator[str]:
-        yield _two_ends(shown_path(str(self._now["mountpoint"])), self._daemon())
+        instances = f", {len(self._now['instances'])} instances" if "instances" in self._now else ""
+        yield _two_ends(f"{shown_path(str(self._now['mountpoint']))}{instances}", self._daemon())
         yield from _wrapped("device", f"{self._size('size_bytes')}, {used_by(self._now)}")
         yield ""
         yield from self._stored()
@@ -70,7 +71,8 @@ class _Page:
 
     def _daemon(self) -> str:
         packing = [str(self._now["packing"])] if self._now.get("packing") else []
-        parts = [f"zbudfs {self._now.get('version')}", *packing, f"zstd level {self._now.get('level')}"]
+        version, level = (", ".join(map(str, each(self._now.get(name)))) for name in ("version", "level"))
+        parts = [f"zbudfs {version}", *packing, f"zstd level {level}"]
         parts.append("standby ready" if self._now.get("standby_ready") else "no standby yet")
         if recoveries := self._number("recoveries"):
             parts.append(f"{recoveries:,} recover{'y' if recoveries == 1 else 'ies'}")
@@ -116,14 +118,15 @@ class _Page:
         yield from _wrapped("pool", f"{self._bar(used, limit)}  {_percent(used, limit)} of {format_size(limit)}")
 
     def _backing(self) -> Iterator[str]:
-        path = self._now.get("backing_path")
+        path, *more = each(self._now.get("backing_path"))
         if not path:
             yield from _wrapped("backing", "none: nothing is ever written to disk")
             return
         used, most = self._number("backing_used_bytes"), self._number("backing_size_bytes")
         secret = "encrypted" if self._now.get("encrypted") else "not encrypted"
         yield from _wrapped("backing", f"{self._bar(used, most)}  {_percent(used, most)} of {format_size(most)}")
-        yield from _wrapped("", f"{shown_path(str(path))}, {secret}")
+        others = f" and {len(more)} more" if more else ""
+        yield from _wrapped("", f"{shown_path(str(path))}{others}, {secret}")
         if written := self._number("cumul_writeback_pages"):
             yield from _wrapped(
                 "written",
@@ -170,6 +173,11 @@ class _Page:
         full = min(_BAR, round(_BAR * part / whole)) if whole and part > 0 else 0
         full = max(full, int(part > 0))
         return ("█" if self._blocks else "#") * full + (fill or ("░" if self._blocks else ".")) * (_BAR - full)
+
+
+def each(value: Any) -> list[Any]:
+    """Return what the instances say, where they say different things, or the one thing that there is to say."""
+    return value if isinstance(value, list) else [value]
 
 
 def below(counts: Sequence[int], percent: int) -> str:

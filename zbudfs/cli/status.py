@@ -2,7 +2,7 @@
 """What `zbudfs status` knows: the daemon's own snapshot, as JSON or as a page for people (`page`).
 
 The numbers are those of MOUNTPOINT/stats/all.json and are passed on as they are; added is what the daemon cannot
-know, who uses it (`users`), and what is wrong (`remedies`).
+know, who uses it (`users`), and what is wrong (`remedies`). Several instances are told as one (`stripe`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from zbudfs.cli import stripe
 from zbudfs.cli.ask import all_numbers, why_silent
 from zbudfs.cli.page import page
 from zbudfs.cli.remedies import remedies
@@ -38,6 +39,12 @@ def report(mount: Mount) -> Report:
     found["users"] = users(mount.mountpoint, mount.st_dev)
     found["remedies"] = remedies(found)
     return found
+
+
+def report_all(mountpoint: str, mounts: Sequence[Mount]) -> Report:
+    """Return the report of the one mount that is there, or one of all instances together."""
+    reports = [report(mount) for mount in mounts]
+    return reports[0] if mounts[0].mountpoint == mountpoint else stripe.summed(mountpoint, reports)
 
 
 def as_json(reports: Report | Sequence[Report], *, indent: int | None = 2) -> str:

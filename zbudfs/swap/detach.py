@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -27,13 +27,14 @@ MARGIN_BYTES: Final = 64 << 20
 """Memory that must be left over after swapoff. Guessed, not measured: page tables, and what else runs meanwhile."""
 
 
-def detach(mountpoint: str, *, st_dev: int | None = None, force: bool = False, root: str = "/") -> list[str]:
-    """Take swap and loop devices off the zbudfs at `mountpoint`; return the loop devices that were on it.
+def detach(mounts: Sequence[tuple[str, int | None]], *, force: bool = False, root: str = "/") -> list[str]:
+    """Take swap and loop devices off the zbudfs at (mountpoint, st_dev); return the loop devices that were on them.
 
-    `force` skips the count of memory. Takes as long as reading all of it back takes, and Ctrl-C does not stop it.
+    Several count as one: there must be room for what comes back from all of them. An st_dev may be None: then the path
+    decides. `force` skips the count of memory. Takes as long as reading all of it back takes, and Ctrl-C does not stop it.
     Raises SwapError: where memory is short or swapoff fails, everything is left as it was and keeps running.
     """
-    loops = loop_devices_on(mountpoint, st_dev, root)
+    loops = [loop for mountpoint, st_dev in mounts for loop in loop_devices_on(mountpoint, st_dev, root)]
     devices = {loop.path for loop in loops}
     active = swaps(root)
     mine = [swap for swap in active if swap.path in devices]
