@@ -9,7 +9,7 @@ export PREFIX DESTDIR LIBDIR BINDIR HELPERDIR SYSCONFDIR UNITDIR DATADIR WHEELHO
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv demo test lint format campaign-kill test-vm bench install uninstall dist pages clean
+.PHONY: help venv demo test lint format campaign-kill test-vm bench install uninstall dist pages fsx clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make campaign-kill   a worker killed 100 times while a program lives on its swap (ARGS=--help tells more)'
 	@echo 'make bench    how fast it is, what it takes, and against what (ARGS=--help tells more; ARGS="storm --rounds 3")'
 	@echo 'make test-vm         boot, swap, hand-over and power-off in a virtual machine, emulated: slow (ARGS="boot pressure")'
+	@echo 'make fsx      many processes do anything to swapfile, compared with a plain file (ARGS=--help tells more)'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff lay out the sources'
 	@echo 'make venv     only the virtual environment, in $(VENV)'
@@ -32,6 +33,9 @@ venv:
 
 campaign-kill: venv
 	@$(BIN)/python scripts/campaign_kill.py $(ARGS)
+
+fsx: venv
+	@$(BIN)/python scripts/fsx.py $(ARGS)
 
 bench: venv
 	@$(BIN)/python -m bench $(or $(ARGS),all)
