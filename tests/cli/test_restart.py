@@ -316,6 +316,8 @@ def test_an_order_that_makes_no_sense(mount: Mount) -> None:
             b'{"order": "stop", "interpreter": "/bin/sh"}',
             b'{"order": 1}',
             b"\xff" * 5000,
+            b"[" * 60_000,
+            b'{"order": "restart", "interpreter": "/bin/\\u0000sh"}',
         ):
             assert list(order(served, data)) == ["error"]
         with socket.socket(socket.AF_UNIX) as channel:

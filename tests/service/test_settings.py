@@ -100,6 +100,7 @@ def test_json_brings_everything_back(path: bytes, backing: str | None, level: in
     ("text", "reason"),
     [
         ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "must be a JSON object"),
         (json.dumps({**GOOD, "colour": 1}), "unknown settings: colour"),
         (json.dumps({"mountpoint": "/x"}), "missing settings: backing, pool_bytes, size_bytes"),

@@ -19,6 +19,7 @@ import json
 import os
 import select
 import socket
+import stat
 import sys
 import time
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ from zbudfs.service.settings import (
     default_size_bytes,
     ram_bytes,
 )
+from zbudfs.store.backing import MAGIC
 from zbudfs.swap.attach import attach
 from zbudfs.swap.detach import detach
 from zbudfs.swap.loop import users
@@ -543,13 +545,15 @@ def _remove_remains(mountpoint: str) -> bool:
 
 
 def _empty(backing: str) -> None:
-    """Empty a backing file that nobody has locked."""
+    """Empty a backing file that nobody has locked. What is not one is left alone, whatever the remains call it."""
     try:
-        fd = os.open(backing, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(backing, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or os.pread(fd, len(MAGIC), 0) not in (MAGIC, b""):
+            return
         os.ftruncate(fd, 0)
     except BlockingIOError:
         pass  # a new daemon's by now, which empties what it finds

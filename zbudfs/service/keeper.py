@@ -592,7 +592,7 @@ class Keeper:
                 if order["order"] != "restart":
                     raise ValueError("the only order is restart")
                 answer = self._restart(interpreter)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # whatever is sent: the keeper must not end because of it
                 answer = {"error": f"the order was not understood: {error}"}
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(answer).encode() + b"\n")

@@ -106,7 +106,7 @@ class Settings:
         """Return the settings in `text`. Raises SettingsError when it is not what `to_json` writes."""
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingsError(f"settings are not JSON: {error}") from None
         known = {field.name for field in fields(cls)}
         if not isinstance(found, dict):

@@ -143,7 +143,7 @@ class Board:
 
     def init(self) -> bytes:
         """The kernel's first request; empty if it has not come yet."""
-        return bytes(self._view[_INIT + 8 : _INIT + 8 + self._init_length[0]])
+        return bytes(self._view[_INIT + 8 : min(_INIT + 8 + self._init_length[0], _KEY)])
 
     # ---- the key ---------------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Board:
         """What `save_error` kept, once; empty if nothing."""
         length = self._error_length[0]
         self._error_length[0] = 0
-        return bytes(self._view[_ERROR + 8 : _ERROR + 8 + length]).decode("utf-8", "replace")
+        return bytes(self._view[_ERROR + 8 : min(_ERROR + 8 + length, _LOG)]).decode("utf-8", "replace")
 
     # ---- log -------------------------------------------------------------------------------------------------------
 
