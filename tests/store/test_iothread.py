@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 
 import pytest
@@ -176,3 +178,28 @@ def test_close_does_what_was_asked_first() -> None:
             assert sorted(done) == list(range(5))
 
     run(main)
+
+
+def test_an_error_leaves_no_cycle() -> None:
+    """The daemon has no cyclic collector that would find it: a disk that fails for days must not fill its memory."""
+
+    class Disaster(Exception):
+        pass
+
+    def fail() -> None:
+        raise Disaster
+
+    async def main() -> None:
+        thread = IoThread[None]("test")
+        for _ in range(10):
+            with contextlib.suppress(Disaster):
+                await thread.run(fail)
+        thread.close()
+
+    gc.collect()
+    gc.disable()
+    try:
+        trio.run(main)
+        assert not [each for each in gc.get_objects() if isinstance(each, Disaster)]
+    finally:
+        gc.enable()

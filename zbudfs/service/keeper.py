@@ -42,6 +42,7 @@ from zbudfs.service.settings import BACKING_FOLDER, Settings
 from zbudfs.service.worker import FAILED, Mounted, work
 from zbudfs.store.backing import Backing
 from zbudfs.store.board import Field
+from zbudfs.store.headroom import Headroom
 from zbudfs.store.memory import StoreMemory
 
 HANG_SECONDS: Final = 5.0
@@ -212,13 +213,15 @@ class Keeper:
 
     def _make_memory(self) -> StoreMemory:
         settings = self._settings
-        return StoreMemory(
+        memory = StoreMemory(
             settings.size_bytes,
             settings.pool_bytes >> PAGE_SHIFT,
             backed=settings.backing is not None,
             folder=self._directory.memory_folder,
             packing=Packing.parse(settings.packing),
         )
+        memory.headroom = Headroom()
+        return memory
 
     def _encrypt(self) -> None:
         """Have blocks encrypted with the key on the board, if that is wanted."""

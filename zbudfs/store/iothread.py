@@ -36,8 +36,8 @@ class IoThread(Generic[T]):
         token = trio.lowlevel.current_trio_token()
 
         def job() -> None:
-            result = outcome.capture(function, *args, **kwargs)
-            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+            # The outcome has no name here: an error would refer to this frame, and this frame to the error.
+            token.run_sync_soon(trio.lowlevel.reschedule, task, outcome.capture(function, *args, **kwargs))
 
         def abort(_: object) -> trio.lowlevel.Abort:
             return trio.lowlevel.Abort.FAILED

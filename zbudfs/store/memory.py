@@ -27,6 +27,7 @@ from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import SEGMENT_BYTES
 from zbudfs.store.board import BOARD_BYTES, LAYOUT, Board, Field
+from zbudfs.store.headroom import Headroom
 from zbudfs.store.trace_ring import RING_BYTES
 
 FRAME_ENTRY_BYTES: Final = 12
@@ -35,6 +36,11 @@ FRAME_ENTRY_BYTES: Final = 12
 BOUNCE_FRAMES: Final = 32
 """Blocks that can be read at once without a frame to keep them in: two requests of 64 KiB. Guessed."""
 
+
+RESERVE_BYTES: Final = 32 << 20
+"""What the pool leaves in the memory cgroup: a new standby needs more, while it gets ready, than a dead worker has left."""
+STANDBY_BYTES: Final = 48 << 20
+"""And beyond that while there is no standby: 34 MiB of its own, and 13 for a while to try itself out (measured)."""
 
 PARKING_SLOTS: Final = 8
 PARKING_SLOT_BYTES: Final = 1 << 20
@@ -64,6 +70,8 @@ class StoreMemory:
             persistent=int(folder is not None),
             packing=packing.code,
         )
+        self.headroom: Headroom | None = None
+        """What the pool must keep within; None: it takes what its limit allows."""
         self.nr_pages = size_bytes >> PAGE_SHIFT
         self.pages = Arena("pages", self.nr_pages * ENTRY_SIZE, folder)
         self.frames = Arena("frames", (nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT, folder)
@@ -96,6 +104,18 @@ class StoreMemory:
         self.frames.populate(self.nr_frames << PAGE_SHIFT, BOUNCE_FRAMES << PAGE_SHIFT)
         for offset, length in self.packing.kind.fixed_spans(self.nr_frames):
             self.frame_table.populate(offset, length)
+
+    def check_room(self, wanted_bytes: int) -> None:
+        """MemoryError if the memory cgroup has no room for so much: taking it would have the daemon killed."""
+        if self.headroom is None:
+            return
+        reserve = RESERVE_BYTES if self.board.fields[Field.STANDBY_READY] else RESERVE_BYTES + STANDBY_BYTES
+        available = self.headroom.available_bytes()
+        if available < wanted_bytes + reserve:
+            raise MemoryError(
+                f"the memory cgroup has room for {max(0, available) >> 20} MiB more, and the daemon keeps"
+                f" {reserve >> 20} MiB for itself"
+            )
 
     def populate_frames(self, runs: list[tuple[int, int]]) -> None:
         """Give frames, as runs (first, count), memory, and their parts of the tables. MemoryError."""

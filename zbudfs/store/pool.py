@@ -135,6 +135,7 @@ class Pool:
 
     def populate(self, runs: list[tuple[int, int]]) -> None:
         """Give the frames of `take_bare` memory; MemoryError. For a worker thread: it touches no state."""
+        self.memory.check_room(sum(count for _, count in runs) << PAGE_SHIFT)
         self.memory.populate_frames(runs)
 
     def add_ready(self, runs: list[tuple[int, int]]) -> None:

@@ -54,6 +54,9 @@ PATIENCE_SECONDS: Final = 0.05
 Populating 4 MiB takes some 2 ms, so by then the system is short of memory. Guessed.
 """
 
+REFUSED_SECONDS: Final = 0.2
+"""After the system had no memory for the pool it is not asked again before: a write that waits would ask all the time."""
+
 DROP_STEP_FRAMES: Final = 512
 """Ephemeral frames dropped on order before other tasks get their turn: some 3 ms."""
 
@@ -101,6 +104,8 @@ class Reclaimer:
         self._stuck: Refusal | None = None
         """Why the last round ended, if it was because there was nothing that it could free."""
         self._populating_since: float | None = None
+        self._populate_at = float("-inf")
+        """Before that it is not tried again."""
         self._memory_refused = False
         """The system did not give the pool the memory that it asked for last."""
         self._filling = 0
@@ -111,6 +116,12 @@ class Reclaimer:
         """Something was stored since the memory task looked last."""
         self._failing = False
         self._full = False
+        self._trouble: dict[str, str] = {}
+        """What was said last, by what was wanted ("write", "grow", "memory"); nothing once it was had."""
+        self._damage: list[str] = []
+        """What somebody has done to the backing file."""
+        self._asked_at: float | None = None
+        """When the writeback was asked for that is under way."""
         self._budget_told = False
 
     @property
@@ -122,6 +133,20 @@ class Reclaimer:
     def full(self) -> bool:
         """The backing file could not grow when it had to."""
         return self._full
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the backing file or the memory now, and what that means; nothing while all is well."""
+        found = list(self._damage)
+        if "memory" in self._trouble:
+            found.append(f"{self._trouble['memory']}: the pool cannot grow to its limit")
+        if "write" in self._trouble:
+            found.append(f"{self._trouble['write']}: pages stay in RAM while there is room, and it is tried again")
+        if "grow" in self._trouble:
+            found.append(f"{self._trouble['grow']}: what it has is used, then pages stay in RAM; it is tried again")
+        if self._asked_at is not None and trio.current_time() - self._asked_at >= STALL_SECONDS:
+            seconds = trio.current_time() - self._asked_at
+            found.append(f"the backing file has not answered for {seconds:.0f} s: writes wait once RAM is used up")
+        return found
 
     def kick(self) -> None:
         """Pages were stored: see whether there is something to do, soon."""
@@ -415,11 +440,15 @@ class Reclaimer:
 
     async def _populate(self) -> None:
         """Make frames ready until the reserve is full."""
-        while runs := self._pool.take_bare():
+        while trio.current_time() >= self._populate_at and (runs := self._pool.take_bare()):
             self._populating_since = trio.current_time()
             try:
                 await self._populator.run(self._pool.populate, runs)  # CHECKPOINT, not cancelled
-            except MemoryError:
+            except MemoryError as error:
+                if "memory" not in self._trouble:
+                    self.log(f"the pool cannot grow: {error}")
+                self._trouble["memory"] = str(error)
+                self._populate_at = trio.current_time() + REFUSED_SECONDS
                 self._pool.add_bare(runs)
                 self._memory_refused = True
                 self._waiting.unpark_all()
@@ -431,6 +460,7 @@ class Reclaimer:
                 self._populating_since = None
             self._pool.add_ready(runs)
             self._memory_refused = False
+            self._trouble.pop("memory", None)
             self._waiting.unpark_all()
 
     async def _trim_frames(self) -> None:

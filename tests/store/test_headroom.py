@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""How much room a memory cgroup has, on made-up trees of both versions; and that the pool asks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.core.samples import BIG, page
+from tests.store.rig import get, push, put, run, running
+from zbudfs.core.codec import Codec
+from zbudfs.core.errors import PoolFull
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.store.board import Field
+from zbudfs.store.headroom import UNLIMITED, Headroom
+from zbudfs.store.memory import RESERVE_BYTES, STANDBY_BYTES
+from zbudfs.store.page_store import PageStore
+
+MIB = 1 << 20
+
+
+def make(folder: Path, version: int, path: str, levels: dict[str, tuple[str, int, int]]) -> str:
+    """Make a tree: by path below its root (limit, used, inactive file pages). Return the folder that holds proc/."""
+    (folder / "proc/self").mkdir(parents=True)
+    line = f"4:memory,other:{path}\n0::/elsewhere\n" if version == 1 else f"1:name=systemd:/\n0::{path}\n"
+    (folder / "proc/self/cgroup").write_text(line)
+    mount = "cgroup /tree cgroup rw,memory 0 0\n" if version == 1 else "cgroup2 /tree cgroup2 rw,nsdelegate 0 0\n"
+    (folder / "proc/self/mounts").write_text(f"tmpfs / tmpfs rw 0 0\ncgroup /cpu cgroup rw,cpu 0 0\n{mount}")
+    (folder / "tree").mkdir()
+    for where, (limit, used, inactive) in levels.items():
+        level = folder / "tree" / where
+        level.mkdir(parents=True, exist_ok=True)
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        (level / names[0]).write_text(f"{limit}\n")
+        (level / names[1]).write_text(f"{used}\n")
+        word = "total_inactive_file" if version == 1 else "inactive_file"
+        (level / "memory.stat").write_text(f"cache 5\n{word} {inactive}\nunevictable 7\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_level_counts(version: int, tmp_path: Path) -> None:
+    """One's own or one above it; page cache that can go is room."""
+    root = make(
+        tmp_path, version, "/a/b", {"a": (str(100 * MIB), 70 * MIB, 0), "a/b": (str(90 * MIB), 80 * MIB, 15 * MIB)}
+    )
+    headroom = Headroom(root)
+    assert headroom.available_bytes() == 25 * MIB
+    (tmp_path / "tree/a" / ("memory.usage_in_bytes" if version == 1 else "memory.current")).write_text(f"{99 * MIB}\n")
+    assert headroom.available_bytes() == MIB, "it is read anew"
+    (tmp_path / "tree/a" / ("memory.usage_in_bytes" if version == 1 else "memory.current")).write_text(f"{110 * MIB}\n")
+    assert headroom.available_bytes() == -10 * MIB
+
+
+@pytest.mark.parametrize(("version", "limit"), [(1, str((1 << 63) - 4096)), (2, "max")])
+def test_without_a_limit(version: int, limit: str, tmp_path: Path) -> None:
+    """There is none, in the words of each version."""
+    assert Headroom(make(tmp_path, version, "/a", {"a": (limit, MIB, 0)})).available_bytes() == UNLIMITED
+
+
+def test_without_a_tree(tmp_path: Path) -> None:
+    """No proc, no memory controller, files that make no sense: as if there were no limit."""
+    assert Headroom(str(tmp_path / "nothing")).available_bytes() == UNLIMITED
+    root = make(tmp_path / "odd", 2, "/a", {"a": ("many", 1, 1)})
+    assert Headroom(root).available_bytes() == UNLIMITED
+    (tmp_path / "odd/tree/a/memory.max").unlink()
+    assert Headroom(root).available_bytes() == UNLIMITED
+
+
+def test_in_a_namespace(tmp_path: Path) -> None:
+    """Where the process's path is not to be seen in the tree that is mounted, its root is taken."""
+    root = make(tmp_path, 1, "/far/away", {"": (str(9 * MIB), MIB, 0)})
+    assert Headroom(root).available_bytes() == 8 * MIB
+
+
+def test_the_pool_keeps_within_it(tmp_path: Path) -> None:
+    """Frames are populated as far as the cgroup has room; then writes are refused with the reason, and go on when it has."""
+    used = tmp_path / "tree/a/memory.current"
+    root = make(tmp_path, 2, "/a", {"a": (str(200 * MIB), 0, 0)})
+
+    async def main() -> None:
+        store = PageStore(2048 * PAGE_SIZE, 1024, None, Codec())
+        assert store.memory.headroom is None, "a store of its own has nobody's cgroup to think of"
+        store.memory.check_room(1 << 60)
+        store.memory.headroom = Headroom(root)
+        store.memory.board.fields[Field.STANDBY_READY] = 1
+        used.write_text(str(200 * MIB - RESERVE_BYTES - MIB))
+        async with running(store):
+            assert store.statistics().pool_ready_bytes == 0, "a step of 2 MiB does not fit"
+            with pytest.raises(PoolFull, match="gives the pool no memory"):
+                await put(store, 0, page(0, BIG))
+            assert "has room for 33 MiB more, and the daemon keeps 32 MiB" in store.reclaimer.warnings()[0]
+            used.write_text(str(100 * MIB))
+            push(1)
+            await put(store, 0, page(0, BIG))
+            assert await get(store, 0) == page(0, BIG)
+            assert store.reclaimer.warnings() == []
+            store.memory.board.fields[Field.STANDBY_READY] = 0
+            used.write_text(str(200 * MIB - RESERVE_BYTES - STANDBY_BYTES))
+            with pytest.raises(MemoryError, match="keeps 80 MiB"):
+                store.memory.check_room(1)
+
+    run(main)
