@@ -9,7 +9,7 @@ export PREFIX DESTDIR LIBDIR BINDIR HELPERDIR SYSCONFDIR UNITDIR DATADIR WHEELHO
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv demo test lint format campaign-kill test-vm bench install uninstall dist pages fsx clean
+.PHONY: help venv demo test lint format campaign-kill test-vm bench install uninstall dist pages fsx soak coverage clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
@@ -18,6 +18,8 @@ help:
 	@echo 'make bench    how fast it is, what it takes, and against what (ARGS=--help tells more; ARGS="storm --rounds 3")'
 	@echo 'make test-vm         boot, swap, hand-over and power-off in a virtual machine, emulated: slow (ARGS="boot pressure")'
 	@echo 'make fsx      many processes do anything to swapfile, compared with a plain file (ARGS=--help tells more)'
+	@echo 'make soak     everything at once, with a disk that fails, for as long as wanted (ARGS=--help tells more)'
+	@echo 'make coverage branches of core/ and store/ that no test takes'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff lay out the sources'
 	@echo 'make venv     only the virtual environment, in $(VENV)'
@@ -36,6 +38,13 @@ campaign-kill: venv
 
 fsx: venv
 	@$(BIN)/python scripts/fsx.py $(ARGS)
+
+soak: venv
+	@$(BIN)/python -m scripts.soak $(ARGS)
+
+coverage: venv
+	$(BIN)/python -m coverage run -m pytest -q tests/core tests/store
+	$(BIN)/python -m coverage report
 
 bench: venv
 	@$(BIN)/python -m bench $(or $(ARGS),all)

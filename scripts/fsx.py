@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -32,7 +33,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 PAGE: Final = 4096
 STRIPE: Final = 1500
@@ -49,6 +50,8 @@ _PUNCH: Final = 0x02
 _ZERO: Final = 0x10
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+T = TypeVar("T")
 
 Span = tuple[int, int]
 """First byte, and the one behind the last."""
@@ -91,6 +94,21 @@ class Player:
         self.last: deque[str] = deque(maxlen=SHOWN_NR)
         self.operations = 0
         self.bytes = 0
+        self.patience_seconds = 0.0
+        """How long a call may be refused, where the disk has faults."""
+        self.refused = 0
+
+    def _again(self, call: Callable[..., T], *args: Any) -> T:
+        """Make a call on the swapfile; where faults are expected, until it succeeds: each may be repeated."""
+        end = time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                return call(*args)
+            except OSError as error:
+                if error.errno not in (errno.EIO, errno.ENOSPC) or time.monotonic() > end:
+                    raise
+                self.refused += 1
+                time.sleep(0.02)
 
     def play(self, seed: int) -> None:
         """One sequence of operations, then all is compared. Mismatch."""
@@ -152,7 +170,7 @@ class Player:
 
     def _put(self, fd: int, data: bytes | mmap.mmap, start: int, length: int | None = None) -> None:
         length = len(data) if length is None else length
-        done = os.pwrite(fd, memoryview(data)[:length], start)
+        done = self._again(os.pwrite, fd, memoryview(data)[:length], start)
         if done != length:
             raise Mismatch(f"a write of {length} bytes took {done}")
         os.pwrite(self.shadow_fd, memoryview(data)[:length], start)
@@ -162,7 +180,7 @@ class Player:
         data = self._data(end - start)
         cut = self.source.randint(0, len(data))
         self._note("writev", start, end)
-        if os.pwritev(self.fd, [data[:cut], data[cut:]], start) != len(data):
+        if self._again(os.pwritev, self.fd, [data[:cut], data[cut:]], start) != len(data):
             raise Mismatch("a writev was short")
         os.pwrite(self.shadow_fd, data, start)
 
@@ -182,7 +200,7 @@ class Player:
                 self._put(self.direct_fd, buffer, start)
             else:
                 self._note("direct read", start, start + length)
-                if os.preadv(self.direct_fd, [buffer], start) != length:
+                if self._again(os.preadv, self.direct_fd, [buffer], start) != length:
                     raise Mismatch("a direct read was short")
                 self._same(buffer[:], start)
 
@@ -192,7 +210,7 @@ class Player:
         self._compare(start, end)
 
     def _compare(self, start: int, end: int) -> None:
-        self._same(os.pread(self.fd, end - start, start), start, end - start)
+        self._same(self._again(self._read_all, end - start, start), start, end - start)
 
     def _same(self, got: bytes, start: int, length: int | None = None) -> None:
         length = len(got) if length is None else length
@@ -217,15 +235,25 @@ class Player:
     def _fallocate(self, name: str, mode: int) -> None:
         start, end = self._span()
         self._note(name, start, end)
-        while _libc.fallocate(self.fd, mode, start, end - start):
-            code = ctypes.get_errno()
-            if code != 4:  # EINTR: Python asks again for what it knows, and not for this
-                raise OSError(code, f"{name} {start}..{end}: {os.strerror(code)}")
+        self._again(self._fallocate_once, mode, start, end - start)
         os.pwrite(self.shadow_fd, bytes(end - start), start)
+
+    def _fallocate_once(self, mode: int, start: int, length: int) -> None:
+        while _libc.fallocate(self.fd, mode, start, length):
+            code = ctypes.get_errno()
+            if code != errno.EINTR:  # Python asks again for what it knows, and not for this
+                raise OSError(code, os.strerror(code))
+
+    def _read_all(self, length: int, start: int) -> bytes:
+        """A read; where faults are expected, one that a lost page has cut short goes on behind what it gave."""
+        got = os.pread(self.fd, length, start)
+        while self.patience_seconds and 0 < len(got) < length:
+            got += os.pread(self.fd, length - len(got), start + len(got))
+        return got
 
     def _sync(self) -> None:
         self.last.append("fsync")
-        (os.fsync if self.source.random() < 0.5 else os.fdatasync)(self.fd)
+        self._again(os.fsync if self.source.random() < 0.5 else os.fdatasync, self.fd)
 
     def _open_again(self) -> None:
         os.close(self.fd)
@@ -243,16 +271,17 @@ class Player:
         start, end = self._shared_span()
         self._note("shared write", start, end)
         if self.source.random() < 0.2:
-            os.pwrite(self.fd, bytes(end - start), start)
+            self._again(os.pwrite, self.fd, bytes(end - start), start)
             return
         turn = self.operations & 0xFFFF
         words = b"".join(struct.pack("<HHI", self.number + 1, turn, offset) for offset in range(start, end, 8))
-        os.pwrite(self.fd, words, start)
+        self._again(os.pwrite, self.fd, words, start)
 
     def _shared_read(self) -> None:
         start, end = self._shared_span()
         self._note("shared read", start, end)
-        got = os.pread(self.fd, end - start, start)
+        got = self._again(os.pread, self.fd, end - start, start)
+        got = got[: len(got) // 8 * 8]
         for at, (writer, _, offset) in enumerate(struct.iter_unpack("<HHI", got)):
             if (writer, offset) != (0, 0) and not (0 < writer <= self.layout.processes and offset == start + 8 * at):
                 raise Mismatch(f"the word at {start + 8 * at} was written to {offset} by process {writer - 1}")
@@ -270,12 +299,14 @@ def run_process(player: Player, seeds: range, report_fd: int) -> None:
         player.compare_all()
     except (Mismatch, OSError) as error:
         wrong = f"seed {seed}, process {player.number}: {error}; the last operations: {'; '.join(player.last)}"
-    said = {"operations": player.operations, "bytes": player.bytes, "wrong": wrong}
+    said = {"operations": player.operations, "bytes": player.bytes, "refused": player.refused, "wrong": wrong}
     os.write(report_fd, json.dumps(said).encode() + b"\n")
 
 
-def play_all(path: Path, shadow: Path, size: int, processes: int, seeds: range) -> Iterator[dict[str, object]]:
-    """Play in so many processes; what each says at its end."""
+def play_all(
+    path: Path, shadow: Path, size: int, processes: int, seeds: range, patience_seconds: float = 0.0
+) -> Iterator[dict[str, object]]:
+    """Play in so many processes; what each says at its end. Calls may be refused for `patience_seconds`."""
     layout = Layout(size, processes)
     read_fd, write_fd = os.pipe()
     children = []
@@ -283,7 +314,9 @@ def play_all(path: Path, shadow: Path, size: int, processes: int, seeds: range) 
         pid = os.fork()
         if not pid:
             try:
-                run_process(Player(path, shadow, layout, number), seeds, write_fd)
+                player = Player(path, shadow, layout, number)
+                player.patience_seconds = patience_seconds
+                run_process(player, seeds, write_fd)
             finally:
                 os._exit(0)
         children.append(pid)
@@ -294,7 +327,12 @@ def play_all(path: Path, shadow: Path, size: int, processes: int, seeds: range) 
         os.waitpid(pid, 0)
     yield from said
     if len(said) != processes:
-        yield {"operations": 0, "bytes": 0, "wrong": f"only {len(said)} of {processes} processes came to their end"}
+        yield {
+            "operations": 0,
+            "bytes": 0,
+            "refused": 0,
+            "wrong": f"only {len(said)} of {processes} processes came to their end",
+        }
 
 
 def zbudfs(*arguments: str | Path) -> str:

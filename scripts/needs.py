@@ -7,6 +7,7 @@ loop     loop devices can be had, and the programs for them
 swap     swap can be turned on
 cell     a memory cgroup can be made
 systemd  the program systemd-analyze; systemd need not run
+nbd      the programs for a disk that fails when it is told to
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def _systemd() -> str | None:
     return "no systemd-analyze (apt-get install systemd)" if missing else None
 
 
+def _nbd() -> str | None:
+    missing = [name for name in ("nbdkit", "nbdfuse", "mkfs.ext4") if shutil.which(name, path=_SBIN) is None]
+    return f"no {', '.join(missing)} (apt-get install nbdkit libnbd-bin e2fsprogs)" if missing else None
+
+
 def _programs(*names: str) -> str | None:
     missing = [name for name in names if shutil.which(name, path=_SBIN) is None]
     return f"no {', '.join(missing)} (apt-get install util-linux mount)" if missing else None
@@ -82,5 +88,6 @@ NEEDS: Final[dict[str, Callable[[], str | None]]] = {
     "swap": _swap,
     "cell": _cell,
     "systemd": _systemd,
+    "nbd": _nbd,
 }
 """Each need, and the function that says why it cannot be had."""

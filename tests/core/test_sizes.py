@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zbudfs.core.sizes import SUFFIXES, format_size, parse_size, parse_size_or_percent
+from zbudfs.core.units import pages_in
 
 
 @pytest.mark.parametrize(
@@ -114,3 +115,9 @@ def test_what_is_shown_is_near(size_bytes: int) -> None:
     number, unit = format_size(size_bytes).split()
     per = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}[unit]
     assert abs(float(number) * per - size_bytes) <= per / 20 * 1.0001
+
+
+@pytest.mark.parametrize(("size", "pages"), [(0, 0), (1, 1), (4095, 1), (4096, 1), (4097, 2), (1 << 40, 1 << 28)])
+def test_bytes_in_whole_pages(size: int, pages: int) -> None:
+    """Rounded up."""
+    assert pages_in(size) == pages

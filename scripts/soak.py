@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: MIT
+"""Everything at once, for as long as wanted, and at the end no wrong byte and nothing that has grown.
+
+    swapfile   processes play scripts/fsx.py on it: anything that can be done, compared with a plain file
+    disk       made of nbdkit, nbdfuse, a loop device and ext4: reads fail, writes fail, nothing is answered, for seconds
+    worker     killed again and again
+    control/   settings are changed at random, writeback is ordered, clean copies are dropped
+    swap       with --swap: a second mount is swapped to by a program in a memory cgroup, off and on again
+
+What is refused while the disk fails is asked for again: it must come right when the disk is. Between two rounds all is
+calm; then memory, open files and threads of the processes, and loop devices, are counted and compared with the first round's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+from scripts.cell import Cell
+from scripts.fsx import play_all, zbudfs
+from scripts.nbd import NbdDisk, nbd_disk
+
+SIZE: Final = 24 << 20
+POOL: Final = 4 << 20
+PROCESSES: Final = 4
+SEEDS_A_ROUND: Final = 12
+PATIENCE_SECONDS: Final = 120.0
+CALM_SECONDS: Final = 60.0
+"""Longest wait until a round's traces are gone. A failure, not a measurement."""
+GROWTH_FILES: Final = 3
+"""Open files that a process may have more: whoever counts them has them counted while one is open."""
+GROWTH_KIB: Final = 16 << 10
+"""Private memory that a process may have more than after the first round: what its heap had not needed before."""
+
+
+class Troubles:
+    """A thread that does bad things to a mount and its disk until it is stopped; `done` counts them."""
+
+    def __init__(self, mountpoint: Path, disk: NbdDisk, source: random.Random) -> None:
+        self.done: Counter[str] = Counter()
+        self._mountpoint = mountpoint
+        self._disk = disk
+        self._source = source
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+
+    def __enter__(self) -> Troubles:
+        """Begin."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop, with the disk well and the settings as they were."""
+        self._stop.set()
+        self._thread.join()
+        for name, value in (("writeback_enabled", "1"), ("age_seconds", "0"), ("pool_limit_bytes", str(POOL))):
+            self._set(name, value)
+        for name in ("low_watermark_frames", "high_watermark_frames"):
+            self._set(name, "auto")
+
+    def _work(self) -> None:
+        kinds = (self._kill, self._reads_fail, self._writes_fail, self._stall, self._settings, self._settings)
+        while not self._stop.wait(self._source.uniform(0.1, 1.0)):
+            self._source.choice(kinds)()
+
+    def _kill(self) -> None:
+        counts = stats(self._mountpoint)
+        if counts.get("standby_ready"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(counts["worker_pid"], signal.SIGKILL)
+                self.done["kills"] += 1
+
+    def _reads_fail(self) -> None:
+        self.done["reads fail"] += 1
+        with self._disk.failing("pread"):
+            self._stop.wait(self._source.uniform(0.1, 1.5))
+
+    def _writes_fail(self) -> None:
+        self.done["writes fail"] += 1
+        with self._disk.failing("pwrite"):
+            self._stop.wait(self._source.uniform(0.1, 2.0))
+
+    def _stall(self) -> None:
+        self.done["stalls"] += 1
+        with self._disk.standing_still():
+            self._stop.wait(self._source.uniform(0.1, 3.0))
+
+    def _settings(self) -> None:
+        self.done["settings"] += 1
+        name, values = self._source.choice(
+            (
+                ("pool_limit_bytes", [str(POOL), str(POOL // 2), str(POOL * 3 // 4)]),
+                ("level", ["-7", "-1", "1", "3", "9", "nonsense"]),
+                ("writeback_enabled", ["0", "1", "1", "1"]),
+                ("age_seconds", ["0", "1"]),
+                ("writeback", ["10", "100", "all"]),
+                ("drop_ephemeral", ["1"]),
+                ("low_watermark_frames", ["auto", "50", "-5"]),
+                ("high_watermark_frames", ["auto", "200"]),
+            )
+        )
+        self._set(name, self._source.choice(values))
+
+    def _set(self, name: str, value: str) -> None:
+        with contextlib.suppress(OSError):  # what makes no sense is refused
+            (self._mountpoint / "control" / name).write_text(value)
+
+
+def stats(mountpoint: Path) -> dict[str, Any]:
+    """All numbers of a mount; none while nobody answers."""
+    try:
+        found: dict[str, Any] = json.loads((mountpoint / "stats/all.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def sizes(mountpoint: Path) -> dict[str, int]:
+    """What must not grow, once all is calm: memory in KiB, open files, threads, loop devices."""
+    end = time.monotonic() + CALM_SECONDS
+    counts = stats(mountpoint)
+    while not counts.get("standby_ready") or counts["pers_zombie_count"]:
+        if time.monotonic() > end:
+            raise TimeoutError("the mount does not become calm")
+        time.sleep(0.1)
+        counts = stats(mountpoint)
+    ours = f"{mountpoint.parent}/"
+    loops = Path("/sys/block").glob("loop*/loop/backing_file")
+    found = {"loop devices": sum(file.read_text().startswith(ours) for file in loops)}
+    for who in ("keeper", "worker"):
+        process = Path(f"/proc/{counts[f'{who}_pid']}")
+        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        found[f"{who}'s memory"] = int(status["RssAnon"].split()[0])
+        found[f"{who}'s threads"] = int(status["Threads"])
+        found[f"{who}'s files"] = len(list((process / "fd").iterdir()))
+    return found
+
+
+def grown(first: dict[str, int], last: dict[str, int]) -> list[str]:
+    """What is more than it was, in words."""
+    allowed = {name: GROWTH_KIB if name.endswith("memory") else GROWTH_FILES * name.endswith("files") for name in first}
+    return [f"{name}: {first[name]} to {last[name]}" for name in first if last[name] > first[name] + allowed[name]]
+
+
+def swap_round(folder: Path, seed: int) -> int:
+    """A program swaps to a mount of its own, which comes and goes: the pages that were wrong."""
+    mountpoint = folder / "swap"
+    mountpoint.mkdir(exist_ok=True)
+    zbudfs("swapon", "--size", "192M", "--pool", "24M", "--backing", folder / "swap.backing", mountpoint)
+    try:
+        storm = str(Path(__file__).with_name("storm.py"))
+        with Cell("soak", 48 << 20) as cell:
+            command = cell.command([sys.executable, "-I", storm, "112", str(seed)])
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+                try:
+                    said, _ = program.communicate("\n", timeout=240)
+                finally:
+                    program.kill()
+            return int(json.loads(said.splitlines()[-1])["bad"])
+    finally:
+        zbudfs("swapoff", "--umount", mountpoint)
+
+
+def main(arguments: list[str]) -> int:
+    """Run for as long as wanted; 1 if a byte was wrong, a page lost, or something has grown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60, help="how long (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default: 0)")
+    parser.add_argument("--swap", action="store_true", help="swap as well, a program in each round")
+    options = parser.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="zbudfs-soak-"))
+    shadow = folder / "shadow"
+    with shadow.open("wb") as file:
+        file.truncate(SIZE)
+    wrong: list[str] = []
+    totals: Counter[str] = Counter()
+    began = time.monotonic()
+    rounds = 0
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    mountpoint = folder / "mnt"
+    mountpoint.mkdir()
+    try:
+        with nbd_disk(folder, 96 << 20) as disk:
+            zbudfs("mount", "--size", str(SIZE), "--pool", str(POOL), "--backing", disk.mounted / "b", mountpoint)
+            try:
+                troubles = Troubles(mountpoint, disk, random.Random(options.seed))
+                while not rounds or (not wrong and time.monotonic() - began < options.minutes * 60):
+                    start = options.seed + rounds * SEEDS_A_ROUND
+                    seeds = range(start, start + SEEDS_A_ROUND)
+                    with troubles:
+                        said = list(play_all(mountpoint / "swapfile", shadow, SIZE, PROCESSES, seeds, PATIENCE_SECONDS))
+                    wrong += [str(each["wrong"]) for each in said if each["wrong"]]
+                    totals.update(
+                        {
+                            name: sum(int(str(each[name])) for each in said)
+                            for name in ("operations", "bytes", "refused")
+                        }
+                    )
+                    if options.swap and (bad := swap_round(folder, rounds + 1)):
+                        wrong.append(f"{bad} pages of a program that swapped")
+                    last = sizes(mountpoint)
+                    first = first or last
+                    rounds += 1
+                    print(
+                        f"  {(time.monotonic() - began) / 60:6.1f} min, round {rounds}: {json.dumps(last)}", flush=True
+                    )
+                counts = stats(mountpoint)
+            finally:
+                zbudfs("umount", mountpoint)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    wrong += [f"grown: {text}" for text in grown(first, last)] if rounds > 1 else []
+    for text in wrong:
+        print(f"soak: {text}", file=sys.stderr)
+    print(f"  rounds           {rounds:,} in {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"  operations       {totals['operations']:,}, {totals['bytes'] >> 20:,} MiB; {totals['refused']:,} repeated")
+    print(f"  troubles         {', '.join(f'{number:,} {name}' for name, number in sorted(troubles.done.items()))}")
+    print(f"  takeovers        {counts.get('recoveries'):,}, pages lost in them {counts.get('lost_in_recovery'):,}")
+    print(f"  wrong            {len(wrong):,}")
+    return 1 if wrong or counts.get("lost_in_recovery") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
