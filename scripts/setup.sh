@@ -26,6 +26,8 @@ missing_packages() {
     has modprobe || echo kmod
     has mkfs.ext4 || echo e2fsprogs
     has fio || echo fio
+    has nbdkit || echo nbdkit
+    has nbdfuse || echo libnbd-bin
     has systemd-analyze || echo systemd
     if has "$PYTHON"; then
         python_can 'import ensurepip, venv' || echo python3-venv

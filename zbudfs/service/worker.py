@@ -149,7 +149,7 @@ class Worker:
             shim.use_metrics(self._board.latencies.words)
             steering = Steering(store)
             steering.adopt_level()
-            stats = Stats(store, self._facts, self._board.lines)
+            stats = Stats(store, lambda: self._facts(store), self._board.lines)
             control = Control(steering, self._log.info)
             operations = Operations(store, stats, control, nursery, mounted.born_ns)
             open_session(operations, mounted.fuse_fd)
@@ -296,7 +296,7 @@ class Worker:
             else:
                 return  # the session sees that the mount is gone, and ends
 
-    def _facts(self) -> dict[str, Value]:
+    def _facts(self, store: PageStore) -> dict[str, Value]:
         mounted = self._mounted
         settings = mounted.settings
         fields = self._board.fields
@@ -323,7 +323,11 @@ class Worker:
             "backing_size_bytes": settings.size_bytes if settings.backing is not None else 0,
             "open_swapfiles": fields[Field.OPEN_SWAPFILES],
             "log_dropped": mounted.log.dropped,
-            "warnings": [*mounted.warnings, *self._present_warnings(keeper_lives=keeper_lives)],
+            "warnings": [
+                *mounted.warnings,
+                *self._present_warnings(keeper_lives=keeper_lives),
+                *store.reclaimer.warnings(),
+            ],
         }
 
     def _survives(self) -> bool:

@@ -53,6 +53,8 @@ class Backing:
         self.path = path
         self.ready_bytes = 0
         """Bytes allocated and written over."""
+        self._end_bytes = 0
+        """Where the last segment ends that this process has made ready, or seen."""
         self._cipher: BlockCipher | None = None
         self._outgoing = memoryview(b"")
         # Aligned, as O_DIRECT wants it, and populated: a read of it from the disk's side must find pages.
@@ -211,6 +213,7 @@ class Backing:
                     punch_hole(self._fd, offset, count * SEGMENT_BYTES)
             raise _failure("grown", error) from None
         self.ready_bytes += count * SEGMENT_BYTES
+        self._end_bytes = max(self._end_bytes, (first + count) * SEGMENT_BYTES)
 
     def _write_zeros(self, offset: int, length: int) -> None:
         flags = 0 if self.direct else os.RWF_DSYNC
@@ -230,6 +233,22 @@ class Backing:
         except OSError as error:
             raise _failure("punched", error) from None
         self.ready_bytes -= count * SEGMENT_BYTES
+
+    def damage(self) -> list[str]:
+        """What somebody has done to the file behind our back, one sentence each."""
+        try:
+            status = os.fstat(self._fd)
+        except OSError as error:
+            return [f"the backing file {self.path} cannot be looked at: {error.strerror}"]
+        found = []
+        if not status.st_nlink:
+            found.append(
+                f"the backing file {self.path} has been deleted: it is used on, and its room is free at unmount"
+            )
+        if status.st_size < self._end_bytes:
+            found.append(f"the backing file {self.path} has been cut short: pages that were there are lost")
+        self._end_bytes = max(self._end_bytes, status.st_size)
+        return found
 
     def close(self) -> None:
         """Empty the file and let go of it."""

@@ -60,6 +60,9 @@ REFUSED_SECONDS: Final = 0.2
 DROP_STEP_FRAMES: Final = 512
 """Ephemeral frames dropped on order before other tasks get their turn: some 3 ms."""
 
+STALL_SECONDS: Final = 5.0
+"""A disk that has not answered for so long is worth a warning. Guessed: a busy one takes tenths of a second."""
+
 POPULATE_SECONDS: Final = 5.0
 """How long a write waits for the system to give the pool memory, where writing back cannot help. Guessed."""
 
@@ -92,7 +95,7 @@ class Reclaimer:
         self.cumul_grown_bytes = 0
         self.cumul_aged_frames = 0
         self._writer = IoThread[None]("writeback") if backing is not None else None
-        self._grower = IoThread[None]("grow") if backing is not None else None
+        self._grower = IoThread[list[str] | None]("grow") if backing is not None else None
         self._populator = IoThread[None]("populate")
         self._writeback_wanted = trio.Event()
         self._memory_wanted = trio.Event()
@@ -371,7 +374,8 @@ class Reclaimer:
         """Write a batch of zombies; False if the backing file failed. Whatever happens, no frame stays a zombie."""
         backing, writer = self._backing, self._writer
         assert backing is not None and writer is not None
-        self.budget.spend(len(batch) << PAGE_SHIFT, trio.current_time())
+        self._asked_at = trio.current_time()
+        self.budget.spend(len(batch) << PAGE_SHIFT, self._asked_at)
         began = time.perf_counter_ns()
         try:
             await writer.run(_write_runs, backing, self._runs_of(batch))  # CHECKPOINT, not cancelled
@@ -379,6 +383,7 @@ class Reclaimer:
             self._state.fail_writeback(batch)
             self.writeback_failures += 1
             self._retry_at = trio.current_time() + RETRY_SECONDS
+            self._trouble["write"] = str(error)
             if not self._failing:
                 self._failing = True
                 self.log(f"{error}; the pages stay in RAM, and it is tried again")
@@ -386,8 +391,11 @@ class Reclaimer:
         except BaseException:
             self._state.fail_writeback(batch)
             raise
+        finally:
+            self._asked_at = None
         self._latencies.record(Timed.WRITEBACK, time.perf_counter_ns() - began)
         self._state.finish_writeback(batch)
+        self._trouble.pop("write", None)
         self._last_writeback = trio.current_time()
         self.ordered_frames = max(0, self.ordered_frames - len(batch))
         if self._failing:
@@ -477,10 +485,20 @@ class Reclaimer:
                 await self._disk_wanted.wait()
             self._disk_wanted = trio.Event()
             await self._grow()
+            await self._look_at_file()
             if self._failing:  # the disk may be well again, with nobody writing meanwhile
                 self._writeback_wanted.set()
             if self._calm():
                 await self._trim_blocks()
+
+    async def _look_at_file(self) -> None:
+        """See whether somebody has deleted the backing file or cut it short."""
+        if self._grower is not None and self._backing is not None:
+            found = await self._grower.run(self._backing.damage) or []  # CHECKPOINT, not cancelled
+            for text in found:
+                if text not in self._damage:
+                    self.log(text)
+            self._damage = found
 
     def _blocks_wanted(self) -> int:
         return min(GROW_AHEAD_BLOCKS, self._pool.nr_frames)
@@ -504,6 +522,7 @@ class Reclaimer:
                     await grower.run(backing.make_ready, first, count)  # CHECKPOINT, not cancelled
                 except BackingError as error:
                     blocks.return_holes(first, count)
+                    self._trouble["grow"] = str(error)
                     if not self._full:
                         self._full = True
                         self.log(str(error))
@@ -512,6 +531,7 @@ class Reclaimer:
                     blocks.return_holes(first, count)
                     raise
                 self._full = False
+                self._trouble.pop("grow", None)
                 blocks.add_ready(first, count)
                 self.cumul_grown_bytes += count * SEGMENT_BLOCKS << PAGE_SHIFT
 
