@@ -47,7 +47,7 @@ def commands(text: str) -> list[str]:
         match = COMMAND.match(line)
         if match:
             command = SHELL.sub("", match[1])
-            if not ABBREVIATED.search(command) and "$(" not in command:
+            if not ABBREVIATED.search(command) and "$(" not in command and not command.startswith("zbudfs /"):  # fstab
                 found.append(command)
     return found
 
