@@ -9,7 +9,7 @@ export PREFIX DESTDIR LIBDIR BINDIR HELPERDIR SYSCONFDIR UNITDIR DATADIR WHEELHO
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv demo test lint format campaign-kill test-vm bench install uninstall dist pages fsx soak coverage clean
+.PHONY: help venv picture demo test lint format campaign-kill test-vm bench install uninstall dist pages fsx soak coverage clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make fsx      many processes do anything to swapfile, compared with a plain file (ARGS=--help tells more)'
 	@echo 'make soak     everything at once, with a disk that fails, for as long as wanted (ARGS=--help tells more)'
 	@echo 'make coverage branches of core/ and store/ that no test takes'
+	@echo 'make picture         draw docs/top.svg anew: zbudfs top during a storm of swap (as root)'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff lay out the sources'
 	@echo 'make venv     only the virtual environment, in $(VENV)'
@@ -32,6 +33,9 @@ help:
 
 venv:
 	@scripts/setup.sh
+
+picture: venv
+	@$(BIN)/python -m scripts.picture $(ARGS)
 
 campaign-kill: venv
 	@$(BIN)/python scripts/campaign_kill.py $(ARGS)

@@ -6,16 +6,17 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_zbudfs_trace_subparsers=(record show replay)
-_shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set exporter config doctor estimate trace)
+_shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set exporter serve config doctor estimate trace top)
 
-_shtab_zbudfs_mount_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --foreground)
+_shtab_zbudfs_mount_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --instances --foreground)
 _shtab_zbudfs_umount_option_strings=(-h --help)
-_shtab_zbudfs_swapon_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --priority)
-_shtab_zbudfs_swapoff_option_strings=(-h --help --umount --force)
+_shtab_zbudfs_swapon_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --instances --priority --config)
+_shtab_zbudfs_swapoff_option_strings=(-h --help --umount --force --config)
 _shtab_zbudfs_restart_option_strings=(-h --help)
 _shtab_zbudfs_status_option_strings=(-h --help --watch --json)
 _shtab_zbudfs_set_option_strings=(-h --help --json)
 _shtab_zbudfs_exporter_option_strings=(-h --help --listen --textfile --interval)
+_shtab_zbudfs_serve_option_strings=(-h --help)
 _shtab_zbudfs_config_option_strings=(-h --help --check --json --root)
 _shtab_zbudfs_doctor_option_strings=(-h --help --json --backing --root)
 _shtab_zbudfs_estimate_option_strings=(-h --help --all --file --sample --seed --levels --pool --json --plot)
@@ -23,6 +24,7 @@ _shtab_zbudfs_trace_record_option_strings=(-h --help -o --output --seconds --max
 _shtab_zbudfs_trace_show_option_strings=(-h --help --json --plot)
 _shtab_zbudfs_trace_replay_option_strings=(-h --help --pool --level --watermark --backing --seed --json)
 _shtab_zbudfs_trace_option_strings=(-h --help)
+_shtab_zbudfs_top_option_strings=(-h --help --interval --picture --after)
 _shtab_zbudfs_option_strings=(-h --help --version)
 
 _shtab_zbudfs_mount_pos_0_COMPGEN=_shtab_compgen_dirs
@@ -46,9 +48,10 @@ _shtab_zbudfs_trace_record___output_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_trace_show_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_trace_show___plot_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_trace_replay_pos_0_COMPGEN=_shtab_compgen_files
+_shtab_zbudfs_top_pos_0_COMPGEN=_shtab_compgen_dirs
 
 _shtab_zbudfs_trace_pos_0_choices=(record show replay)
-_shtab_zbudfs_pos_0_choices=(mount umount swapon swapoff restart status set exporter config doctor estimate trace)
+_shtab_zbudfs_pos_0_choices=(mount umount swapon swapoff restart status set exporter serve config doctor estimate trace top)
 
 _shtab_zbudfs_mount__h_nargs=0
 _shtab_zbudfs_mount___help_nargs=0
@@ -74,6 +77,8 @@ _shtab_zbudfs_set___json_nargs=0
 _shtab_zbudfs_exporter_pos_0_nargs='*'
 _shtab_zbudfs_exporter__h_nargs=0
 _shtab_zbudfs_exporter___help_nargs=0
+_shtab_zbudfs_serve__h_nargs=0
+_shtab_zbudfs_serve___help_nargs=0
 _shtab_zbudfs_config__h_nargs=0
 _shtab_zbudfs_config___help_nargs=0
 _shtab_zbudfs_config___check_nargs=0
@@ -97,6 +102,8 @@ _shtab_zbudfs_trace_replay___json_nargs=0
 _shtab_zbudfs_trace_pos_0_nargs=A...
 _shtab_zbudfs_trace__h_nargs=0
 _shtab_zbudfs_trace___help_nargs=0
+_shtab_zbudfs_top__h_nargs=0
+_shtab_zbudfs_top___help_nargs=0
 _shtab_zbudfs_pos_0_nargs=A...
 _shtab_zbudfs__h_nargs=0
 _shtab_zbudfs___help_nargs=0

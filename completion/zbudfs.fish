@@ -50,8 +50,8 @@ function _shtab_zbudfs_using
   test "$_shtab_zbudfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set exporter config doctor estimate trace 'trace record' 'trace show' 'trace replay'
-set -g _shtab_zbudfs_opts_with_value --backing --encrypt --file --interval --level --levels --listen --max --output --packing --plot --pool --priority --root --sample --seconds --seed --size --textfile --watch --watermark -o
+set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set exporter serve config doctor estimate trace 'trace record' 'trace show' 'trace replay' top
+set -g _shtab_zbudfs_opts_with_value --after --backing --config --encrypt --file --instances --interval --level --levels --listen --max --output --packing --picture --plot --pool --priority --root --sample --seconds --seed --size --textfile --watch --watermark -o
 
 complete -c zbudfs -e
 complete -c zbudfs -f
@@ -66,6 +66,7 @@ complete -c zbudfs -n '_shtab_zbudfs_using mount' -l backing -xka "(__fish_compl
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l level -x -d 'zstd level, -7 (fast) to 19 (small), not 0 (default: -1)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l encrypt -x -d 'encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l packing -x -d 'zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM at some speed (default: zbud; dense alone is dense:7)'
+complete -c zbudfs -n '_shtab_zbudfs_using mount' -l instances -x -d 'divide size and pool among N daemons, mounted on MOUNTPOINT/0, MOUNTPOINT/1 ..., whose swap the kernel fills in turns (default: 1, mounted on MOUNTPOINT itself)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l foreground -d 'stay at the terminal until Ctrl-C, and log to it'
 complete -c zbudfs -n '_shtab_zbudfs_using mount; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory to mount on'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a umount -d 'Unmount a zbudfs; what it stored is gone and its backing file is emptied.'
@@ -79,13 +80,16 @@ complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l backing -xka "(__fish_comp
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l level -x -d 'zstd level, -7 (fast) to 19 (small), not 0 (default: -1)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l encrypt -x -d 'encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l packing -x -d 'zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM at some speed (default: zbud; dense alone is dense:7)'
-complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l priority -x -d '0 to 32767, the highest is used first (default: the kernel'"'"'s choice, after all other swap)'
+complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l instances -x -d 'divide size and pool among N daemons, mounted on MOUNTPOINT/0, MOUNTPOINT/1 ..., whose swap the kernel fills in turns (default: 1, mounted on MOUNTPOINT itself)'
+complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l priority -x -d '0 to 32767, the highest is used first (default: the kernel'"'"'s choice, after all other swap; with several instances 0)'
+complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l config -x -d 'what /etc/zbudfs/NAME.toml says, instead of MOUNTPOINT and options'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory that it is, or will be, mounted on'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a swapoff -d 'Read everything back to RAM and end the swap on a zbudfs.'
 complete -c zbudfs -n '_shtab_zbudfs_using swapoff' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using swapoff' -l umount -d 'unmount it as well'
 complete -c zbudfs -n '_shtab_zbudfs_using swapoff' -l force -d 'try it even if RAM seems to be too short'
-complete -c zbudfs -n '_shtab_zbudfs_using swapoff; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory that it is mounted on'
+complete -c zbudfs -n '_shtab_zbudfs_using swapoff' -l config -x -d 'what /etc/zbudfs/NAME.toml says, instead of MOUNTPOINT and options'
+complete -c zbudfs -n '_shtab_zbudfs_using swapoff; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory that it is, or will be, mounted on'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a restart -d 'Have this version of zbudfs take over a running mount; swap stays on.'
 complete -c zbudfs -n '_shtab_zbudfs_using restart' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using restart; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory that it is mounted on'
@@ -103,6 +107,8 @@ complete -c zbudfs -n '_shtab_zbudfs_using exporter' -l listen -x -d 'answer scr
 complete -c zbudfs -n '_shtab_zbudfs_using exporter' -l textfile -xka "(__fish_complete_path (commandline -ct))" -d 'write a file for node_exporter'"'"'s textfile collector instead'
 complete -c zbudfs -n '_shtab_zbudfs_using exporter' -l interval -x -d 'write FILE again and again (default: once)'
 complete -c zbudfs -n '_shtab_zbudfs_using exporter; and test $_shtab_zbudfs_npos -ge 0' -ka "(__fish_complete_directories)" -d 'directory (default: every zbudfs)'
+complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a serve -d 'Become the daemon of a configuration, for a service manager.'
+complete -c zbudfs -n '_shtab_zbudfs_using serve' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a config -d 'Tell what is configured, and where each value comes from.'
 complete -c zbudfs -n '_shtab_zbudfs_using config' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using config' -l check -d 'tell only what is wrong; exit status 1 if anything is'
@@ -145,3 +151,9 @@ complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l backing -x -d 'folde
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l seed -x -d 'make other pages of the same sizes (default: 1)'
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l json -d 'print a list of objects, one for each combination'
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'what trace record has written'
+complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a top -d 'Show a mount live, on all of the terminal.'
+complete -c zbudfs -n '_shtab_zbudfs_using top' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using top' -l interval -x -d 'seconds between looks (default: 1)'
+complete -c zbudfs -n '_shtab_zbudfs_using top' -l picture -x -d 'draw what it shows to a file and end; needs no terminal'
+complete -c zbudfs -n '_shtab_zbudfs_using top' -l after -x -d 'seconds until the picture is drawn (default: 10)'
+complete -c zbudfs -n '_shtab_zbudfs_using top; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory (default: the first; Tab changes)'

@@ -16,10 +16,12 @@ _shtab_zbudfs_commands() {
     exporter:'Give the numbers of all mounts to Prometheus.'
     mount:'Mount a zbudfs and return when it is up.'
     restart:'Have this version of zbudfs take over a running mount; swap stays on.'
+    serve:'Become the daemon of a configuration, for a service manager.'
     set:'Change a zbudfs while it runs, and tell what is in force.'
     status:'Tell what is stored, what it takes, and what the system refused.'
     swapoff:'Read everything back to RAM and end the swap on a zbudfs.'
     swapon:'Make a zbudfs active swap, mounting it first if need be.'
+    top:'Show a mount live, on all of the terminal.'
     trace:'Record what is asked of a mount, look at it, and replay it.'
     umount:'Unmount a zbudfs; what it stored is gone and its backing file is emptied.'
   )
@@ -100,6 +102,7 @@ _shtab_zbudfs_mount_options=(
   "--level[zstd level, -7 (fast) to 19 (small), not 0 (default\: -1)]:N:"
   "--encrypt[encrypt what is written to the backing file, with a key that nobody ever sees (default\: yes)]:yes|no:"
   "--packing[zbud\: two pages to a frame, fast\; dense\: up to N, from 2 to 7, for half the RAM at some speed (default\: zbud\; dense alone is dense\:7)]:zbud|dense[:N]:"
+  "--instances[divide size and pool among N daemons, mounted on MOUNTPOINT\/0, MOUNTPOINT\/1 ..., whose swap the kernel fills in turns (default\: 1, mounted on MOUNTPOINT itself)]:N:"
   "--foreground[stay at the terminal until Ctrl-C, and log to it]"
   ":directory to mount on:_files -/"
 )
@@ -114,6 +117,14 @@ _shtab_zbudfs_restart_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_zbudfs_restart_defaults_added=0
+
+_shtab_zbudfs_serve_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  ":of the configuration, \/etc\/zbudfs\/NAME.toml:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_zbudfs_serve_defaults_added=0
 
 _shtab_zbudfs_set_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -138,7 +149,8 @@ _shtab_zbudfs_swapoff_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--umount[unmount it as well]"
   "--force[try it even if RAM seems to be too short]"
-  ":directory that it is mounted on:_files -/"
+  "--config[what \/etc\/zbudfs\/NAME.toml says, instead of MOUNTPOINT and options]:NAME:"
+  ":directory that it is, or will be, mounted on:_files -/"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -152,12 +164,25 @@ _shtab_zbudfs_swapon_options=(
   "--level[zstd level, -7 (fast) to 19 (small), not 0 (default\: -1)]:N:"
   "--encrypt[encrypt what is written to the backing file, with a key that nobody ever sees (default\: yes)]:yes|no:"
   "--packing[zbud\: two pages to a frame, fast\; dense\: up to N, from 2 to 7, for half the RAM at some speed (default\: zbud\; dense alone is dense\:7)]:zbud|dense[:N]:"
-  "--priority[0 to 32767, the highest is used first (default\: the kernel\'s choice, after all other swap)]:N:"
+  "--instances[divide size and pool among N daemons, mounted on MOUNTPOINT\/0, MOUNTPOINT\/1 ..., whose swap the kernel fills in turns (default\: 1, mounted on MOUNTPOINT itself)]:N:"
+  "--priority[0 to 32767, the highest is used first (default\: the kernel\'s choice, after all other swap\; with several instances 0)]:N:"
+  "--config[what \/etc\/zbudfs\/NAME.toml says, instead of MOUNTPOINT and options]:NAME:"
   ":directory that it is, or will be, mounted on:_files -/"
 )
 
 # guard to ensure default positional specs are added only once per session
 _shtab_zbudfs_swapon_defaults_added=0
+
+_shtab_zbudfs_top_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--interval[seconds between looks (default\: 1)]:N:"
+  "--picture[draw what it shows to a file and end\; needs no terminal]:FILE.svg:"
+  "--after[seconds until the picture is drawn (default\: 10)]:N:"
+  ":directory (default\: the first\; Tab changes):_files -/"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_zbudfs_top_defaults_added=0
 
 _shtab_zbudfs_trace_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -234,10 +259,12 @@ _shtab_zbudfs() {
         exporter) _arguments -C -s $_shtab_zbudfs_exporter_options ;;
         mount) _arguments -C -s $_shtab_zbudfs_mount_options ;;
         restart) _arguments -C -s $_shtab_zbudfs_restart_options ;;
+        serve) _arguments -C -s $_shtab_zbudfs_serve_options ;;
         set) _arguments -C -s $_shtab_zbudfs_set_options ;;
         status) _arguments -C -s $_shtab_zbudfs_status_options ;;
         swapoff) _arguments -C -s $_shtab_zbudfs_swapoff_options ;;
         swapon) _arguments -C -s $_shtab_zbudfs_swapon_options ;;
+        top) _arguments -C -s $_shtab_zbudfs_top_options ;;
         trace) _shtab_zbudfs_trace ;;
         umount) _arguments -C -s $_shtab_zbudfs_umount_options ;;
       esac

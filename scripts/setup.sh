@@ -29,6 +29,7 @@ missing_packages() {
     has nbdkit || echo nbdkit
     has nbdfuse || echo libnbd-bin
     has systemd-analyze || echo systemd
+    has tmux || echo tmux
     if has "$PYTHON"; then
         python_can 'import ensurepip, venv' || echo python3-venv
         python_can 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' || echo python3-dev

@@ -65,6 +65,7 @@ ONLY_IN: Final = {
     "argparse": frozenset({"cli"}),
     "rich": frozenset({"cli"}),
     "matplotlib": frozenset({"cli"}),
+    "textual": frozenset({"cli"}),
     "zstandard": frozenset({"core"}),
     "mmap": frozenset({"store", "service", "tracing"}),
 }

@@ -32,6 +32,7 @@ COMMANDS = (
         "doctor",
         "estimate",
         "trace",
+        "top",
     ),
 )
 

@@ -86,3 +86,9 @@ class Arguments(argparse.Namespace):
     """How long to record; None: until told to stop."""
     max: int | None
     """Largest size of a trace, in bytes; None: the default."""
+    look_seconds: float
+    """Seconds between looks of top."""
+    picture: str | None
+    """Picture that top draws instead of a screen; None: none."""
+    picture_seconds: float
+    """Seconds until top draws it."""

@@ -22,7 +22,7 @@ from zbudfs.cli.exporter import listen_address
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
 from zbudfs.cli.stripe import MAX_INSTANCES, STRIPE_PRIORITY
-from zbudfs.cli.study_options import add_estimate, add_trace
+from zbudfs.cli.study_options import add_estimate, add_top, add_trace
 from zbudfs.core.packing import DENSE, Packing
 from zbudfs.core.sizes import GRAMMAR
 from zbudfs.core.tunables import TUNABLES
@@ -41,6 +41,7 @@ _EPILOG: Final = """\
 examples:
   zbudfs swapon /mnt/zswap                      compressed swap as large as RAM, a quarter of RAM for its pool
   zbudfs status                                 what is stored, and what that takes
+  zbudfs top                                    the same and more, live
   zbudfs swapoff --umount /mnt/zswap            all of it away again
 
   zbudfs mount --size 8G --pool 1G /mnt/zswap   only the file /mnt/zswap/swapfile, to do with as you like
@@ -246,6 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_doctor(command)
     add_estimate(command)
     add_trace(command)
+    add_top(command)
     return parser
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The words of the commands that look at things: estimate and trace. What they run is imported when it is run."""
+"""The words of the commands that look at things: estimate, trace and top. What they run is imported when it is run."""
 
 from __future__ import annotations
 
@@ -68,6 +68,23 @@ examples:
   zbudfs trace replay --pool 256M,512M,1G storm.zbt
   zbudfs trace replay --watermark 2%:5%,10%:20% --backing none storm.zbt
   zbudfs trace replay --level -1,3 --json storm.zbt
+"""
+
+_TOP_EPILOG: Final = """\
+It reads the mount's stats/ and, when told to, writes its control/ (as root); the daemon carries nothing of it. It needs
+textual: pip install 'zbudfs[top]'.
+
+keys:
+  q         quit                        s    type KEY=VALUE to be set (see zbudfs set)
+  Tab       next mount                  w    write everything back now
+  + -       pool limit up and down      d    drop clean copies of what is on disk
+  ] [       zstd level up and down      b    writeback on and off
+
+Latencies are of the last ten looks, as upper bounds in powers of two.
+
+examples:
+  sudo zbudfs top
+  zbudfs top --picture now.svg --after 30 /mnt/zswap    a picture of the next 30 seconds, to send or to keep
 """
 
 
@@ -187,6 +204,36 @@ def add_trace(command: AddCommand) -> None:
     part.add_argument("trace", metavar="FILE", help="what trace record has written")
 
 
+def add_top(command: AddCommand) -> None:
+    """Add the command top."""
+    sub = command("top", _top, "show a mount live, on all of the terminal", _TOP_EPILOG)
+    sub.add_argument(
+        "--interval",
+        dest="look_seconds",
+        type=values.seconds,
+        default=1.0,
+        metavar="N",
+        help="seconds between looks (default: %(default)g)",
+    )
+    sub.add_argument(
+        "--picture",
+        type=values.svg_file,
+        metavar="FILE.svg",
+        help="draw what it shows to a file and end; needs no terminal",
+    )
+    sub.add_argument(
+        "--after",
+        dest="picture_seconds",
+        type=values.seconds,
+        default=10.0,
+        metavar="N",
+        help="seconds until the picture is drawn (default: %(default)g)",
+    )
+    sub.add_argument(
+        "one_mountpoint", metavar="MOUNTPOINT", nargs="?", help="directory (default: the first; Tab changes)"
+    )
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one object, sizes in bytes")
     parser.add_argument(
@@ -214,6 +261,12 @@ def _trace_replay(arguments: Arguments) -> int:
     from zbudfs.cli.trace_replay import replay_trace
 
     return replay_trace(arguments)
+
+
+def _top(arguments: Arguments) -> int:
+    from zbudfs.cli.top import top
+
+    return top(arguments)
 
 
 def _estimate(arguments: Arguments) -> int:

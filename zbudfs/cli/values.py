@@ -104,6 +104,13 @@ def plot_file(text: str) -> str:
     return text
 
 
+def svg_file(text: str) -> str:
+    """The name of a picture that can only be an SVG."""
+    if PurePath(text).suffix.lower() != ".svg" or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of an SVG: write one that ends in .svg")
+    return text
+
+
 def whole_number(text: str, what: str, low: int, high: int) -> int:
     """A whole number of what `what` says, from `low` to `high`."""
     try:

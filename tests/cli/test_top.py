@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: MIT
+"""`zbudfs top`: its pieces, its screen at several sizes and with keys pressed, and the real thing in a real terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from tests.support import LIMIT_SECONDS, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
+from zbudfs.cli.main import main
+from zbudfs.cli.sparkline import sparkline
+from zbudfs.cli.top_screen import Answer, Ask, Top
+from zbudfs.cli.top_widgets import bar_lines, gauge, shown_time
+
+NUMBERS: Final[dict[str, Any]] = {
+    "keeper_pid": 7,
+    "size_bytes": 8 << 30,
+    "level": -1,
+    "standby_ready": True,
+    "stored_pages": 524288,
+    "same_filled_pages": 131072,
+    "raw_pages": 5243,
+    "pool_used_bytes": 512 << 20,
+    "pool_limit_bytes": 1 << 30,
+    "pool_configured_bytes": 1 << 30,
+    "low_watermark_frames": 100,
+    "high_watermark_frames": 200,
+    "backing_used_bytes": 256 << 20,
+    "backing_size_bytes": 8 << 30,
+    "backing_path": "/var/lib/zbudfs/mnt.backing",
+    "writeback_enabled": 1,
+    "cumul_written_pages": 0,
+    "cumul_read_pages": 0,
+    "read_latency_us": [0] * 32,
+    "chunk_histogram": [0] + [5] * 63,
+    "unbuddied_lists": [0, 3] + [0] * 62,
+    "warnings": ["something is to be known"],
+}
+
+
+class Mounts:
+    """Mounts that say what a test has them say."""
+
+    def __init__(self, *mountpoints: str) -> None:
+        self.numbers: dict[str, dict[str, Any] | str] = {mountpoint: dict(NUMBERS) for mountpoint in mountpoints}
+        """By mountpoint: numbers, or why there are none."""
+        self.asked = 0
+
+    def ask(self, wanted: str | None) -> Answer:
+        """Answer as the real ones do; each time something was written and read."""
+        self.asked += 1
+        mountpoint = wanted or next(iter(self.numbers), None)
+        if mountpoint is None:
+            return Answer([], None, None, "no zbudfs is mounted")
+        found = self.numbers[mountpoint]
+        if isinstance(found, str):
+            return Answer(list(self.numbers), mountpoint, None, found)
+        found["cumul_written_pages"] += 256
+        found["cumul_read_pages"] += 256
+        found["read_latency_us"] = [count + (bucket == 5) for bucket, count in enumerate(found["read_latency_us"])]
+        return Answer(list(self.numbers), mountpoint, dict(found), "")
+
+
+def on_screen(app: Top) -> str:
+    """Return all text on the screen, line by line."""
+    tree = ElementTree.fromstring(app.export_screenshot())
+    texts = [
+        (float(node.get("y") or 0), float(node.get("x") or 0), "".join(node.itertext()))
+        for node in tree.iter("{http://www.w3.org/2000/svg}text")
+    ]
+    lines: dict[float, str] = {}
+    for y, _, text in sorted(texts):
+        lines[y] = lines.get(y, "") + text
+    return "\n".join(lines.values()).replace("\xa0", " ")
+
+
+def drive(
+    ask: Ask,
+    steps: Callable[[Top, Pilot[None]], Awaitable[None]],
+    size: tuple[int, int] = (80, 24),
+    mountpoint: str | None = None,
+) -> None:
+    """Run the screen without a terminal and do something with it."""
+
+    async def run() -> None:
+        app = Top(None, 0.1, ask)
+        async with app.run_test(size=size, notifications=True) as pilot:
+            await asyncio.wait_for(steps(app, pilot), LIMIT_SECONDS)
+
+    asyncio.run(run())
+
+
+async def until(app: Top, pilot: Pilot[None], *texts: str) -> str:
+    """Wait until all of these texts are on the screen; all of it."""
+    for _ in range(250):
+        shown = on_screen(app)
+        if all(text in shown for text in texts):
+            return shown
+        await pilot.pause(0.02)
+    raise AssertionError(f"not on the screen: {[text for text in texts if text not in shown]}\n{shown}")
+
+
+@pytest.mark.parametrize("size", [(80, 24), (100, 34), (200, 60)])
+def test_everything_is_on_the_screen(size: tuple[int, int]) -> None:
+    """Every panel with its figures, at the smallest size that is promised and at larger ones."""
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        shown = await until(
+            app,
+            pilot,
+            *("/mnt/a", "8 GiB, level -1, standby ready", "stored      2 GiB  524,288 pages", "25.0 % same, 1.0 % raw"),
+            *(
+                "saved     1.3 GiB  62.5 %",
+                "50.0 %",
+                "3.1 %",
+                "writeback on",
+                "at most 512 MiB",
+                "hits  100.00 % in RAM",
+            ),
+            *("315 zpages", "3 of them", "something is to be known", "q Quit", "s Set"),
+        )
+        written = next(line for line in shown.splitlines() if "written" in line)
+        assert "iB/s" in written
+        assert "32 us" in next(line for line in shown.splitlines() if "read  " in line and "us" in line)
+        for panel in app.query(".panel"):
+            region = panel.region
+            assert region.height >= 4
+            assert region.right <= size[0]
+            assert region.bottom <= size[1]
+
+    drive(Mounts("/mnt/a").ask, steps, size)
+
+
+def test_it_is_resized() -> None:
+    """To something small and back: nothing is lost, and nothing fails."""
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        await until(app, pilot, "315 zpages")
+        for size in ((30, 8), (1, 1), (300, 80), (80, 24)):
+            await pilot.resize_terminal(*size)
+            await pilot.pause(0.05)
+        await until(app, pilot, "/mnt/a", "315 zpages")
+
+    drive(Mounts("/mnt/a").ask, steps)
+
+
+def test_several_mounts() -> None:
+    """Tab goes through them, and round."""
+    mounts = Mounts("/mnt/a", "/mnt/b")
+    mounts.numbers["/mnt/b"] = {**NUMBERS, "size_bytes": 3 << 30}
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        await until(app, pilot, "/mnt/a (1 of 2)  8 GiB")
+        await pilot.press("tab")
+        await until(app, pilot, "/mnt/b (2 of 2)  3 GiB")
+        await pilot.press("tab")
+        await until(app, pilot, "/mnt/a (1 of 2)  8 GiB")
+
+    drive(mounts.ask, steps)
+
+
+def test_a_daemon_that_is_gone() -> None:
+    """Why is said, what was last known stays, and when one answers again it goes on."""
+    mounts = Mounts("/mnt/a")
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        await until(app, pilot, "524,288 pages")
+        before, mounts.numbers["/mnt/a"] = mounts.numbers["/mnt/a"], "the daemon of /mnt/a has died"
+        await until(app, pilot, "! the daemon of /mnt/a has died", "524,288 pages")
+        assert app.screen.has_class("silent")
+        mounts.numbers["/mnt/a"] = before
+        await until(app, pilot, "something is to be known")
+        assert not app.screen.has_class("silent")
+
+    drive(mounts.ask, steps)
+
+
+def test_no_mount_yet() -> None:
+    """It waits for one."""
+    mounts = Mounts()
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        await until(app, pilot, "! no zbudfs is mounted")
+        await pilot.press("tab", "b", "plus")
+        mounts.numbers["/mnt/new"] = dict(NUMBERS)
+        await until(app, pilot, "/mnt/new", "524,288 pages")
+
+    drive(mounts.ask, steps)
+
+
+def test_a_mount_that_hangs() -> None:
+    """The keys work all the same."""
+    stuck = threading.Event()
+
+    def ask(wanted: str | None) -> Answer:
+        stuck.wait(LIMIT_SECONDS)
+        return Answer([], None, None, "late")
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        await until(app, pilot, "asking ...")
+        await pilot.press("s")
+        assert app.query_one("#entry", Input).has_class("shown")
+        await pilot.press("escape", "q")
+        await pilot.pause()
+        assert not app.is_running or app.return_code == 0
+
+    drive(ask, steps)
+    stuck.set()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder that looks like a mount to those who set values."""
+    for folder in ("stats", "control"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "stats/all.json").write_text(json.dumps(NUMBERS))
+    for name in ("pool_limit_bytes", "level", "writeback_enabled", "writeback", "drop_ephemeral", "age_seconds"):
+        (tmp_path / "control" / name).write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "value"),
+    [
+        (["minus"], "pool_limit_bytes", str((1 << 30) * 15 // 16)),
+        (["plus"], "pool_limit_bytes", str(1 << 30)),
+        (["right_square_bracket"], "level", "1"),
+        (["left_square_bracket"], "level", "-2"),
+        (["b"], "writeback_enabled", "0"),
+        (["w"], "writeback", "all"),
+        (["d"], "drop_ephemeral", "1"),
+        (["s", *"age_seconds=77", "enter"], "age_seconds", "77"),
+        (["s", *"xyz", "escape", "d"], "drop_ephemeral", "1"),
+    ],
+)
+def test_keys_for_the_controls(keys: list[str], name: str, value: str, files: Path) -> None:
+    """Each writes its file, and says so."""
+    mounts = Mounts(str(files))
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        await until(app, pilot, "524,288 pages")
+        await pilot.press(*keys)
+        await until(app, pilot, f"{name}={value}"[:30])
+
+    drive(mounts.ask, steps, (120, 40))
+    assert (files / "control" / name).read_text() == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "reason"),
+    [
+        ("nonsense", "is not KEY=VALUE"),
+        ("frob=1", "cannot be set"),
+        ("level=0", "level 0 is refused"),
+        ("level=99", "it must be"),
+    ],
+)
+def test_what_cannot_be_set(typed: str, reason: str, files: Path) -> None:
+    """Is said, and nothing is written."""
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        await until(app, pilot, "524,288 pages")
+        await pilot.press("s", *typed, "enter")
+        await until(app, pilot, reason)
+
+    drive(Mounts(str(files)).ask, steps, (120, 40))
+    assert (files / "control/level").read_text() == ""
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 1 << 40), max_size=80), st.integers(0, 90), st.integers(0, 12))
+def test_bars(values: list[int], width: int, height: int) -> None:
+    """They fill the room and no more; the largest is as high as it gets, and what is not 0 is seen."""
+    lines = bar_lines(values, width, height)
+    assert len(lines) == (height if width and values else 0)
+    assert all(len(line) <= width for line in lines)
+    if lines and any(values):
+        assert "█" in lines[0] or height * 8 < 8
+    if lines and len(values) <= width:
+        each = width // len(values)
+        assert [lines[-1][at * each] != " " for at in range(len(values))] == [bool(value) for value in values]
+
+
+@given(st.integers(-5, 200), st.integers(0, 100), st.integers(0, 60))
+def test_gauge(part: int, whole: int, width: int) -> None:
+    """Always as wide as wanted."""
+    assert len(gauge(part, whole, width)) == width
+
+
+def test_more_pieces() -> None:
+    """By hand."""
+    assert gauge(1, 2, 8) == "████░░░░"
+    assert gauge(0, 0, 4) == "░░░░"
+    assert bar_lines([1, 2, 4], 3, 1) == ["▂▄█"]
+    assert bar_lines([1, 1, 2, 2], 2, 1) == ["▄█"]
+    assert [shown_time(us) for us in (1, 999, 1024, 1 << 20)] == ["1 us", "999 us", "1.02 ms", "1.05 s"]
+    assert sparkline([0, 1, 4, 8], unicode=True) == " ▁▄█"
+    assert sparkline([0, 1, 4, 8], unicode=False) == " .=@"
+    assert sparkline([], unicode=True) == ""
+    assert sparkline([0, 0], unicode=True) == "  "
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_without_textual(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with the remedy."""
+    for name in [name for name in sys.modules if name.startswith("zbudfs.cli.top_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "textual", None)
+    assert main(["top"]) == 1
+    assert capsys.readouterr().err == "zbudfs: top needs textual: pip install 'zbudfs[top]'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "reason"),
+    [
+        ([], 1, "top needs a terminal"),
+        (["/none"], 1, "no zbudfs is mounted on /none"),
+        (["--interval", "0"], 2, "'0' is no time"),
+        (["--picture", "it.png"], 2, "write one that ends in .svg"),
+    ],
+)
+def test_refusals(arguments: list[str], status: int, reason: str) -> None:
+    """One line each."""
+    run = run_zbudfs("top", *arguments)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (status, "", 1)
+    assert reason in run.stderr
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Iterator[Path]:
+    """A real mount with something in it."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    zbudfs("mount", "--size", "64M", "--pool", "16M", "--backing", tmp_path / "backing", folder)
+    fd = os.open(folder / "swapfile", os.O_RDWR)
+    os.pwrite(fd, b"".join(b"%08d" % number * 512 for number in range(256)), 0)
+    os.close(fd)
+    yield folder
+    if is_mounted(folder):
+        zbudfs("umount", folder)
+
+
+@pytest.mark.needs("root", "fuse")
+def test_a_picture(mountpoint: Path, tmp_path: Path) -> None:
+    """Of a real mount, without a terminal."""
+    path = tmp_path / "it.svg"
+    zbudfs("top", "--picture", path, "--after", "1", "--interval", "0.1", mountpoint)
+    text = "".join(ElementTree.fromstring(path.read_text()).itertext()).replace("\xa0", " ")
+    assert "1 MiB  256 pages" in text
+    run = run_zbudfs("top", "--picture", tmp_path / "none/it.svg", mountpoint)
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.needs("root", "fuse")
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+def test_in_a_real_terminal(mountpoint: Path, tmp_path: Path) -> None:
+    """Seen, steered, resized, with its daemon killed, and left."""
+    tmux = ["tmux", "-L", f"zbudfs-{os.getpid()}", "-f", "/dev/null"]
+
+    def capture() -> str:
+        run = subprocess.run(
+            [*tmux, "capture-pane", "-p"], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+        )
+        return run.stdout
+
+    def press(*keys: str) -> None:
+        subprocess.run([*tmux, "send-keys", *keys], timeout=LIMIT_SECONDS, check=True)
+
+    command = f"{sys.executable} -m zbudfs top --interval 0.2 {mountpoint}; echo ended with $?; sleep {LIMIT_SECONDS}"
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+    subprocess.run(
+        [*tmux, "-u", "new-session", "-d", "-x", "80", "-y", "24", command],
+        env=environment,
+        timeout=LIMIT_SECONDS,
+        check=True,
+    )
+    try:
+        wait_until(lambda: "256 pages" in capture() and "q Quit" in capture(), "the figures")
+        press("-")
+        wait_until(lambda: status_of(mountpoint)["pool_limit_bytes"] == 15 << 20, "the pool's limit is lowered")
+        wait_until(lambda: "pool_limit_bytes=15728640" in capture(), "it is said")
+        subprocess.run([*tmux, "resize-window", "-x", "120", "-y", "40"], timeout=LIMIT_SECONDS, check=True)
+        wait_until(lambda: any(len(line) == 120 for line in capture().splitlines()), "the screen is wider")
+        numbers = status_of(mountpoint)
+        for name in ("keeper_pid", "standby_pid", "worker_pid"):
+            os.kill(numbers[name], signal.SIGKILL)
+        wait_until(lambda: "has died: run zbudfs umount" in capture(), "the daemon's death is said")
+        press("q")
+        wait_until(lambda: "ended with 0" in capture(), "the end")
+    finally:
+        subprocess.run([*tmux, "kill-server"], timeout=LIMIT_SECONDS, check=False)
+        zbudfs("umount", mountpoint)
