@@ -48,6 +48,9 @@ os.execv(command[0], command)
 class Manager:
     """Starts the daemon, listens to it, and keeps descriptors for it."""
 
+    launch = LAUNCH
+    """The program that is given the descriptors and the settings."""
+
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.said: list[str] = []
         self.stored: dict[str, int] = {}
@@ -82,7 +85,7 @@ class Manager:
         ready = self.said.count("READY=1")
         if not keep:
             self.lose()
-        command = [sys.executable, "-c", LAUNCH, json.dumps(self.stored), str(settings_fd)]
+        command = [sys.executable, "-c", self.launch, json.dumps(self.stored), str(settings_fd)]
         environment = {**os.environ, "NOTIFY_SOCKET": str(self._path), "WATCHDOG_USEC": "2000000"}
         fds = (*self.stored.values(), settings_fd)
         self.process = subprocess.Popen(command, env=environment, pass_fds=fds, start_new_session=True)

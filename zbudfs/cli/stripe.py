@@ -95,8 +95,11 @@ def grouped(mounts: Iterable[Mount]) -> list[tuple[str, list[Mount]]]:
 
 
 def make_folders(parts: Sequence[Settings]) -> None:
-    """Make the directories on which instances are mounted."""
+    """Make the directories on which instances are to be mounted; a dead mount would answer every look at it with an error."""
+    mounted = {mount.mountpoint for mount in zbudfs_mounts()}
     for part in parts if len(parts) > 1 else ():
+        if part.mountpoint in mounted:
+            continue
         Path(part.mountpoint).mkdir(mode=0o755, exist_ok=True)
 
 

@@ -5,6 +5,8 @@
     swapon --config NAME     what is on already stays on: a unit may be started again
     swapoff --config NAME
 
+Of several instances `serve` becomes the leader (`leader`), and the others act on all of them (`stripe`).
+
 A daemon that is started again goes on with what the one before has left: its mount, its memory, its worker. For that it
 needs no configuration: one that has become unusable meanwhile must not be what loses swap.
 """
@@ -13,30 +15,36 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Final
 
-from zbudfs.cli import commands
+from zbudfs.cli import commands, leader, stripe
 from zbudfs.cli import config as configuration
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.commands import CommandError
 from zbudfs.service import hardening
 from zbudfs.service.launch import DAEMON_COMMAND
 from zbudfs.service.mountpoint import find_mount, shown_path
+from zbudfs.service.notify import Notifier, take_stored
 from zbudfs.service.pooldir import is_held
 from zbudfs.service.settings import Settings
 from zbudfs.swap.loop import users
+
+WHOLE: Final = -1
+"""The number of an instance that is the only one."""
 
 UNUSABLE: Final = 2
 """Exit status where the configuration cannot be used: trying again would not help."""
 
 
 def serve(arguments: Arguments) -> int:
-    """Become the daemon of a configuration, for a service manager; does not return."""
+    """Become the daemon of a configuration, for a service manager; does not return. Of several instances: their leader."""
     commands.need_root("serve")
     hardening.before_exec()
     name = str(arguments.name)
-    stored = "fuse" in os.environ.get("LISTEN_FDNAMES", "").split(":")
-    settings = None
+    kept = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    stored = any(each.partition(leader.SEPARATOR)[0] == "fuse" for each in kept)
+    config = None
     try:
         config = configuration.load(name)
     except configuration.ConfigError as error:
@@ -47,31 +55,59 @@ def serve(arguments: Arguments) -> int:
     else:
         for warning in config.warnings:
             print(f"zbudfs: {warning}", file=sys.stderr)
-        settings = config.settings
-        if not stored:
-            _prepare(config)
-    command = [*DAEMON_COMMAND, "--service"]
-    if settings is not None:
-        command += ["--settings-fd", str(_pipe_with(settings))]
+    parts = _parts(config, kept)
+    if config is not None and not stored:
+        _prepare(config, [part for part in parts.values() if part is not None])
     os.chdir("/")
+    if WHOLE not in parts:
+        status = leader.lead(parts, take_stored(), Notifier.from_environment())
+        stripe.undo_folders([part for part in parts.values() if part is not None])  # those that are mounted on stay
+        return status
+    command = [*DAEMON_COMMAND, "--service"]
+    if (settings := parts[WHOLE]) is not None:
+        command += ["--settings-fd", str(_pipe_with(settings))]
     return os.execv(command[0], command)
 
 
-def _prepare(config: configuration.Config) -> None:
-    """Make what must be there for a mount, and take away what a dead one without swap has left."""
+def _parts(config: configuration.Config | None, kept: Sequence[str]) -> dict[int, Settings | None]:
+    """The settings of each instance by its number; WHOLE: there is but one, on the mountpoint itself.
+
+    What is there already counts: a configuration that has another number of instances by now takes effect when it is
+    mounted anew.
+    """
+    numbers = [int(each.partition(leader.SEPARATOR)[2] or WHOLE) for each in kept if each.partition(".")[0] == "fuse"]
+    if config is None:
+        return dict.fromkeys(numbers)
     mountpoint = config.settings.mountpoint
-    mounted = find_mount(mountpoint)
-    if mounted is not None and is_held(mountpoint):
-        return  # a worker serves on; asking the mount might have to wait
-    if mounted is not None:
-        if here := users(mountpoint, mounted.st_dev):
-            raise CommandError(
-                f"a zbudfs whose daemon has died is still mounted on {shown_path(mountpoint)}, with {', '.join(here)}:"
-                f" run zbudfs umount {shown_path(mountpoint)}; what is swapped out there is lost"
-            )
-        commands.take_down(mounted)
+    if not numbers:
+        mounts = [mounted.mountpoint for mounted in stripe.mounts_of(mountpoint)]
+        numbers = [WHOLE if path == mountpoint else int(path.rpartition("/")[2]) for path in mounts]
+    wanted = stripe.divided(config.settings, config.arguments.instances or 1, config.arguments.backing)
+    if not numbers:
+        numbers = [WHOLE] if len(wanted) == 1 else list(range(len(wanted)))
+    if numbers == [WHOLE]:
+        return {WHOLE: config.settings}
+    return {number: wanted[number] if number < len(wanted) > 1 else None for number in numbers}
+
+
+def _prepare(config: configuration.Config, parts: Sequence[Settings]) -> None:
+    """Make what must be there for a mount, and take away what a dead one without swap has left."""
     configuration.make_mountpoint(config)
-    commands.prepare(config.settings)
+    stripe.make_folders(parts)
+    for part in parts:
+        mountpoint = part.mountpoint
+        mounted = find_mount(mountpoint)
+        if mounted is not None and is_held(mountpoint):
+            continue  # a worker serves on; asking the mount might have to wait
+        if mounted is not None:
+            if here := users(mountpoint, mounted.st_dev):
+                raise CommandError(
+                    f"a zbudfs whose daemon has died is still mounted on {shown_path(mountpoint)}, with {', '.join(here)}:"
+                    f" run zbudfs umount {shown_path(mountpoint)}; what is swapped out there is lost"
+                )
+            commands.take_down(mounted)
+            stripe.make_folders(parts)
+        commands.prepare(part)
 
 
 def _pipe_with(settings: Settings) -> int:
@@ -88,13 +124,13 @@ def swapon(arguments: Arguments) -> int:
     config = configuration.load(str(arguments.config))
     if not config.swap:
         raise CommandError(f"{config.files[-1]} says swap = false: {config.name} is not wanted as swap")
-    mounted = find_mount(config.settings.mountpoint)
-    if mounted is not None:
-        here = users(mounted.mountpoint, mounted.st_dev)
-        if any(user.startswith("swap on ") for user in here):
-            print(here[0].removeprefix("swap on "))
+    mounts = stripe.mounts_of(config.settings.mountpoint)
+    if mounts:
+        here = [user for mounted in mounts for user in users(mounted.mountpoint, mounted.st_dev)]
+        if devices := [user.removeprefix("swap on ") for user in here if user.startswith("swap on ")]:
+            print("\n".join(devices))
             return 0
-        wanted = Arguments(**{**vars(arguments), "mountpoint": mounted.mountpoint})
+        wanted = Arguments(**{**vars(arguments), "mountpoint": config.settings.mountpoint})
         wanted.priority = config.arguments.priority
         return commands.swapon(wanted)
     configuration.make_mountpoint(config)
@@ -104,7 +140,9 @@ def swapon(arguments: Arguments) -> int:
 def swapoff(arguments: Arguments) -> int:
     """End the swap on a configuration's zbudfs, if there is any."""
     config = configuration.load(str(arguments.config))
-    mounted = find_mount(config.settings.mountpoint)
-    if mounted is None or (not users(mounted.mountpoint, mounted.st_dev) and not arguments.umount):
+    mountpoint = config.settings.mountpoint
+    mounts = stripe.mounts_of(mountpoint)
+    used = any(users(mounted.mountpoint, mounted.st_dev) for mounted in mounts)
+    if not mounts or (not used and not arguments.umount):
         return 0
-    return commands.swapoff(Arguments(**{**vars(arguments), "mountpoint": mounted.mountpoint, "config": None}))
+    return commands.swapoff(Arguments(**{**vars(arguments), "mountpoint": mountpoint, "config": None}))

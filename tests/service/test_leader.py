@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""The leader of several instances, under a manager that does what systemd does: whoever is killed, each instance goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.test_service import MIB, Manager
+from tests.support import is_mounted, is_running, status_of, wait_until, zbudfs
+from zbudfs.cli import config as configuration
+from zbudfs.cli import unit
+from zbudfs.cli.leader import split_stored
+from zbudfs.service.settings import Settings
+
+PAGE = 4096
+LEAD = """
+import fcntl, json, os, sys
+from zbudfs.cli import leader, stripe
+from zbudfs.service.notify import Notifier, take_stored
+from zbudfs.service.settings import Settings
+fds = json.loads(sys.argv[1])
+whole = Settings.from_json(os.read(int(sys.argv[2]), 65536))
+high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in fds.values()]
+for number, fd in enumerate(high, 3):
+    os.dup2(fd, number)
+    os.close(fd)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_FDNAMES=":".join(fds))
+parts = stripe.divided(whole, 2, whole.backing)
+stripe.make_folders(parts)
+raise SystemExit(leader.lead(dict(enumerate(parts)), take_stored(), Notifier.from_environment()))
+"""
+"""What `zbudfs serve` does with a configuration of two instances."""
+
+
+class LedManager(Manager):
+    """A manager of a service of two instances."""
+
+    launch = LEAD
+
+
+@pytest.fixture
+def led(tmp_path: Path) -> Iterator[tuple[LedManager, Path]]:
+    """A service of two instances that runs, and the mountpoint of the whole."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    settings = Settings(
+        mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=4 * MIB, backing=str(tmp_path / "backing")
+    )
+    manager = LedManager(tmp_path, settings)
+    with contextlib.closing(manager):
+        manager.start()
+        yield manager, mountpoint
+        if is_mounted(mountpoint / "0"):
+            zbudfs("umount", mountpoint)
+        assert manager.process is not None
+        manager.process.kill()
+        manager.wait()
+
+
+@contextlib.contextmanager
+def in_use(mountpoint: Path) -> Iterator[None]:
+    """Have a page in each instance and the swapfiles open; the pages must be there at the end."""
+    fds = [os.open(mountpoint / name / "swapfile", os.O_RDWR) for name in "01"]
+    try:
+        for number, fd in enumerate(fds):
+            os.pwrite(fd, bytes([number + 1]) * PAGE, 0)
+        yield
+        for number, fd in enumerate(fds):
+            assert os.pread(fd, PAGE, 0) == bytes([number + 1]) * PAGE
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.mark.needs("root", "fuse")
+def test_all_of_them_as_one_service(led: tuple[LedManager, Path], tmp_path: Path) -> None:
+    """Ready when both are; the descriptors of both are kept; unmounted, it ends and leaves nothing."""
+    manager, mountpoint = led
+    names = {f"{name}.{number}" for name in ("fuse", "lock", "backing") for number in (0, 1)}
+    wait_until(lambda: set(manager.stored) == names, "the descriptors")
+    assert len(status_of(mountpoint)["instances"]) == 2
+    wait_until(lambda: any("0: " in line and "; 1: " in line for line in manager.said), "a status")
+    alive = manager.said.count("WATCHDOG=1")
+    wait_until(lambda: manager.said.count("WATCHDOG=1") >= alive + 2, "signs of life")
+    zbudfs("umount", mountpoint)
+    assert manager.wait() == 0
+    wait_until(lambda: not manager.stored, "the store being emptied")
+    assert list(mountpoint.iterdir()) == []
+
+
+@pytest.mark.needs("root", "fuse")
+def test_a_keeper_is_killed(led: tuple[LedManager, Path]) -> None:
+    """The leader starts another, which goes on with what is there; the other instance notices nothing."""
+    manager, mountpoint = led
+    with in_use(mountpoint):
+        first, second = status_of(mountpoint)["keeper_pid"]
+        os.kill(second, signal.SIGKILL)
+        wait_until(lambda: status_of(mountpoint)["keeper_pid"][1] not in (second, 0), "another keeper")
+        assert status_of(mountpoint)["keeper_pid"][0] == first
+    assert manager.said.count("READY=1") == 1
+
+
+@pytest.mark.needs("root", "fuse")
+def test_a_hand_over(led: tuple[LedManager, Path]) -> None:
+    """`zbudfs restart` gives every instance a keeper that is no child of the leader, which looks after it all the same."""
+    manager, mountpoint = led
+    with in_use(mountpoint):
+        before = status_of(mountpoint)["keeper_pid"]
+        zbudfs("restart", mountpoint)
+        between = status_of(mountpoint)["keeper_pid"]
+        assert not set(before) & set(between)
+        os.kill(between[0], signal.SIGKILL)
+        wait_until(lambda: status_of(mountpoint)["keeper_pid"][0] not in (between[0], 0), "another keeper")
+    assert manager.process is not None
+    assert manager.process.poll() is None
+
+
+@pytest.mark.needs("root", "fuse")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_leader_is_replaced(number: signal.Signals, led: tuple[LedManager, Path]) -> None:
+    """Told to end or killed while the swapfiles are in use, it leaves the workers to serve; the next one has everything."""
+    manager, mountpoint = led
+    wait_until(lambda: len(manager.stored) == 6, "the descriptors")
+    with in_use(mountpoint):
+        keepers = status_of(mountpoint)["keeper_pid"]
+        assert manager.process is not None
+        manager.process.send_signal(number)
+        assert manager.wait() == (0 if number == signal.SIGTERM else -number)
+        wait_until(lambda: not any(is_running(pid) for pid in keepers), "the keepers' end")
+        manager.start()
+        assert not set(status_of(mountpoint)["keeper_pid"]) & set(keepers)
+
+
+@pytest.mark.needs("root", "fuse")
+def test_told_to_end_with_nothing_open(led: tuple[LedManager, Path]) -> None:
+    """All of it is unmounted."""
+    manager, mountpoint = led
+    assert manager.process is not None
+    manager.process.terminate()
+    assert manager.wait() == 0
+    assert not is_mounted(mountpoint / "0")
+    assert not is_mounted(mountpoint / "1")
+
+
+def test_descriptors_by_instance(tmp_path: Path) -> None:
+    """The name that the manager knows has the number at its end; one without is of no use, and is closed."""
+    lone = os.open("/dev/null", os.O_RDONLY)
+    assert split_stored({"fuse.0": 10, "lock.0": 11, "fuse.11": 12, "fuse": lone}) == {
+        0: {"fuse": 10, "lock": 11},
+        11: {"fuse": 12},
+    }
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(lone)
+
+
+def test_which_instances_there_are(tmp_path: Path) -> None:
+    """What an earlier process has left counts more than what the configuration says by now."""
+    for folder, text in (
+        ("etc/zbudfs", 'mountpoint = "/mnt/z"\ninstances = 2\nsize = "64M"\npool = "8M"\n'),
+        ("proc", ""),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        if text:
+            (tmp_path / folder / "s.toml").write_text(text)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8388608 kB\n")
+    config = configuration.load("s", str(tmp_path))
+    two = unit._parts(config, [])
+    assert [part and part.mountpoint for part in two.values()] == ["/mnt/z/0", "/mnt/z/1"]
+    assert set(unit._parts(config, ["fuse", "lock"])) == {unit.WHOLE}
+    three = unit._parts(config, ["fuse.0", "lock.0", "fuse.1", "fuse.2"])
+    assert (set(three), three[2]) == ({0, 1, 2}, None)
+    assert unit._parts(None, ["fuse.0", "fuse.1"]) == {0: None, 1: None}

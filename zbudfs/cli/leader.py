@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: MIT
+"""The leader: one service of several instances. For each of them it is what a service manager is for a single daemon.
+
+    service manager  <--- READY, WATCHDOG, STATUS, descriptors ---  leader  <--- the same --- keeper of instance 0, 1 ...
+
+It starts the keepers and starts them again; listens to each on a socket of its own; keeps a copy of their descriptors and
+has the manager keep one more, as "fuse.0", "lock.0" and so on. So an instance is served as one alone would be, and a leader
+that is started anew goes on with what is there. It is ready when all are; told to end it tells all, and ends after them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from zbudfs.service.launch import DAEMON_COMMAND
+from zbudfs.service.notify import FIRST_STORED_FD, WATCHDOG_PARTS, Notifier
+from zbudfs.service.pooldir import RUN_FOLDER
+from zbudfs.service.settings import Settings
+
+SEPARATOR: Final = "."
+"""Between the name of a descriptor and the number of its instance."""
+
+FIRST_DELAY_SECONDS: Final = 0.2
+LONGEST_DELAY_SECONDS: Final = 10.0
+"""Before a keeper is started again: doubled each time until it is ready. The same as in zbudfs@.service."""
+
+TICK_SECONDS: Final = 1.0
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_HIGH_FD: Final = 256
+"""Where descriptors wait while those from 3 on are put in order."""
+
+
+class Member:
+    """One instance: its keeper, and what that has said. `settings` None: it can only go on with what is stored."""
+
+    def __init__(self, number: int, settings: Settings | None, stored: Mapping[str, int], folder: str) -> None:
+        self.number = number
+        self.settings = settings
+        self.stored = dict(stored)
+        """Copies of its descriptors, by name."""
+        self.pid = 0
+        """Of its keeper; 0: there is none now."""
+        self.ended = False
+        """Its mount is gone, and nobody is to be started again."""
+        self.ready = False
+        self.status = "starting"
+        self.heard_at = 0.0
+        self.start_at = 0.0
+        self._delay = FIRST_DELAY_SECONDS
+        self._path = Path(folder, f"notify-{os.getpid()}-{number}")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._path.unlink(missing_ok=True)
+        self.socket.bind(str(self._path))
+        self._path.chmod(0o600)
+
+    def start(self) -> None:
+        """Start the keeper, with its settings and the descriptors that an earlier one has left."""
+        settings_fd = -1
+        if self.settings is not None:
+            settings_fd, write_fd = os.pipe()
+            os.write(write_fd, self.settings.to_json().encode() + b"\n")  # less than a pipe holds
+            os.close(write_fd)
+        self.ready = False
+        self.heard_at = time.monotonic()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self._become_keeper(settings_fd)
+            finally:
+                os._exit(1)
+        if settings_fd >= 0:
+            os.close(settings_fd)
+
+    def _become_keeper(self, settings_fd: int) -> None:
+        """What a service manager does between fork and exec."""
+        signal.set_wakeup_fd(-1)
+        # Without a leader nobody would listen; the next one starts the next keeper, and the worker serves on meanwhile.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        wanted = [*self.stored.values(), *([settings_fd] if settings_fd >= 0 else [])]
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, _HIGH_FD) for fd in wanted]
+        for number, fd in enumerate(high, FIRST_STORED_FD):
+            os.dup2(fd, number)
+        # A lock of another instance, held open here, would make this one's processes look like that one's.
+        os.closerange(FIRST_STORED_FD + len(high), os.sysconf("SC_OPEN_MAX"))
+        command = [*DAEMON_COMMAND, "--service"]
+        if settings_fd >= 0:
+            command += ["--settings-fd", str(FIRST_STORED_FD + len(high) - 1)]
+        environment = {**os.environ, "NOTIFY_SOCKET": str(self._path), "LISTEN_PID": str(os.getpid())}
+        environment |= {"LISTEN_FDS": str(len(self.stored)), "LISTEN_FDNAMES": ":".join(self.stored)}
+        os.execve(command[0], command, environment)
+
+    def has_died(self, status: int, *, ending: bool) -> None:
+        """Its keeper has ended. 0: the mount is gone, or it goes alone since it was told to end."""
+        self.pid = 0
+        self.ready = False
+        self.ended = ending or status == 0
+        self.status = "ended" if self.ended else f"the keeper ended with status {status}"
+        self.start_at = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, LONGEST_DELAY_SECONDS)
+
+    def hear(self, notifier: Notifier) -> None:
+        """Take what it has said; `notifier` is for what the service manager is to forget."""
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.socket, 4096, len(self.stored) + 4)
+            except BlockingIOError:
+                return
+            said = [line.partition("=")[::2] for line in data.decode("utf-8", "replace").split("\n")]
+            self.heard_at = time.monotonic()
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            words = dict(said)
+            name = words.get("FDNAME", "")
+            if "FDSTORE" in words and fds and name:
+                self._keep(name, fds.pop())
+            if "FDSTOREREMOVE" in words:
+                notifier.forget(f"{name}{SEPARATOR}{self.number}")
+                if name in self.stored:
+                    os.close(self.stored.pop(name))
+            if "READY" in words:
+                self.ready = True
+                self._delay = FIRST_DELAY_SECONDS
+            if words.get("MAINPID", "").isdecimal():
+                self.pid = int(words["MAINPID"])
+            self.status = words.get("STATUS", self.status)
+            for fd in fds:
+                os.close(fd)
+
+    def _keep(self, name: str, fd: int) -> None:
+        if name in self.stored:
+            os.close(self.stored[name])
+        self.stored[name] = fd
+
+    def signal(self, number: int) -> None:
+        """Send the keeper a signal."""
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self.socket.close()
+        self._path.unlink(missing_ok=True)
+
+
+def split_stored(stored: Mapping[str, int]) -> dict[int, dict[str, int]]:
+    """What the service manager has kept, by instance."""
+    found: dict[int, dict[str, int]] = {}
+    for whole, fd in stored.items():
+        name, _, number = whole.rpartition(SEPARATOR)
+        if name and number.isdecimal():
+            found.setdefault(int(number), {})[name] = fd
+        else:
+            os.close(fd)
+    return found
+
+
+def lead(parts: Mapping[int, Settings | None], stored: Mapping[str, int], notifier: Notifier) -> int:
+    """Serve instances by their numbers until all their mounts are gone, or until told to end: the exit status."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a keeper that was handed over to is a grandchild
+    known = split_stored(stored)
+    Path(RUN_FOLDER).mkdir(mode=0o755, parents=True, exist_ok=True)
+    members = [Member(number, settings, known.get(number, {}), RUN_FOLDER) for number, settings in parts.items()]
+    try:
+        return _Leader(members, notifier).run()
+    finally:
+        for member in members:
+            member.close()
+
+
+class _Leader:
+    def __init__(self, members: Sequence[Member], notifier: Notifier) -> None:
+        self._members = members
+        self._notifier = notifier
+        self._told: dict[str, int] = {}
+        """Descriptors that the service manager has got, by the names that it knows."""
+        self._told_ready = False
+        self._told_status = ""
+        self._alive_at = 0.0
+        self._ending = False
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self) -> int:
+        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        while not all(member.ended for member in self._members):
+            now = time.monotonic()
+            for member in self._members:
+                if not member.pid and not member.ended and now >= member.start_at:
+                    member.start()
+            sockets = [member.socket.fileno() for member in self._members]
+            select.select([self._wake, *sockets], [], [], TICK_SECONDS)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake, 512)
+            for member in self._members:
+                member.hear(self._notifier)
+            self._reap()
+            self._tell(time.monotonic())
+        return 0
+
+    def _end(self, number: int, frame: object) -> None:
+        """Have all keepers end: they know whether there is swap on their mounts."""
+        self._ending = True
+        self._notifier.tell("STOPPING=1")
+        for member in self._members:
+            member.signal(signal.SIGTERM)
+            member.ended = member.ended or not member.pid
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            for member in self._members:
+                if member.pid == pid:
+                    member.has_died(os.waitstatus_to_exitcode(status), ending=self._ending)
+
+    def _tell(self, now: float) -> None:
+        """Pass on what all instances come to."""
+        notifier = self._notifier
+        for member in self._members:
+            for name, fd in member.stored.items():
+                whole = f"{name}{SEPARATOR}{member.number}"
+                if self._told.get(whole) != fd and notifier.store(whole, fd):
+                    self._told[whole] = fd
+            # Until it is ready nothing is heard of it; how long the whole may take to come up is the manager's to limit.
+            silent_seconds = now - member.heard_at if member.pid and member.ready else 0.0
+            if silent_seconds > notifier.watchdog_seconds > 0:
+                print(f"zbudfs: the keeper of instance {member.number} hangs and is killed", file=sys.stderr)
+                member.heard_at = now
+                member.signal(signal.SIGKILL)
+        if not self._told_ready and all(member.ready for member in self._members):
+            self._told_ready = notifier.tell("READY=1")
+        if notifier.watchdog_seconds and now >= self._alive_at and notifier.tell("WATCHDOG=1"):
+            self._alive_at = now + notifier.watchdog_seconds / WATCHDOG_PARTS
+        status = "; ".join(f"{member.number}: {member.status}" for member in self._members)
+        if status != self._told_status and notifier.tell(f"STATUS={status}"):
+            self._told_status = status
