@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -115,6 +116,7 @@ def all_nodes(mountpoint: Path) -> list[Path]:
 def try_all(mountpoint: Path, outside: Path, seed: int, user: int) -> None:
     """In a process of its own, as a user: random calls on random nodes. Ends with 0 unless something unexpected is raised."""
     source = random.Random(seed)
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # a lease that somebody else breaks
     nodes = all_nodes(mountpoint)
     heavy = [path for path in nodes if path.name == "swapfile"] * 10 + [mountpoint] * 5
     if user:
