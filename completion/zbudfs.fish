@@ -146,6 +146,7 @@ complete -c zbudfs -n '_shtab_zbudfs_using trace; and test $_shtab_zbudfs_npos -
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l pool -x -d 'pools to compare; a percentage is one of RAM (default: as recorded)'
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l level -x -d 'zstd levels to compare (default: as recorded)'
+complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l packing -x -d 'packings to compare: zbud, dense or dense:N (default: as recorded)'
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l watermark -x -d 'free room below which writeback starts, and at which it stops; a percentage is one of the pool (default: the daemon'"'"'s)'
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l backing -x -d 'folder for a backing file during the replay (default: /var/tmp, or none if there was none)'
 complete -c zbudfs -n '_shtab_zbudfs_using trace replay' -l seed -x -d 'make other pages of the same sizes (default: 1)'

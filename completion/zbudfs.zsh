@@ -206,6 +206,7 @@ _shtab_zbudfs_trace_replay_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--pool[pools to compare\; a percentage is one of RAM (default\: as recorded)]:SIZE,...:"
   "--level[zstd levels to compare (default\: as recorded)]:N,...:"
+  "--packing[packings to compare\: zbud, dense or dense\:N (default\: as recorded)]:PACKING,...:"
   "--watermark[free room below which writeback starts, and at which it stops\; a percentage is one of the pool (default\: the daemon\'s)]:LOW:HIGH,...:"
   "--backing[folder for a backing file during the replay (default\: \/var\/tmp, or none if there was none)]:DIR|none:"
   "--seed[make other pages of the same sizes (default\: 1)]:N:"

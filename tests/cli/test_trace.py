@@ -171,7 +171,7 @@ def test_settings_side_by_side(sample: Path, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{sample}: 4,000 pages written, 4,000 read, 1,600 different ones (6.3 MiB)"
     assert len(lines) == 3 + 8
-    assert [line.split()[:3] for line in lines[3:5]] == [["1", "MiB", "-1"], ["1", "MiB", "-1"]]
+    assert [line.split()[:3] for line in lines[3:5]] == [["1", "MiB", "zbud"], ["1", "MiB", "zbud"]]
     assert "256KiB:512KiB" in lines[4]
 
 
@@ -188,6 +188,7 @@ def test_settings_side_by_side(sample: Path, capsys: pytest.CaptureFixture[str])
         (["replay", "--watermark", "5%:x", "x"], 2, "'x' is not a size"),
         (["replay", "--pool", "1M,,2M", "x"], 2, "'' is not a size"),
         (["replay", "--level", "0", "x"], 2, "level 0 is none"),
+        (["replay", "--packing", "zbud,tight", "x"], 2, "'tight' is not a packing"),
         (["show", "none"], 1, "No such file"),
         (["show", "/dev/zero"], 1, "/dev/zero is not a file"),
         (["show", "garbage"], 1, "garbage: this is no trace file"),

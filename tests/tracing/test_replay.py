@@ -145,3 +145,15 @@ def test_a_wrong_page_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(PageStore, "read_nowait", bad)
     assert outcome(storm(80)).wrong_pages == 2
+
+
+def test_packings_side_by_side() -> None:
+    """A denser one needs fewer frames for small zpages, and gives all of them back."""
+    records: list[Record] = [
+        (at, kind, 12, at % 100 * 8, 8) for at, kind in enumerate([Kind.WRITE] * 100 + [Kind.READ] * 100)
+    ]
+    zbud, dense = (outcome(records, pool_bytes=8 * MIB, packing=packing) for packing in ("zbud", "dense"))
+    assert zbud.wrong_pages == dense.wrong_pages == 0
+    assert zbud.read_pages == dense.read_pages == 800
+    assert zbud.pages_per_frame <= 2.0
+    assert dense.pages_per_frame > 3.0

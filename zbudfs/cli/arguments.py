@@ -76,6 +76,8 @@ class Arguments(argparse.Namespace):
     """Picture to draw; None: none."""
     pools: list[str] | None
     """Pools to compare, as they were typed; None: the recorded one."""
+    packings: list[str] | None
+    """Packings to compare; None: the recorded one."""
     watermarks: list[str] | None
     """Pairs of watermarks to compare, as they were typed; None: the daemon's."""
     trace: str

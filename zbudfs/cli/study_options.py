@@ -67,7 +67,7 @@ page that is read is compared. Every combination of what is given is tried:
 examples:
   zbudfs trace replay --pool 256M,512M,1G storm.zbt
   zbudfs trace replay --watermark 2%:5%,10%:20% --backing none storm.zbt
-  zbudfs trace replay --level -1,3 --json storm.zbt
+  zbudfs trace replay --packing zbud,dense --level -1,3 storm.zbt
 """
 
 _TOP_EPILOG: Final = """\
@@ -179,6 +179,13 @@ def add_trace(command: AddCommand) -> None:
         type=values.levels,
         metavar="N,...",
         help="zstd levels to compare (default: as recorded)",
+    )
+    part.add_argument(
+        "--packing",
+        dest="packings",
+        type=values.packings,
+        metavar="PACKING,...",
+        help="packings to compare: zbud, dense or dense:N (default: as recorded)",
     )
     part.add_argument(
         "--watermark",

@@ -14,10 +14,11 @@ from zbudfs.cli.commands import CommandError
 from zbudfs.cli.progress import progress_bar
 from zbudfs.cli.trace_show import load
 from zbudfs.core.errors import ZbudfsError
+from zbudfs.core.packing import Packing
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.service.mountpoint import shown_path
-from zbudfs.service.settings import MIN_POOL_BYTES, ram_bytes
+from zbudfs.service.settings import DEFAULT_PACKING, MIN_POOL_BYTES, ram_bytes
 from zbudfs.tracing.file import Trace
 from zbudfs.tracing.replay import ReplayResult, ReplaySettings, Script, replay
 
@@ -32,7 +33,8 @@ def replay_trace(arguments: Arguments) -> int:
     ram = ram_bytes()
     pools = [_pool(text, ram) for text in arguments.pools or ()] or [_recorded_pool(trace, ram)]
     wanted = [
-        ReplaySettings(pool, level, *_watermarks(text, pool))
+        ReplaySettings(pool, level, *_watermarks(text, pool), packing)
+        for packing in arguments.packings or [_recorded_packing(trace)]
         for level in arguments.levels or [trace.about["level"]]
         for pool in dict.fromkeys(pools)
         for text in arguments.watermarks or [""]
@@ -64,6 +66,14 @@ def _pool(text: str, ram: int) -> int:
             f"pool of {format_size(pool)} cannot be: it must be from 1M to this machine's {format_size(ram)}"
         )
     return pool
+
+
+def _recorded_packing(trace: Trace) -> str:
+    """Return the packing that the mount had. CommandError for one that this version does not know."""
+    try:
+        return str(Packing.parse(str(trace.about.get("packing", DEFAULT_PACKING))))
+    except ValueError as error:
+        raise CommandError(f"the trace was recorded with a packing that cannot be: {error}") from None
 
 
 def _recorded_pool(trace: Trace, ram: int) -> int:
@@ -125,7 +135,7 @@ def _as_table(results: Sequence[ReplayResult], path: str, script: Script) -> lis
         f"{shown_path(path)}: {results[0].written_pages:,} pages written, {results[0].read_pages:,} read,"
         f" {script.nr_pages:,} different ones ({format_size(script.nr_pages * PAGE_SIZE)})",
         "",
-        f"{'pool':>9}  {'level':>5}  {'watermarks':>17}  {'hits':>7}  {'to disk':>9}  {'from disk':>9}"
+        f"{'pool':>9}  {'packing':>7}  {'level':>5}  {'watermarks':>17}  {'hits':>7}  {'to disk':>9}  {'from disk':>9}"
         f"  {'refused':>8}  {'a frame':>7}  {'CPU':>9}  {'time':>7}",
     ]
     for result in results:
@@ -135,7 +145,8 @@ def _as_table(results: Sequence[ReplayResult], path: str, script: Script) -> lis
             f"{format_size(low << PAGE_SHIFT)}:{format_size(high << PAGE_SHIFT)}".replace(" ", "") if low else "auto"
         )
         lines.append(
-            f"{format_size(settings.pool_bytes):>9}  {settings.level:5}  {marks:>17}  {100 * result.hit_ratio:5.1f} %"
+            f"{format_size(settings.pool_bytes):>9}  {settings.packing:>7}  {settings.level:5}  {marks:>17}"
+            f"  {100 * result.hit_ratio:5.1f} %"
             f"  {format_size(result.writeback_frames << PAGE_SHIFT):>9}  {format_size(result.pagein_blocks << PAGE_SHIFT):>9}"
             f"  {result.refused_pages:8,}  {result.pages_per_frame:7.2f}  {result.cpu_us_per_page:6.1f} us"
             f"  {result.seconds:5.1f} s"

@@ -10,6 +10,7 @@ import argparse
 from pathlib import PurePath
 from typing import Final
 
+from zbudfs.core.packing import Packing
 from zbudfs.core.sizes import parse_size, parse_size_or_percent
 from zbudfs.service.settings import MAX_LEVEL, MIN_LEVEL
 
@@ -60,6 +61,14 @@ def levels(text: str) -> list[int]:
 def pools(text: str) -> list[str]:
     """Sizes or percentages with commas between them, as they were typed."""
     return list(dict.fromkeys(size_or_percent(part.strip()) for part in text.split(",")))
+
+
+def packings(text: str) -> list[str]:
+    """Packings with commas between them."""
+    try:
+        return list(dict.fromkeys(str(Packing.parse(part.strip())) for part in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def watermarks(text: str) -> list[str]:

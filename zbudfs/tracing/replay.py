@@ -28,9 +28,11 @@ import trio
 
 from zbudfs.core.codec import Codec
 from zbudfs.core.errors import PageLost, PoolFull
+from zbudfs.core.packing import Packing
 from zbudfs.core.trace import RAW_CLASS, UNKNOWN_CLASS, Kind
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.backing import Backing
+from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.tracing.file import Trace
 from zbudfs.tracing.pages import PageMaker
@@ -184,9 +186,12 @@ class _Replay:
         self._settings = settings
         self._maker = maker
         self._progress = progress
-        self._store = PageStore(
-            script.nr_pages * PAGE_SIZE, settings.pool_bytes >> PAGE_SHIFT, backing, Codec(settings.level)
-        )
+        size_bytes, nr_frames = script.nr_pages * PAGE_SIZE, settings.pool_bytes >> PAGE_SHIFT
+        packing = Packing.parse(settings.packing)
+        memory = StoreMemory(size_bytes, nr_frames, backed=backing is not None, packing=packing)
+        memory.populate()
+        self._store = PageStore(size_bytes, nr_frames, backing, Codec(settings.level), memory)
+        self._store.recover()  # of nothing: so begins a store whose memory was made for it
         self._variants = array("i", bytes(4 * script.nr_pages))
         """By page: which page of which class it holds, as _stamp makes it; 0 is absent."""
         self._refused = self._lost = self._wrong = 0
