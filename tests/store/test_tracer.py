@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from scripts.storm import make_page
-from tests.store.rig import push, put, quiet, run, running, until
+from tests.store.rig import backed_store, in_block, push, put, quiet, run, running, until
 from tests.support import LIMIT_SECONDS
 from zbudfs.core.codec import Codec
 from zbudfs.core.trace import CLASS_MASK, KIND_BITS, KIND_MASK, RAW_CLASS, UNKNOWN_CLASS, Kind
@@ -23,7 +23,7 @@ from zbudfs.store.arena import Arena
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
-from zbudfs.store.trace_ring import RING_BYTES, RING_RECORDS, TraceRing
+from zbudfs.store.trace_ring import HEADER_BYTES, RING_BYTES, RING_RECORDS, TraceRing, Word
 from zbudfs.store.tracer import KEEP_SECONDS, UNREAD_SECONDS
 from zbudfs.tracing.ring import RingReader, open_ring
 
@@ -218,5 +218,30 @@ def test_a_takeover_goes_on_with_the_trace(tmp_path: Path) -> None:
             assert [page for _, _, page, _ in read_all(reader)[0]] == [0, 1]
             reader.close()
             following.close()
+
+    run(main)
+
+
+def test_a_read_that_needs_the_disk_for_a_part(tmp_path: Path) -> None:
+    """Pages that are in the backing file alone are told from those that are not."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path, nr_pages=256) as (store, _):
+            memory = store.memory
+            tracer = store.tracer
+            tracer._ring.populate()
+            tracer._ring.begin()
+            for page in range(120):
+                await put(store, page, make_page(7, page, 1))  # does not compress: a frame each, so many go to the disk
+            await quiet(store)
+            disk = [in_block(store, page) for page in range(120)]
+            assert any(disk) and not all(disk)
+            tracer.paging_in(0, 120 * PAGE_SIZE)
+            words = memory.trace.view.cast("Q")
+            head = words[Word.HEAD]
+            start = HEADER_BYTES // 8
+            pairs = [(words[start + 2 * at], words[start + 2 * at + 1]) for at in range(head)]
+            told = [a & KIND_MASK == Kind.PAGEIN for a, b in pairs for _ in range(b >> 32)]
+            assert told == disk
 
     run(main)

@@ -32,7 +32,7 @@ class Kind(IntEnum):
     READ = 2
     """Answered from RAM."""
     PAGEIN = 3
-    """A read that needed the backing file."""
+    """Read, and in the backing file alone. What else a request asked for is READ."""
     DISCARD = 4
     REFUSED = 5
     """A write that was not stored, since there was no room."""

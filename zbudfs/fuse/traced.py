@@ -20,10 +20,12 @@ def traced(tracer: Tracer, read: Read, write: Write, fallocate: Fallocate) -> tu
 
     def traced_read(request: int, offset: int, length: int) -> bytes | int | None:
         content = read(request, offset, length)
-        if isinstance(content, bytes):
+        if content is None:
+            tracer.paging_in(offset, length)
+        elif isinstance(content, bytes):
             tracer.read(offset, len(content))
         else:
-            tracer.missed(Kind.PAGEIN if content is None else Kind.LOST, offset, length)
+            tracer.missed(Kind.LOST, offset, length)
         return content
 
     def traced_write(request: int, offset: int, content: memoryview) -> int | None:

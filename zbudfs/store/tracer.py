@@ -109,6 +109,16 @@ class Tracer:
         """A read was answered from RAM."""
         self._put(Kind.READ, offset, length)
 
+    def paging_in(self, offset: int, length: int) -> None:
+        """A read needs the backing file, for some of its pages at least; to be told before they are read."""
+        page, pages = self._pages(offset, length)
+        end = page + pages
+        while page < end:
+            start, on_disk = page, self._on_disk(page)
+            while page < end and self._on_disk(page) == on_disk:
+                page += 1
+            self._ring.put(Kind.PAGEIN if on_disk else Kind.READ, start, page - start, self._size_class)
+
     def missed(self, kind: int, offset: int, length: int) -> None:
         """Something else was asked, or something else came of it."""
         first, pages = self._pages(offset, length)
@@ -124,6 +134,9 @@ class Tracer:
         """The pages of the device that bytes are in: first, and how many; none or fewer beyond its end."""
         first = offset >> PAGE_SHIFT
         return first, min(pages_in(offset + length), len(self._entries)) - first
+
+    def _on_disk(self, page: int) -> bool:
+        return self._entries[page] & KIND_MASK >= BLOCK
 
     def _size_class(self, page: int) -> int:
         """How a page is kept now."""

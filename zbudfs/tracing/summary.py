@@ -21,7 +21,7 @@ class Interval:
     written: int = 0
     read: int = 0
     paged_in: int = 0
-    """Of those that were read, in requests that needed the backing file."""
+    """Of those that were read, from the backing file."""
     discarded: int = 0
     distinct: int = 0
     """The working set: different pages that were read or written."""
@@ -45,7 +45,7 @@ class Summary:
 
     @property
     def hit_ratio(self) -> float | None:
-        """Share of the pages read that came in requests which needed no backing file; None if nothing was read."""
+        """Share of the pages read that were in RAM; None if nothing was read."""
         read = sum(self.pages[kind] for kind in READS)
         return self.pages[Kind.READ] / read if read else None
 
