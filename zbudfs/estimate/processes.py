@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +35,8 @@ _FRAME_MASK: Final = (1 << 55) - 1
 
 _READ_ENTRIES: Final = 1 << 16
 """Entries of pagemap read at once: 512 KiB."""
+_NOTHING: Final = bytes(4096)
+"""What 2 MiB of addresses without pages look like in a pagemap."""
 
 
 def writable_private(maps: str) -> list[tuple[int, int]]:
@@ -137,12 +139,8 @@ def _present_pages(pid: int, seen: bytearray, sample: Sample) -> array[int] | No
     try:
         for first, count in writable_private(text):
             for start in range(first, first + count, _READ_ENTRIES):
-                entries = array("Q")
                 data = os.pread(fd, 8 * min(_READ_ENTRIES, first + count - start), 8 * start)
-                entries.frombytes(data[: len(data) & ~7])
-                for page, entry in enumerate(entries, start):
-                    if not entry:
-                        continue
+                for page, entry in _entries(data, start):
                     if not entry & _PRESENT:
                         if entry & _SWAPPED:
                             sample.count("swapped_pages")
@@ -154,6 +152,19 @@ def _present_pages(pid: int, seen: bytearray, sample: Sample) -> array[int] | No
     finally:
         os.close(fd)
     return found
+
+
+def _entries(data: bytes, start: int) -> Iterator[tuple[int, int]]:
+    """Yield (page, entry) of each entry of a piece of a pagemap, which begins with page `start`, that is not 0.
+
+    Programs reserve gigabytes that they never touch: stretches of nothing are skipped without a look at each.
+    """
+    for at in range(0, len(data) & ~7, len(_NOTHING)):
+        stretch = data[at : min(at + len(_NOTHING), len(data) & ~7)]
+        if stretch != _NOTHING[: len(stretch)]:
+            for number, entry in enumerate(array("Q", stretch), start + at // 8):
+                if entry:
+                    yield number, entry
 
 
 def _is_new(entry: int, seen: bytearray) -> bool:
