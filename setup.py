@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Builds the libfuse shim (zbudfs/fuse/shim.c); everything else is in pyproject.toml.
+"""Builds the libfuse shim (zbudfs/fuse/shim.c) and the hot path (zbudfs/core/hot.c); everything else is in pyproject.toml.
 
-The shim is an extension module that is linked to libfuse and loaded in front of it, so all that
+The hot path is an ordinary extension. The shim is an extension module that is linked to libfuse and loaded in front of it, so all that
 is wanted from setuptools is a compiler run with libfuse's flags, and clear words where it cannot be.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+SHIM = "zbudfs.fuse._shim"
 REMEDY = "on Debian: apt-get install gcc pkg-config libfuse3-dev; on Fedora: dnf install gcc pkgconf fuse3-devel"
 
 
@@ -35,9 +36,14 @@ class BuildShim(build_ext):
         if not shutil.which(self.compiler.compiler_so[0]):
             raise SystemExit(f"zbudfs: cannot build the libfuse shim: no {self.compiler.compiler_so[0]} ({REMEDY})")
         for extension in self.extensions:
-            extension.extra_compile_args += [*_pkg_config("--cflags"), "-std=gnu11", "-Wall", "-Wextra"]
-            extension.extra_link_args += _pkg_config("--libs")
+            extension.extra_compile_args += ["-std=gnu11", "-Wall", "-Wextra"]
+            if extension.name == SHIM:
+                extension.extra_compile_args += _pkg_config("--cflags")
+                extension.extra_link_args += _pkg_config("--libs")
         super().build_extensions()
 
 
-setup(ext_modules=[Extension("zbudfs.fuse._shim", ["zbudfs/fuse/shim.c"])], cmdclass={"build_ext": BuildShim})
+setup(
+    ext_modules=[Extension(SHIM, ["zbudfs/fuse/shim.c"]), Extension("zbudfs.core._hot", ["zbudfs/core/hot.c"])],
+    cmdclass={"build_ext": BuildShim},
+)

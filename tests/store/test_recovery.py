@@ -336,7 +336,7 @@ def test_what_does_not_confirm_itself_is_lost_alone(tmp_path: Path, damage: str)
             for number, content in expected.items():
                 if number != victim:
                     assert heir.page(state, number) == content, f"page {number}"
-            state.set_word(victim, entry_of_word(5) or 0)
+            state.put_word(victim, 5)
             state.check()
             assert heir.page(state, victim) == page_of_word(5)
             heir.close()

@@ -29,8 +29,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import ClassVar, Final, NamedTuple
 
+from zbudfs.core.hot import Hot
 from zbudfs.core.lists import IndexLists
-from zbudfs.core.units import CHUNK_SHIFT, CHUNK_SIZE, NCHUNKS, NO_FRAME, PAGE_SHIFT, PAGE_SIZE
+from zbudfs.core.page_table import PageTable
+from zbudfs.core.units import CHUNK_SHIFT, CHUNK_SIZE, NCHUNKS, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, WORD_SIZE
 
 REF_BITS: Final = 3
 """Bits of a ref below the number of the frame or block: the index of a zpage. The page table has 36 bits for a ref, so
@@ -70,6 +72,10 @@ _ENDS: Final = (2, 2, 2 * NCHUNKS, 2 * NCHUNKS)
 """Entries of the first columns that belong to no frame: the ends of the lists."""
 
 ROUND_UP: Final = HANDLE_SIZE + CHUNK_SIZE - 1
+
+_PAIRS: Final = 11
+_COUNTERS: Final = 2 * _PAIRS + 4 * NCHUNKS
+"""Numbers that an allocator counts with: pairs (persistent, ephemeral), then a row of NCHUNKS for either, twice."""
 
 
 class FrameState(IntEnum):
@@ -192,25 +198,41 @@ class Allocator(ABC):
         self._budlists = IndexLists(bud_next.cast("I"), bud_prev.cast("I"), nr_frames, 2 * NCHUNKS, attach=True)
         self._lru_next, self._lru_prev = self._lru.nexts, self._lru.prevs
         self._bud_next, self._bud_prev = self._budlists.nexts, self._budlists.prevs
-        self._zero_counters()
+        self._map_counters()
         if not attach:
             self.reset()
 
-    def _zero_counters(self) -> None:
+    def _map_counters(self) -> None:
+        # One buffer, so that the hot path in C counts in the same place (the order is known there); never rebound.
         # Each by kind: [persistent, ephemeral].
-        self._masks = [0, 0]
-        self._unbuddied = [[0] * NCHUNKS, [0] * NCHUNKS]
-        self._histogram = [[0] * NCHUNKS, [0] * NCHUNKS]
-        self._pageframes = [0, 0]
-        self._zpages = [0, 0]
-        self._zbytes = [0, 0]
-        self._cumul_zpages = [0, 0]
-        self._cumul_zbytes = [0, 0]
-        self._buddied = [0, 0]
-        self._unbuddied_count = [0, 0]
-        self._evicted_pageframes = [0, 0]
-        self._zombie_count = [0, 0]
-        self._raw_count = [0, 0]
+        self._counters = numbers = memoryview(bytearray(WORD_SIZE * _COUNTERS)).cast("q")
+        self._masks = numbers[:2].cast("B").cast("Q")
+        (
+            self._pageframes,
+            self._zpages,
+            self._zbytes,
+            self._cumul_zpages,
+            self._cumul_zbytes,
+            self._buddied,
+            self._unbuddied_count,
+            self._evicted_pageframes,
+            self._zombie_count,
+            self._raw_count,
+        ) = (numbers[at : at + 2] for at in range(2, 2 * _PAIRS, 2))
+        rows = [numbers[at : at + NCHUNKS] for at in range(2 * _PAIRS, _COUNTERS, NCHUNKS)]
+        self._unbuddied = rows[:2]
+        self._histogram = rows[2:]
+
+    def _zero_counters(self) -> None:
+        for number in range(_COUNTERS):
+            self._counters[number] = 0
+
+    def hot(self, table: PageTable, stored_at: memoryview) -> Hot | None:
+        """The hot path in C over this allocator's tables, the page table and `stored_at`, by frame: see core/hot.py.
+
+        None if there is none for this packing, or it was not built.
+        """
+        return None
 
     # ---- the table's layout ----------------------------------------------------------------------------------
 
@@ -598,8 +620,8 @@ class Allocator(ABC):
 
     def forget_cumulative(self) -> None:
         """Set the cumulative counters to zero."""
-        self._cumul_zpages = [0, 0]
-        self._cumul_zbytes = [0, 0]
+        for kind in (PERSISTENT_KIND, EPHEMERAL_KIND):
+            self._cumul_zpages[kind] = self._cumul_zbytes[kind] = 0
 
     def cumulative(self) -> list[int]:
         """The counters that only grow, for `go_on_from` of another process's allocator."""
@@ -607,9 +629,8 @@ class Allocator(ABC):
 
     def go_on_from(self, values: Sequence[int]) -> None:
         """Count on from what `cumulative` gave."""
-        self._cumul_zpages, self._cumul_zbytes, self._evicted_pageframes = (
-            list(values[at : at + 2]) for at in range(0, CUMULATIVE_COUNTERS, 2)
-        )
+        for number, pair in enumerate((self._cumul_zpages, self._cumul_zbytes, self._evicted_pageframes)):
+            pair[PERSISTENT_KIND], pair[EPHEMERAL_KIND] = values[2 * number : 2 * number + 2]
 
     def unbuddied_lists(self) -> list[int]:
         """How many frames are on each unbuddied list: entry n counts those with room that use n chunks."""
@@ -676,7 +697,7 @@ class Allocator(ABC):
         for name, value in seen.items():
             if name in ("zpages", "zbytes") and any(self._pins):
                 continue
-            mine = self._buddied if name == "buddied" else getattr(self, f"_{name}")
+            mine = list(getattr(self, f"_{name}"))
             assert mine == value, f"I4: {name} is {mine}, a recount gives {value}"
         if not any(self._pins):
-            assert histogram == self._histogram, "I4: the chunk histogram is wrong"
+            assert histogram == [row.tolist() for row in self._histogram], "I4: the chunk histogram is wrong"

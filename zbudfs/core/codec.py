@@ -90,7 +90,8 @@ class Codec:
         )
         self.compress = zstandard.ZstdCompressor(compression_params=parameters).compress
         """From a page (4096 bytes) to its zstd frame."""
-        self._decompress = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS).decompress
+        self.decompress = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS).decompress
+        """From a zstd frame and 4096 to the page; see `decode`."""
 
     def encode(self, page: bytes | memoryview) -> bytes:
         """The zpage of a page; it may be larger than a buddy can hold, or than the page."""
@@ -109,7 +110,7 @@ class Codec:
         if zpage[:1] != _DESCRIPTOR:
             raise PageLost("a zpage's first byte is damaged")
         try:
-            page = self._decompress(zpage, PAGE_SIZE)
+            page = self.decompress(zpage, PAGE_SIZE)
         except zstandard.ZstdError as error:
             raise PageLost(f"a zpage of {len(zpage)} bytes does not decompress: {error}") from None
         if len(page) != PAGE_SIZE:

@@ -50,6 +50,9 @@ CHECK_SHIFT: Final = KIND_BITS + REF_WIDTH
 TO_BLOCK: Final = BLOCK - FRAME
 """What is added to FRAME or RAW_FRAME to get BLOCK or RAW_BLOCK."""
 
+_WORD_ZPAGES: Final = KIND_MASK + 1
+"""Where `PageTable.numbers` counts the same-filled pages kept as a zpage: after the kinds."""
+
 _WORD_LIMIT: Final = 1 << (64 - KIND_BITS)
 _ALL_ONES: Final = (1 << 64) - 1
 _SCAN_PAGES: Final = 512
@@ -95,26 +98,26 @@ class PageTable:
     """The entries of `nr_pages` pages in `buffer`, a zeroed writable memoryview of bytes.
 
     `counts[kind]` is how many entries are of each kind, `word_zpages` how many are same-filled pages kept as a zpage.
+    `numbers` holds both, one after the other, for the hot path in C, which counts there as well.
     """
 
     def __init__(self, buffer: memoryview, nr_pages: int) -> None:
         self.nr_pages = nr_pages
         self._bytes = buffer[: nr_pages * ENTRY_SIZE]
         self.entries = self._bytes.cast("Q")
-        self.counts = [0] * (KIND_MASK + 1)
-        self.counts[ABSENT] = nr_pages
-        self.word_zpages = 0
+        self.numbers = memoryview(bytearray(WORD_SIZE * (_WORD_ZPAGES + 1))).cast("q")
+        self.numbers[ABSENT] = nr_pages
 
     def store(self, page: int, entry: int) -> int:
         """Commit: the page is now what `entry` says. Returns the entry that stood there."""
         entries = self.entries
         old: int = entries[page]
         entries[page] = entry
-        counts = self.counts
-        counts[old & KIND_MASK] -= 1
-        counts[entry & KIND_MASK] += 1
+        numbers = self.numbers
+        numbers[old & KIND_MASK] -= 1
+        numbers[entry & KIND_MASK] += 1
         if (old | entry) >> 63:
-            self.word_zpages += is_word_zpage(entry) - is_word_zpage(old)
+            numbers[_WORD_ZPAGES] += is_word_zpage(entry) - is_word_zpage(old)
         return old
 
     def stretches(self) -> Iterator[tuple[int, list[int]]]:
@@ -134,8 +137,8 @@ class PageTable:
                 if value >> 63:
                     word_zpages += is_word_zpage(value)
         counts[ABSENT] = self.nr_pages - sum(counts[1:])
-        self.counts = counts
-        self.word_zpages = word_zpages
+        for number, value in enumerate((*counts, word_zpages)):
+            self.numbers[number] = value
 
     def next_stored(self, page: int, stop: int) -> int:
         """The first page from `page` on, below `stop`, that is not absent; `stop` if there is none.
@@ -157,9 +160,19 @@ class PageTable:
         return stop
 
     @property
+    def counts(self) -> list[int]:
+        """How many entries are of each kind."""
+        return self.numbers[:_WORD_ZPAGES].tolist()
+
+    @property
+    def word_zpages(self) -> int:
+        """How many same-filled pages are kept as a zpage."""
+        return self.numbers[_WORD_ZPAGES]
+
+    @property
     def stored_pages(self) -> int:
         """Pages that are not absent."""
-        return self.nr_pages - self.counts[ABSENT]
+        return self.nr_pages - self.numbers[ABSENT]
 
     def check(self) -> None:
         """AssertionError if the counts are not what a recount gives. O(pages)."""

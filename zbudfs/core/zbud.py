@@ -43,6 +43,8 @@ from zbudfs.core.allocator import (
     chunks_for,
     too_large,
 )
+from zbudfs.core import hot
+from zbudfs.core.page_table import PageTable
 from zbudfs.core.units import CHUNK_SHIFT, NCHUNKS, NO_FRAME, PAGE_SHIFT, PAGE_WORDS
 
 _LAST: Final = 1
@@ -65,6 +67,16 @@ class Zbud(Allocator):
     def __init__(self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool = False) -> None:
         super().__init__(frames, table, nr_frames, attach=attach)
         self._first_chunks, self._last_chunks = self._own_columns
+
+    def hot(self, table: PageTable, stored_at: memoryview) -> hot.Hot | None:
+        """See Allocator."""
+        if not hot.BUILT:
+            return None
+        return hot.Hot(
+            self.nr_frames,
+            *(table.entries, table.numbers, self._frames, self._lru_next, self._lru_prev, self._bud_next, self._bud_prev),
+            *(self._owner, self._state, self._first_chunks, self._last_chunks, self._counters, stored_at),
+        )
 
     # ---- after a crash -------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from zbudfs.core.allocator import CUMULATIVE_COUNTERS, INDEX_MASK, REF_BITS, max_zpage_size
+from zbudfs.core.allocator import CUMULATIVE_COUNTERS, INDEX_MASK, REF_BITS
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import (
     Codec,
@@ -24,7 +24,6 @@ from zbudfs.core.codec import (
     check_of_raw,
     is_word,
     page_of_word,
-    word_zpage,
 )
 from zbudfs.core.errors import BackingError, Loss, OutOfRange, PageLost, PoolFull, Refusal, ZbudfsError
 from zbudfs.core.latency import Timed
@@ -43,7 +42,6 @@ from zbudfs.core.page_table import (
     WORD_HALVES,
     WORD_INVERTED,
     PageTable,
-    entry_of_word,
     word_of_entry,
 )
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
@@ -68,7 +66,7 @@ CUMULATIVE: Final = (
     ("store", "_cumul_pagein_blocks"),
     ("store", "_cumul_pagein_pages"),
     ("store", "_cumul_refault_blocks"),
-    ("store", "_cumul_raw_pages"),
+    ("state", "cumul_raw_pages"),
     ("store", "_pagein_failures"),
     *(("refused", cause) for cause in Refusal),
     *(("lost", cause) for cause in Loss),
@@ -83,7 +81,6 @@ CUMULATIVE: Final = (
 """Counters that a new worker goes on with: whose, and which."""
 
 _OFFSET_MASK: Final = PAGE_SIZE - 1
-_MAX_ZPAGE: Final = max_zpage_size()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +173,7 @@ class PageStore:
     """A device of `size_bytes` (a multiple of 4096) over a pool of `pool_frames` frames and, perhaps, a backing file.
 
     `run` must be running while it is used. Not safe for use by two threads. With `memory`, which must be made for the same
-    numbers, nothing is touched, and nothing may be asked, before `recover`.
+    numbers, nothing is touched, and nothing may be asked, before `recover`. `pure` keeps the hot path in C out of it.
     """
 
     def __init__(
@@ -186,6 +183,8 @@ class PageStore:
         backing: Backing | None,
         codec: Codec,
         memory: StoreMemory | None = None,
+        *,
+        pure: bool = False,
     ) -> None:
         self.size_bytes = size_bytes
         attach = memory is not None
@@ -212,6 +211,7 @@ class PageStore:
         self._bounce_free = trio.lowlevel.ParkingLot()
         self._allocator = self._pool.allocator
         self._entries = self._table.entries
+        self._hot = None if pure else self._allocator.hot(self._table, self._pool.stored_at)
         self._decode = codec.decode
         self._cumul_read_pages = 0
         self._cumul_written_pages = 0
@@ -219,7 +219,6 @@ class PageStore:
         self._cumul_pagein_blocks = 0
         self._cumul_pagein_pages = 0
         self._cumul_refault_blocks = 0
-        self._cumul_raw_pages = 0
         self._pagein_failures = 0
         self._refused: dict[str, int] = dict.fromkeys(Refusal, 0)
         self._lost: dict[str, int] = dict.fromkeys(Loss, 0)
@@ -287,11 +286,19 @@ class PageStore:
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """As `read`, for what is in RAM; None, and nothing was counted, if some of it is in the backing file alone."""
         if length == PAGE_SIZE and not offset & _OFFSET_MASK and 0 <= offset < self.size_bytes:
-            content = self._load_nowait(offset >> PAGE_SHIFT)
+            page = offset >> PAGE_SHIFT
+            content = self._hot.read(page, 1, self.codec.decompress) if self._hot is not None else None
+            if content is None:
+                content = self._load_nowait(page)
             if content is not None:
                 self._cumul_read_pages += 1
             return content
         pages = self._pages_of(offset, length)
+        if self._hot is not None and pages:
+            content = self._hot.read(pages.start, len(pages), self.codec.decompress)
+            if content is not None:
+                self._cumul_read_pages += len(pages)
+                return self._cut(content, offset, length)
         found: list[bytes] = []
         for page in pages:
             try:
@@ -541,24 +548,24 @@ class PageStore:
         if (offset | length) & _OFFSET_MASK:
             return 0
         page = offset >> PAGE_SHIFT
+        state = self.state
+        if self._hot is not None and not state.watched:
+            done = self._hot.write(page, content, self.codec.compress, state)
+            self._cumul_written_pages += done
+            self.reclaimer.kick()
+            return done << PAGE_SHIFT
         view = memoryview(content)
         words = view.cast("Q")
         encode = self.codec.encode
-        state = self.state
         for at in range(0, length, PAGE_SIZE):
             piece = view[at : at + PAGE_SIZE]
             word_at = at // WORD_SIZE
             # Words far apart that are equal are rare in other pages: the whole comparison is made for few.
             word = words[word_at]
             if word == words[word_at + PAGE_WORDS - 1] and word == words[word_at + 77] and is_word(piece, word):
-                stored = self._put_word(page, word)
+                stored = state.put_word(page, word)
             else:
-                zpage = encode(piece)
-                if len(zpage) <= _MAX_ZPAGE:
-                    stored = state.place(page, zpage)
-                else:
-                    stored = state.place_raw(page, piece)
-                    self._cumul_raw_pages += stored
+                stored = state.put(page, encode(piece), piece)
             if not stored:
                 length = at
                 break
@@ -589,13 +596,6 @@ class PageStore:
             if done < whole:
                 await self._wait_frame_free()  # CHECKPOINT
             at += done
-
-    def _put_word(self, page: int, word: int) -> bool:
-        entry = entry_of_word(word)
-        if entry is not None:
-            self.state.set_word(page, entry)
-            return True
-        return self.state.place(page, word_zpage(word))
 
     async def _wait_frame_free(self) -> None:
         try:
@@ -708,7 +708,7 @@ class PageStore:
             cumul_read_pages=self._cumul_read_pages,
             cumul_written_pages=self._cumul_written_pages,
             cumul_discarded_pages=self._cumul_discarded_pages,
-            cumul_raw_pages=self._cumul_raw_pages,
+            cumul_raw_pages=self.state.cumul_raw_pages,
             cumul_aged_frames=reclaimer.cumul_aged_frames,
             cumul_dropped_frames=self.state.dropped_ephemeral_frames,
             refused_pool_full=sum(self._refused.values()),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Every change of where a page is. Synchronous: nothing here gives way, so nobody ever sees half a change.
 
-    absent, word   <-- set_word, forget
-    frame          <-- place                     persistent: RAM holds the only copy
+    absent, word   <-- put_word, forget
+    frame          <-- put                       persistent: RAM holds the only copy
     block          <-- finish_writeback          from a persistent frame
     frame + block  <-- adopt                     ephemeral: a clean copy of the block
     block          <-- drop_ephemeral
@@ -14,9 +14,17 @@ freed. Whoever reads the page table alone therefore always finds whole pages.
 from array import array
 from typing import Final, NamedTuple
 
-from zbudfs.core.allocator import EPHEMERAL_KIND, INDEX_MASK, MOST_ZPAGES, NO_REF, PERSISTENT_KIND, REF_BITS
+from zbudfs.core.allocator import (
+    EPHEMERAL_KIND,
+    INDEX_MASK,
+    MAX_ZPAGE_SIZE,
+    MOST_ZPAGES,
+    NO_REF,
+    PERSISTENT_KIND,
+    REF_BITS,
+)
 from zbudfs.core.block_map import SEGMENT_BLOCKS, BlockMap
-from zbudfs.core.codec import check_of, check_of_raw
+from zbudfs.core.codec import WORD_ZPAGE_SIZE, check_of, check_of_raw, word_zpage
 from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
@@ -29,6 +37,7 @@ from zbudfs.core.page_table import (
     RAW_FRAME,
     REF_MASK,
     PageTable,
+    entry_of_word,
 )
 from zbudfs.core.units import NO_FRAME
 from zbudfs.store.pool import Pool
@@ -76,8 +85,27 @@ class State:
         self.cumul_writeback_frames = 0
         self.cumul_writeback_pages = 0
         self.dropped_ephemeral_frames = 0
+        self.cumul_raw_pages = 0
+        self.take_frame = pool.take_frame
+        self.give_frame = pool.give_frame
 
     # ---- content ---------------------------------------------------------------------------------------------------
+
+    def put(self, page: int, zpage: bytes, content: bytes | memoryview) -> bool:
+        """Store a page by its zpage, or as it is where that cannot be; False, and nothing has changed, if there is no frame."""
+        if len(zpage) <= MAX_ZPAGE_SIZE and len(zpage) != WORD_ZPAGE_SIZE:
+            return self.place(page, zpage)
+        stored = self.place_raw(page, content)
+        self.cumul_raw_pages += stored
+        return stored
+
+    def put_word(self, page: int, word: int) -> bool:
+        """Store a same-filled page; False, and nothing has changed, if its word does not fit and there is no frame for it."""
+        entry = entry_of_word(word)
+        if entry is not None:
+            self._commit(page, entry)
+            return True
+        return self.place(page, word_zpage(word))
 
     def place(self, page: int, zpage: bytes | memoryview) -> bool:
         """Store a zpage as the content of `page`; False, and nothing has changed, if there is no frame for it.
@@ -106,10 +134,6 @@ class State:
         self._commit(page, check_of_raw(content) << CHECK_SHIFT | ref << KIND_BITS | RAW_FRAME)
         return True
 
-    def set_word(self, page: int, entry: int) -> None:
-        """Store a same-filled page by its entry (see `entry_of_word`)."""
-        self._commit(page, entry)
-
     def forget(self, page: int) -> None:
         """The page is absent from now on."""
         self._commit(page, ABSENT)
@@ -120,13 +144,16 @@ class State:
             watch = self.watched.get(page)
             if watch is not None:
                 watch[1] += 1
-        kind = old & KIND_MASK
-        if kind >= FRAME:
-            ref = old >> KIND_BITS & REF_MASK
-            if kind >= BLOCK:
-                self._free_in_block(ref)
-            else:
-                self._free_in_frame(ref)
+        if old & KIND_MASK >= FRAME:
+            self.free_place(old)
+
+    def free_place(self, entry: int) -> None:
+        """Where a page was that is elsewhere now, by its entry of then: free it."""
+        ref = entry >> KIND_BITS & REF_MASK
+        if entry & KIND_MASK >= BLOCK:
+            self._free_in_block(ref)
+        else:
+            self._free_in_frame(ref)
 
     def _free_in_frame(self, ref: int) -> None:
         allocator = self.allocator
