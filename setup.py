@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Builds the libfuse shim (zbudfs/fuse/shim.c) and the hot path (zbudfs/core/hot.c); everything else is in pyproject.toml.
 
-The hot path is an ordinary extension. The shim is an extension module that is linked to libfuse and loaded in front of it, so all that
-is wanted from setuptools is a compiler run with libfuse's flags, and clear words where it cannot be.
+The hot path is an ordinary extension. The shim is an extension module that is linked to libfuse and loaded in front of
+it, so all that is wanted from setuptools is a compiler run with libfuse's flags, and clear words where it cannot be.
 """
 
 import shlex

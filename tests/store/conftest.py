@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.store.rig import packed_by
+from tests.store.rig import packed_by, pure_by_default
 from zbudfs.core.packing import Packing
 
 
-@pytest.fixture(scope="module", params=["zbud", "dense"])
+@pytest.fixture(scope="module", params=["zbud", "zbud without C", "dense"])
 def packing(request: pytest.FixtureRequest) -> Iterator[Packing]:
-    """Stores are of each packing in turn."""
-    with packed_by(Packing.parse(request.param)) as packing:
+    """Stores are of each packing in turn, and of zbud with the hot path in C and all in Python."""
+    name, *without = request.param.split(" ", 1)
+    with packed_by(Packing.parse(name)) as packing, pure_by_default(pure=bool(without)):
         yield packing

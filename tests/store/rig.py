@@ -83,6 +83,19 @@ def packed_by(packing: Packing) -> Iterator[Packing]:
 
 
 @contextlib.contextmanager
+def pure_by_default(*, pure: bool) -> Iterator[None]:
+    """Have stores for which nothing else is said keep the hot path in C out, or not."""
+    defaults = PageStore.__init__.__kwdefaults__
+    assert defaults is not None
+    before = defaults["pure"]
+    defaults["pure"] = pure
+    try:
+        yield
+    finally:
+        defaults["pure"] = before
+
+
+@contextlib.contextmanager
 def made_pool(nr_frames: int) -> Iterator[Pool]:
     """Have a pool without a store."""
     memory = StoreMemory(nr_frames << PAGE_SHIFT, nr_frames, backed=False)

@@ -123,7 +123,7 @@ class Scene:
 
     def fresh(self) -> PageStore:
         """Return a new store on the memory, as a new worker makes it; nothing has been asked of it yet."""
-        return PageStore(SIZE, FRAMES, self.backing, Codec(), self.memory)
+        return PageStore(SIZE, FRAMES, self.backing, Codec(), self.memory, pure=True)  # lines of C are none
 
     def content(self, number: int) -> bytes:
         """Return what a page holds."""

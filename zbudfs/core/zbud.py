@@ -19,6 +19,7 @@ from its description.
 from collections.abc import Iterator
 from typing import ClassVar, Final
 
+from zbudfs.core import hot
 from zbudfs.core.allocator import (
     DYING,
     EPHEMERAL,
@@ -43,7 +44,6 @@ from zbudfs.core.allocator import (
     chunks_for,
     too_large,
 )
-from zbudfs.core import hot
 from zbudfs.core.page_table import PageTable
 from zbudfs.core.units import CHUNK_SHIFT, NCHUNKS, NO_FRAME, PAGE_SHIFT, PAGE_WORDS
 
@@ -74,7 +74,15 @@ class Zbud(Allocator):
             return None
         return hot.Hot(
             self.nr_frames,
-            *(table.entries, table.numbers, self._frames, self._lru_next, self._lru_prev, self._bud_next, self._bud_prev),
+            *(
+                table.entries,
+                table.numbers,
+                self._frames,
+                self._lru_next,
+                self._lru_prev,
+                self._bud_next,
+                self._bud_prev,
+            ),
             *(self._owner, self._state, self._first_chunks, self._last_chunks, self._counters, stored_at),
         )
 

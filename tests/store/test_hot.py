@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: MIT
+"""The hot path in C does what the Python does: the same bytes in the tables, the same counters, the same answers.
+
+Python is the reference. Two stores are asked for the same things, one of them without the extension, and afterwards every
+arena of both is compared byte by byte. What C alone could do wrong has tests of its own: damaged tables (an error, and
+nothing written elsewhere), views that somebody keeps, and a kill at any instruction of a process that writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.core.samples import BIG, HALF, RAW, SMALL, page, text_page
+from tests.store.rig import drop, get, let_go, place_of, put, run
+from tests.support import LIMIT_SECONDS, ROOT
+from zbudfs.core import hot
+from zbudfs.core.codec import Codec, page_of_word
+from zbudfs.core.errors import PageLost
+from zbudfs.core.page_table import FRAME, entry
+from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS
+from zbudfs.core.zbud import Zbud
+from zbudfs.store.backing import Backing
+from zbudfs.store.memory import StoreMemory
+from zbudfs.store.page_store import PageStore
+
+PAGES: Final = 48
+FRAMES: Final = 24
+WORDS: Final = (0, 7, 1 << 60, (1 << 64) - 3, 0xDEADBEEF << 32 | 0xDEADBEEF, 0x3FB999999999999A, 1 << 63)
+"""Zero, each way in which a word fits an entry, and words that do not."""
+
+
+def test_it_is_built() -> None:
+    """The tests of a machine on which it was not would try nothing."""
+    assert hot.BUILT
+    store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec())
+    assert store._hot is not None
+    assert PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), pure=True)._hot is None
+
+
+# ---- both do the same ----------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """Two stores that are asked for the same things; the second one is pure."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stores = [
+            PageStore(PAGES * PAGE_SIZE, FRAMES, Backing(str(folder / name)), Codec(), pure=name == "pure")
+            for name in ("hot", "pure")
+        ]
+        assert [store._hot is None for store in self.stores] == [False, True]
+        for store in self.stores:  # no tasks run: which frames are ready, and when, must not be chance
+            pool = store.state.pool
+            runs = pool.take_bare()
+            pool.populate(runs)
+            pool.add_ready(runs)
+            assert store.state.blocks is not None
+            store.state.blocks.add_ready(*store.state.blocks.take_holes(2))
+
+    def write(self, first: int, content: bytes) -> None:
+        """Write what there are frames for."""
+        hot, pure = (store.write_nowait(first * PAGE_SIZE, content) for store in self.stores)
+        assert hot == pure
+
+    def read(self, first: int, count: int) -> None:
+        """Read what is in RAM."""
+        hot, pure = (store.read_nowait(first * PAGE_SIZE, count * PAGE_SIZE) for store in self.stores)
+        assert hot == pure
+
+    def write_back(self, most: int, *, fails: bool, overwritten: tuple[int, bytes] | None = None) -> None:
+        """Write frames back, as the reclaimer does; while they are on their way, a page may be overwritten."""
+        batches = [store.state.begin_writeback(most) for store in self.stores]
+        assert batches[0] == batches[1]
+        for store, batch in zip(self.stores, batches, strict=True):
+            assert store.backing is not None
+            for frame, block in batch:
+                store.backing.write_blocks(block, [store.state.allocator.frame_bytes(frame)])
+        if overwritten is not None:
+            self.write(*overwritten)
+        for store, batch in zip(self.stores, batches, strict=True):
+            if fails:
+                store.state.fail_writeback(batch)
+            else:
+                store.state.finish_writeback(batch)
+
+    async def page_in(self, number: int) -> None:
+        """Read a page wherever it is; its block may become an ephemeral frame."""
+        assert await get(self.stores[0], number) == await get(self.stores[1], number)
+
+    def compare(self) -> None:
+        """Every byte of every table and frame, and every counter."""
+        hot, pure = self.stores
+        for store in self.stores:
+            store.check()
+        for mine, other in zip(hot.memory.arenas, pure.memory.arenas, strict=True):
+            for offset, length in mine.populated():
+                assert bytes(mine.view[offset : offset + length]) == bytes(other.view[offset : offset + length])
+        assert hot.statistics() == pure.statistics()
+        assert hot.zbud_counters() == pure.zbud_counters()
+        assert hot.unbuddied_lists() == pure.unbuddied_lists()
+        assert hot.chunk_histogram() == pure.chunk_histogram()
+        assert hot.state.pool.ready_frames == pure.state.pool.ready_frames
+
+    def close(self) -> None:
+        """Let go of both."""
+        for store in self.stores:
+            store.close()
+            let_go(store.memory)
+
+
+contents = st.one_of(
+    st.builds(page, st.integers(0, 99), st.sampled_from((SMALL, HALF, HALF, BIG, RAW, 3990, 4016, 4017, 4030))),
+    st.builds(text_page, st.integers(0, 9)),
+    st.builds(page_of_word, st.sampled_from(WORDS)),
+    st.builds(lambda at: (b"\x01" + bytes(7)) * at + bytes(8) * (PAGE_WORDS - at), st.integers(1, PAGE_WORDS - 1)),
+)
+numbers = st.integers(0, PAGES - 1)
+steps = st.one_of(
+    *[st.tuples(st.just("write"), numbers, st.lists(contents, min_size=1, max_size=6))] * 3,
+    *[st.tuples(st.just("read"), numbers, st.integers(1, 6))] * 2,
+    st.tuples(st.just("drop"), numbers, st.integers(1, 4)),
+    st.tuples(st.just("writeback"), st.integers(1, 4), st.booleans()),
+    st.tuples(st.just("overwritten"), numbers, contents),
+    st.tuples(st.just("page in"), numbers, st.none()),
+    st.tuples(st.just("drop ephemeral"), st.none(), st.none()),
+    st.tuples(st.just("later"), st.integers(1, 9), st.none()),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(steps, min_size=1, max_size=24))
+def test_the_same_as_python(tmp_path: Path, ops: list[tuple[str, int, object]]) -> None:
+    """After each step both have the same tables, frames and counters."""
+
+    async def main() -> None:
+        pair = Pair(tmp_path)
+        try:
+            for what, number, more in ops:
+                if what == "write":
+                    assert isinstance(more, list)
+                    pair.write(number, b"".join(more)[: (PAGES - number) * PAGE_SIZE])
+                elif what == "read":
+                    assert isinstance(more, int)
+                    pair.read(number, more)
+                elif what == "drop":
+                    assert isinstance(more, int)
+                    for store in pair.stores:
+                        await drop(store, number, more)
+                elif what == "writeback":
+                    pair.write_back(number, fails=bool(more))
+                elif what == "overwritten":
+                    assert isinstance(more, bytes)
+                    pair.write_back(3, fails=False, overwritten=(number, more))
+                elif what == "page in":
+                    await pair.page_in(number)
+                elif what == "drop ephemeral":
+                    for store in pair.stores:
+                        store.state.drop_ephemeral()
+                else:
+                    for store in pair.stores:
+                        store.state.now += number
+                pair.compare()
+        finally:
+            pair.close()
+
+    run(main)
+
+
+def test_the_same_as_python_for_long(tmp_path: Path) -> None:
+    """Thousands of steps over few pages, so that frames are emptied, matched and full again and again."""
+
+    async def main() -> None:
+        source = random.Random(8)
+        samples = [page(seed, size) for seed in range(8) for size in (SMALL, HALF, 2100, BIG, RAW)]
+        samples += [page_of_word(word) for word in WORDS]
+        pair = Pair(tmp_path)
+        for step in range(2500):
+            first, count = source.randrange(PAGES - 4), source.randrange(1, 5)
+            if source.random() < 0.55:
+                pair.write(first, b"".join(source.choices(samples, k=count)))
+            elif source.random() < 0.7:
+                pair.read(first, count)
+            elif source.random() < 0.6:
+                for store in pair.stores:
+                    await drop(store, first, count)
+            elif source.random() < 0.8:
+                pair.write_back(2, fails=source.random() < 0.3, overwritten=(first, source.choice(samples)))
+            else:
+                await pair.page_in(first)
+            if step % 50 == 0:
+                pair.compare()
+        pair.compare()
+        counters = pair.stores[0].zbud_counters()
+        assert counters["pers_cumul_zpages"] > 500 and counters["pers_evicted_pageframes"] > 50
+        pair.close()
+
+    run(main)
+
+
+# ---- what only C could do wrong ------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def filled() -> AsyncIterator[PageStore]:
+    """Have a store with something of everything; 2 and 3 share a frame, 4 is alone in one."""
+    store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec())
+    try:
+        runs = store.state.pool.take_bare()
+        store.state.pool.populate(runs)
+        store.state.pool.add_ready(runs)
+        for number, content in enumerate((page_of_word(5), page(1, RAW), page(2), page(3), page(4, BIG))):
+            await put(store, number, content)
+        assert place_of(store, 2)[0] == place_of(store, 3)[0] != place_of(store, 4)[0]
+        yield store
+    finally:
+        store.close()
+        let_go(store.memory)
+
+
+HIGH: Final = 0xFFFFFFF0
+DAMAGES: Final = ("bud next", "bud end", "lru next", "lru end", "chunks", "state", "stack")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tables_are_an_error(damage: str) -> None:
+    """What would lead somewhere else is an AssertionError, and no page or frame has changed."""
+
+    async def main() -> None:
+        async with filled() as store:
+            allocator, pool = store.state.allocator, store.state.pool
+            assert isinstance(allocator, Zbud)
+            frame = place_of(store, 4)[0]
+            content = page(9, SMALL)  # fits beside 4
+            if damage == "bud next":
+                allocator._bud_next[frame] = HIGH
+            elif damage == "bud end":
+                allocator._bud_next[FRAMES + allocator._first_chunks[frame]] = HIGH
+            elif damage == "lru next":
+                allocator._lru_prev[frame] = HIGH
+            elif damage == "lru end":
+                allocator._lru_prev[FRAMES] = HIGH
+            elif damage == "chunks":
+                allocator._first_chunks[frame] = 1
+            elif damage == "state":
+                allocator._state[frame] = 3
+            else:
+                pool._stack[pool.ready_frames - 1] = HIGH
+                content = page(9, BIG)  # needs a frame of its own
+            before = bytes(store.memory.frames.view), bytes(store.memory.pages.view)
+            with pytest.raises(AssertionError, match="the tables are damaged"):
+                store.write_nowait(9 * PAGE_SIZE, content)
+            assert (bytes(store.memory.frames.view), bytes(store.memory.pages.view)) == before
+
+    run(main)
+
+
+@pytest.mark.parametrize("ref", [FRAMES << 3, 1 << 35, 2, 7])
+def test_an_entry_that_leads_nowhere(ref: int) -> None:
+    """A place that no frame has is left to Python, which has an error for it, when it is read and when it is overwritten."""
+
+    async def main() -> None:
+        async with filled() as store:
+            entries = store.state.table.entries
+            entries[2] = entry(FRAME, ref, 0)
+            with pytest.raises((PageLost, IndexError, AssertionError, TypeError)):
+                store.read_nowait(2 * PAGE_SIZE, PAGE_SIZE)
+            with contextlib.suppress(IndexError, AssertionError):
+                store.write_nowait(2 * PAGE_SIZE, page(5))
+            assert await get(store, 4) == page(4, BIG)
+            assert await get(store, 3) == page(3)
+
+    run(main)
+
+
+def test_a_damaged_zpage_is_lost_and_its_neighbours_are_not() -> None:
+    """Python finds out what is wrong, counts it, and gives what comes before."""
+
+    async def main() -> None:
+        async with filled() as store:
+            frame, index = place_of(store, 3)
+            assert index == 1
+            at = (frame + 1) * PAGE_SIZE - 700
+            store.memory.frames.view[at] ^= 0xFF
+            assert store.read_nowait(2 * PAGE_SIZE, 3 * PAGE_SIZE) == page(2)
+            with pytest.raises(PageLost):
+                store.read_nowait(3 * PAGE_SIZE, PAGE_SIZE)
+            assert store.causes()["lost_damaged"] == 2
+
+    run(main)
+
+
+def test_a_view_that_is_kept_is_of_no_use() -> None:
+    """A compressor or decompressor that keeps what it was given cannot see what is in that memory later."""
+
+    async def main() -> None:
+        async with filled() as store:
+            kept: list[memoryview] = []
+            codec = store.codec
+            compress, decompress = codec.compress, codec.decompress
+
+            def keeping(view: memoryview) -> bytes:
+                kept.append(view)
+                return bytes(compress(view))
+
+            def keeping_too(view: memoryview, size: int) -> bytes:
+                kept.append(view)
+                return bytes(decompress(view, size))
+
+            vars(codec).update(compress=keeping, decompress=keeping_too)
+            await put(store, 20, page(20))
+            assert store.read_nowait(20 * PAGE_SIZE, PAGE_SIZE) == page(20)
+            assert len(kept) == 2
+            for view in kept:
+                with pytest.raises(ValueError, match="released"):
+                    view[0]
+
+    run(main)
+
+
+def test_what_a_compressor_raises_comes_through() -> None:
+    """The pages before are stored, that one is not, and nothing is leaked or half done."""
+
+    async def main() -> None:
+        async with filled() as store:
+            compress = store.codec.compress
+            calls = 0
+
+            def failing(view: memoryview) -> bytes:
+                nonlocal calls
+                calls += 1
+                if calls == 3:
+                    raise MemoryError("no memory")
+                return bytes(compress(view))
+
+            vars(store.codec).update(compress=failing)
+            with pytest.raises(MemoryError):
+                store.write_nowait(30 * PAGE_SIZE, b"".join(page(number) for number in range(30, 34)))
+            vars(store.codec).update(compress=compress)
+            store.check()
+            assert [await get(store, number) for number in (30, 31)] == [page(30), page(31)]
+            assert await get(store, 32, 2) == bytes(2 * PAGE_SIZE)
+
+    run(main)
+
+
+def test_compress_that_gives_what_no_place_is_for() -> None:
+    """Twelve bytes would be read as a word: such a page is kept raw."""
+
+    async def main() -> None:
+        async with filled() as store:
+            compress = store.codec.compress
+            vars(store.codec).update(compress=lambda view: b"x" * 12)
+            await put(store, 9, page(9))
+            vars(store.codec).update(compress=compress)
+            assert await get(store, 9) == page(9)
+            assert store.statistics().raw_pages == 2
+
+    run(main)
+
+
+def test_arguments() -> None:
+    """Ranges and buffers that do not fit are refused before anything is done."""
+    memory = StoreMemory(PAGES * PAGE_SIZE, FRAMES, backed=False)
+    memory.populate()
+    store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), memory)
+    path = store._hot
+    assert path is not None
+    for first, count in ((PAGES, 1), (PAGES + 1, 0), (1 << 63, 1), (0, PAGES + 1)):
+        with pytest.raises(IndexError):
+            path.read(first, count, store.codec.decompress)
+    with pytest.raises(IndexError):
+        path.write(PAGES - 1, bytes(2 * PAGE_SIZE), store.codec.compress, store.state)
+    with pytest.raises(OverflowError):
+        path.read(-1, 1, store.codec.decompress)
+    with pytest.raises(TypeError):
+        hot.Hot(FRAMES)
+    buffers = [memoryview(bytearray(64)) for _ in range(13)]
+    with pytest.raises(ValueError, match="buffer 1 has 64 bytes instead of 72"):
+        hot.Hot(FRAMES, *buffers)
+    with pytest.raises(ValueError, match="too many frames"):
+        hot.Hot(1 << 40, *buffers)
+    with pytest.raises(BufferError):
+        hot.Hot(FRAMES, *[memoryview(bytes(64))] * 13)
+
+
+# ---- killed at any instruction -------------------------------------------------------------------------------------
+
+KILLS: Final = 60
+KILL_PAGES: Final = 256
+KILL_FRAMES: Final = 160
+
+
+def version(number: int, count: int) -> bytes:
+    """Return what a page holds after write `count`, which it says; one in eight is a word, and one in eight is raw."""
+    if not count:
+        return bytes(PAGE_SIZE)
+    source = random.Random(number << 20 | count)
+    head = b"%8d%8d" % (number, count)
+    form = source.randrange(8)
+    if form == 0:
+        return head[8:] * PAGE_WORDS
+    size = RAW - len(head) if form == 1 else source.choice((SMALL, HALF, HALF, 2100, BIG))
+    return head + source.randbytes(size).ljust(PAGE_SIZE - len(head), b"\0")
+
+
+def take_over(memory: StoreMemory, *, pure: bool) -> PageStore:
+    """Return a store that goes on with what is in the memory."""
+    store = PageStore(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, None, Codec(), memory, pure=pure)
+    assert store.recover().lost_pages == 0
+    return store
+
+
+def overwrite_for_ever(memory: StoreMemory, round_number: int, tell: int) -> None:
+    """Overwrite pages until killed; tell before each request which it is (first page, pages, count), then what is stored."""
+    store = take_over(memory, pure=False)
+    assert store._hot is not None
+    pool = store.state.pool
+    while runs := pool.take_bare():
+        pool.populate(runs)
+        pool.add_ready(runs)
+    source = random.Random(round_number)
+    requests = []
+    for step in range(100):
+        pages = source.randrange(1, 12)
+        first = source.randrange(KILL_PAGES - pages)
+        count = round_number * 1000 + step
+        requests.append((first, count, b"".join(version(first + at, count) for at in range(pages))))
+    os.write(tell, b"ready ")
+    while True:
+        for first, count, content in requests:
+            os.write(tell, b"%d,%d,%d " % (first, len(content) // PAGE_SIZE, count))
+            stored = store.write_nowait(first * PAGE_SIZE, content)  # as many as there are frames for
+            os.write(tell, b"%d " % (stored // PAGE_SIZE))
+
+
+def killed_child(memory: StoreMemory, round_number: int, after_seconds: float) -> str:
+    """Have a child overwrite pages and kill it after some time; what it told."""
+    reads, tells = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            overwrite_for_ever(memory, round_number, tells)
+        os._exit(1)
+    os.close(tells)
+    said = os.read(reads, 6)
+    kill_at = time.monotonic() + after_seconds
+    while said and time.monotonic() < kill_at:
+        if select.select([reads], [], [], max(0, kill_at - time.monotonic()))[0]:
+            said += os.read(reads, 1 << 16)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    while more := os.read(reads, 1 << 16):
+        said += more
+    os.close(reads)
+    assert status == signal.SIGKILL, f"the child ended by itself: {status}"
+    return said.decode()
+
+
+def kill_again_and_again() -> tuple[int, int]:
+    """Kill writers and look at each page: how many requests were done, and how many kills came in the midst of one."""
+    memory = StoreMemory(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, backed=False)
+    memory.populate()
+    may_be: list[set[int]] = [{0} for _ in range(KILL_PAGES)]
+    source = random.Random(11)
+    answered = midst = 0
+    for round_number in range(1, KILLS + 1):
+        said = killed_child(memory, round_number, source.uniform(0.0002, 0.02)).split(" ")
+        assert said[0] == "ready", said
+        for request, end in zip(said[1:-1:2], [*said[2:-1:2], ""], strict=False):
+            first, pages, count = map(int, request.split(","))
+            for number in range(first, first + pages):
+                if not end:
+                    may_be[number].add(count)
+                elif number < first + int(end):
+                    may_be[number] = {count}
+            answered += end != ""
+            midst += end == ""
+        heir = take_over(memory, pure=bool(round_number % 2))
+        heir.check()
+        for number in range(KILL_PAGES):
+            content = heir.read_nowait(number * PAGE_SIZE, PAGE_SIZE)
+            found = {count for count in may_be[number] if content == version(number, count)}
+            assert found, f"round {round_number}: page {number} is none of {sorted(may_be[number])}"
+            may_be[number] = found
+        heir.close()
+    return answered, midst
+
+
+def test_killed_at_any_instruction() -> None:
+    """A process that writes through C is killed without warning, again and again; each page is whole and one of its own."""
+    command = [sys.executable, "-m", "tests.store.test_hot"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT_SECONDS, cwd=ROOT, check=True)
+    answered, midst = map(int, run.stdout.split())
+    assert answered > KILLS
+    assert midst > KILLS // 8, "hardly any kill came while something was written"
+
+
+if __name__ == "__main__":
+    print(*kill_again_and_again())
