@@ -262,15 +262,20 @@ class Round:
         pages_by_hand, by_hand = self._write_back_by_hand() if row == "writeback" else (0, {})
         before, limit = state.cumul_writeback_pages, pool.limit_frames
         began = time.perf_counter()
-        reclaimer.set_limit(max(pool.used_frames // 8, BATCH_FRAMES))
+        self._limit(max(pool.used_frames // 8, BATCH_FRAMES))
         with trio.fail_after(STEP_LIMIT_SECONDS):
             while pool.free_frames < reclaimer.watermarks.low_frames:
                 await trio.sleep(0.002)
         whole = time.perf_counter() - began
         pages = state.cumul_writeback_pages - before
-        reclaimer.set_limit(limit)
+        self._limit(limit)
         await stores.populate(self.store, self.nr_pages // 2)
         self.tell(row, pages, whole, {part: seconds / pages_by_hand * pages for part, seconds in by_hand.items()})
+
+    def _limit(self, frames: int) -> None:
+        """Set the pool's limit, for good: the governor would give the configured one back."""
+        self.store.reclaimer.governor.configure(frames)
+        self.store.reclaimer.set_limit(frames)
 
     def _write_back_by_hand(self) -> tuple[int, Parts]:
         """Write some batches here and now: how many pages they held, and the seconds by part."""
