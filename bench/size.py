@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Cost against size: the store alone on devices of 256 MiB to 64 GiB, each filled to the same part.
 
-All of them exist at once, and rounds take turns among them. An operation is on a page picked at random among those that are
-stored; a discard is of one page, which is written again outside of the clock.
+All of them exist at once, and rounds take turns among them. A read and an overwrite are of a page picked at random
+among those that are stored; a discard is of a run of them, picked at random as well and written again outside of the clock.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(options: Options) -> list[Table]:
                 made[row] = store, places
                 progress(f"{row}: {store.statistics().stored_pages:,} pages stored")
             for number, row in in_turns(list(made), options.rounds):
-                table.add(row, _one(*made[row], options.operations, pages, number))
+                table.add(row, await _one(*made[row], options.operations, pages, number))
                 await trio.lowlevel.checkpoint()
                 progress(f"round {number + 1}: {row} {table.rows[row][-1]}")
 
@@ -74,7 +74,7 @@ def measure(options: Options) -> list[Table]:
     return [table]
 
 
-def _one(
+async def _one(
     store: PageStore, places: list[int], operations: int, pages: corpus.Corpus, seed: int
 ) -> dict[str, float | None]:
     """One round on one store: microseconds of CPU of an operation."""
@@ -91,14 +91,17 @@ def _one(
         store.write_nowait(offset, content)
     written = time.thread_time()
 
-    distinct = list(dict.fromkeys(chosen))
-    forget = store.state.forget
+    length = stores.REQUEST_PAGES * PAGE
+    runs = [
+        page * PAGE for page in chooser.sample(places, min(len(places), max(operations // stores.REQUEST_PAGES, 1)))
+    ]
     before_discard = time.thread_time()
-    for offset in distinct:
-        forget(offset // PAGE)
+    for offset in runs:
+        await store.discard(offset, length)
     discarded = time.thread_time()
-    for offset, content in zip(distinct, contents, strict=False):
-        store.write_nowait(offset, content)
+    for offset in runs:
+        first = chooser.randrange(pages.count - stores.REQUEST_PAGES) * PAGE
+        store.write_nowait(offset, view[first : first + length])
 
     before_statistics = time.thread_time()
     for _ in range(100):
@@ -107,7 +110,7 @@ def _one(
     return {
         "read_us": (read - began) / operations * 1e6,
         "overwrite_us": (written - read) / operations * 1e6,
-        "discard_us": (discarded - before_discard) / len(distinct) * 1e6,
+        "discard_us": (discarded - before_discard) / (len(runs) * stores.REQUEST_PAGES) * 1e6,
         "statistics_us": (told - before_statistics) / 100 * 1e6,
         "stored_mib": store.statistics().stored_pages * PAGE / MIB,
     }
