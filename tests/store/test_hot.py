@@ -456,7 +456,7 @@ def killed_child(memory: StoreMemory, round_number: int, after_seconds: float) -
             overwrite_for_ever(memory, round_number, tells)
         os._exit(1)
     os.close(tells)
-    said = os.read(reads, 6)
+    said = os.read(reads, 6) if select.select([reads], [], [], LIMIT_SECONDS / 2)[0] else b""
     kill_at = time.monotonic() + after_seconds
     while said and time.monotonic() < kill_at:
         if select.select([reads], [], [], max(0, kill_at - time.monotonic()))[0]:
