@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Builds the libfuse shim (zbudfs/fuse/shim.c) and the hot path (zbudfs/core/hot.c); everything else is in pyproject.toml.
+"""Builds the libfuse shim (zbudfs/fuse/shim.c), the hot path (zbudfs/core/hot.c) and the cipher (zbudfs/store/cipher.c).
 
-The hot path is an ordinary extension. The shim is an extension module that is linked to libfuse and loaded in front of
+Everything else is in pyproject.toml. Hot path and cipher are ordinary extensions. The shim is an extension module that is linked to libfuse and loaded in front of
 it, so all that is wanted from setuptools is a compiler run with libfuse's flags, and clear words where it cannot be.
 """
 
@@ -44,6 +44,10 @@ class BuildShim(build_ext):
 
 
 setup(
-    ext_modules=[Extension(SHIM, ["zbudfs/fuse/shim.c"]), Extension("zbudfs.core._hot", ["zbudfs/core/hot.c"])],
+    ext_modules=[
+        Extension(SHIM, ["zbudfs/fuse/shim.c"]),
+        Extension("zbudfs.core._hot", ["zbudfs/core/hot.c"]),
+        Extension("zbudfs.store._cipher", ["zbudfs/store/cipher.c"], libraries=["dl", "pthread"]),
+    ],
     cmdclass={"build_ext": BuildShim},
 )

@@ -21,7 +21,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
@@ -36,6 +36,8 @@ from zbudfs.core.units import NO_FRAME
 from zbudfs.store.cipher import KEY_BYTES, BlockCipher
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pool import Pool
+
+T = TypeVar("T")
 
 PARTS: Final = ("codec", "copy", "allocator", "table", "cipher", "disk")
 COLUMNS: Final = [
@@ -130,7 +132,7 @@ class Round:
         self.scratch = Scratch(store.state.pool, nr_pages + 64)
         self.refs: list[int] = []
         self.cipher = BlockCipher(os.urandom(KEY_BYTES))
-        self.block = memoryview(bytearray(PAGE))
+        self.blocks = memoryview(bytearray(BATCH_FRAMES * PAGE))
 
     def _encoded(self, requests: list[memoryview]) -> list[bytes]:
         """The zpages that a frame can hold: raw pages take another way, and there are few."""
@@ -290,9 +292,8 @@ class Round:
             for first, frames in _runs((block, frame) for frame, block in batch):
                 backing.write_blocks(first, [state.allocator.frame_bytes(frame) for frame in frames])
             written = time.perf_counter()
-            cipher = timed(
-                self.cipher.encrypt, ((block, state.allocator.frame_bytes(frame), self.block) for frame, block in batch)
-            )
+            runs = _runs((block, state.allocator.frame_bytes(frame)) for frame, block in batch)
+            cipher = timed(self.cipher.encrypt, ((first, frames, self.blocks) for first, frames in runs))
             seconds["cipher"] += cipher
             seconds["disk"] += written - chosen - cipher
             encrypted = time.perf_counter()
@@ -327,7 +328,7 @@ class Round:
             await self.store.read(start * PAGE, count * PAGE)
         whole = time.perf_counter() - began
         done = len(starts) * count
-        cipher = timed(self.cipher.decrypt, ((block, self.block) for block in range(nr_blocks)))
+        cipher = timed(self.cipher.decrypt, ((block, [self.blocks[:PAGE]]) for block in range(nr_blocks)))
         self.tell(row, done, whole, {"cipher": cipher, "disk": disk - cipher, "codec": codec / len(self.zpages) * done})
 
 
@@ -339,9 +340,9 @@ def _block(entry: int) -> int:
     return (entry >> KIND_BITS & REF_MASK) >> REF_BITS
 
 
-def _runs(pairs: Iterable[tuple[int, int]]) -> Iterable[tuple[int, list[int]]]:
+def _runs(pairs: Iterable[tuple[int, T]]) -> Iterable[tuple[int, list[T]]]:
     """(first block, what belongs to each) of neighbouring blocks, from pairs (block, what belongs to it)."""
-    found: list[tuple[int, list[int]]] = []
+    found: list[tuple[int, list[T]]] = []
     for block, what in pairs:
         if found and block == found[-1][0] + len(found[-1][1]):
             found[-1][1].append(what)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +24,7 @@ from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import Backing
 from zbudfs.store.board import BOARD_BYTES, Board
-from zbudfs.store.cipher import KEY_BYTES, BlockCipher
+from zbudfs.store.cipher import KEY_BYTES, LIBRARY, BlockCipher, LibraryXts, Xts, best_xts
 from zbudfs.store.page_store import PageStore
 
 KEY: Final = bytes(range(KEY_BYTES))
@@ -48,7 +49,18 @@ def opened(path: Path) -> Iterator[FaultyBacking]:
         backing.close()
 
 
-def test_the_example_of_the_standard() -> None:
+def system_xts(key: bytes) -> Xts:
+    """Return the one with the system's libcrypto, which every machine that runs the tests has."""
+    from zbudfs.store._cipher import Xts as SystemXts
+
+    return SystemXts(key, LIBRARY)
+
+
+both = pytest.mark.parametrize("kind", [system_xts, LibraryXts])
+
+
+@both
+def test_the_example_of_the_standard(kind: Callable[[bytes], Xts]) -> None:
     """IEEE 1619-2007, annex B, vector 10: XTS-AES-256, data unit 0xff, 512 bytes."""
     key = bytes.fromhex(
         "27182818284590452353602874713526624977572470936999595749669676273141592653589793238462643383279502884197169399"
@@ -56,11 +68,90 @@ def test_the_example_of_the_standard() -> None:
     )
     plain = bytes(range(256)) * 2
     target = memoryview(bytearray(len(plain)))
-    cipher = BlockCipher(key)
-    cipher.encrypt(0xFF, memoryview(plain), target)
+    cipher = kind(key)
+    cipher.encrypt(0xFF, [memoryview(plain)], target)
     assert target[:32].hex() == "1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b"
-    cipher.decrypt(0xFF, target)
+    cipher.decrypt(0xFF, [target])
     assert target == plain
+
+
+def cut(content: memoryview, size: int = PAGE_SIZE) -> list[memoryview]:
+    """Return it in pieces of that size."""
+    return [content[at : at + size] for at in range(0, len(content), size)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 63, 64, 65, 150])
+@pytest.mark.parametrize("number", [0, 1, 255, (1 << 33) - 7, (1 << 64) - 1000])
+def test_both_ways_give_the_same_bytes(count: int, number: int) -> None:
+    """Whichever encrypted it, the other decrypts it; nothing beyond the target is written, and the source stays as it is."""
+    key, plain = os.urandom(KEY_BYTES), os.urandom(count * PAGE_SIZE)
+    one, other = system_xts(key), LibraryXts(key)
+    targets = [memoryview(bytearray(len(plain) + PAGE_SIZE)) for _ in range(2)]
+    for xts, target in zip((one, other), targets, strict=True):
+        source = memoryview(bytearray(plain))
+        xts.encrypt(number, cut(source), target)
+        assert source == plain
+    assert targets[0] == targets[1]
+    assert not any(targets[0][len(plain) :])
+    for xts, target in zip((other, one), targets, strict=True):
+        xts.decrypt(number, cut(target[: len(plain)]))
+        assert target[: len(plain)] == plain
+
+
+def test_several_threads_at_once() -> None:
+    """More readers than there are contexts, and writers, each with its own bytes: each gets its own back."""
+    xts, reference = system_xts(KEY), LibraryXts(KEY)
+    plain = os.urandom(24 * PAGE_SIZE)
+    encrypted_once = memoryview(bytearray(len(plain)))
+    reference.encrypt(5, cut(memoryview(plain)), encrypted_once)
+
+    def work(reading: bool) -> bool:
+        for _ in range(60):
+            target = memoryview(bytearray(encrypted_once if reading else plain))
+            if reading:
+                xts.decrypt(5, cut(target))
+            else:
+                xts.encrypt(5, cut(target), target)
+            if target != (plain if reading else encrypted_once):
+                return False
+        return True
+
+    with ThreadPoolExecutor(6) as threads:
+        assert all(threads.map(work, [True, True, True, True, False, False]))
+
+
+def test_what_the_system_cipher_refuses() -> None:
+    """Sizes that are not possible, too small a target, memory that must not be written, another library: nothing is done."""
+    from zbudfs.store._cipher import Xts as SystemXts
+
+    xts, page_of_zeros = system_xts(KEY), memoryview(bytearray(PAGE_SIZE))
+    with pytest.raises(ValueError, match="a key of 32 bytes instead of 64"):
+        SystemXts(KEY[:32], LIBRARY)
+    with pytest.raises(ValueError, match="a data unit of 15 bytes"):
+        xts.decrypt(0, [page_of_zeros, page_of_zeros[:15]])
+    with pytest.raises(ValueError, match="8192 bytes do not fit into 4096"):
+        xts.encrypt(0, [page_of_zeros] * 2, page_of_zeros)
+    with pytest.raises(BufferError):
+        xts.decrypt(0, [memoryview(bytes(PAGE_SIZE))])
+    with pytest.raises(TypeError):
+        xts.decrypt(0, [page_of_zeros, 7])  # type: ignore[list-item]
+    with pytest.raises(OverflowError):
+        xts.decrypt(-1, [page_of_zeros])
+    assert not any(page_of_zeros)
+    for name in ("libno-such-thing.so.1", "libm.so.6"):
+        with pytest.raises(OSError, match="is not there, or not usable"):
+            SystemXts(KEY, name)
+    assert isinstance(best_xts(KEY), SystemXts)
+
+
+def test_without_the_system_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not there the other one is used, with the same bytes."""
+    here, there = memoryview(bytearray(PAGE_SIZE)), memoryview(bytearray(PAGE_SIZE))
+    BlockCipher(KEY).encrypt(3, [here], there)
+    monkeypatch.setattr("zbudfs.store.cipher.LIBRARY", "libno-such-thing.so.1")
+    assert isinstance(best_xts(KEY), LibraryXts)
+    BlockCipher(KEY).decrypt(3, [there])
+    assert there == here
 
 
 def test_what_is_written_is_read_and_not_seen(tmp_path: Path) -> None:

@@ -49,11 +49,11 @@ TOP_PAD_BYTES: Final = 1 << 20
 PRIORITY: Final = 1
 """Real-time priority, the lowest: above every ordinary program, below whatever else has a reason to be real-time."""
 
-RUN_IN_PART: Final = ("_rust.abi3.",)
-"""Libraries of which little ever runs, 11 MiB with OpenSSL and all of X.509 in them: what `store/cipher.py` has tried out
-is present and locked; of the rest only what is written to."""
+RUN_IN_PART: Final = ("libcrypto.", "_rust.abi3.")
+"""Libraries of which little ever runs, 5 and 11 MiB with all of OpenSSL in them: what `store/cipher.py` has tried out is
+present and locked; of the rest only what is written to."""
 
-NEVER_RUN: Final = ("libssl", "libcrypto", "_ssl.", "_hashlib.", "unicodedata.", "liblzma", "_lzma.", "libbz2", "_bz2.")
+NEVER_RUN: Final = ("libssl", "_ssl.", "_hashlib.", "unicodedata.", "liblzma", "_lzma.", "libbz2", "_bz2.")
 """Libraries that trio and the standard library load and the daemon never calls: 6 MiB that need not be in RAM."""
 
 _PR_SET_DUMPABLE: Final = 4

@@ -28,7 +28,7 @@ from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.arena import fallocate, punch_hole
 
 if TYPE_CHECKING:
-    from zbudfs.store.cipher import BlockCipher  # megabytes, for whoever does not encrypt
+    from zbudfs.store.cipher import BlockCipher  # a library, for whoever does not encrypt
 
 SEGMENT_BYTES: Final = SEGMENT_BLOCKS << PAGE_SHIFT
 MAGIC: Final = b"zbudfs backing file 1\n"
@@ -138,9 +138,7 @@ class Backing:
         most = len(self._outgoing) >> PAGE_SHIFT
         for at in range(0, len(frames), most):
             some = frames[at : at + most]
-            for number, frame in enumerate(some):
-                target = self._outgoing[number << PAGE_SHIFT : (number + 1) << PAGE_SHIFT]
-                self._cipher.encrypt(block + at + number, frame, target)
+            self._cipher.encrypt(block + at, some, self._outgoing)
             self._write(block + at, [self._outgoing[: len(some) << PAGE_SHIFT]])
 
     def _write(self, block: int, pieces: Sequence[memoryview]) -> None:
@@ -179,8 +177,7 @@ class Backing:
         if not self.direct:
             self._uncache(block << PAGE_SHIFT, len(frames) << PAGE_SHIFT)
         if self._cipher is not None:
-            for number, frame in enumerate(frames):
-                self._cipher.decrypt(block + number, frame)
+            self._cipher.decrypt(block, frames)
 
     def _uncache(self, offset: int, length: int) -> None:
         with contextlib.suppress(OSError):  # advice: it changes how much memory is used, nothing else
