@@ -35,7 +35,7 @@ from tests.store.rig import (
     until,
 )
 from zbudfs.core.codec import page_of_word
-from zbudfs.core.errors import BackingError, BackingFull, PageLost, PoolFull
+from zbudfs.core.errors import BackingError, BackingFull, PageLost, PoolFull, Refusal
 from zbudfs.core.page_table import RAW_BLOCK
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.page_store import PageStore
@@ -275,6 +275,43 @@ def test_a_page_in_is_served_while_a_write_is_held(tmp_path: Path) -> None:
                 assert backing.calls_of("read_blocks")
                 assert store.zbud_counters()["pers_zombie_count"] == ROUND
             await quiet(store)
+
+    run(main)
+
+
+def test_a_disk_that_does_not_answer_makes_nobody_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes beyond the pool are refused after a while, at once from then on, and taken again when it answers."""
+    monkeypatch.setattr("zbudfs.store.reclaimer.REFUSE_SECONDS", 0.3)
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, backing):
+            said: list[str] = []
+            store.reclaimer.log = said.append
+            with backing.held("write_blocks") as gate:
+                await fill(store, FRAMES)
+                await held_at(gate)
+                for count in (1, 2):
+                    with pytest.raises(PoolFull) as caught:
+                        await put(store, 100, new(100))
+                    assert caught.value.cause is Refusal.BACKING_STALLED
+                    assert store.causes()["refused_backing_stalled"] == count
+                assert ["does not answer" in text or "not answered" in text for text in said] == [True]
+                assert await get(store, 5) == page(5, BIG)
+                assert await get(store, 100) == bytes(PAGE_SIZE)
+            await quiet(store)
+            await put(store, 100, new(100))
+            await quiet(store)
+            await intact(store, {100: new(100)} | {number: page(number, BIG) for number in range(FRAMES)})
+            async with trio.open_nursery() as nursery:
+                with backing.held("write_blocks") as gate:  # it has to get nowhere for as long again
+                    writes = Task(nursery, lambda: fill(store, 2 * FRAMES, 200))
+                    await held_at(gate)
+                    await writes.still_waits()
+                await writes.outcome()
+            await quiet(store)
+            assert store.causes()["refused_backing_stalled"] == 2
 
     run(main)
 

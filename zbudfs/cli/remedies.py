@@ -23,6 +23,7 @@ _REFUSED: Final = {
     "no_backing": "the pool is full and there is no backing file: mount with --backing FILE, or with a larger --pool",
     "backing_full": "the pool and the backing file are full: make room on its disk, or mount with a larger --pool",
     "backing_failing": "the pool is full and the backing file took nothing: look at its disk (dmesg)",
+    "backing_stalled": "the pool is full and the backing file did not answer for half a minute: look at its disk (dmesg)",
     "writeback_off": "the pool is full and writeback is off: zbudfs set writeback_enabled=1 {mountpoint}",
     "budget": "the pool is full and the writeback budget was used up: raise writeback_budget_bytes_per_day",
     "no_memory": "the system had no memory for the pool: lower its limit with zbudfs set pool_limit_bytes=",

@@ -28,6 +28,8 @@ class Refusal(StrEnum):
     """The pool is full and so is the backing file."""
     BACKING_FAILING = "backing_failing"
     """The backing file has just failed, and is tried again later."""
+    BACKING_STALLED = "backing_stalled"
+    """The backing file has not answered for half a minute."""
     WRITEBACK_OFF = "writeback_off"
     """Somebody has turned writeback off."""
     BUDGET = "budget"

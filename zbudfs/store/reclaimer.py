@@ -11,7 +11,9 @@ They have threads of their own so that a slow disk never keeps memory from comin
 
 A write that finds no frame waits in `wait_frame_free`. It is told to give up (PoolFull) only by a writeback round
 that began after it came and found nothing to do: no backing file, a full one, one that has just failed, writeback
-turned off or its budget used up.
+turned off or its budget used up; or when the disk has not answered for half a minute. To refuse a page costs nothing:
+it stays in RAM with its owner. To make it wait for ever may take from the system the very memory that the disk's own
+file system needs to answer, and keeps reads of what is in RAM from getting through.
 
 Besides what the watermarks ask for, the writeback task does what it is ordered to (`order_writeback`, `order_drop`), and
 writes back frames that are older than `age_seconds`. All of it keeps to the budget.
@@ -62,6 +64,10 @@ DROP_STEP_FRAMES: Final = 512
 
 STALL_SECONDS: Final = 5.0
 """A disk that has not answered for so long is worth a warning. Guessed: a busy one takes tenths of a second."""
+
+REFUSE_SECONDS: Final = 30.0
+"""A write that finds no frame is refused when writeback has got nowhere for so long. Guessed: a sleeping disk needs some
+10 s to spin up, and after 120 s the kernel calls a task hung."""
 
 POPULATE_SECONDS: Final = 5.0
 """How long a write waits for the system to give the pool memory, where writing back cannot help. Guessed."""
@@ -123,8 +129,10 @@ class Reclaimer:
         """What was said last, by what was wanted ("write", "grow", "memory"); nothing once it was had."""
         self._damage: list[str] = []
         """What somebody has done to the backing file."""
-        self._asked_at: float | None = None
-        """When the writeback was asked for that is under way."""
+        self._progress_at: float | None = None
+        """When the writeback that is under way last got somewhere."""
+        self._said_stalled: float | None = None
+        """The same, when it was told last that it had got nowhere for too long."""
         self._budget_told = False
 
     @property
@@ -146,9 +154,10 @@ class Reclaimer:
             found.append(f"{self._trouble['write']}: pages stay in RAM while there is room, and it is tried again")
         if "grow" in self._trouble:
             found.append(f"{self._trouble['grow']}: what it has is used, then pages stay in RAM; it is tried again")
-        if self._asked_at is not None and trio.current_time() - self._asked_at >= STALL_SECONDS:
-            seconds = trio.current_time() - self._asked_at
-            found.append(f"the backing file has not answered for {seconds:.0f} s: writes wait once RAM is used up")
+        if self._progress_at is not None and trio.current_time() - self._progress_at >= STALL_SECONDS:
+            seconds = trio.current_time() - self._progress_at
+            then = "wait" if seconds < REFUSE_SECONDS else "fail"
+            found.append(f"the backing file has not answered for {seconds:.0f} s: writes {then} once RAM is used up")
         return found
 
     def kick(self) -> None:
@@ -190,10 +199,13 @@ class Reclaimer:
         while not (pool.ready_frames and pool.free_frames > 0):
             if self._state.drop_ephemeral():
                 continue
+            now = trio.current_time()
+            wake_at = (now if self._progress_at is None else self._progress_at) + REFUSE_SECONDS
             stuck = self._stuck if self._rounds > rounds_before else None
-            wake_at = float("inf")  # a round is under way, or will be: it wakes us
+            if now >= wake_at:
+                stuck = Refusal.BACKING_STALLED
+                self._say_stalled()
             if pool.free_frames > 0:  # the limit allows it, but no frame has memory
-                now = trio.current_time()
                 if stuck and (now >= give_up_at or self._memory_refused):
                     raise PoolFull(
                         "the system gives the pool no memory, and no frame can be written back", Refusal.NO_MEMORY
@@ -204,11 +216,17 @@ class Reclaimer:
                     self._writeback_wanted.set()
                 wake_at = asked_at + PATIENCE_SECONDS
             elif not stuck:
-                self._writeback_wanted.set()
-            elif not self._filling:  # what is being read into can be dropped when that is over, which wakes us
+                self._writeback_wanted.set()  # a round is under way, or will be: it wakes us if it gets anywhere
+            elif stuck is Refusal.BACKING_STALLED or not self._filling:
                 raise PoolFull("no frame is free and none can be written back", stuck)
+            # else what is being read into can be dropped when that is over, which wakes us
             with trio.move_on_at(wake_at):
                 await self._waiting.park()  # CHECKPOINT
+
+    def _say_stalled(self) -> None:
+        if self._said_stalled != self._progress_at:
+            self._said_stalled = self._progress_at
+            self.log(f"the backing file has not answered for {REFUSE_SECONDS:.0f} s: until it does, pages stay in RAM")
 
     def filling(self, frames: int) -> None:
         """So many more frames are being read into, or fewer: then they can be had."""
@@ -271,11 +289,13 @@ class Reclaimer:
             self._writeback_wanted = trio.Event()
             self._rounds += 1
             self._stuck = None
+            self._progress_at = trio.current_time()
             self._stuck = await self._write_back()
             self._waiting.unpark_all()
             await self._drop_ordered()  # CHECKPOINT
             if await self._write_cold():  # CHECKPOINT
                 self._writeback_wanted.set()  # the watermarks come first, then the next batch
+            self._progress_at = None
 
     def _frames_to_free(self, *, under_way: bool) -> int:
         need = self.watermarks.frames_to_free(self._pool.free_frames, under_way=under_way)
@@ -374,8 +394,7 @@ class Reclaimer:
         """Write a batch of zombies; False if the backing file failed. Whatever happens, no frame stays a zombie."""
         backing, writer = self._backing, self._writer
         assert backing is not None and writer is not None
-        self._asked_at = trio.current_time()
-        self.budget.spend(len(batch) << PAGE_SHIFT, self._asked_at)
+        self.budget.spend(len(batch) << PAGE_SHIFT, trio.current_time())
         began = time.perf_counter_ns()
         try:
             await writer.run(_write_runs, backing, self._runs_of(batch))  # CHECKPOINT, not cancelled
@@ -391,12 +410,10 @@ class Reclaimer:
         except BaseException:
             self._state.fail_writeback(batch)
             raise
-        finally:
-            self._asked_at = None
         self._latencies.record(Timed.WRITEBACK, time.perf_counter_ns() - began)
         self._state.finish_writeback(batch)
         self._trouble.pop("write", None)
-        self._last_writeback = trio.current_time()
+        self._last_writeback = self._progress_at = trio.current_time()
         self.ordered_frames = max(0, self.ordered_frames - len(batch))
         if self._failing:
             self._failing = False
