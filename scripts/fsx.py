@@ -200,7 +200,7 @@ class Player:
                 self._put(self.direct_fd, buffer, start)
             else:
                 self._note("direct read", start, start + length)
-                if self._again(os.preadv, self.direct_fd, [buffer], start) != length:
+                if self._again(self._read_direct, buffer, start) != length:
                     raise Mismatch("a direct read was short")
                 self._same(buffer[:], start)
 
@@ -250,6 +250,15 @@ class Player:
         while self.patience_seconds and 0 < len(got) < length:
             got += os.pread(self.fd, length - len(got), start + len(got))
         return got
+
+    def _read_direct(self, buffer: mmap.mmap, start: int) -> int:
+        """The same into a buffer, past the page cache: how much it gave."""
+        with memoryview(buffer) as view:
+            done = os.preadv(self.direct_fd, [view], start)
+            while self.patience_seconds and 0 < done < len(view):
+                with view[done:] as rest:
+                    done += os.preadv(self.direct_fd, [rest], start + done)
+        return done
 
     def _sync(self) -> None:
         self.last.append("fsync")

@@ -101,7 +101,10 @@ class FaultyBacking(Backing):
         failure = self._failures.get(name)
         error = failure(call) if failure is not None else None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # else it and this frame would refer to each other
 
     def write_blocks(self, block: int, frames: Sequence[memoryview]) -> None:
         """Write blocks, later or not at all."""

@@ -7,6 +7,7 @@ all tables agree afterwards.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -23,6 +24,7 @@ from tests.store.rig import (
     backed_store,
     block_of,
     drop,
+    forge_handle,
     get,
     in_block,
     in_ram,
@@ -35,7 +37,7 @@ from tests.store.rig import (
     until,
 )
 from zbudfs.core.codec import page_of_word
-from zbudfs.core.errors import BackingError, BackingFull, PageLost, PoolFull, Refusal
+from zbudfs.core.errors import BackingError, BackingFull, PageLost, PoolFull, Refusal, ZbudfsError
 from zbudfs.core.page_table import RAW_BLOCK
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.page_store import PageStore
@@ -987,6 +989,41 @@ def test_a_failing_read_of_the_first_page_of_many(tmp_path: Path) -> None:
             assert await get(store, 1, 10) == pages(2, BIG, 1)
             assert await get(store, 4, 10) == pages(10, BIG, 4)
             await quiet(store)
+
+    run(main)
+
+
+def test_reads_that_fail_leave_no_cycle(tmp_path: Path) -> None:
+    """An error that refers to itself keeps the pages of its request until somebody collects garbage: gigabytes a minute."""
+
+    async def main() -> None:
+        async with backed_store(tmp_path) as (store, backing):
+            await written_back(store)
+            await put(store, START, page(START, SMALL))
+            forge_handle(store, START, owner=START + 1)
+            with open(backing.path, "r+b") as file:  # noqa: PTH123
+                file.seek(block_of(store, 2) * PAGE_SIZE)
+                file.write(bytes(PAGE_SIZE))
+            backing.fail("read_blocks", about({block_of(store, 0), block_of(store, 3)}))
+            gc.collect()
+            gc.disable()
+            try:
+                failed = 0
+                for first, count in ((0, 1), (0, 8), (3, 2), (2, 1), (2, 4), (START, 1), (START, 3)):
+                    for read in (partial(get, store, first, count), partial(patch, store, first)):
+                        try:
+                            await read()
+                        except ZbudfsError:
+                            failed += 1
+                assert failed == 14
+                assert len(await get(store, 1, 4)) == PAGE_SIZE
+                await trio.testing.wait_all_tasks_blocked()  # trio lets go of what it has just handed over
+                assert not [each for each in gc.get_objects() if isinstance(each, ZbudfsError)]
+            finally:
+                gc.enable()
+
+    async def patch(store: PageStore, number: int) -> None:
+        await store.write(number * PAGE_SIZE + 10, b"patch")
 
     run(main)
 

@@ -12,7 +12,7 @@ across a checkpoint: it is looked up again. docs/concurrency.md numbers the race
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
@@ -81,6 +81,8 @@ CUMULATIVE: Final = (
 """Counters that a new worker goes on with: whose, and which."""
 
 _OFFSET_MASK: Final = PAGE_SIZE - 1
+
+Failure = TypeVar("Failure", bound=ZbudfsError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +342,10 @@ class PageStore:
         if content is None:
             loaded = (await self._page_in([page]))[page]  # CHECKPOINT
             if not isinstance(loaded, bytes):
-                raise loaded
+                try:
+                    raise loaded
+                finally:
+                    del loaded  # see `_kept`
             return loaded
         return content
 
@@ -357,12 +362,13 @@ class PageStore:
             try:
                 content = self._load_nowait(page)
             except PageLost as error:
-                lost = error
+                lost = _kept(error)
                 break
             found.append(content)
             if content is None:
                 missing.append(page)
         contents: list[bytes] = []
+        there: bytes | ZbudfsError = b""
         loaded = iter((await self._page_in(missing)).values()) if missing else iter(())  # CHECKPOINT
         for content in found:
             there = next(loaded) if content is None else content
@@ -371,7 +377,10 @@ class PageStore:
                 break
             contents.append(there)
         if lost is not None and not contents:
-            raise lost
+            try:
+                raise lost
+            finally:
+                del lost, found, loaded, there  # see `_kept`
         return contents
 
     def _load_nowait(self, page: int) -> bytes | None:
@@ -410,7 +419,7 @@ class PageStore:
                 try:
                     content = self._load_nowait(page)
                 except PageLost as error:
-                    found[page] = error
+                    found[page] = _kept(error)
                     continue
                 if content is not None:
                     found[page] = content
@@ -474,15 +483,17 @@ class PageStore:
                     if self._entries[page] != before[page]:
                         stale.append(page)
                         continue
+                    if block in refused:
+                        self._pagein_failures += 1
+                        found[page] = refused[block]
+                        continue
                     try:
-                        if block in refused:
-                            self._pagein_failures += 1
-                            raise refused[block]
                         found[page] = self._content_in(frames[block], page, before[page])
+                    except PageLost as error:
+                        found[page] = _kept(error)
+                    else:
                         self._cumul_pagein_pages += 1
                         whole.add(block)
-                    except ZbudfsError as error:
-                        found[page] = error
         finally:
             for block, frame in frames.items():
                 if frame >= pool.nr_frames:
@@ -762,6 +773,16 @@ class PageStore:
         assert self._allocator.counters()["pers_zombie_count"] == 0, "a frame is being written back"
 
 
+def _kept(error: Failure) -> Failure:
+    """An error that is to be kept for a while, without the frames that it came through.
+
+    Those hold what keeps it: a cycle, and in it the pages of the whole request. Until somebody looks for cycles a disk that
+    fails would fill the memory with them.
+    """
+    error.__context__ = None
+    return error.with_traceback(None)
+
+
 def _read_runs(backing: Backing, views: dict[int, memoryview]) -> dict[int, BackingError]:
     """Read blocks into views, neighbours together; which ones the file refused, and why. For a worker thread."""
     refused: dict[int, BackingError] = {}
@@ -779,6 +800,6 @@ def _read_runs(backing: Backing, views: dict[int, memoryview]) -> dict[int, Back
                 try:
                     backing.read_blocks(block, [views[block]])
                 except BackingError as error:
-                    refused[block] = error
+                    refused[block] = _kept(error)
         start = end
     return refused
