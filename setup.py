@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Builds the libfuse shim (zbudfs/fuse/shim.c), the hot path (zbudfs/core/hot.c) and the cipher (zbudfs/store/cipher.c).
+"""Builds the libfuse shim (zbudfs/fuse/shim.c), the hot path (zbudfs/core/hot*.c) and the cipher (zbudfs/store/cipher.c).
 
-Everything else is in pyproject.toml. Hot path and cipher are ordinary extensions. The shim is an extension module that is linked to libfuse and loaded in front of
-it, so all that is wanted from setuptools is a compiler run with libfuse's flags, and clear words where it cannot be.
+Everything else is in pyproject.toml. Hot path and cipher are ordinary extensions. The shim is an extension module that is
+linked to libfuse and loaded in front of it, so all that is wanted from setuptools is a compiler run with libfuse's flags, and
+clear words where it cannot be.
 """
 
 import shlex
@@ -43,10 +44,12 @@ class BuildShim(build_ext):
         super().build_extensions()
 
 
+HOT = [f"zbudfs/core/{name}.c" for name in ("hot", "hot_zbud", "hot_dense")]
+
 setup(
     ext_modules=[
         Extension(SHIM, ["zbudfs/fuse/shim.c"]),
-        Extension("zbudfs.core._hot", ["zbudfs/core/hot.c"]),
+        Extension("zbudfs.core._hot", HOT, depends=["zbudfs/core/hot.h"]),
         Extension("zbudfs.store._cipher", ["zbudfs/store/cipher.c"], libraries=["dl", "pthread"]),
     ],
     cmdclass={"build_ext": BuildShim},

@@ -11,9 +11,9 @@ from tests.store.rig import packed_by, pure_by_default
 from zbudfs.core.packing import Packing
 
 
-@pytest.fixture(scope="module", params=["zbud", "zbud without C", "dense"])
+@pytest.fixture(scope="module", params=["zbud", "zbud without C", "dense", "dense without C"])
 def packing(request: pytest.FixtureRequest) -> Iterator[Packing]:
-    """Stores are of each packing in turn, and of zbud with the hot path in C and all in Python."""
+    """Stores are of each packing in turn, with the hot path in C and all in Python."""
     name, *without = request.param.split(" ", 1)
     with packed_by(Packing.parse(name)) as packing, pure_by_default(pure=bool(without)):
         yield packing

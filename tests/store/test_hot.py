@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The hot path in C does what the Python does: the same bytes in the tables, the same counters, the same answers.
+"""The hot path in C does what the Python does, with each packing: the same bytes in the tables, the same counters.
 
 Python is the reference. Two stores are asked for the same things, one of them without the extension, and afterwards every
 arena of both is compared byte by byte. What C alone could do wrong has tests of its own: damaged tables (an error, and
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -25,13 +25,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page, text_page
-from tests.store.rig import drop, get, let_go, place_of, put, run
+from tests.store.rig import drop, get, let_go, packed_by, place_of, put, run
 from tests.support import LIMIT_SECONDS, ROOT
 from zbudfs.core import hot
+from zbudfs.core.allocator import NO_REF, REF_BITS
 from zbudfs.core.codec import Codec, page_of_word
+from zbudfs.core.dense import Dense
 from zbudfs.core.errors import PageLost
+from zbudfs.core.packing import Packing
 from zbudfs.core.page_table import FRAME, entry
-from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS
+from zbudfs.core.units import NO_FRAME, PAGE_SIZE, PAGE_WORDS
 from zbudfs.core.zbud import Zbud
 from zbudfs.store.backing import Backing
 from zbudfs.store.memory import StoreMemory
@@ -41,6 +44,13 @@ PAGES: Final = 48
 FRAMES: Final = 24
 WORDS: Final = (0, 7, 1 << 60, (1 << 64) - 3, 0xDEADBEEF << 32 | 0xDEADBEEF, 0x3FB999999999999A, 1 << 63)
 """Zero, each way in which a word fits an entry, and words that do not."""
+
+
+@pytest.fixture(scope="module", autouse=True, params=["zbud", "dense"])
+def packing(request: pytest.FixtureRequest) -> Iterator[Packing]:
+    """All of this holds for each packing."""
+    with packed_by(Packing.parse(request.param)) as packing:
+        yield packing
 
 
 def test_it_is_built() -> None:
@@ -63,6 +73,7 @@ class Pair:
             for name in ("hot", "pure")
         ]
         assert [store._hot is None for store in self.stores] == [False, True]
+        self.filled: list[list[tuple[int, int, bytes]]] = [[], []]
         for store in self.stores:  # no tasks run: which frames are ready, and when, must not be chance
             pool = store.state.pool
             runs = pool.take_bare()
@@ -97,6 +108,25 @@ class Pair:
             else:
                 store.state.finish_writeback(batch)
 
+    def begin_filling(self, page: int, size: int) -> None:
+        """Take the place for a zpage in a frame with room, if there is one: the frame is unevictable until `end_filling`."""
+        for store, filled in zip(self.stores, self.filled, strict=True):
+            ref = store.state.allocator.match_prep(size)
+            if ref != NO_REF:
+                filled.append((ref, page, bytes(size)))
+        assert self.filled[0] == self.filled[1]
+
+    def end_filling(self) -> None:
+        """Fill the places that were taken, and free them at once: no page is there."""
+        for store, filled in zip(self.stores, self.filled, strict=True):
+            for ref, number, zpage in filled:
+                store.state.allocator.match_finish(ref, number, zpage)
+            for ref, _, _ in filled:
+                emptied = store.state.allocator.free(ref)
+                if emptied != NO_FRAME:
+                    store.state.give_frame(emptied)
+            filled.clear()
+
     async def page_in(self, number: int) -> None:
         """Read a page wherever it is; its block may become an ephemeral frame."""
         assert await get(self.stores[0], number) == await get(self.stores[1], number)
@@ -104,8 +134,9 @@ class Pair:
     def compare(self) -> None:
         """Every byte of every table and frame, and every counter."""
         hot, pure = self.stores
-        for store in self.stores:
-            store.check()
+        for store, filled in zip(self.stores, self.filled, strict=True):
+            if not filled:
+                store.check()
         for mine, other in zip(hot.memory.arenas, pure.memory.arenas, strict=True):
             for offset, length in mine.populated():
                 assert bytes(mine.view[offset : offset + length]) == bytes(other.view[offset : offset + length])
@@ -123,7 +154,9 @@ class Pair:
 
 
 contents = st.one_of(
-    st.builds(page, st.integers(0, 99), st.sampled_from((SMALL, HALF, HALF, BIG, RAW, 3990, 4016, 4017, 4030))),
+    st.builds(
+        page, st.integers(0, 99), st.sampled_from((SMALL, SMALL, 700, HALF, HALF, BIG, RAW, 3990, 4016, 4017, 4030))
+    ),
     st.builds(text_page, st.integers(0, 9)),
     st.builds(page_of_word, st.sampled_from(WORDS)),
     st.builds(lambda at: (b"\x01" + bytes(7)) * at + bytes(8) * (PAGE_WORDS - at), st.integers(1, PAGE_WORDS - 1)),
@@ -135,13 +168,15 @@ steps = st.one_of(
     st.tuples(st.just("drop"), numbers, st.integers(1, 4)),
     st.tuples(st.just("writeback"), st.integers(1, 4), st.booleans()),
     st.tuples(st.just("overwritten"), numbers, contents),
+    st.tuples(st.just("fill"), numbers, st.sampled_from((12, 500, 1900))),
+    st.tuples(st.just("filled"), st.none(), st.none()),
     st.tuples(st.just("page in"), numbers, st.none()),
     st.tuples(st.just("drop ephemeral"), st.none(), st.none()),
     st.tuples(st.just("later"), st.integers(1, 9), st.none()),
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(steps, min_size=1, max_size=24))
 def test_the_same_as_python(tmp_path: Path, ops: list[tuple[str, int, object]]) -> None:
     """After each step both have the same tables, frames and counters."""
@@ -165,6 +200,11 @@ def test_the_same_as_python(tmp_path: Path, ops: list[tuple[str, int, object]]) 
                 elif what == "overwritten":
                     assert isinstance(more, bytes)
                     pair.write_back(3, fails=False, overwritten=(number, more))
+                elif what == "fill":
+                    assert isinstance(more, int)
+                    pair.begin_filling(number, more)
+                elif what == "filled":
+                    pair.end_filling()
                 elif what == "page in":
                     await pair.page_in(number)
                 elif what == "drop ephemeral":
@@ -185,9 +225,20 @@ def test_the_same_as_python_for_long(tmp_path: Path) -> None:
 
     async def main() -> None:
         source = random.Random(8)
-        samples = [page(seed, size) for seed in range(8) for size in (SMALL, HALF, 2100, BIG, RAW)]
+        samples = [page(seed, size) for seed in range(8) for size in (20, SMALL, 700, 1200, HALF, 2100, BIG, RAW)]
         samples += [page_of_word(word) for word in WORDS]
         pair = Pair(tmp_path)
+        compactions = 0
+        allocator = pair.stores[1].state.allocator
+        if isinstance(allocator, Dense):
+            compact = allocator._compact
+
+            def counting(frame: int) -> None:
+                nonlocal compactions
+                compactions += 1
+                compact(frame)
+
+            vars(allocator).update(_compact=counting)
         for step in range(2500):
             first, count = source.randrange(PAGES - 4), source.randrange(1, 5)
             if source.random() < 0.55:
@@ -197,13 +248,19 @@ def test_the_same_as_python_for_long(tmp_path: Path) -> None:
             elif source.random() < 0.6:
                 for store in pair.stores:
                     await drop(store, first, count)
+            elif source.random() < 0.2:
+                pair.begin_filling(first, source.choice((12, 500, 1900)))
+            elif source.random() < 0.3:
+                pair.end_filling()
             elif source.random() < 0.8:
                 pair.write_back(2, fails=source.random() < 0.3, overwritten=(first, source.choice(samples)))
             else:
                 await pair.page_in(first)
             if step % 50 == 0:
                 pair.compare()
+        pair.end_filling()
         pair.compare()
+        assert compactions > 50 or not isinstance(allocator, Dense)
         counters = pair.stores[0].zbud_counters()
         assert counters["pers_cumul_zpages"] > 500 and counters["pers_evicted_pageframes"] > 50
         pair.close()
@@ -232,7 +289,11 @@ async def filled() -> AsyncIterator[PageStore]:
 
 
 HIGH: Final = 0xFFFFFFF0
-DAMAGES: Final = ("bud next", "bud end", "lru next", "lru end", "chunks", "state", "stack")
+DAMAGES: Final = (
+    *("bud next", "bud end", "lru next", "lru end", "state", "owner", "stack"),
+    *("first chunks", "last chunks"),  # zbud's columns
+    *("used", "tail", "live", "mask of live ones"),  # and those of dense
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -242,24 +303,35 @@ def test_damaged_tables_are_an_error(damage: str) -> None:
     async def main() -> None:
         async with filled() as store:
             allocator, pool = store.state.allocator, store.state.pool
-            assert isinstance(allocator, Zbud)
             frame = place_of(store, 4)[0]
             content = page(9, SMALL)  # fits beside 4
             if damage == "bud next":
                 allocator._bud_next[frame] = HIGH
             elif damage == "bud end":
-                allocator._bud_next[FRAMES + allocator._first_chunks[frame]] = HIGH
+                allocator._bud_next[FRAMES + allocator._list_of(frame)] = HIGH
             elif damage == "lru next":
                 allocator._lru_prev[frame] = HIGH
             elif damage == "lru end":
                 allocator._lru_prev[FRAMES] = HIGH
-            elif damage == "chunks":
-                allocator._first_chunks[frame] = 1
             elif damage == "state":
                 allocator._state[frame] = 3
-            else:
+            elif damage == "owner":
+                allocator._owner[frame] = 3
+            elif damage == "stack":
                 pool._stack[pool.ready_frames - 1] = HIGH
                 content = page(9, BIG)  # needs a frame of its own
+            elif damage in ("first chunks", "last chunks"):
+                if not isinstance(allocator, Zbud):
+                    return
+                (allocator._first_chunks if damage == "first chunks" else allocator._last_chunks)[frame] = 1
+            elif not isinstance(allocator, Dense):
+                return
+            elif damage == "used":
+                allocator._used[frame] = 1
+            elif damage == "tail":
+                allocator._tail[frame] = PAGE_SIZE + 1
+            else:
+                allocator._live[frame] = 0 if damage == "live" else 0xFF
             before = bytes(store.memory.frames.view), bytes(store.memory.pages.view)
             with pytest.raises(AssertionError, match="the tables are damaged"):
                 store.write_nowait(9 * PAGE_SIZE, content)
@@ -292,13 +364,53 @@ def test_a_damaged_zpage_is_lost_and_its_neighbours_are_not() -> None:
     async def main() -> None:
         async with filled() as store:
             frame, index = place_of(store, 3)
-            assert index == 1
-            at = (frame + 1) * PAGE_SIZE - 700
-            store.memory.frames.view[at] ^= 0xFF
+            zpage = store.state.allocator.zpage(frame << REF_BITS | index, 3)
+            assert index == 1 and zpage is not None
+            zpage[700] ^= 0xFF
             assert store.read_nowait(2 * PAGE_SIZE, 3 * PAGE_SIZE) == page(2)
             with pytest.raises(PageLost):
                 store.read_nowait(3 * PAGE_SIZE, PAGE_SIZE)
             assert store.causes()["lost_damaged"] == 2
+
+    run(main)
+
+
+def test_damaged_zpages_are_not_moved() -> None:
+    """A handle that cannot be is an AssertionError before anything of the frame is moved, or copied."""
+
+    async def main() -> None:
+        async with filled() as store:
+            allocator = store.state.allocator
+            if not isinstance(allocator, Dense):
+                return
+            for number in range(10, 17):
+                await put(store, number, page(number, 600))
+            frame, index = place_of(store, 12)
+            assert frame == place_of(store, 11)[0]
+            await drop(store, 11)
+            word = frame * PAGE_WORDS + index
+            handle = allocator._words[word]
+            content = page(9, 700)  # fits into the hole and the tail
+            before = bytes(store.memory.pages.view), bytes(store.memory.frame_table.view)
+            for damaged in (
+                handle | 0xFFF,
+                handle & ~0xFFF,
+                handle - 1,
+                handle | 0xFFF << 12,
+                handle & ~(0xFFF << 12),
+                handle ^ 1 << 60,
+            ):
+                allocator._words[word] = damaged
+                frames = bytes(store.memory.frames.view)
+                with pytest.raises(AssertionError, match="the tables are damaged"):
+                    store.write_nowait(9 * PAGE_SIZE, content)
+                assert bytes(store.memory.frames.view) == frames
+                assert (bytes(store.memory.pages.view), bytes(store.memory.frame_table.view)) == before
+            allocator._words[word] = handle
+            await put(store, 9, content)
+            assert place_of(store, 9)[0] == frame
+            assert await get(store, 9) == content
+            store.check()
 
     run(main)
 
@@ -386,15 +498,27 @@ def test_arguments() -> None:
         path.write(PAGES - 1, bytes(2 * PAGE_SIZE), store.codec.compress, store.state)
     with pytest.raises(OverflowError):
         path.read(-1, 1, store.codec.decompress)
-    with pytest.raises(TypeError):
-        hot.Hot(FRAMES)
-    buffers = [memoryview(bytearray(64)) for _ in range(13)]
+    packing = memory.packing
+    layout, zpages = packing.kind.LAYOUT, packing.zpages
+    number = 12 + len(packing.kind.OWN_WIDTHS) + 1
+    buffers = [memoryview(bytearray(64)) for _ in range(number)]
+    for few in ((), buffers[:12], buffers[1:], [*buffers, buffers[0]]):
+        with pytest.raises(TypeError):
+            hot.Hot(layout, zpages, FRAMES, *few)
+    for other in ((layout, 1), (layout, 8), (layout ^ 1, zpages)):
+        with pytest.raises(ValueError, match="no packing has the layout"):
+            hot.Hot(*other, FRAMES, *buffers)
     with pytest.raises(ValueError, match="buffer 1 has 64 bytes instead of 72"):
-        hot.Hot(FRAMES, *buffers)
+        hot.Hot(layout, zpages, FRAMES, *buffers)
     with pytest.raises(ValueError, match="too many frames"):
-        hot.Hot(1 << 40, *buffers)
+        hot.Hot(layout, zpages, 1 << 40, *buffers)
     with pytest.raises(BufferError):
-        hot.Hot(FRAMES, *[memoryview(bytes(64))] * 13)
+        hot.Hot(layout, zpages, FRAMES, *[memoryview(bytes(64))] * number)
+    large = [memoryview(bytearray(FRAMES * PAGE_SIZE)) for _ in range(number)]
+    for short in range(1, number):
+        if short < number - 1 or packing.kind.OWN_BYTES:
+            with pytest.raises(ValueError, match=f"buffer {short} has 8 bytes"):
+                hot.Hot(layout, zpages, FRAMES, *large[:short], memoryview(bytearray(8)), *large[short + 1 :])
 
 
 # ---- killed at any instruction -------------------------------------------------------------------------------------
@@ -413,7 +537,7 @@ def version(number: int, count: int) -> bytes:
     form = source.randrange(8)
     if form == 0:
         return head[8:] * PAGE_WORDS
-    size = RAW - len(head) if form == 1 else source.choice((SMALL, HALF, HALF, 2100, BIG))
+    size = RAW - len(head) if form == 1 else source.choice((SMALL, 700, HALF, HALF, 2100, BIG))
     return head + source.randbytes(size).ljust(PAGE_SIZE - len(head), b"\0")
 
 
@@ -500,9 +624,9 @@ def kill_again_and_again() -> tuple[int, int]:
     return answered, midst
 
 
-def test_killed_at_any_instruction() -> None:
+def test_killed_at_any_instruction(packing: Packing) -> None:
     """A process that writes through C is killed without warning, again and again; each page is whole and one of its own."""
-    command = [sys.executable, "-m", "tests.store.test_hot"]
+    command = [sys.executable, "-m", "tests.store.test_hot", str(packing)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * LIMIT_SECONDS, cwd=ROOT, check=True)
     answered, midst = map(int, run.stdout.split())
     assert answered > KILLS
@@ -510,4 +634,5 @@ def test_killed_at_any_instruction() -> None:
 
 
 if __name__ == "__main__":
-    print(*kill_again_and_again())
+    with packed_by(Packing.parse(sys.argv[1])):
+        print(*kill_again_and_again())

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import ClassVar, Final, NamedTuple
 
-from zbudfs.core.hot import Hot
+from zbudfs.core import hot
 from zbudfs.core.lists import IndexLists
 from zbudfs.core.page_table import PageTable
 from zbudfs.core.units import CHUNK_SHIFT, CHUNK_SIZE, NCHUNKS, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, WORD_SIZE
@@ -227,12 +227,18 @@ class Allocator(ABC):
         for number in range(_COUNTERS):
             self._counters[number] = 0
 
-    def hot(self, table: PageTable, stored_at: memoryview) -> Hot | None:
+    def hot(self, table: PageTable, stored_at: memoryview) -> hot.Hot | None:
         """The hot path in C over this allocator's tables, the page table and `stored_at`, by frame: see core/hot.py.
 
-        None if there is none for this packing, or it was not built.
+        None if it was not built.
         """
-        return None
+        if not hot.BUILT:
+            return None
+        lists = (self._lru_next, self._lru_prev, self._bud_next, self._bud_prev)
+        columns = (self._owner, self._state, self._pins, self._counters, stored_at)
+        own = (*self._own_columns, self._own_bytes)
+        shared = (table.entries, table.numbers, self._frames, *lists, *columns)
+        return hot.Hot(self.LAYOUT, self.most_zpages, self.nr_frames, *shared, *own)
 
     # ---- the table's layout ----------------------------------------------------------------------------------
 

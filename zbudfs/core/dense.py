@@ -21,6 +21,9 @@ an undo copy of the frame: (1) the frame is copied to the end of the table, (2) 
 (3) zpages are moved and handles rewritten, (4) one 8-byte store says that it is done. `reset`, which begins every
 recovery, puts the copy back if there is one. Index and frame of a zpage never change, so the page table is not concerned.
 
+The common case of a page's write and read runs in C (hot_dense.c, see core/hot.py), step by step what stands here, compaction
+included and with its stores in the same order.
+
 The unbuddied list of a frame is that of the bytes that it uses, directory included, rounded up to chunks; a frame that
 has N zpages, or less than a chunk of room, is on none.
 """

@@ -7,15 +7,16 @@
        PageStore.read_nowait   -->  read(page, count, decompress)
                                         absent, word, zpage or raw page in a frame -> the bytes
 
-   This is `Zbud.match` / `create_prep` + `create_finish` / `free`, `State._commit` and `PageTable.store` once more, statement
-   by statement and in the same order; those are the reference, and tests drive both and compare every byte of the tables. The
+   This is `Allocator.match` / `create_prep` + `create_finish` / `free`, `State._commit` and `PageTable.store` once more, step
+   by step and in the same order; those are the reference, and tests drive both and compare every byte of the tables. What each
+   packing does of it is in hot_zbud.c and hot_dense.c, behind the four functions of hot.h; the rest, here, is the same for all. The
    zstd calls are python-zstandard's here too. What this knows nothing of it leaves to methods of `state` (store/state.py), which
    do it in Python, within the same request:
 
        take_frame() -> frame or -1                give_frame(frame)         the pool
        put_word(page, word) -> stored             a word that does not fit an entry
-       put(page, zpage, content) -> stored        a zpage that no buddy can be: the page is kept raw
-       free_place(entry)                          an old place that is not a zpage in a persistent frame of its own
+       put(page, zpage, content) -> stored        a zpage that no frame can hold: the page is kept raw
+       free_place(entry)                          an old place that is not a whole zpage in a persistent frame
 
    or, for a read, to the caller: None says that Python must do all of it, since something is in a block, or missing, or
    damaged, or a word in a zpage. So no error is raised here that Python would raise with more to say.
@@ -27,116 +28,10 @@
 
    All of this runs on the one thread that runs trio, with the GIL held, but while zstd works. Whatever was looked up before
    a call out is looked up again after it. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
-
-/* As in core/units.py, core/allocator.py, core/page_table.py, core/codec.py. */
-enum {
-    PAGE_SHIFT = 12,
-    PAGE_SIZE = 1 << PAGE_SHIFT,
-    CHUNK_SHIFT = 6,
-    NCHUNKS = 64,
-    HANDLE_SIZE = 8,
-    ROUND_UP = HANDLE_SIZE + (1 << CHUNK_SHIFT) - 1,
-    MAX_ZPAGE_SIZE = (NCHUNKS - 1) * (1 << CHUNK_SHIFT) - HANDLE_SIZE,
-    WORD_ZPAGE_SIZE = 12,
-    DESCRIPTOR = 4,
-    SIZE_BITS = 12,
-    SIZE_MASK = (1 << SIZE_BITS) - 1,
-    REF_BITS = 3,
-    INDEX_MASK = (1 << REF_BITS) - 1,
-    KIND_BITS = 3,
-    KIND_MASK = (1 << KIND_BITS) - 1,
-    CHECK_SHIFT = 39,
-    CHECKSUM_MASK = (1 << 24) - 1,
-};
-#define REF_MASK ((1ull << 36) - 1)
-enum { ABSENT, WORD, WORD_INVERTED, WORD_HALVES, FRAME, RAW_FRAME, BLOCK, RAW_BLOCK, WORD_ZPAGES, TABLE_COUNTS };
-enum { FREE, PERSISTENT };
-
-/* The allocator's counters: pairs of persistent and ephemeral, then a row of NCHUNKS for either. `_map_counters` in Python. */
-enum {
-    MASK = 0,
-    PAGEFRAMES = 2,
-    ZPAGES = 4,
-    ZBYTES = 6,
-    CUMUL_ZPAGES = 8,
-    CUMUL_ZBYTES = 10,
-    BUDDIED = 12,
-    UNBUDDIED_COUNT = 14,
-    UNBUDDIED = 22,
-    HISTOGRAM = UNBUDDIED + 2 * NCHUNKS,
-    COUNTERS = HISTOGRAM + 2 * NCHUNKS,
-};
-
-/* The buffers, in the order in which they are given. */
-enum { ENTRIES, TABLE, FRAMES, LRU_NEXT, LRU_PREV, BUD_NEXT, BUD_PREV, OWNER, STATE, FIRST, LAST, COUNTS, STORED_AT, NR_BUFFERS };
-
-/* Lists as in core/lists.py: rings of indices through sentinels, all below `nodes`. */
-struct rings {
-    uint32_t *next, *prev;
-    uint64_t nodes;
-};
-
-typedef struct {
-    PyObject_HEAD
-    Py_buffer buffers[NR_BUFFERS];
-    uint64_t *entries, nr_pages;
-    int64_t *kinds; /* by kind of entry, then the words in zpages */
-    unsigned char *frames, *state, *first, *last;
-    struct rings lru, bud;
-    uint32_t *owner, *stored_at;
-    int64_t *counters;
-    uint64_t nr_frames;
-} Hot;
+#include "hot.h"
 
 static PyObject *zero_page, *page_size, *name_now, *name_release, *name_take_frame, *name_give_frame, *name_put_word, *name_put,
     *name_free_place;
-
-static inline void keep_order(void) { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
-
-static int corrupt(const char *what, uint64_t number) {
-    if (!PyErr_Occurred()) PyErr_Format(PyExc_AssertionError, "the tables are damaged: %s %llu", what, (unsigned long long)number);
-    return -1;
-}
-
-/* ---- lists ----------------------------------------------------------------------------------------------------- */
-
-/* Whether a node and its neighbours are where they say: then it can be taken out, or another be put beside it. */
-static int hangs(const struct rings *rings, uint64_t node) {
-    if (node >= rings->nodes) return 0;
-    uint32_t after = rings->next[node], before = rings->prev[node];
-    return after < rings->nodes && before < rings->nodes && rings->prev[after] == node && rings->next[before] == node;
-}
-
-static void take_out(struct rings *rings, uint32_t node) {
-    uint32_t after = rings->next[node], before = rings->prev[node];
-    rings->next[before] = after;
-    rings->prev[after] = before;
-}
-
-static void append(struct rings *rings, uint32_t sentinel, uint32_t node) {
-    uint32_t last = rings->prev[sentinel];
-    rings->next[last] = node;
-    rings->prev[node] = last;
-    rings->next[node] = sentinel;
-    rings->prev[sentinel] = node;
-}
-
-/* The persistent frames' unbuddied list of frames that use so many chunks. */
-static void link_unbuddied(Hot *hot, uint32_t frame, unsigned used) {
-    append(&hot->bud, (uint32_t)hot->nr_frames + used, frame);
-    if (!hot->counters[UNBUDDIED + used]++) hot->counters[MASK] |= (int64_t)(1ull << used);
-    hot->counters[UNBUDDIED_COUNT]++;
-}
-
-static void unlink_unbuddied(Hot *hot, uint32_t frame, unsigned used) {
-    take_out(&hot->bud, frame);
-    if (!--hot->counters[UNBUDDIED + used]) hot->counters[MASK] &= (int64_t)~(1ull << used);
-    hot->counters[UNBUDDIED_COUNT]--;
-}
 
 /* ---- calls of Python ------------------------------------------------------------------------------------------- */
 
@@ -178,94 +73,53 @@ static void let_go(PyObject *view) {
 
 /* ---- writing --------------------------------------------------------------------------------------------------- */
 
-/* A free frame for a zpage of so many chunks, which is linked as if it were stored already. 1, 0 if there is none, -1. */
-static int take_frame(Hot *hot, PyObject *state, unsigned chunks, uint32_t *taken) {
+/* A free frame. 1, 0 if there is none, -1. */
+static int take_frame(Hot *hot, PyObject *state, uint32_t *taken) {
     PyObject *number = call(state, name_take_frame, NULL, NULL, NULL);
     if (!number) return -1;
     long long frame = PyLong_AsLongLong(number);
     Py_DECREF(number);
     if (frame == -1) return PyErr_Occurred() ? -1 : 0;
-    if (frame < 0 || (uint64_t)frame >= hot->nr_frames || hot->state[frame] != FREE || hot->owner[frame] || hot->first[frame] || hot->last[frame])
+    if (frame < 0 || (uint64_t)frame >= hot->nr_frames || hot->state[frame] != FREE || hot->owner[frame] || hot->pins[frame])
         return corrupt("not a free frame:", (uint64_t)frame);
-    if (!hangs(&hot->lru, hot->nr_frames) || !hangs(&hot->bud, hot->nr_frames + chunks)) return corrupt("a list of unbuddied frames:", chunks);
-    hot->state[frame] = PERSISTENT;
-    hot->counters[PAGEFRAMES]++;
-    append(&hot->lru, (uint32_t)hot->nr_frames, (uint32_t)frame);
-    link_unbuddied(hot, (uint32_t)frame, chunks);
+    if (!hangs(&hot->lru, hot->nr_frames)) return corrupt("the LRU list at frame", (uint64_t)frame);
     *taken = (uint32_t)frame;
     return 1;
 }
 
-/* The fullest frame with room for so many chunks, which becomes a buddied one and the most recent. 1, 0 if there is none, -1. */
-static int match(Hot *hot, unsigned chunks, uint32_t *matched) {
-    uint64_t fitting = (uint64_t)hot->counters[MASK] & (~0ull >> (chunks - 1)) & ~1ull;
-    if (!fitting) return 0;
-    unsigned used = 63u - (unsigned)__builtin_clzll(fitting);
-    uint64_t sentinel = hot->nr_frames + used;
-    uint32_t frame = hot->bud.next[sentinel];
-    if (frame >= hot->nr_frames || !hangs(&hot->bud, frame) || hot->counters[UNBUDDIED + used] < 1)
-        return corrupt("a list of unbuddied frames:", used);
-    if (!hangs(&hot->lru, frame) || !hangs(&hot->lru, hot->nr_frames)) return corrupt("the LRU list at frame", frame);
-    if (hot->state[frame] != PERSISTENT || hot->owner[frame] || hot->first[frame] + hot->last[frame] != (int)used ||
-        (hot->first[frame] && hot->last[frame]))
-        return corrupt("not an unbuddied frame:", frame);
-    unlink_unbuddied(hot, frame, used);
-    hot->counters[BUDDIED]++;
-    if (hot->lru.next[frame] != hot->nr_frames) { /* not the most recent already */
-        take_out(&hot->lru, frame);
-        append(&hot->lru, (uint32_t)hot->nr_frames, frame);
+/* Store a zpage in a frame; nothing refers to it yet. 1, 0 if there is no frame for it, -1. */
+static int place(Hot *hot, uint64_t page, const char *bytes, unsigned size, PyObject *state, uint32_t now, uint64_t *ref) {
+    struct zpage zpage = {page, bytes, size};
+    int placed = hot->packing->match(hot, &zpage, ref);
+    if (!placed) {
+        uint32_t frame;
+        placed = take_frame(hot, state, &frame);
+        if (placed > 0) placed = hot->packing->create(hot, frame, &zpage, ref);
+        if (placed > 0) {
+            hot->state[frame] = PERSISTENT;
+            hot->counters[PAGEFRAMES]++;
+            append(&hot->lru, (uint32_t)hot->nr_frames, frame);
+        }
     }
-    *matched = frame;
-    return 1;
-}
-
-static uint64_t *handle_of(Hot *hot, uint64_t frame, unsigned last) {
-    return (uint64_t *)(void *)(hot->frames + (last ? ((frame + 1) << PAGE_SHIFT) - HANDLE_SIZE : frame << PAGE_SHIFT));
-}
-
-/* Where the zpage of so many chunks is. */
-static unsigned char *zpage_at(Hot *hot, uint64_t frame, unsigned last, unsigned chunks) {
-    return hot->frames + (last ? ((frame + 1) << PAGE_SHIFT) - (chunks << CHUNK_SHIFT) : (frame << PAGE_SHIFT) + HANDLE_SIZE);
-}
-
-/* Store a zpage in a frame, complete with its handle; nothing refers to it yet. 1, 0 if there is no frame for it, -1. */
-static int place(Hot *hot, uint64_t page, const char *zpage, unsigned size, PyObject *state, uint32_t now, uint64_t *ref) {
-    unsigned chunks = (size + ROUND_UP) >> CHUNK_SHIFT;
-    uint32_t frame = 0;
-    int found = match(hot, chunks, &frame);
-    if (!found) found = take_frame(hot, state, chunks, &frame);
-    if (found <= 0) return found;
-    unsigned last = hot->first[frame] != 0;
-    memcpy(zpage_at(hot, frame, last, chunks), zpage, size);
-    *handle_of(hot, frame, last) = page << SIZE_BITS | size;
-    (last ? hot->last : hot->first)[frame] = (unsigned char)chunks;
-    hot->counters[HISTOGRAM + chunks]++;
+    if (placed <= 0) return placed;
+    hot->counters[HISTOGRAM + ((size + ROUND_UP) >> CHUNK_SHIFT)]++;
     hot->counters[ZPAGES]++;
     hot->counters[ZBYTES] += size;
     hot->counters[CUMUL_ZPAGES]++;
     hot->counters[CUMUL_ZBYTES] += size;
-    hot->stored_at[frame] = now;
-    *ref = (uint64_t)frame << REF_BITS | last;
+    hot->stored_at[*ref >> REF_BITS] = now;
     return 1;
 }
 
 /* A zpage in a persistent frame is wanted no more. */
-static int free_zpage(Hot *hot, uint32_t frame, unsigned last, PyObject *state) {
-    unsigned char *mine = last ? hot->last : hot->first, *others = last ? hot->first : hot->last;
-    unsigned chunks = mine[frame], other = others[frame];
-    if (!chunks || chunks >= NCHUNKS || other >= NCHUNKS) return corrupt("the chunks of frame", frame);
-    if (other ? !hangs(&hot->bud, hot->nr_frames + other) : !hangs(&hot->bud, frame) || !hangs(&hot->lru, frame))
-        return corrupt("a list at frame", frame);
-    mine[frame] = 0;
+static int free_zpage(Hot *hot, uint32_t frame, unsigned index, unsigned size, PyObject *state) {
+    if (!hangs(&hot->lru, frame)) return corrupt("the LRU list at frame", frame);
+    int emptied = hot->packing->free(hot, frame, index, size);
+    if (emptied < 0) return -1;
     hot->counters[ZPAGES]--;
-    hot->counters[ZBYTES] -= (int64_t)(*handle_of(hot, frame, last) & SIZE_MASK);
-    hot->counters[HISTOGRAM + chunks]--;
-    if (other) {
-        hot->counters[BUDDIED]--;
-        link_unbuddied(hot, frame, other);
-        return 0;
-    }
-    unlink_unbuddied(hot, frame, chunks);
+    hot->counters[ZBYTES] -= size;
+    hot->counters[HISTOGRAM + ((size + ROUND_UP) >> CHUNK_SHIFT)]--;
+    if (!emptied) return 0;
     take_out(&hot->lru, frame);
     hot->state[frame] = FREE;
     hot->counters[PAGEFRAMES]--;
@@ -275,7 +129,7 @@ static int free_zpage(Hot *hot, uint32_t frame, unsigned last, PyObject *state) 
 /* The page is from now on what the entry says, and its old place is free. 1, or -1. */
 static int commit(Hot *hot, uint64_t page, uint64_t entry, PyObject *state) {
     uint64_t old = hot->entries[page], frame = (old >> KIND_BITS & REF_MASK) >> REF_BITS;
-    unsigned kind = old & KIND_MASK, index = old >> KIND_BITS & INDEX_MASK;
+    unsigned kind = old & KIND_MASK, index = old >> KIND_BITS & INDEX_MASK, size;
     keep_order();
     __atomic_store_n(&hot->entries[page], entry, __ATOMIC_RELEASE);
     keep_order();
@@ -283,8 +137,9 @@ static int commit(Hot *hot, uint64_t page, uint64_t entry, PyObject *state) {
     hot->kinds[entry & KIND_MASK]++;
     if (old >> 63 && (kind == FRAME || kind == BLOCK)) hot->kinds[WORD_ZPAGES]--;
     if (kind < FRAME) return 1;
-    if (kind == FRAME && frame < hot->nr_frames && index < 2 && hot->state[frame] == PERSISTENT && !hot->owner[frame])
-        return free_zpage(hot, (uint32_t)frame, index, state) ? -1 : 1;
+    if (kind == FRAME && frame < hot->nr_frames && hot->state[frame] == PERSISTENT && !hot->owner[frame] &&
+        hot->packing->find(hot, frame, index, page, &size))
+        return free_zpage(hot, (uint32_t)frame, index, size, state) ? -1 : 1;
     return done(call(state, name_free_place, PyLong_FromUnsignedLongLong(old), NULL, NULL)) ? -1 : 1;
 }
 
@@ -357,14 +212,10 @@ static PyObject *hot_write(PyObject *self, PyObject *const *args, Py_ssize_t nar
 /* The 4096 bytes of the page whose zpage is at `ref`; NULL, without an error unless it is not for Python to tell, if that is
    not so. */
 static PyObject *unpacked(Hot *hot, uint64_t page, uint64_t ref, PyObject *decompress) {
-    uint64_t frame = ref >> REF_BITS;
-    unsigned index = ref & INDEX_MASK;
-    if (frame >= hot->nr_frames || index > 1) return NULL;
-    uint64_t handle = *handle_of(hot, frame, index);
-    unsigned size = handle & SIZE_MASK;
-    if (handle >> SIZE_BITS != page || !size || size > MAX_ZPAGE_SIZE || size == WORD_ZPAGE_SIZE) return NULL;
-    unsigned char *zpage = zpage_at(hot, frame, index, (size + ROUND_UP) >> CHUNK_SHIFT);
-    if (zpage[0] != DESCRIPTOR) return NULL;
+    unsigned size;
+    if (ref >> REF_BITS >= hot->nr_frames) return NULL;
+    unsigned char *zpage = hot->packing->find(hot, ref >> REF_BITS, ref & INDEX_MASK, page, &size);
+    if (!zpage || size == WORD_ZPAGE_SIZE || zpage[0] != DESCRIPTOR) return NULL;
     PyObject *view = PyMemoryView_FromMemory((char *)zpage, size, PyBUF_READ);
     if (!view) return NULL;
     PyObject *arguments[] = {view, page_size};
@@ -439,29 +290,55 @@ static PyObject *hot_read(PyObject *self, PyObject *const *args, Py_ssize_t narg
 
 static void hot_dealloc(PyObject *self) {
     Hot *hot = (Hot *)self;
-    for (int i = 0; i < NR_BUFFERS; i++)
+    for (int i = 0; i < MOST_BUFFERS; i++)
         if (hot->buffers[i].obj) PyBuffer_Release(&hot->buffers[i]);
     Py_TYPE(self)->tp_free(self);
 }
 
+/* Take one of the buffers over: so many entries of so many bytes. */
+static int take_buffer(Hot *hot, int number, PyObject *given, uint64_t entries, unsigned width) {
+    Py_buffer *buffer = &hot->buffers[number];
+    if (PyObject_GetBuffer(given, buffer, PyBUF_WRITABLE)) return -1;
+    if ((uint64_t)buffer->len >= entries * width && !((uintptr_t)buffer->buf & (width - 1))) return 0;
+    PyErr_Format(PyExc_ValueError, "buffer %d has %zd bytes instead of %llu, or is not aligned", number, buffer->len,
+                 (unsigned long long)(entries * width));
+    return -1;
+}
+
 static PyObject *hot_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    if (PyTuple_GET_SIZE(args) != 1 + NR_BUFFERS || kwargs) return PyErr_Format(PyExc_TypeError, "Hot(nr_frames, %d buffers)", NR_BUFFERS);
-    uint64_t n = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(args, 0));
+    static const struct packing *const packings[] = {&hot_zbud, &hot_dense};
+    const Py_ssize_t numbers = 3, given = PyTuple_GET_SIZE(args) - numbers;
+    if (given < OWN || kwargs) return PyErr_Format(PyExc_TypeError, "Hot(layout, most_zpages, nr_frames, buffers ...)");
+    unsigned long layout = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(args, 0)), most_zpages = 0;
+    if (!PyErr_Occurred()) most_zpages = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(args, 1));
+    uint64_t n = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(args, 2));
     if (PyErr_Occurred()) return NULL;
+    const struct packing *packing = NULL;
+    for (size_t i = 0; i < sizeof packings / sizeof *packings; i++)
+        if (packings[i]->layout == layout && packings[i]->fewest_zpages <= most_zpages && most_zpages <= packings[i]->most_zpages)
+            packing = packings[i];
+    if (!packing) return PyErr_Format(PyExc_ValueError, "no packing has the layout %lu with %lu zpages", layout, most_zpages);
     if (n >= 1ull << 31) return PyErr_Format(PyExc_ValueError, "too many frames");
-    uint64_t lru_bytes = 4 * (n + 2), bud_bytes = 4 * (n + 2 * NCHUNKS);
-    uint64_t needed[] = {0, 8 * TABLE_COUNTS, n << PAGE_SHIFT, lru_bytes, lru_bytes, bud_bytes, bud_bytes, 4 * n, n, n, n, 8 * COUNTERS, 4 * n};
+    int own = 0;
+    while (own < OWN_COLUMNS && packing->own_widths[own]) own++;
+    if (given != OWN + own + 1) return PyErr_Format(PyExc_TypeError, "%zd buffers instead of %d", given, OWN + own + 1);
     Hot *hot = (Hot *)type->tp_alloc(type, 0); /* zeroed */
     if (!hot) return NULL;
-    for (int i = 0; i < NR_BUFFERS; i++) {
-        Py_buffer *buffer = &hot->buffers[i];
-        if (PyObject_GetBuffer(PyTuple_GET_ITEM(args, 1 + i), buffer, PyBUF_WRITABLE)) goto failed;
-        int bytes = i == STATE || i == FIRST || i == LAST;
-        if ((uint64_t)buffer->len < needed[i] || (!bytes && (uintptr_t)buffer->buf & (i <= FRAMES || i == COUNTS ? 7 : 3))) {
-            PyErr_Format(PyExc_ValueError, "buffer %d has %zd bytes instead of %llu, or is not aligned", i, buffer->len, (unsigned long long)needed[i]);
-            goto failed;
-        }
+    const struct {
+        uint64_t entries;
+        unsigned width;
+    } shared[OWN] = {{0, 8}, {TABLE_COUNTS, 8}, {n << PAGE_SHIFT >> 3, 8}, {n + 2, 4}, {n + 2, 4}, {n + 2 * NCHUNKS, 4},
+                     {n + 2 * NCHUNKS, 4}, {n, 4}, {n, 1}, {n, 1}, {COUNTERS, 8}, {n, 4}};
+    for (int i = 0; i < OWN; i++)
+        if (take_buffer(hot, i, PyTuple_GET_ITEM(args, numbers + i), shared[i].entries, shared[i].width)) goto failed;
+    for (int i = 0; i < own; i++) {
+        if (take_buffer(hot, OWN + i, PyTuple_GET_ITEM(args, numbers + OWN + i), n, packing->own_widths[i])) goto failed;
+        hot->own[i] = hot->buffers[OWN + i].buf;
     }
+    if (take_buffer(hot, OWN + own, PyTuple_GET_ITEM(args, numbers + OWN + own), packing->own_bytes / 8, 8)) goto failed;
+    hot->own_bytes = hot->buffers[OWN + own].buf;
+    hot->packing = packing;
+    hot->most_zpages = (unsigned)most_zpages;
     hot->nr_frames = n;
     hot->entries = hot->buffers[ENTRIES].buf;
     hot->nr_pages = (uint64_t)hot->buffers[ENTRIES].len / sizeof *hot->entries;
@@ -471,8 +348,7 @@ static PyObject *hot_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     hot->bud = (struct rings){hot->buffers[BUD_NEXT].buf, hot->buffers[BUD_PREV].buf, n + 2 * NCHUNKS};
     hot->owner = hot->buffers[OWNER].buf;
     hot->state = hot->buffers[STATE].buf;
-    hot->first = hot->buffers[FIRST].buf;
-    hot->last = hot->buffers[LAST].buf;
+    hot->pins = hot->buffers[PINS].buf;
     hot->counters = hot->buffers[COUNTS].buf;
     hot->stored_at = hot->buffers[STORED_AT].buf;
     return (PyObject *)hot;
@@ -491,7 +367,7 @@ static PyMethodDef hot_methods[] = {
 
 static PyTypeObject hot_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "zbudfs.core._hot.Hot",
-    .tp_doc = "Hot(nr_frames, entries, kinds, frames, ...): the hot path over the tables of a store; see hot.c.",
+    .tp_doc = "Hot(layout, most_zpages, nr_frames, entries, kinds, frames, ...): the hot path over the tables of a store; see hot.c.",
     .tp_basicsize = sizeof(Hot),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = hot_new,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Whether the hot path in C (hot.c) was built. It does the common case of a page's write and read over the tables of a store.
 
-The Python code is the reference: it does everything, it is what runs where the extension is not there or knows nothing of the
-packing, and it is what the extension calls for whatever is not the common case. Who has a hot path is the packing's to
-say (`Allocator.hot`); the page store asks for it and knows nothing more.
+The Python code is the reference: it does everything, it is what runs where the extension is not there, and it is what the
+extension calls for whatever is not the common case. Each packing has its part of it (hot_zbud.c, hot_dense.c), which is found
+by the layout of its frames (`Allocator.hot`); the page store asks for a hot path and knows nothing more.
 """
 
 from typing import TYPE_CHECKING, Final

@@ -12,6 +12,8 @@ compacted. Two is the price of that.
 Each zpage lies with its handle, one word of `page << 12 | size`, at a fixed place of the frame. So a frame,
 or a block of the backing file that is a copy of one, says by itself whose data it holds.
 
+The common case of a page's write and read runs in C (hot_zbud.c, see core/hot.py), step by step what stands here.
+
 Zbud is Dan Magenheimer's design, from Linux's zcache (drivers/staging/zcache/zbud.c); this is written anew
 from its description.
 """
@@ -19,7 +21,6 @@ from its description.
 from collections.abc import Iterator
 from typing import ClassVar, Final
 
-from zbudfs.core import hot
 from zbudfs.core.allocator import (
     DYING,
     EPHEMERAL,
@@ -44,7 +45,6 @@ from zbudfs.core.allocator import (
     chunks_for,
     too_large,
 )
-from zbudfs.core.page_table import PageTable
 from zbudfs.core.units import CHUNK_SHIFT, NCHUNKS, NO_FRAME, PAGE_SHIFT, PAGE_WORDS
 
 _LAST: Final = 1
@@ -67,24 +67,6 @@ class Zbud(Allocator):
     def __init__(self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool = False) -> None:
         super().__init__(frames, table, nr_frames, attach=attach)
         self._first_chunks, self._last_chunks = self._own_columns
-
-    def hot(self, table: PageTable, stored_at: memoryview) -> hot.Hot | None:
-        """See Allocator."""
-        if not hot.BUILT:
-            return None
-        return hot.Hot(
-            self.nr_frames,
-            *(
-                table.entries,
-                table.numbers,
-                self._frames,
-                self._lru_next,
-                self._lru_prev,
-                self._bud_next,
-                self._bud_prev,
-            ),
-            *(self._owner, self._state, self._first_chunks, self._last_chunks, self._counters, stored_at),
-        )
 
     # ---- after a crash -------------------------------------------------------------------------------------------
 

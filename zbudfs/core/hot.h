@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: MIT
+/* What the hot path (hot.c) and its packings (hot_zbud.c, hot_dense.c) have in common: the tables, and the steps of a list.
+
+   A packing is four functions over the tables. What they do for any packing is here: an index that comes from the tables is
+   looked at before it is used, and lists are changed after all that is needed of them has been looked at. */
+#ifndef ZBUDFS_HOT_H
+#define ZBUDFS_HOT_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+/* As in core/units.py, core/allocator.py, core/page_table.py, core/codec.py. */
+enum {
+    PAGE_SHIFT = 12,
+    PAGE_SIZE = 1 << PAGE_SHIFT,
+    CHUNK_SHIFT = 6,
+    CHUNK_SIZE = 1 << CHUNK_SHIFT,
+    NCHUNKS = 64,
+    HANDLE_SIZE = 8,
+    ROUND_UP = HANDLE_SIZE + CHUNK_SIZE - 1,
+    MAX_ZPAGE_SIZE = (NCHUNKS - 1) * CHUNK_SIZE - HANDLE_SIZE,
+    MOST_ZPAGES = 7,
+    WORD_ZPAGE_SIZE = 12,
+    DESCRIPTOR = 4,
+    SIZE_BITS = 12,
+    SIZE_MASK = (1 << SIZE_BITS) - 1,
+    REF_BITS = 3,
+    INDEX_MASK = (1 << REF_BITS) - 1,
+    KIND_BITS = 3,
+    KIND_MASK = (1 << KIND_BITS) - 1,
+    CHECK_SHIFT = 39,
+    CHECKSUM_MASK = (1 << 24) - 1,
+};
+#define REF_MASK ((1ull << 36) - 1)
+enum { ABSENT, WORD, WORD_INVERTED, WORD_HALVES, FRAME, RAW_FRAME, BLOCK, RAW_BLOCK, WORD_ZPAGES, TABLE_COUNTS };
+enum { FREE, PERSISTENT };
+enum { FULL = 0 }; /* what stands for an unbuddied list where a frame is on none, since it has no room */
+
+/* The allocator's counters: pairs of persistent and ephemeral, then a row of NCHUNKS for either. `_map_counters` in Python. */
+enum {
+    MASK = 0,
+    PAGEFRAMES = 2,
+    ZPAGES = 4,
+    ZBYTES = 6,
+    CUMUL_ZPAGES = 8,
+    CUMUL_ZBYTES = 10,
+    BUDDIED = 12,
+    UNBUDDIED_COUNT = 14,
+    UNBUDDIED = 22,
+    HISTOGRAM = UNBUDDIED + 2 * NCHUNKS,
+    COUNTERS = HISTOGRAM + 2 * NCHUNKS,
+};
+
+/* The buffers, in the order in which they are given; the packing's own columns follow, and then its own bytes. */
+enum { ENTRIES, TABLE, FRAMES, LRU_NEXT, LRU_PREV, BUD_NEXT, BUD_PREV, OWNER, STATE, PINS, COUNTS, STORED_AT, OWN, OWN_COLUMNS = 3 };
+enum { MOST_BUFFERS = OWN + OWN_COLUMNS + 1 };
+
+/* Lists as in core/lists.py: rings of indices through sentinels, all below `nodes`. */
+struct rings {
+    uint32_t *next, *prev;
+    uint64_t nodes;
+};
+
+struct packing;
+
+typedef struct {
+    PyObject_HEAD
+    Py_buffer buffers[MOST_BUFFERS];
+    const struct packing *packing;
+    unsigned most_zpages;
+    uint64_t *entries, nr_pages;
+    int64_t *kinds; /* by kind of entry, then the words in zpages */
+    unsigned char *frames, *state, *pins;
+    struct rings lru, bud;
+    uint32_t *owner, *stored_at;
+    int64_t *counters;
+    uint64_t nr_frames;
+    void *own[OWN_COLUMNS]; /* the packing's own columns, by frame */
+    unsigned char *own_bytes;
+} Hot;
+
+/* A zpage to be stored. */
+struct zpage {
+    uint64_t page;
+    const char *bytes;
+    unsigned size;
+};
+
+/* What a packing does; -1 is an error that is set, and then nothing has been changed. The frames that it is given exist, are
+   persistent (but for `create`) and not raw. */
+struct packing {
+    unsigned layout;                   /* LAYOUT in Python */
+    unsigned own_widths[OWN_COLUMNS];  /* OWN_WIDTHS: bytes of an entry of each column, 0 = none */
+    unsigned own_bytes;                /* OWN_BYTES */
+    unsigned fewest_zpages, most_zpages;
+    /* Store a zpage, complete with its handle, in the fullest frame with room for it: its ref. 1, 0 if there is none, -1. */
+    int (*match)(Hot *hot, const struct zpage *zpage, uint64_t *ref);
+    /* Store it as the first one of a free frame. 1, -1. */
+    int (*create)(Hot *hot, uint32_t frame, const struct zpage *zpage, uint64_t *ref);
+    /* Forget the zpage of so many bytes whose handle `find` has seen. 1 if it was the last one of the frame, else 0; -1. */
+    int (*free)(Hot *hot, uint32_t frame, unsigned index, unsigned size);
+    /* The zpage of that page and its size; NULL if there is none at this index, or its handle is another's. */
+    unsigned char *(*find)(const Hot *hot, uint64_t frame, unsigned index, uint64_t page, unsigned *size);
+};
+extern const struct packing hot_zbud, hot_dense;
+
+static inline void keep_order(void) { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+
+static inline int corrupt(const char *what, uint64_t number) {
+    if (!PyErr_Occurred()) PyErr_Format(PyExc_AssertionError, "the tables are damaged: %s %llu", what, (unsigned long long)number);
+    return -1;
+}
+
+/* ---- lists ----------------------------------------------------------------------------------------------------- */
+
+/* Whether a node and its neighbours are where they say: then it can be taken out, or another be put beside it. */
+static inline int hangs(const struct rings *rings, uint64_t node) {
+    if (node >= rings->nodes) return 0;
+    uint32_t after = rings->next[node], before = rings->prev[node];
+    return after < rings->nodes && before < rings->nodes && rings->prev[after] == node && rings->next[before] == node;
+}
+
+static inline void take_out(struct rings *rings, uint32_t node) {
+    uint32_t after = rings->next[node], before = rings->prev[node];
+    rings->next[before] = after;
+    rings->prev[after] = before;
+}
+
+static inline void append(struct rings *rings, uint32_t sentinel, uint32_t node) {
+    uint32_t last = rings->prev[sentinel];
+    rings->next[last] = node;
+    rings->prev[node] = last;
+    rings->next[node] = sentinel;
+    rings->prev[sentinel] = node;
+}
+
+/* Put a persistent frame on the unbuddied list of those that use so many chunks, or count it as buddied if that is FULL. */
+static inline void enlist(Hot *hot, uint32_t frame, unsigned used) {
+    if (used == FULL) {
+        hot->counters[BUDDIED]++;
+        return;
+    }
+    append(&hot->bud, (uint32_t)hot->nr_frames + used, frame);
+    if (!hot->counters[UNBUDDIED + used]++) hot->counters[MASK] |= (int64_t)(1ull << used);
+    hot->counters[UNBUDDIED_COUNT]++;
+}
+
+static inline void delist(Hot *hot, uint32_t frame, unsigned used) {
+    if (used == FULL) {
+        hot->counters[BUDDIED]--;
+        return;
+    }
+    take_out(&hot->bud, frame);
+    if (!--hot->counters[UNBUDDIED + used]) hot->counters[MASK] &= (int64_t)~(1ull << used);
+    hot->counters[UNBUDDIED_COUNT]--;
+}
+
+/* Whether a frame can be taken off the unbuddied list `used`, and one be put on it. */
+static inline int can_delist(const Hot *hot, uint32_t frame, unsigned used) { return used == FULL || hangs(&hot->bud, frame); }
+static inline int can_enlist(const Hot *hot, unsigned used) { return used == FULL || hangs(&hot->bud, hot->nr_frames + used); }
+
+/* The fullest frame with room for so many chunks, and the unbuddied list on which it is. 1, 0 if there is none, -1. */
+static inline int find_room(const Hot *hot, unsigned chunks, uint32_t *found, unsigned *used) {
+    uint64_t fitting = (uint64_t)hot->counters[MASK] & (~0ull >> (chunks - 1)) & ~1ull;
+    if (!fitting) return 0;
+    *used = 63u - (unsigned)__builtin_clzll(fitting);
+    uint32_t frame = *found = hot->bud.next[hot->nr_frames + *used];
+    if (frame >= hot->nr_frames || !hangs(&hot->bud, frame) || hot->counters[UNBUDDIED + *used] < 1)
+        return corrupt("a list of unbuddied frames:", *used);
+    if (!hangs(&hot->lru, frame) || !hangs(&hot->lru, hot->nr_frames)) return corrupt("the LRU list at frame", frame);
+    if (hot->state[frame] != PERSISTENT || hot->owner[frame]) return corrupt("not an unbuddied frame:", frame);
+    return 1;
+}
+
+/* Something was added to a frame of `find_room`: it is on this list from now on, and the most recent one. */
+static inline void added(Hot *hot, uint32_t frame, unsigned before, unsigned used) {
+    delist(hot, frame, before);
+    enlist(hot, frame, used);
+    if (hot->lru.next[frame] != hot->nr_frames) { /* not the most recent already */
+        take_out(&hot->lru, frame);
+        append(&hot->lru, (uint32_t)hot->nr_frames, frame);
+    }
+}
+
+#endif
