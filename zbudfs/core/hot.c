@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
-/* The hot path: the common case of a page's write and read, over the tables that Python works with as well.
+/* The hot path: the common case of a page's write, read and discard, over the tables that Python works with as well.
 
        PageStore.write_nowait  -->  write(page, content, compress, state)
                                         one word repeated       -> its entry
                                         else compress -> match, or state.take_frame() -> copy -> commit -> free the old place
        PageStore.read_nowait   -->  read(page, count, decompress)
                                         absent, word, zpage or raw page in a frame -> the bytes
+       PageStore.discard       -->  discard(page, stop, most, state)
+                                        commit -> free the old place
 
    This is `Allocator.match` / `create_prep` + `create_finish` / `free`, `State._commit` and `PageTable.store` once more, step
    by step and in the same order; those are the reference, and tests drive both and compare every byte of the tables. What each
@@ -207,6 +209,26 @@ static PyObject *hot_write(PyObject *self, PyObject *const *args, Py_ssize_t nar
     return more < 0 ? NULL : PyLong_FromUnsignedLongLong(stored);
 }
 
+/* ---- discarding ------------------------------------------------------------------------------------------------ */
+
+static PyObject *hot_discard(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Hot *hot = (Hot *)self;
+    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "discard(page, stop, most, state)");
+    unsigned long long numbers[3], done = 0;
+    for (int i = 0; i < 3; i++)
+        if ((numbers[i] = PyLong_AsUnsignedLongLong(args[i])) == ~0ull && PyErr_Occurred()) return NULL;
+    uint64_t page = numbers[0], stop = numbers[1];
+    if (page > stop) stop = page;
+    if (!in_range(hot, page, stop - page)) return NULL;
+    for (; page < stop; page++) {
+        if (!hot->entries[page]) continue;
+        if (done == numbers[2]) break;
+        if (commit(hot, page, ABSENT, args[3]) < 0) return NULL;
+        done++;
+    }
+    return Py_BuildValue("KK", (unsigned long long)page, done);
+}
+
 /* ---- reading --------------------------------------------------------------------------------------------------- */
 
 /* The 4096 bytes of the page whose zpage is at `ref`; NULL, without an error unless it is not for Python to tell, if that is
@@ -360,6 +382,8 @@ failed:
 static PyMethodDef hot_methods[] = {
     {"write", (PyCFunction)(void (*)(void))hot_write, METH_FASTCALL,
      "write(page, content, compress, state) -> int: store whole pages, as many as there are frames for: how many"},
+    {"discard", (PyCFunction)(void (*)(void))hot_discard, METH_FASTCALL,
+     "discard(page, stop, most, state) -> (int, int): free up to so many stored pages: the page to go on at, and how many"},
     {"read", (PyCFunction)(void (*)(void))hot_read, METH_FASTCALL,
      "read(page, count, decompress) -> bytes | None: the contents of pages; None if Python must get them"},
     {NULL, NULL, 0, NULL},

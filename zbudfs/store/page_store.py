@@ -57,7 +57,7 @@ from zbudfs.store.tracer import Tracer
 
 ZERO_PAGE: Final = bytes(PAGE_SIZE)
 DISCARD_STEP_PAGES: Final = 2048
-"""Stored pages that one stretch of a discard frees before it lets other requests in: some 4 ms."""
+"""Stored pages that one stretch of a discard frees before it lets other requests in: some 4 ms in Python, 0.4 in C."""
 
 CUMULATIVE: Final = (
     ("store", "_cumul_read_pages"),
@@ -666,6 +666,10 @@ class PageStore:
 
     def _discard_some(self, page: int, stop: int) -> int:
         """Free up to DISCARD_STEP_PAGES stored pages; the page at which to go on, `stop` when done."""
+        if self._hot is not None and not self.state.watched:
+            page, done = self._hot.discard(page, stop, DISCARD_STEP_PAGES, self.state)
+            self._cumul_discarded_pages += done
+            return page
         forget = self.state.forget
         next_stored = self._table.next_stored
         for done in range(DISCARD_STEP_PAGES):
