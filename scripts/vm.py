@@ -8,6 +8,7 @@
     acceptance  a pool of 64 MiB, stress-ng over 700 MiB with verification, three times
     pressure    twice the machine's RAM, verified byte for byte, half of it random
     handover    restart, kill -9 of worker, keeper, both and all three, SIGSTOP, under that pressure
+    upgrade     `make install` again while swap is on, a kill, a restart
     stop        `systemctl stop` without room in RAM
     reboot      reboot and power-off with swap in use, within a minute each
     full        a disk that fills up under the backing file

@@ -444,6 +444,28 @@ def handover() -> None:
     check_kernel()
 
 
+def upgrade() -> None:
+    """The program is installed anew while swap is on; a worker dies after that, and the service is restarted."""
+    start_swap(size="1400M", pool="96M")
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    load = Storm(3 * ram // 4)
+    try:
+        load.wait_filled()
+        check("swap is in use", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+        must("make", "-C", "/root/zbudfs", "install", f"WHEELHOUSE={PAYLOAD}/wheels", limit=1800)
+        must("systemctl", "daemon-reload")
+        load.wait_progress()
+        check("make install with swap on", must("zbudfs", "--version").startswith("zbudfs"), "the storm goes on")
+        _kill(load, "worker, whose files were replaced", [WORKER])
+        _restart(load, 1)
+        checked, wrong = load.end()
+        check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+        check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
+    finally:
+        load.kill()
+    check_kernel()
+
+
 def _restart(load: Storm, number: int) -> None:
     device, worker = swaps()[0][0], board(WORKER)
     began = time.monotonic()
@@ -585,6 +607,7 @@ SCENARIOS: Final[dict[str, Callable[[], None]]] = {
     "acceptance": acceptance,
     "pressure": pressure,
     "handover": handover,
+    "upgrade": upgrade,
     "stop": stop,
     "reboot": reboot,
     "full": full,
