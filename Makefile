@@ -7,6 +7,8 @@ PYTHON ?= python3
 export VENV PYTHON
 export PREFIX DESTDIR LIBDIR BINDIR HELPERDIR SYSCONFDIR UNITDIR DATADIR WHEELHOUSE
 BIN := $(abspath $(VENV))/bin
+# Hundreds of commands are started; each would compile the program anew.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
 .PHONY: help venv picture demo test lint format campaign-kill test-vm bench install uninstall dist pages fsx soak coverage clean
@@ -64,8 +66,9 @@ lint: venv
 format: venv
 	$(BIN)/ruff format $(SOURCES)
 
+# Two at a time: most of a test is waiting (tests/conftest.py says which are never beside each other).
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 demo: venv
 	@$(BIN)/python scripts/demo.py
