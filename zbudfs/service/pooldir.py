@@ -25,6 +25,8 @@ from zbudfs.service.mountpoint import MountError, escape_path, unmount
 from zbudfs.service.settings import Settings, SettingsError
 
 RUN_FOLDER: Final = "/run/zbudfs"
+_LONGEST_NAME: Final = 80
+"""The address of a socket has 107 bytes, and that of the keeper's is RUN_FOLDER/NAME@9/control."""
 _MS_NOSUID: Final = 1 << 1
 _MS_NODEV: Final = 1 << 2
 _MS_NOEXEC: Final = 1 << 3
@@ -38,10 +40,10 @@ class PoolDirectoryError(Exception):
 def path_of(mountpoint: str, root: str = RUN_FOLDER) -> str:
     """The pool directory that belongs to a mountpoint."""
     name = escape_path(mountpoint)
-    if len(name) > 200:
+    if len(name) > _LONGEST_NAME:
         import hashlib  # only here: hardly ever
 
-        name = f"{name[:150]}-{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:32]}"
+        name = f"{name[: _LONGEST_NAME - 33]}-{hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:32]}"
     return f"{root}/{name}"
 
 
