@@ -318,6 +318,15 @@ def test_libraries_that_cannot_be_loaded(healthy: Path, monkeypatch: pytest.Monk
     assert "no_such_module" in finding.text
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_the_hot_path(built: bool, healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the part in C is missing everything works, but slower: it is said."""
+    monkeypatch.setattr("zbudfs.core.hot.BUILT", built)
+    finding = only(software.check_hot_path(machine(healthy)))
+    assert finding.level is (Level.OK if built else Level.WARNING)
+    assert bool(finding.remedy) is not built
+
+
 def test_the_page() -> None:
     """Columns, remedies below, and lines that are broken only where there is an edge."""
     findings = [ok("one", "fine"), problem("the other", "word " * 30 + "end", "do this")]

@@ -7,10 +7,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Final
 import pytest
 
 from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, fuse_control, opened, server_of
-from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, mounted, wait_until, zbudfs
+from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, mounted, status_of, wait_until, zbudfs
 from zbudfs.service.launch import LaunchError, start
 from zbudfs.service.settings import Settings
 
@@ -158,6 +160,30 @@ def test_mounting_without_the_shim(sources: Path, tmp_path: Path) -> None:
     assert not is_mounted(mountpoint)
 
 
+@pytest.mark.needs("root", "fuse")
+def test_mounting_without_the_hot_path(sources: Path, tmp_path: Path) -> None:
+    """The other part in C can be done without: all works, and a warning says that it is slower."""
+    (shim,) = (ROOT / "zbudfs/fuse").glob(f"_shim.{sysconfig.get_config_var('SOABI')}.so")
+    shutil.copy(shim, sources / "zbudfs/fuse")
+    code = f"import sys; sys.path.insert(0, {str(sources)!r}); import runpy; "
+    code += "runpy.run_module('zbudfs.service.daemon', run_name='__main__')"
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    settings = Settings(mountpoint=str(mountpoint), size_bytes=MIB, pool_bytes=MIB, backing=None)
+    ready = start(settings, command=[sys.executable, "-I", "-c", code])
+    try:
+        assert [text for text in ready.warnings if "hot path" in text]
+        assert [text for text in status_of(mountpoint)["warnings"] if "hot path" in text]
+        assert "the hot path in C is not there" in (mountpoint / "stats/log").read_text()
+        page = random.Random(1).randbytes(PAGE // 2) * 2
+        swapfile = mountpoint / "swapfile"
+        with swapfile.open("r+b", buffering=0) as file:
+            file.write(page)
+        assert swapfile.read_bytes()[:PAGE] == page
+    finally:
+        zbudfs("umount", mountpoint)
+
+
 def test_too_late() -> None:
     """Once pyfuse3 is there the shim cannot take its place, and says so instead of doing nothing."""
     run = run_python("import pyfuse3, zbudfs.fuse")
@@ -243,10 +269,11 @@ def test_bursts(tmp_path: Path) -> None:
         fuse_control(tmp_path / "ctl", mountpoint) as connection,
         opened(mountpoint / "swapfile") as fd,
     ):
-        pid = server_of(mountpoint)
         os.pwrite(fd, b"".join(bytes([number]) * PAGE for number in range(readers)), 0)
         before = all_stats(mountpoint)
+        pid, keeper = before["worker_pid"], before["keeper_pid"]
         for _ in range(rounds):
+            os.kill(keeper, signal.SIGSTOP)  # it would have a worker that stands still killed
             os.kill(pid, signal.SIGSTOP)
             threads = [threading.Thread(target=read_page, args=(fd, number)) for number in range(readers)]
             try:
@@ -258,6 +285,7 @@ def test_bursts(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGCONT)
                 for thread in threads:
                     thread.join(LIMIT_SECONDS)
+                os.kill(keeper, signal.SIGCONT)
         after = all_stats(mountpoint)
     assert sorted(found) == sorted(bytes([number]) * PAGE for number in range(readers) for _ in range(rounds))
     served, wakeups = (after[name] - before[name] for name in ("served_requests", "wakeups"))

@@ -32,6 +32,7 @@ from scripts.storm import make_page
 from tests.fuse.calls import PUNCH, fallocate
 from tests.store.disks import small_ext4
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, run_zbudfs, status_of, wait_until, zbudfs
+from zbudfs.service.keeper import HANG_SECONDS as SILENT_SECONDS
 from zbudfs.service.mountpoint import MountError, unmount
 from zbudfs.service.pooldir import path_of, remove_dead
 from zbudfs.service.settings import Settings
@@ -331,6 +332,21 @@ def test_a_worker_that_does_not_answer(mount: Callable[..., Served]) -> None:
         found = served.stats()
         assert (found["recoveries"], found["worker_pid"] != worker) == (1, True)
         assert f"worker {worker} has not answered" in served.log()
+
+
+def test_a_machine_that_stood_still(mount: Callable[..., Served]) -> None:
+    """Keeper and worker stopped for longer than a worker may be silent, as in a machine that is paused: nobody is killed."""
+    served = mount()
+    keeper, worker = served.keeper, served.worker
+    for pid in (keeper, worker):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(SILENT_SECONDS + 0.5)
+    os.kill(keeper, signal.SIGCONT)  # it looks first
+    time.sleep(0.5)
+    os.kill(worker, signal.SIGCONT)
+    beat = served.field(Field.HEARTBEAT)
+    wait_until(lambda: served.field(Field.HEARTBEAT) > beat + 1, "the worker being looked at")
+    assert (served.worker, served.stats()["recoveries"]) == (worker, 0)
 
 
 def test_counters_go_on(mount: Callable[..., Served], tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 else:
     try:
         from zbudfs.core._hot import Hot
+
+        BUILT: Final = True
     except ImportError:
-        Hot = None
-    BUILT: Final = Hot is not None
+        Hot = object  # which annotations can name; nobody makes one
+        BUILT: Final = False

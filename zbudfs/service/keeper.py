@@ -30,6 +30,7 @@ import time
 from typing import Final, NoReturn
 
 from zbudfs import __version__
+from zbudfs.core import hot
 from zbudfs.core.packing import Packing
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.fuse import shim
@@ -49,6 +50,9 @@ HANG_SECONDS: Final = 5.0
 """A worker whose heartbeat stands still for so long is killed. Guessed: a whole rebuild takes less than a second a GiB."""
 
 POLL_SECONDS: Final = 0.2
+LONGEST_LOOK_SECONDS: Final = 1.0
+"""So much of the time between two looks at a heartbeat counts: a keeper that did not run itself, since the machine stood still
+or had no time, knows nothing of the worker. Guessed."""
 STANDBY_DELAY_SECONDS: Final = 0.2
 """After a worker has begun to serve, before the next standby is forked: what waited for swap goes first. Guessed."""
 
@@ -130,6 +134,8 @@ class Keeper:
         self._failures = 0
         self._retry_at = 0.0
         self._heartbeat = (0, 0.0)
+        """The worker's, and for how many seconds it has stood still while this process looked."""
+        self._looked_at = 0.0
         self._serving_since = 0.0
         self._ballast: mmap.mmap | None = None
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -188,6 +194,11 @@ class Keeper:
         self._descriptors = {"fuse": self._fuse_fd, "lock": self._directory.lock_fd}
         if self._backing is not None:
             self._descriptors["backing"] = self._backing.fileno()
+        if not hot.BUILT:
+            self._warnings.append(
+                "the hot path in C is not there, and Python does its work: a page takes half as long again; install zbudfs"
+                " anew, do not just copy it"
+            )
         board = self._memory.board
         for field, value in (
             (Field.KEEPER_PID, os.getpid()),
@@ -406,7 +417,7 @@ class Keeper:
             self._control.bind(path)
             os.chmod(path, 0o600)  # noqa: PTH101
             self._control.listen(4)
-        except OSError as error:  # a path that is too long for a socket
+        except OSError as error:
             self._control.close()
             self._control = None
             self._log.warning(f"`zbudfs restart` will not work: {path}: {error.strerror}")
@@ -484,7 +495,7 @@ class Keeper:
         self._promote(child)
         fields = self._memory.board.fields
         fields[Field.RECOVERIES] += 1
-        self._heartbeat = (fields[Field.HEARTBEAT], time.monotonic())
+        self._heartbeat = (fields[Field.HEARTBEAT], 0.0)
         self._serving_since = 0.0
 
     def _watch_heartbeat(self, worker: Child) -> None:
@@ -493,13 +504,14 @@ class Keeper:
         if fields[Field.SERVING] and not self._serving_since:
             self._serving_since = now
             self._failures = 0
-        beat = fields[Field.HEARTBEAT]
-        if beat != self._heartbeat[0] or not self._heartbeat[1]:
-            self._heartbeat = (beat, now)
-        elif now - self._heartbeat[1] > (HANG_SECONDS if self._serving_since else START_LIMIT_SECONDS):
-            self._log.error(f"worker {worker.pid} has not answered for {now - self._heartbeat[1]:.0f} s: it is killed")
-            self._heartbeat = (beat, now)
+        beat, (last, silent) = fields[Field.HEARTBEAT], self._heartbeat
+        silent = silent + min(now - self._looked_at, LONGEST_LOOK_SECONDS) if beat == last else 0.0
+        self._looked_at = now
+        if silent > (HANG_SECONDS if self._serving_since else START_LIMIT_SECONDS):
+            self._log.error(f"worker {worker.pid} has not answered for {silent:.0f} s: it is killed")
+            silent = 0.0
             worker.kill()
+        self._heartbeat = (beat, silent)
 
     def _look_after_standby(self) -> None:
         now = time.monotonic()

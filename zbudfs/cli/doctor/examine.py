@@ -19,6 +19,7 @@ CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
     kernel.check_timeouts,
     kernel.check_psi,
     software.check_libraries,
+    software.check_hot_path,
     software.check_programs,
     rights.check_capabilities,
     rights.check_memlock,

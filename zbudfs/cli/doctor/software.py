@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import Final
 
-from zbudfs.cli.doctor.finding import Finding, Machine, ok, problem
+from zbudfs.cli.doctor.finding import Finding, Machine, ok, problem, warning
+from zbudfs.core import hot
 
 LIBRARIES: Final = ("pyfuse3", "trio", "zstandard")
 PROGRAMS: Final = ("losetup", "mkswap", "swapon", "swapoff")
@@ -33,6 +34,15 @@ def check_libraries(machine: Machine) -> Iterator[Finding]:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     python = ".".join(map(str, sys.version_info[:3]))
     yield ok("libraries", f"libfuse {run.stdout.strip()}, {', '.join(versions)}, Python {python}")
+
+
+def check_hot_path(machine: Machine) -> Iterator[Finding]:
+    """Whether the common case of a page's write and read is done in C."""
+    if hot.BUILT:
+        yield ok("hot path", "in C")
+    else:
+        text = "the part in C is not there, and Python does its work: a page takes half as long again"
+        yield warning("hot path", text, "install zbudfs anew, do not just copy it")
 
 
 def check_programs(machine: Machine) -> Iterator[Finding]:
