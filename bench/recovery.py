@@ -52,7 +52,7 @@ def _alone(options: Options, sizes: list[int], pages: corpus.Corpus) -> Table:
             made: dict[str, PageStore] = {}
             for mib in sizes:
                 nr_pages = mib * MIB // PAGE
-                store = await stack.enter_async_context(stores.running(2 * nr_pages, nr_pages))
+                store = await stack.enter_async_context(stores.running(stores.made(2 * nr_pages, nr_pages)))
                 await stores.fill(store, pages, stores.spread(2 * nr_pages, nr_pages))
                 made[f"{mib:,} MiB stored"] = store
             for number, row in in_turns(list(made), options.rounds):

@@ -58,7 +58,7 @@ def measure(options: Options) -> list[Table]:
             for row, mib in sizes.items():
                 nr_pages = mib * MIB // PAGE
                 stored = max(int(nr_pages * options.part), stores.REQUEST_PAGES)
-                store = await stack.enter_async_context(stores.running(nr_pages, stored + 1024))
+                store = await stack.enter_async_context(stores.running(stores.made(nr_pages, stored + 1024)))
                 places = stores.spread(nr_pages, stored)
                 await stores.fill(store, pages, places)
                 made[row] = store, places

@@ -71,7 +71,7 @@ def measure(options: Options) -> list[Table]:
         for number in range(options.rounds):
 
             async def one_round() -> None:
-                async with stores.running(nr_pages, nr_pages + 4096, folder / "backing") as store:
+                async with stores.running(stores.made(nr_pages, nr_pages + 4096, folder / "backing")) as store:
                     await stores.populate(store, nr_pages + 1024)
                     await Round(store, pages, nr_pages, table).run()
 

@@ -24,12 +24,17 @@ REQUEST_PAGES: Final = 32
 """Pages of a large request: 128 KiB, as swap writes them."""
 
 
-@contextlib.asynccontextmanager
-async def running(nr_pages: int, nr_frames: int, backing: Path | None = None) -> AsyncIterator[PageStore]:
-    """Have a store of so many pages over so many frames for a while; what it writes to `backing` is encrypted."""
+def made(nr_pages: int, nr_frames: int, backing: Path | None = None) -> PageStore:
+    """Return a store of so many pages over so many frames; what it writes to `backing` is encrypted."""
     store = PageStore(nr_pages * PAGE, nr_frames, Backing(str(backing)) if backing is not None else None, Codec())
     if store.backing is not None and store.memory.outgoing is not None:
         store.backing.encrypt(BlockCipher(os.urandom(KEY_BYTES)), store.memory.outgoing.view)
+    return store
+
+
+@contextlib.asynccontextmanager
+async def running(store: PageStore) -> AsyncIterator[PageStore]:
+    """Have a store's tasks run; at the end they are stopped, the store is closed, and its memory is let go of."""
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)

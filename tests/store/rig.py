@@ -12,6 +12,8 @@ from typing import Final
 import trio
 import trio.testing
 
+from bench.stores import let_go as let_go
+from bench.stores import running as running
 from tests.store.faulty import FaultyBacking
 from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.codec import Codec
@@ -63,12 +65,6 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         raise AssertionError(f"waited in vain until {what}") from None
 
 
-def let_go(memory: StoreMemory) -> None:
-    """Give the memory of a store that is closed back to the system."""
-    for arena in memory.arenas:
-        arena.release(0, arena.size)
-
-
 @contextlib.contextmanager
 def packed_by(packing: Packing) -> Iterator[Packing]:
     """Have stores whose packing is not said use this one."""
@@ -104,19 +100,6 @@ def made_pool(nr_frames: int) -> Iterator[Pool]:
         yield Pool(memory)
     finally:
         let_go(memory)
-
-
-@contextlib.asynccontextmanager
-async def running(store: PageStore) -> AsyncIterator[PageStore]:
-    """Have a store's tasks run; at the end they are stopped, and the store is closed."""
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(store.run)
-            yield store
-            nursery.cancel_scope.cancel()
-    finally:
-        store.close()
-        let_go(store.memory)
 
 
 @contextlib.asynccontextmanager
