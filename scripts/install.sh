@@ -65,7 +65,7 @@ check_idle() {
     [ -z "$DESTDIR" ] || return 0
     local process
     for process in /proc/[0-9]*; do
-        if tr '\0' '\n' <"$process/cmdline" 2>/dev/null | head -n 1 | grep -qxF "$LIBDIR/bin/python"; then
+        if { tr '\0' '\n' <"$process/cmdline"; } 2>/dev/null | head -n 1 | grep -qxF "$LIBDIR/bin/python"; then
             fail "process ${process#/proc/} still runs from $LIBDIR: zbudfs swapoff --umount MOUNTPOINT first"
         fi
     done

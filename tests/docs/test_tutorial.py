@@ -29,6 +29,7 @@ def script_of(document: str, folder: Path) -> str:
 
 
 @pytest.mark.needs("root", "fuse", "loop", "swap")
+@pytest.mark.timeout(15 * LIMIT_SECONDS)
 def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
     """From nothing to swap that survives its daemon, and back to nothing."""
     script = script_of((ROOT / "docs/tutorial.md").read_text(), tmp_path)
@@ -41,7 +42,7 @@ def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
             ["bash", "-euo", "pipefail", "-c", script],
             capture_output=True,
             text=True,
-            timeout=3 * LIMIT_SECONDS,
+            timeout=12 * LIMIT_SECONDS,
             check=False,
             env={**os.environ, "PATH": path},
         )
