@@ -44,7 +44,7 @@ class BuildShim(build_ext):
         super().build_extensions()
 
 
-HOT = [f"zbudfs/core/{name}.c" for name in ("hot", "hot_zbud", "hot_dense")]
+HOT = [f"zbudfs/core/{name}.c" for name in ("hot", "hot_disk", "hot_zbud", "hot_dense")]
 
 setup(
     ext_modules=[

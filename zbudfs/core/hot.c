@@ -109,7 +109,7 @@ static int place(Hot *hot, uint64_t page, const char *bytes, unsigned size, PyOb
     hot->counters[ZBYTES] += size;
     hot->counters[CUMUL_ZPAGES]++;
     hot->counters[CUMUL_ZBYTES] += size;
-    hot->stored_at[*ref >> REF_BITS] = now;
+    hot->noted[*ref >> REF_BITS] = now;
     return 1;
 }
 
@@ -372,7 +372,7 @@ static PyObject *hot_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     hot->state = hot->buffers[STATE].buf;
     hot->pins = hot->buffers[PINS].buf;
     hot->counters = hot->buffers[COUNTS].buf;
-    hot->stored_at = hot->buffers[STORED_AT].buf;
+    hot->noted = hot->buffers[NOTED].buf;
     return (PyObject *)hot;
 failed:
     Py_DECREF(hot);
@@ -386,6 +386,13 @@ static PyMethodDef hot_methods[] = {
      "discard(page, stop, most, state) -> (int, int): free up to so many stored pages: the page to go on at, and how many"},
     {"read", (PyCFunction)(void (*)(void))hot_read, METH_FASTCALL,
      "read(page, count, decompress) -> bytes | None: the contents of pages; None if Python must get them"},
+    {"coldest", hot_coldest, METH_O, "coldest(most) -> list[int]: persistent frames that are not unevictable, coldest first"},
+    {"evict", hot_evict, METH_O, "evict(frames): make persistent frames zombies"},
+    {"written", hot_written, METH_O,
+     "written(batch) -> bytes: zombies are in their blocks and free, by (frame, block): the live zpages of each block"},
+    {"adopt", (PyCFunction)(void (*)(void))hot_adopt, METH_FASTCALL,
+     "adopt(frame, block, live) -> bool: a frame holds a copy of a block: let its live zpages be there"},
+    {"drop", hot_drop, METH_NOARGS, "drop() -> int: free the coldest ephemeral frame, and which it is; -1 if there is none"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-/* What the hot path (hot.c) and its packings (hot_zbud.c, hot_dense.c) have in common: the tables, and the steps of a list.
+/* What the hot path (hot.c, hot_disk.c) and its packings (hot_zbud.c, hot_dense.c) have in common: the tables, and the steps of a list.
 
-   A packing is four functions over the tables. What they do for any packing is here: an index that comes from the tables is
+   A packing is some functions over the tables. What they do for any packing is here: an index that comes from the tables is
    looked at before it is used, and lists are changed after all that is needed of them has been looked at. */
 #ifndef ZBUDFS_HOT_H
 #define ZBUDFS_HOT_H
@@ -32,6 +32,7 @@ enum {
     KIND_MASK = (1 << KIND_BITS) - 1,
     CHECK_SHIFT = 39,
     CHECKSUM_MASK = (1 << 24) - 1,
+    CHECK_BITS_BELOW = 24, /* of a check, the bit above its checksum says that the zpage is a word */
 };
 #define REF_MASK ((1ull << 36) - 1)
 enum { ABSENT, WORD, WORD_INVERTED, WORD_HALVES, FRAME, RAW_FRAME, BLOCK, RAW_BLOCK, WORD_ZPAGES, TABLE_COUNTS };
@@ -48,13 +49,16 @@ enum {
     CUMUL_ZBYTES = 10,
     BUDDIED = 12,
     UNBUDDIED_COUNT = 14,
+    EVICTED = 16,
+    ZOMBIES = 18,
+    RAW_COUNT = 20,
     UNBUDDIED = 22,
     HISTOGRAM = UNBUDDIED + 2 * NCHUNKS,
     COUNTERS = HISTOGRAM + 2 * NCHUNKS,
 };
 
 /* The buffers, in the order in which they are given; the packing's own columns follow, and then its own bytes. */
-enum { ENTRIES, TABLE, FRAMES, LRU_NEXT, LRU_PREV, BUD_NEXT, BUD_PREV, OWNER, STATE, PINS, COUNTS, STORED_AT, OWN, OWN_COLUMNS = 3 };
+enum { ENTRIES, TABLE, FRAMES, LRU_NEXT, LRU_PREV, BUD_NEXT, BUD_PREV, OWNER, STATE, PINS, COUNTS, NOTED, OWN, OWN_COLUMNS = 3 };
 enum { MOST_BUFFERS = OWN + OWN_COLUMNS + 1 };
 
 /* Lists as in core/lists.py: rings of indices through sentinels, all below `nodes`. */
@@ -74,7 +78,8 @@ typedef struct {
     int64_t *kinds; /* by kind of entry, then the words in zpages */
     unsigned char *frames, *state, *pins;
     struct rings lru, bud;
-    uint32_t *owner, *stored_at;
+    uint32_t *owner;
+    uint32_t *noted; /* when something was added to a persistent frame last, the block of an ephemeral one */
     int64_t *counters;
     uint64_t nr_frames;
     void *own[OWN_COLUMNS]; /* the packing's own columns, by frame */
@@ -103,8 +108,23 @@ struct packing {
     int (*free)(Hot *hot, uint32_t frame, unsigned index, unsigned size);
     /* The zpage of that page and its size; NULL if there is none at this index, or its handle is another's. */
     unsigned char *(*find)(const Hot *hot, uint64_t frame, unsigned index, uint64_t page, unsigned *size);
+    /* The mask of the indices in use, and the unbuddied list on which the frame belongs. */
+    unsigned (*live)(const Hot *hot, uint64_t frame);
+    unsigned (*list_of)(const Hot *hot, uint64_t frame);
+    /* The page that the handle at an index names, whatever is there. */
+    uint64_t (*page_at)(const Hot *hot, uint64_t frame, unsigned index);
+    /* The zpage of so many bytes that `find` has found in a copy of a block is there from now on; nothing is there any more. */
+    void (*claim)(Hot *hot, uint64_t frame, unsigned index, unsigned size);
+    void (*clear)(Hot *hot, uint64_t frame);
 };
 extern const struct packing hot_zbud, hot_dense;
+
+/* hot_disk.c */
+PyObject *hot_coldest(PyObject *self, PyObject *most);
+PyObject *hot_evict(PyObject *self, PyObject *frames);
+PyObject *hot_written(PyObject *self, PyObject *batch);
+PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *hot_drop(PyObject *self, PyObject *none);
 
 static inline void keep_order(void) { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
@@ -136,26 +156,30 @@ static inline void append(struct rings *rings, uint32_t sentinel, uint32_t node)
     rings->prev[sentinel] = node;
 }
 
-/* Put a persistent frame on the unbuddied list of those that use so many chunks, or count it as buddied if that is FULL. */
-static inline void enlist(Hot *hot, uint32_t frame, unsigned used) {
+/* Put a frame on its kind's unbuddied list of those that use so many chunks, or count it as buddied if that is FULL. */
+static inline void enlist_of(Hot *hot, uint32_t frame, unsigned used, unsigned kind) {
     if (used == FULL) {
-        hot->counters[BUDDIED]++;
+        hot->counters[BUDDIED + kind]++;
         return;
     }
-    append(&hot->bud, (uint32_t)hot->nr_frames + used, frame);
-    if (!hot->counters[UNBUDDIED + used]++) hot->counters[MASK] |= (int64_t)(1ull << used);
-    hot->counters[UNBUDDIED_COUNT]++;
+    append(&hot->bud, (uint32_t)hot->nr_frames + kind * NCHUNKS + used, frame);
+    if (!hot->counters[UNBUDDIED + kind * NCHUNKS + used]++) hot->counters[MASK + kind] |= (int64_t)(1ull << used);
+    hot->counters[UNBUDDIED_COUNT + kind]++;
 }
 
-static inline void delist(Hot *hot, uint32_t frame, unsigned used) {
+static inline void delist_of(Hot *hot, uint32_t frame, unsigned used, unsigned kind) {
     if (used == FULL) {
-        hot->counters[BUDDIED]--;
+        hot->counters[BUDDIED + kind]--;
         return;
     }
     take_out(&hot->bud, frame);
-    if (!--hot->counters[UNBUDDIED + used]) hot->counters[MASK] &= (int64_t)~(1ull << used);
-    hot->counters[UNBUDDIED_COUNT]--;
+    if (!--hot->counters[UNBUDDIED + kind * NCHUNKS + used]) hot->counters[MASK + kind] &= (int64_t)~(1ull << used);
+    hot->counters[UNBUDDIED_COUNT + kind]--;
 }
+
+/* The same for persistent frames. */
+static inline void enlist(Hot *hot, uint32_t frame, unsigned used) { enlist_of(hot, frame, used, 0); }
+static inline void delist(Hot *hot, uint32_t frame, unsigned used) { delist_of(hot, frame, used, 0); }
 
 /* Whether a frame can be taken off the unbuddied list `used`, and one be put on it. */
 static inline int can_delist(const Hot *hot, uint32_t frame, unsigned used) { return used == FULL || hangs(&hot->bud, frame); }

@@ -139,6 +139,25 @@ static unsigned char *find(const Hot *hot, uint64_t frame, unsigned index, uint6
     return hot->frames + (frame << PAGE_SHIFT) + offset;
 }
 
+static unsigned live(const Hot *hot, uint64_t frame) { return live_of(hot)[frame]; }
+
+static unsigned list_of(const Hot *hot, uint64_t frame) {
+    return list_for(hot, live_of(hot)[frame], end_of(hot, (uint32_t)frame));
+}
+
+static uint64_t page_at(const Hot *hot, uint64_t frame, unsigned index) {
+    return index < hot->most_zpages ? handles_of(hot, frame)[index] >> PAGE_NUMBER_SHIFT & UINT32_MAX : UINT64_MAX;
+}
+
+static void claim(Hot *hot, uint64_t frame, unsigned index, unsigned size) {
+    unsigned end = offset_in(handles_of(hot, frame)[index]) + size, before = live_of(hot)[frame] ? tail_of(hot)[frame] : 0;
+    tail_of(hot)[frame] = (uint16_t)(end > before ? end : before);
+    used_of(hot)[frame] = (uint16_t)(used_of(hot)[frame] + size);
+    live_of(hot)[frame] = (unsigned char)(live_of(hot)[frame] | 1u << index);
+}
+
+static void clear(Hot *hot, uint64_t frame) { live_of(hot)[frame] = 0, used_of(hot)[frame] = 0; }
+
 const struct packing hot_dense = {
     .layout = LAYOUT,
     .own_widths = {2, 2, 1},
@@ -149,4 +168,9 @@ const struct packing hot_dense = {
     .create = create,
     .free = free_zpage,
     .find = find,
+    .live = live,
+    .list_of = list_of,
+    .page_at = page_at,
+    .claim = claim,
+    .clear = clear,
 };

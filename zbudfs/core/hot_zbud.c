@@ -67,6 +67,25 @@ static unsigned char *find(const Hot *hot, uint64_t frame, unsigned index, uint6
     return zpage_at(hot, frame, index, chunks_for(*size));
 }
 
+static unsigned live(const Hot *hot, uint64_t frame) {
+    return (chunks_of(hot, 0)[frame] != 0) | (unsigned)(chunks_of(hot, 1)[frame] != 0) << 1;
+}
+
+static unsigned list_of(const Hot *hot, uint64_t frame) {
+    unsigned first = chunks_of(hot, 0)[frame], last = chunks_of(hot, 1)[frame];
+    return (first && last) || first + last >= NCHUNKS ? FULL : first + last;
+}
+
+static uint64_t page_at(const Hot *hot, uint64_t frame, unsigned index) {
+    return index < hot->most_zpages ? *handle_of(hot, frame, index) >> SIZE_BITS : UINT64_MAX;
+}
+
+static void claim(Hot *hot, uint64_t frame, unsigned index, unsigned size) {
+    chunks_of(hot, index)[frame] = (unsigned char)chunks_for(size);
+}
+
+static void clear(Hot *hot, uint64_t frame) { chunks_of(hot, 0)[frame] = chunks_of(hot, 1)[frame] = 0; }
+
 const struct packing hot_zbud = {
     .layout = 0xB1,
     .own_widths = {1, 1},
@@ -76,4 +95,9 @@ const struct packing hot_zbud = {
     .create = create,
     .free = free_zpage,
     .find = find,
+    .live = live,
+    .list_of = list_of,
+    .page_at = page_at,
+    .claim = claim,
+    .clear = clear,
 };

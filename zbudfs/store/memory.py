@@ -30,8 +30,8 @@ from zbudfs.store.board import BOARD_BYTES, LAYOUT, Board, Field
 from zbudfs.store.headroom import Headroom
 from zbudfs.store.trace_ring import RING_BYTES
 
-FRAME_ENTRY_BYTES: Final = 12
-"""Of the pool's table: the block of a frame, an entry of the stack of free frames, and when it was stored to."""
+FRAME_ENTRY_BYTES: Final = 8
+"""Of the pool's table: an entry of the stack of free frames; and when a frame was stored to, or the block of its copy."""
 
 BOUNCE_FRAMES: Final = 32
 """Blocks that can be read at once without a frame to keep them in: two requests of 64 KiB. Guessed."""
@@ -123,12 +123,11 @@ class StoreMemory:
             self.frames.populate(first << PAGE_SHIFT, count << PAGE_SHIFT)
             for offset, length in self.packing.kind.table_spans(self.nr_frames, first, count):
                 self.frame_table.populate(offset, length)
-            # block_of, the stack of ready frames from the left and that of bare ones from the right, stored_at
+            # the pool's column, and the stack of ready frames from the left and that of bare ones from the right
             for entry in (
                 first,
                 self.nr_frames + first,
                 2 * self.nr_frames - first - count,
-                2 * self.nr_frames + first,
             ):
                 self.free_frames.populate(4 * entry, 4 * count)
 

@@ -199,7 +199,9 @@ class PageStore:
         blocks = None
         if memory.blocks is not None:
             blocks = BlockMap(memory.blocks.view, memory.nr_segments, attach=attach)
-        self.state = State(self._table, self._pool, blocks)
+        self._allocator = self._pool.allocator
+        self._hot = None if pure else self._allocator.hot(self._table, self._pool.stored_at)
+        self.state = State(self._table, self._pool, blocks, self._hot)
         self.backing = backing
         self.codec = codec
         self.reclaimer = Reclaimer(self.state, backing)
@@ -211,9 +213,7 @@ class PageStore:
         self._loading: dict[int, trio.Event] = {}
         """By block: set when the read of it that is under way is over."""
         self._bounce_free = trio.lowlevel.ParkingLot()
-        self._allocator = self._pool.allocator
         self._entries = self._table.entries
-        self._hot = None if pure else self._allocator.hot(self._table, self._pool.stored_at)
         self._decode = codec.decode
         self._cumul_read_pages = 0
         self._cumul_written_pages = 0

@@ -42,7 +42,8 @@ class Pool:
 
     `allocator` is the allocator over them, `frames` the memoryview of their bytes. `block_of[frame]` is the block
     of which an ephemeral frame is a copy, `stored_at[frame]` the second (of the store's own clock) in which something was
-    added to a persistent one last. `limit_frames` may be lowered below `nr_frames` and raised again.
+    added to a persistent one last; they are one column, since no frame is both. `limit_frames` may be lowered below
+    `nr_frames` and raised again.
     With `attach` nothing is written, and nothing may be asked, before `restore`.
     """
 
@@ -52,9 +53,8 @@ class Pool:
         self.limit_frames = nr_frames
         self.frames = memory.frames.view
         own = memory.free_frames.view[: FRAME_ENTRY_BYTES * nr_frames].cast("I")
-        self.block_of = own[:nr_frames]
-        self.stored_at = own[2 * nr_frames :]
-        self._stack = own[nr_frames : 2 * nr_frames]  # ready from the left, bare that were ready before from the right
+        self.block_of = self.stored_at = own[:nr_frames]
+        self._stack = own[nr_frames:]  # ready from the left, bare that were ready before from the right
         self.ready_frames = 0
         self.reserve_wanted = RESERVE_FRAMES
         """Ready frames to keep, where the limit allows; more while the pool is being filled."""

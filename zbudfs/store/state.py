@@ -25,6 +25,7 @@ from zbudfs.core.allocator import (
 )
 from zbudfs.core.block_map import SEGMENT_BLOCKS, BlockMap
 from zbudfs.core.codec import WORD_ZPAGE_SIZE, check_of, check_of_raw, word_zpage
+from zbudfs.core.hot import Hot
 from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
@@ -64,17 +65,18 @@ class Eviction(NamedTuple):
 class State:
     """Page table, pool and block map, changed together.
 
-    `blocks` is None where there is no backing file.
+    `blocks` is None where there is no backing file. `hot` does in C what it can (core/hot_disk.c); None: all is done here.
     I1: a page's entry names a zpage whose handle is that page.
     I2: zpage i of block b is live iff an entry names it, or an entry names zpage i of an ephemeral frame with
         block_of[frame] == b.
     """
 
-    def __init__(self, table: PageTable, pool: Pool, blocks: BlockMap | None) -> None:
+    def __init__(self, table: PageTable, pool: Pool, blocks: BlockMap | None, hot: Hot | None = None) -> None:
         self.table = table
         self.pool = pool
         self.allocator = pool.allocator
         self.blocks = blocks
+        self._hot = hot
         self.watched: dict[int, list[int]] = {}
         """By page: [tasks that watch it, changes of its content]. Kept by whoever patches a page across a checkpoint."""
         self._stored_at = pool.stored_at
@@ -186,10 +188,13 @@ class State:
             block, count = blocks.alloc(len(frames) - len(batch))
             if not count:
                 break
-            for at in range(block, block + count):
-                frame = frames[len(batch)]
+            batch += map(Eviction, frames[len(batch) : len(batch) + count], range(block, block + count))
+        chosen = frames[: len(batch)]
+        if self._hot is not None:
+            self._hot.evict(chosen)
+        else:
+            for frame in chosen:
                 self.allocator.writeback_begin(frame)
-                batch.append(Eviction(frame, at))
         return batch
 
     def _coldest(self, most: int, stored_before: int | None) -> list[int]:
@@ -198,6 +203,8 @@ class State:
         Raw frames go to the old end however new they are. So a new raw frame does not end the search for old frames, and a
         new frame of another kind does; and for many new raw frames it is given up until they are old themselves.
         """
+        if stored_before is None and self._hot is not None:
+            return self._hot.coldest(most)
         found: list[int] = []
         for step, frame in enumerate(self.allocator.evictable(PERSISTENT_KIND)):
             if len(found) == most or (step == AGE_STEPS and stored_before is not None):
@@ -215,22 +222,30 @@ class State:
         place in the block counts as free.
         """
         assert self.blocks is not None
-        entries = self.table.entries
-        for frame, block in batch:
-            live = 0
-            for ref, page in self.allocator.residents(frame):
-                index = ref & INDEX_MASK
-                old = entries[page]
-                kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
-                at = block << REF_BITS | index
-                self.table.store(page, old & _CHECK_FIELD | at << KIND_BITS | kind)
-                live |= 1 << index
-                self.cumul_writeback_pages += 1
+        lives = self._hot.written(batch) if self._hot is not None else map(self._commit_written, batch)
+        fresh_until = self.now + FRESH_SECONDS
+        for (frame, block), live in zip(batch, lives, strict=True):
+            self.cumul_writeback_pages += live.bit_count()
             self.blocks.set_live(block, live)
-            self.pool.give_frame(self.allocator.writeback_done(frame))
-            self._written_at[block // SEGMENT_BLOCKS] = self.now + FRESH_SECONDS
+            self.give_frame(frame)
+            self._written_at[block // SEGMENT_BLOCKS] = fresh_until
         self.cumul_writeback_frames += len(batch)
         return len(batch)
+
+    def _commit_written(self, written: Eviction) -> int:
+        """The pages of a zombie are in its block from now on, and its frame is free: which of the block's zpages are live."""
+        frame, block = written
+        entries = self.table.entries
+        live = 0
+        for ref, page in self.allocator.residents(frame):
+            index = ref & INDEX_MASK
+            old = entries[page]
+            kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
+            at = block << REF_BITS | index
+            self.table.store(page, old & _CHECK_FIELD | at << KIND_BITS | kind)
+            live |= 1 << index
+        self.allocator.writeback_done(frame)
+        return live
 
     def is_fresh(self, block: int) -> bool:
         """Whether something was written to the segment of the block within the last FRESH_SECONDS: most likely the block."""
@@ -266,6 +281,8 @@ class State:
         allocator = self.allocator
         entries = self.table.entries
         live = self.blocks.live(block) & ~(1 << HOLD_INDEX)
+        if self._hot is not None:
+            return self._hot.adopt(frame, block, live)
         moves = []
         for index in range(allocator.most_zpages):
             if live >> index & 1:
@@ -295,10 +312,19 @@ class State:
 
     def drop_ephemeral(self) -> bool:
         """Free the coldest ephemeral frame: its pages are in its block again. False if there is none."""
+        frame = self._hot.drop() if self._hot is not None else self._drop_coldest()
+        if frame == NO_FRAME:
+            return False
+        self.give_frame(frame)
+        self.dropped_ephemeral_frames += 1
+        return True
+
+    def _drop_coldest(self) -> int:
+        """The coldest ephemeral frame, whose pages are in its block again; NO_FRAME if there is none."""
         allocator = self.allocator
         frame = allocator.oldest(EPHEMERAL_KIND)
         if frame == NO_FRAME:
-            return False
+            return NO_FRAME
         allocator.drop_begin(frame)
         block = self.pool.block_of[frame]
         for ref, page in allocator.residents(frame):
@@ -306,9 +332,7 @@ class State:
             kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
             at = block << REF_BITS | ref & INDEX_MASK
             self.table.store(page, old & _CHECK_FIELD | at << KIND_BITS | kind)
-        self.pool.give_frame(allocator.drop_done(frame))
-        self.dropped_ephemeral_frames += 1
-        return True
+        return allocator.drop_done(frame)
 
     # ---- itself --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: MIT
+/* The hot path to the backing file and back: what happens to each frame of a batch, over the same tables.
+
+       State.begin_writeback   -->  coldest(most), evict(frames)     persistent frames become zombies
+       State.finish_writeback  -->  written(batch)                   their pages are in blocks from now on, the frames are free
+       State.adopt             -->  adopt(frame, block, live)        a copy of a block becomes an ephemeral frame
+       State.drop_ephemeral    -->  drop()                           its pages are in its block again, the frame is free
+
+   The Python of core/allocator.py and store/state.py once more, for any packing, in the same order: entries are stored when the
+   form that they name is complete, and before the old one is given up. Blocks and the pool's free frames stay with Python.
+   Nothing here is called across a checkpoint with something that was looked up before it: what is in a frame, and where its
+   pages are, is read anew by each call. All of a frame is looked at before anything of it is changed. */
+#include "hot.h"
+
+enum { EPHEMERAL = 2, ZOMBIE = 3 };
+enum { PERS = 0, EPH = 1 }; /* PERSISTENT_KIND, EPHEMERAL_KIND */
+
+/* The zpages of a frame, or the raw page that it is. */
+struct resident {
+    uint64_t page;
+    unsigned index, size;
+};
+
+/* What is in a frame, of the indices of a mask, if each of these pages' entries says that it is there; else -1, without an error.
+   `where` is the ref of index 0 that entries give, in a frame or a block. */
+static int residents(const Hot *hot, uint64_t frame, unsigned mask, uint64_t where, unsigned kind, struct resident *found) {
+    int count = 0;
+    for (unsigned index = 0; index < MOST_ZPAGES; index++) {
+        if (!(mask >> index & 1)) continue;
+        struct resident *here = &found[count++];
+        *here = (struct resident){hot->packing->page_at(hot, frame, index), index, 0};
+        if (here->page >= hot->nr_pages || !hot->packing->find(hot, frame, index, here->page, &here->size)) return -1;
+        uint64_t entry = hot->entries[here->page];
+        if ((entry & KIND_MASK) != kind || (entry >> KIND_BITS & REF_MASK) != (where | index)) return -1;
+    }
+    return count;
+}
+
+/* The same for what the allocator says is in a frame of the pool; -1 with an error. */
+static int all_residents(const Hot *hot, uint64_t frame, struct resident *found) {
+    uint64_t where = frame << REF_BITS;
+    int count = 1;
+    if (!hot->owner[frame]) {
+        unsigned mask = hot->packing->live(hot, frame);
+        count = mask >> hot->most_zpages ? -1 : residents(hot, frame, mask, where, FRAME, found);
+    } else {
+        *found = (struct resident){hot->owner[frame] - 1u, 0, 0};
+        uint64_t entry = found->page < hot->nr_pages ? hot->entries[found->page] : ABSENT;
+        if ((entry & KIND_MASK) != RAW_FRAME || (entry >> KIND_BITS & REF_MASK) != where) count = -1;
+    }
+    return count < 0 ? corrupt("what is in frame", frame) : count;
+}
+
+/* The page is from now on at this ref of a frame or a block; its check stays. */
+static void move(Hot *hot, uint64_t page, unsigned kind, uint64_t ref) {
+    uint64_t old = hot->entries[page];
+    keep_order();
+    __atomic_store_n(&hot->entries[page], old >> CHECK_SHIFT << CHECK_SHIFT | ref << KIND_BITS | kind, __ATOMIC_RELEASE);
+    keep_order();
+    hot->kinds[old & KIND_MASK]--;
+    hot->kinds[kind]++;
+}
+
+/* The pages of a frame are in its block: which of them. */
+static unsigned move_to_block(Hot *hot, uint32_t frame, const struct resident *found, int count, uint64_t block) {
+    unsigned live = 0, kind = hot->owner[frame] ? RAW_BLOCK : BLOCK;
+    for (int i = 0; i < count; i++) {
+        move(hot, found[i].page, kind, block << REF_BITS | found[i].index);
+        live |= 1u << found[i].index;
+    }
+    return live;
+}
+
+/* Nothing refers to a frame of that kind, which is on no list: it is free. */
+static void forget(Hot *hot, uint32_t frame, unsigned kind, const struct resident *found, int count) {
+    if (hot->owner[frame]) {
+        hot->owner[frame] = 0;
+        hot->counters[RAW_COUNT + kind]--;
+    } else {
+        for (int i = 0; i < count; i++) {
+            hot->counters[ZPAGES + kind]--;
+            hot->counters[ZBYTES + kind] -= found[i].size;
+            hot->counters[HISTOGRAM + kind * NCHUNKS + ((found[i].size + ROUND_UP) >> CHUNK_SHIFT)]--;
+        }
+        hot->packing->clear(hot, frame);
+    }
+    hot->counters[EVICTED + kind]++;
+    hot->counters[PAGEFRAMES + kind]--;
+    hot->state[frame] = FREE;
+}
+
+/* Whether a frame is in that state, and can be taken off its lists. */
+static int can_leave(const Hot *hot, uint64_t frame, unsigned state) {
+    if (frame >= hot->nr_frames || hot->state[frame] != state || hot->pins[frame] || !hangs(&hot->lru, frame)) return 0;
+    return hot->owner[frame] || can_delist(hot, (uint32_t)frame, hot->packing->list_of(hot, frame));
+}
+
+static void leave_lists(Hot *hot, uint32_t frame, unsigned kind) {
+    take_out(&hot->lru, frame);
+    if (!hot->owner[frame]) delist_of(hot, frame, hot->packing->list_of(hot, frame), kind);
+}
+
+/* The next frame of a list that is not unevictable, from this node on; a number that is no frame's if there is none. */
+static uint64_t evictable(const Hot *hot, uint64_t node) {
+    while (node < hot->nr_frames && hot->pins[node]) node = hot->lru.next[node];
+    return node;
+}
+
+/* ---- to the backing file ----------------------------------------------------------------------------------------- */
+
+PyObject *hot_coldest(PyObject *self, PyObject *most) {
+    Hot *hot = (Hot *)self;
+    uint64_t wanted = PyLong_AsUnsignedLongLong(most);
+    PyObject *found = PyErr_Occurred() ? NULL : PyList_New(0);
+    uint64_t node = hot->lru.next[hot->nr_frames + PERS];
+    for (uint64_t steps = 0; found && wanted--; node = hot->lru.next[node]) {
+        if ((node = evictable(hot, node)) >= hot->nr_frames) break;
+        PyObject *number = PyLong_FromUnsignedLongLong(node);
+        if (steps++ > hot->nr_frames) corrupt("the LRU list at frame", node);
+        if (!number || PyErr_Occurred() || PyList_Append(found, number)) Py_CLEAR(found);
+        Py_XDECREF(number);
+    }
+    return found;
+}
+
+PyObject *hot_evict(PyObject *self, PyObject *frames) {
+    Hot *hot = (Hot *)self;
+    PyObject *all = PySequence_Tuple(frames);
+    for (Py_ssize_t i = 0; all && i < PyTuple_GET_SIZE(all); i++) {
+        uint64_t frame = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(all, i));
+        if (PyErr_Occurred() || (!can_leave(hot, frame, PERSISTENT) && corrupt("not an evictable frame:", frame))) {
+            Py_CLEAR(all);
+            break;
+        }
+        hot->state[frame] = ZOMBIE;
+        leave_lists(hot, (uint32_t)frame, PERS);
+        hot->counters[ZOMBIES + PERS]++;
+    }
+    Py_XDECREF(all);
+    return all ? Py_NewRef(Py_None) : NULL;
+}
+
+/* A frame of a batch, and its block: which of the block's zpages are live, or -1. */
+static int written(Hot *hot, uint64_t frame, uint64_t block) {
+    struct resident found[MOST_ZPAGES];
+    if (frame >= hot->nr_frames || hot->state[frame] != ZOMBIE || block > REF_MASK >> REF_BITS) return corrupt("not a zombie:", frame);
+    int count = all_residents(hot, frame, found);
+    if (count < 0) return -1;
+    unsigned live = move_to_block(hot, (uint32_t)frame, found, count, block);
+    hot->counters[ZOMBIES + PERS]--;
+    forget(hot, (uint32_t)frame, PERS, found, count);
+    return (int)live;
+}
+
+PyObject *hot_written(PyObject *self, PyObject *batch) {
+    PyObject *pairs = PySequence_Tuple(batch);
+    PyObject *lives = pairs ? PyBytes_FromStringAndSize(NULL, PyTuple_GET_SIZE(pairs)) : NULL;
+    for (Py_ssize_t i = 0; lives && i < PyTuple_GET_SIZE(pairs); i++) {
+        unsigned long long frame, block;
+        int live = PyArg_ParseTuple(PyTuple_GET_ITEM(pairs, i), "KK", &frame, &block) ? written((Hot *)self, frame, block) : -1;
+        if (live < 0) Py_CLEAR(lives);
+        else PyBytes_AS_STRING(lives)[i] = (char)live;
+    }
+    Py_XDECREF(pairs);
+    return lives;
+}
+
+/* ---- and back ---------------------------------------------------------------------------------------------------- */
+
+/* Whether the check of a page's entry is that of this zpage, as `check_of` in Python. */
+static int is_checked(uint64_t entry, const unsigned char *zpage, unsigned size) {
+    const unsigned char *end = zpage + size;
+    uint64_t check = size < 4 ? 0 : (end[-4] | (uint64_t)end[-3] << 8 | (uint64_t)end[-2] << 16) & CHECKSUM_MASK;
+    return size >= 4 && entry >> CHECK_SHIFT == (check | (uint64_t)(size == WORD_ZPAGE_SIZE) << CHECK_BITS_BELOW);
+}
+
+PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Hot *hot = (Hot *)self;
+    struct resident found[MOST_ZPAGES];
+    if (nargs != 3) return PyErr_Format(PyExc_TypeError, "adopt(frame, block, live)");
+    uint64_t frame = PyLong_AsUnsignedLongLong(args[0]);
+    uint64_t block = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[1]);
+    unsigned long live = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLong(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    if (frame >= hot->nr_frames || hot->state[frame] != EPHEMERAL || !hot->pins[frame] || hot->owner[frame] ||
+        hot->packing->live(hot, frame) || live >> hot->most_zpages || block > UINT32_MAX) {
+        corrupt("not a frame to be filled:", frame);
+        return NULL;
+    }
+    int count = residents(hot, frame, (unsigned)live, block << REF_BITS, BLOCK, found);
+    for (int i = 0; i < count; i++) {
+        unsigned size;
+        unsigned char *zpage = hot->packing->find(hot, frame, found[i].index, found[i].page, &size);
+        if (!is_checked(hot->entries[found[i].page], zpage, size)) count = -1;
+    }
+    if (count <= 0) Py_RETURN_FALSE;
+    for (int i = 0; i < count; i++) {
+        hot->packing->claim(hot, frame, found[i].index, found[i].size);
+        hot->counters[HISTOGRAM + EPH * NCHUNKS + ((found[i].size + ROUND_UP) >> CHUNK_SHIFT)]++;
+        hot->counters[ZPAGES + EPH]++;
+        hot->counters[ZBYTES + EPH] += found[i].size;
+        hot->counters[CUMUL_ZPAGES + EPH]++;
+        hot->counters[CUMUL_ZBYTES + EPH] += found[i].size;
+    }
+    hot->pins[frame]--;
+    unsigned used = hot->packing->list_of(hot, frame);
+    if (used != FULL && !hangs(&hot->bud, hot->nr_frames + NCHUNKS + used)) {
+        corrupt("a list of unbuddied frames:", used);
+        return NULL;
+    }
+    enlist_of(hot, (uint32_t)frame, used, EPH);
+    hot->noted[frame] = (uint32_t)block;
+    for (int i = 0; i < count; i++) move(hot, found[i].page, FRAME, frame << REF_BITS | found[i].index);
+    Py_RETURN_TRUE;
+}
+
+PyObject *hot_drop(PyObject *self, PyObject *Py_UNUSED(none)) {
+    Hot *hot = (Hot *)self;
+    struct resident found[MOST_ZPAGES];
+    uint64_t frame = evictable(hot, hot->lru.next[hot->nr_frames + EPH]);
+    if (frame >= hot->nr_frames) return PyLong_FromLong(-1);
+    if (!can_leave(hot, frame, EPHEMERAL)) {
+        corrupt("not an ephemeral frame:", frame);
+        return NULL;
+    }
+    int count = all_residents(hot, frame, found);
+    if (count < 0) return NULL;
+    leave_lists(hot, (uint32_t)frame, EPH);
+    move_to_block(hot, (uint32_t)frame, found, count, hot->noted[frame]);
+    forget(hot, (uint32_t)frame, EPH, found, count);
+    return PyLong_FromUnsignedLongLong(frame);
+}
