@@ -15,12 +15,14 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
+import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,11 +31,12 @@ from tests.store.rig import drop, get, let_go, packed_by, place_of, put, run
 from tests.support import LIMIT_SECONDS, ROOT
 from zbudfs.core import hot
 from zbudfs.core.allocator import NO_REF, REF_BITS
+from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.dense import Dense
 from zbudfs.core.errors import PageLost
 from zbudfs.core.packing import Packing
-from zbudfs.core.page_table import FRAME, entry
+from zbudfs.core.page_table import ABSENT, BLOCK, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, REF_MASK, entry
 from zbudfs.core.units import NO_FRAME, PAGE_SIZE, PAGE_WORDS
 from zbudfs.core.zbud import Zbud
 from zbudfs.store.backing import Backing
@@ -521,6 +524,62 @@ def test_arguments() -> None:
                 hot.Hot(layout, zpages, FRAMES, *large[:short], memoryview(bytearray(8)), *large[short + 1 :])
 
 
+def test_damaged_frames_on_their_way() -> None:
+    """What cannot be written back, dropped or filled is an AssertionError, and nothing has changed."""
+
+    async def main() -> None:
+        async with filled() as store:
+            hot, state, allocator = store._hot, store.state, store.state.allocator
+            assert hot is not None
+            frame, raw = place_of(store, 4)[0], place_of(store, 1)[0]
+            assert hot.coldest(0) == []
+            assert hot.coldest(99) == list(allocator.frames_of(0))
+            before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
+
+            def damaged(call: Callable[[], object]) -> None:
+                with pytest.raises(AssertionError, match="the tables are damaged"):
+                    call()
+                assert before == (bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters())
+
+            for wrong in (HIGH, FRAMES, store.state.pool._stack[0]):
+                damaged(lambda wrong=wrong: hot.evict([wrong]))  # type: ignore[misc]
+                damaged(lambda wrong=wrong: hot.written([(wrong, 1)]))  # type: ignore[misc]
+                damaged(lambda wrong=wrong: hot.adopt(wrong, 1, 1))  # type: ignore[misc]
+            damaged(lambda: hot.written([(frame, 1)]))
+            allocator._pins[frame] = 1
+            assert frame not in hot.coldest(99)
+            damaged(lambda: hot.evict([frame]))
+            allocator._pins[frame] = 0
+            for prevs, member in (
+                (allocator._lru_prev, frame),
+                (allocator._bud_prev, frame),
+                (allocator._lru_prev, raw),
+            ):
+                kept, prevs[member] = prevs[member], HIGH
+                damaged(lambda member=member: hot.evict([member]))  # type: ignore[misc]
+                prevs[member] = kept
+            assert hot.drop() == -1
+            for name, wrong_arguments in (("evict", (7,)), ("written", ([7],)), ("coldest", ("1",)), ("adopt", (1,))):
+                with pytest.raises(TypeError):
+                    getattr(hot, name)(*wrong_arguments)
+            state.check()
+
+            hot.evict([frame, raw])
+            before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
+            damaged(lambda: hot.evict([frame]))
+            for number in (1, 4):
+                entries = state.table.entries
+                kept = entries[number]
+                entries[number] = ABSENT
+                before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
+                damaged(lambda number=number: hot.written([(raw if number == 1 else frame, 5)]))  # type: ignore[misc]
+                entries[number] = kept
+            assert list(hot.written([(frame, 5), (raw, 6)])) == [1, 1]
+            assert entries[4] & KIND_MASK == BLOCK and entries[1] & KIND_MASK == RAW_BLOCK
+
+    run(main)
+
+
 # ---- killed at any instruction -------------------------------------------------------------------------------------
 
 KILLS: Final = 40
@@ -541,16 +600,51 @@ def version(number: int, count: int) -> bytes:
     return head + source.randbytes(size).ljust(PAGE_SIZE - len(head), b"\0")
 
 
-def take_over(memory: StoreMemory, *, pure: bool) -> PageStore:
-    """Return a store that goes on with what is in the memory."""
-    store = PageStore(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, None, Codec(), memory, pure=pure)
+def take_over(memory: StoreMemory, disk: Backing, *, pure: bool) -> PageStore:
+    """Return a store that goes on with what is in the memory and on the disk."""
+    backing = Backing(disk.path, os.dup(disk.fileno()))
+    store = PageStore(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, backing, Codec(), memory, pure=pure)
     assert store.recover().lost_pages == 0
     return store
 
 
-def overwrite_for_ever(memory: StoreMemory, round_number: int, tell: int) -> None:
-    """Overwrite pages until killed; tell before each request which it is (first page, pages, count), then what is stored."""
-    store = take_over(memory, pure=False)
+def leave(store: PageStore) -> None:
+    """Let go of a store, but for its memory and its disk."""
+    assert store.backing is not None
+    os.close(store.backing.fileno())
+    store.backing = None
+    store.close()
+
+
+def move_about(store: PageStore, source: random.Random) -> None:
+    """Write frames back, drop ephemeral ones and read blocks back, as the store's tasks do, without giving way."""
+    state, pool, allocator, backing = store.state, store.state.pool, store.state.allocator, store.backing
+    assert backing is not None and state.blocks is not None
+    batch = state.begin_writeback(source.randrange(1, 24))
+    for frame, block in batch:
+        backing.write_blocks(block, [allocator.frame_bytes(frame)])
+    state.finish_writeback(batch)
+    for _ in range(source.randrange(8)):
+        state.drop_ephemeral()
+    for page_number in source.choices(range(KILL_PAGES), k=12):
+        there = state.table.entries[page_number]
+        block = there >> KIND_BITS + REF_BITS & REF_MASK >> REF_BITS
+        frame = pool.take_frame() if there & KIND_MASK in (BLOCK, RAW_BLOCK) else NO_FRAME
+        if frame == NO_FRAME:
+            continue
+        state.hold_block(block)
+        allocator.fill_prep(frame)
+        backing.read_blocks(block, [allocator.frame_bytes(frame)])
+        if there & KIND_MASK == RAW_BLOCK:
+            state.adopt_raw(frame, block, page_number)
+        else:
+            assert state.adopt(frame, block)
+        state.release_block(block)
+
+
+def overwrite_for_ever(memory: StoreMemory, disk: Backing, round_number: int, tell: int) -> None:
+    """Overwrite pages and move them about until killed; tell before each request (first page, pages, count), then how many."""
+    store = take_over(memory, disk, pure=False)
     assert store._hot is not None
     pool = store.state.pool
     while runs := pool.take_bare():
@@ -569,15 +663,17 @@ def overwrite_for_ever(memory: StoreMemory, round_number: int, tell: int) -> Non
             os.write(tell, b"%d,%d,%d " % (first, len(content) // PAGE_SIZE, count))
             stored = store.write_nowait(first * PAGE_SIZE, content)  # as many as there are frames for
             os.write(tell, b"%d " % (stored // PAGE_SIZE))
+            if not source.randrange(4):
+                move_about(store, source)
 
 
-def killed_child(memory: StoreMemory, round_number: int, after_seconds: float) -> str:
+def killed_child(memory: StoreMemory, disk: Backing, round_number: int, after_seconds: float) -> str:
     """Have a child overwrite pages and kill it after some time; what it told."""
     reads, tells = os.pipe()
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
-            overwrite_for_ever(memory, round_number, tells)
+            overwrite_for_ever(memory, disk, round_number, tells)
         os._exit(1)
     os.close(tells)
     said = os.read(reads, 6) if select.select([reads], [], [], LIMIT_SECONDS / 2)[0] else b""
@@ -596,13 +692,20 @@ def killed_child(memory: StoreMemory, round_number: int, after_seconds: float) -
 
 def kill_again_and_again() -> tuple[int, int]:
     """Kill writers and look at each page: how many requests were done, and how many kills came in the midst of one."""
-    memory = StoreMemory(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, backed=False)
+    memory = StoreMemory(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, backed=True)
     memory.populate()
+    folder = tempfile.TemporaryDirectory(dir="/dev/shm")  # a disk that takes no time: kills come in the midst of the rest
+    disk = Backing(f"{folder.name}/backing")
+    blocks = BlockMap(memory.blocks.view, memory.nr_segments) if memory.blocks is not None else None
+    assert blocks is not None
+    holes = blocks.take_holes(memory.nr_segments)
+    disk.make_ready(*holes)
+    blocks.add_ready(*holes)
     may_be: list[set[int]] = [{0} for _ in range(KILL_PAGES)]
     source = random.Random(11)
-    answered = midst = 0
+    answered = midst = on_disk = 0
     for round_number in range(1, KILLS + 1):
-        said = killed_child(memory, round_number, source.uniform(0.0002, 0.02)).split(" ")
+        said = killed_child(memory, disk, round_number, source.uniform(0.0002, 0.03)).split(" ")
         assert said[0] == "ready", said
         for request, end in zip(said[1:-1:2], [*said[2:-1:2], ""], strict=False):
             first, pages, count = map(int, request.split(","))
@@ -613,14 +716,20 @@ def kill_again_and_again() -> tuple[int, int]:
                     may_be[number] = {count}
             answered += end != ""
             midst += end == ""
-        heir = take_over(memory, pure=bool(round_number % 2))
+        heir = take_over(memory, disk, pure=bool(round_number % 2))
         heir.check()
+        on_disk += heir.statistics().written_back_pages
+        contents = trio.run(heir.read, 0, KILL_PAGES * PAGE_SIZE)
         for number in range(KILL_PAGES):
-            content = heir.read_nowait(number * PAGE_SIZE, PAGE_SIZE)
+            content = contents[number * PAGE_SIZE :][:PAGE_SIZE]
             found = {count for count in may_be[number] if content == version(number, count)}
             assert found, f"round {round_number}: page {number} is none of {sorted(may_be[number])}"
             may_be[number] = found
-        heir.close()
+        heir.check()
+        leave(heir)
+    assert on_disk > KILLS, "hardly anything was written back"
+    disk.close()
+    folder.cleanup()
     return answered, midst
 
 

@@ -156,8 +156,11 @@ PyObject *hot_written(PyObject *self, PyObject *batch) {
     PyObject *pairs = PySequence_Tuple(batch);
     PyObject *lives = pairs ? PyBytes_FromStringAndSize(NULL, PyTuple_GET_SIZE(pairs)) : NULL;
     for (Py_ssize_t i = 0; lives && i < PyTuple_GET_SIZE(pairs); i++) {
+        PyObject *pair = PyTuple_GET_ITEM(pairs, i);
         unsigned long long frame, block;
-        int live = PyArg_ParseTuple(PyTuple_GET_ITEM(pairs, i), "KK", &frame, &block) ? written((Hot *)self, frame, block) : -1;
+        int live = -1;
+        if (!PyTuple_Check(pair)) PyErr_Format(PyExc_TypeError, "written([(frame, block), ...])");
+        else if (PyArg_ParseTuple(pair, "KK", &frame, &block)) live = written((Hot *)self, frame, block);
         if (live < 0) Py_CLEAR(lives);
         else PyBytes_AS_STRING(lives)[i] = (char)live;
     }
