@@ -694,7 +694,9 @@ def kill_again_and_again() -> tuple[int, int]:
     """Kill writers and look at each page: how many requests were done, and how many kills came in the midst of one."""
     memory = StoreMemory(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, backed=True)
     memory.populate()
-    folder = tempfile.TemporaryDirectory(dir="/dev/shm")  # a disk that takes no time: kills come in the midst of the rest
+    folder = tempfile.TemporaryDirectory(
+        dir="/dev/shm"
+    )  # a disk that takes no time: kills come in the midst of the rest
     disk = Backing(f"{folder.name}/backing")
     blocks = BlockMap(memory.blocks.view, memory.nr_segments) if memory.blocks is not None else None
     assert blocks is not None
