@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from scripts.storm import make_page
+from tests.store.disks import tmpfs
 from tests.support import LIMIT_SECONDS, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
 from tests.tracing.samples import trace_file
 from zbudfs.cli.main import main
@@ -126,6 +128,21 @@ def test_the_end_of_the_mount_ends_a_recording(mountpoint: Path, tmp_path: Path)
     assert "records" in out
     assert err == "zbudfs: the daemon has ended, or was handed over to another one\n"
     assert shown(path)["pages"]["write"] == PAGES
+
+
+@pytest.mark.needs("root", "fuse")
+def test_a_full_disk_ends_a_recording(mountpoint: Path, tmp_path: Path) -> None:
+    """It is said where and why; the daemon stops recording, and goes on."""
+    with tmpfs(tmp_path, 4096) as folder:
+        recorder = Recorder(mountpoint, folder / "trace")
+        with (mountpoint / "swapfile").open("r+b", buffering=0) as file:
+            for number in random.Random(1).choices(range(PAGES), k=PAGES):
+                os.pwrite(file.fileno(), make_page(number, 0, 1), number * 4096)
+        status, out, err = recorder.end()
+    assert (status, out) == (1, "")
+    assert err == f"zbudfs: {folder}/trace cannot be written: No space left on device\n"
+    assert (mountpoint / "control/trace").read_text() == "0\n"
+    use(mountpoint)
 
 
 @pytest.mark.needs("root", "fuse")

@@ -62,3 +62,15 @@ def ramfs(folder: Path) -> Iterator[Path]:
         yield where
     finally:
         run_tool("umount", where)
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """Have a tmpfs of `size_bytes` mounted, a whole number of pages."""
+    where = folder / "tmpfs"
+    where.mkdir()
+    run_tool("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", where)
+    try:
+        yield where
+    finally:
+        run_tool("umount", where)

@@ -32,15 +32,19 @@ _READ_BYTES: Final = 1 << 24
 
 
 class TraceWriter:
-    """A new file at `path` of at most `max_bytes`: when that is reached the oldest blocks make room. OSError."""
+    """A new file at `path` of at most `max_bytes`: when that is reached the oldest blocks make room.
+
+    OSError where it cannot be made; TraceFileError where it cannot be written.
+    """
 
     def __init__(self, path: str, max_bytes: int, about: Mapping[str, Any]) -> None:
+        self._path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise TraceFileError(f"{path} is not a file: a trace is written to several places of it in turn")
             header = encode_header(about)
-            os.write(self._fd, header)
+            self._put(header, 0)
         except BaseException:
             os.close(self._fd)
             raise
@@ -81,13 +85,18 @@ class TraceWriter:
             os.ftruncate(self._fd, self._at)  # what an earlier, longer round has left behind this one
             self._at = self._first
             self.rounds += 1
-        view = memoryview(block)
-        at = self._at
+        self._put(block, self._at)
+        self._at += len(block)
+
+    def _put(self, data: bytes, at: int) -> None:
+        view = memoryview(data)
         while view:
-            written = os.pwrite(self._fd, view, at)
+            try:
+                written = os.pwrite(self._fd, view, at)
+            except OSError as error:
+                raise TraceFileError(f"{self._path} cannot be written: {error.strerror}") from None
             at += written
             view = view[written:]
-        self._at = at
 
     def close(self) -> None:
         """Write what is left, and close the file."""
