@@ -17,7 +17,7 @@ from tests.support import is_mounted, run_zbudfs, status_of, wait_until, zbudfs
 from zbudfs.cli.stripe import MAX_INSTANCES, divided, grouped, summed
 from zbudfs.service.mountpoint import Mount
 from zbudfs.service.settings import Settings, SettingsError
-from zbudfs.swap.loop import swaps
+from zbudfs.swap.loop import loop_devices, swaps
 
 MIB = 1 << 20
 
@@ -185,7 +185,7 @@ def test_the_kernel_fills_them_in_turns(mountpoint: Path, tmp_path: Path) -> Non
     wait_until(lambda: status_of(mountpoint)["recoveries"] == 1, "the takeover")
     assert full["lost_pages"] == 0
     zbudfs("swapoff", "--umount", mountpoint)
-    assert not [swap for swap in swaps() if swap.path in devices]
+    assert not [loop for loop in loop_devices() if loop.backing_file.startswith(str(mountpoint))]
     assert list(mountpoint.iterdir()) == []
 
 
@@ -197,5 +197,5 @@ def test_without_a_priority_they_are_equal_all_the_same(mountpoint: Path) -> Non
     ).split()
     assert [swap.priority for swap in swaps() if swap.path in devices] == [0, 0]
     zbudfs("swapoff", mountpoint)
-    assert not [swap for swap in swaps() if swap.path in devices]
+    assert not [loop for loop in loop_devices() if loop.backing_file.startswith(str(mountpoint))]
     assert is_mounted(mountpoint / "1")

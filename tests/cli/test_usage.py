@@ -177,10 +177,9 @@ def test_the_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         build_parser().parse_args(words[1:], Arguments())
 
 
-def test_status_without_a_mount(capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_without_a_mount(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing mounted is no failure."""
-    if zbudfs_mounts():
-        pytest.skip("something is mounted on this machine")
+    monkeypatch.setattr("zbudfs.cli.commands.zbudfs_mounts", list)  # others may have one at the moment
     assert main(["status"]) == 0
     assert capsys.readouterr().out == "no zbudfs is mounted\n"
     assert main(["status", "--json"]) == 0
