@@ -171,6 +171,10 @@ def start_swap(**keys: object) -> None:
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
+LAST_LOOK_SECONDS: Final = 3000.0
+"""Longest time for a look at all pages of a storm, most of them on disk, by an emulated processor that others use as well."""
+
+
 class Storm:
     """A program that fills memory with pages of which it knows every byte, and reads and rewrites them all the time.
 
@@ -210,7 +214,7 @@ class Storm:
         """Have it check all of it once more and end: pages checked and wrong."""
         self.must_live()
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait(1200)
+        self._process.wait(LAST_LOOK_SECONDS)
         _, checked, wrong, what = self.state()
         if what != "done":
             raise Failed(f"the storm did not come to its end: {what}")
