@@ -351,11 +351,12 @@ def zbudfs(*arguments: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, size: int, pool: str) -> Iterator[Path]:
+def mounted(folder: Path, size: int, pool: str, packing: str) -> Iterator[Path]:
     """Have a mount with a backing file."""
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
-    zbudfs("mount", "--size", str(size), "--pool", pool, "--backing", folder / "backing", mountpoint)
+    options = ("--size", str(size), "--pool", pool, "--packing", packing, "--backing", folder / "backing")
+    zbudfs("mount", *options, mountpoint)
     try:
         yield mountpoint
     finally:
@@ -403,6 +404,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=6, help="at the same time (default: 6)")
     parser.add_argument("--size", type=int, default=16, help="MiB of the swapfile (default: 16)")
     parser.add_argument("--pool", default="2M", help="of the mount (default: 2M)")
+    parser.add_argument("--packing", default="zbud", help="of the mount (default: zbud)")
     parser.add_argument("--kill-seconds", type=float, default=0, help="kill the worker so often (default: never)")
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="zbudfs-fsx-"))
@@ -413,7 +415,7 @@ def main(arguments: list[str]) -> int:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     began = time.monotonic()
     try:
-        with mounted(folder, size, options.pool) as mountpoint:
+        with mounted(folder, size, options.pool, options.packing) as mountpoint:
             finish = kill_again_and_again(mountpoint, options.kill_seconds) if options.kill_seconds else lambda: 0
             said = list(play_all(mountpoint / "swapfile", shadow, size, options.processes, seeds))
             kills = finish()

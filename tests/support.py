@@ -27,6 +27,8 @@ LIMIT_SECONDS: Final = 60.0
 """Longest wait for anything. A failure, not a measurement: no test passes or fails by the clock otherwise."""
 RUN_VARIABLE: Final = "ZBUDFS_TEST_RUN"
 """Environment variable that marks every process that a test run has started, daemons as well."""
+PACKING: Final = os.environ.get("ZBUDFS_TEST_PACKING", "zbud")
+"""Packing of a mount for which the test says none."""
 
 
 def run_zbudfs(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -53,7 +55,7 @@ def status_of(mountpoint: Path) -> dict[str, Any]:
 def mounted(mountpoint: Path, *options: str | Path) -> Iterator[Path]:
     """Have a zbudfs of 64 MiB with a pool of 16 MiB and no backing file, or as `options` say, for a while."""
     mountpoint.mkdir(exist_ok=True)
-    zbudfs("mount", "--size", "64M", "--pool", "16M", "--backing", "none", *options, mountpoint)
+    zbudfs("mount", "--size", "64M", "--pool", "16M", "--packing", PACKING, "--backing", "none", *options, mountpoint)
     try:
         yield mountpoint
     finally:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Bad disks under a real mount: a page is right or an error, never wrong; RAM goes on; and all is well when the disk is."""
+"""Bad disks under a real mount: a page is right or an error, never wrong; RAM goes on; and all is well when the disk is.
+
+What takes long is done with one packing. With the other: ZBUDFS_TEST_PACKING=dense pytest tests/fuse/test_faulty_disk.py
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import pytest
 
 from scripts.nbd import nbd_disk
 from tests.fuse.calls import MIB, PAGE, aligned, all_stats, opened, stat_of
-from tests.support import LIMIT_SECONDS, mounted, status_of, wait_until, zbudfs
+from tests.support import LIMIT_SECONDS, PACKING, mounted, status_of, wait_until, zbudfs
 
 pytestmark = pytest.mark.needs("root", "fuse")
 
@@ -99,12 +102,12 @@ def device_on(backing: Path, mountpoint: Path, *options: str) -> Iterator[Device
 
 
 @pytest.mark.needs("loop", "nbd")
-@pytest.mark.parametrize("rate", ["30%", "100%"])
-def test_reads_that_fail(rate: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rate", "packing"), [("30%", PACKING), ("100%", PACKING), ("30%", "dense")])
+def test_reads_that_fail(rate: str, packing: str, tmp_path: Path) -> None:
     """Pages whose block cannot be read are EIO, one by one, and are there again when the disk is; no other is touched."""
     with (
         nbd_disk(tmp_path, 48 * MIB, error_rate=rate) as disk,
-        device_on(disk.mounted / "backing", tmp_path / "mnt") as device,
+        device_on(disk.mounted / "backing", tmp_path / "mnt", "--packing", packing) as device,
     ):
         device.fill()
         with disk.failing("pread"):
@@ -226,11 +229,11 @@ def overwrite(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-@pytest.mark.parametrize("encrypt", ["yes", "no"])
-def test_a_file_that_was_tampered_with(encrypt: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("encrypt", "packing"), [("yes", PACKING), ("no", PACKING), ("no", "dense")])
+def test_a_file_that_was_tampered_with(encrypt: str, packing: str, tmp_path: Path) -> None:
     """What was changed is an error, what was not is right; each error is counted; a new write heals the page."""
     backing = tmp_path / "backing"
-    with device_on(backing, tmp_path / "mnt", "--encrypt", encrypt) as device:
+    with device_on(backing, tmp_path / "mnt", "--encrypt", encrypt, "--packing", packing) as device:
         device.fill()
         version = 0
         for damage in (flip_bits, swap_blocks, tear, go_back, zero):

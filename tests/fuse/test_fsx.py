@@ -25,9 +25,11 @@ def files(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.needs("root", "fuse")
-def test_the_mount_does_what_a_plain_file_does(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("packing", "size"), [("zbud", "8"), ("dense", "16")])
+def test_the_mount_does_what_a_plain_file_does(packing: str, size: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Some hundred requests of each kind from several processes at once, with the pages of two thirds on the disk."""
-    assert main(["--seeds", "8", "--processes", "4", "--size", "8", "--pool", "1M", "--kill-seconds", "1.5"]) == 0
+    options = ["--seeds", "8", "--processes", "4", "--size", size, "--pool", "1M", "--packing", packing]
+    assert main([*options, "--kill-seconds", "1.5"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
     assert "wrong            0" in out
