@@ -64,6 +64,30 @@ def test_it_is_built() -> None:
     assert PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), pure=True)._hot is None
 
 
+def test_it_is_not_built(packing: Packing) -> None:
+    """Where there is no extension a store is made, and all is done in Python."""
+    program = f"""
+import sys
+sys.modules["zbudfs.core._hot"] = None
+from zbudfs.core.codec import Codec
+from zbudfs.core.packing import Packing
+from zbudfs.store.memory import StoreMemory
+from zbudfs.store.page_store import PageStore
+memory = StoreMemory({PAGES * PAGE_SIZE}, {FRAMES}, backed=False, packing=Packing.parse("{packing}"))
+memory.populate()
+store = PageStore({PAGES * PAGE_SIZE}, {FRAMES}, None, Codec(), memory)
+store.recover()
+runs = store.state.pool.take_bare()
+store.state.pool.populate(runs)
+store.state.pool.add_ready(runs)
+content = bytes(range(256)) * 32
+assert store._hot is None
+assert store.write_nowait(4096, content) == 8192
+assert store.read_nowait(4096, 8192) == content
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=LIMIT_SECONDS)
+
+
 # ---- both do the same ----------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ class Allocator(ABC):
         for number in range(_COUNTERS):
             self._counters[number] = 0
 
-    def hot(self, table: PageTable, stored_at: memoryview) -> hot.Hot | None:
+    def hot(self, table: PageTable, stored_at: memoryview) -> "hot.Hot | None":
         """The hot path in C over this allocator's tables, the page table and `stored_at`, by frame: see core/hot.py.
 
         None if it was not built.
