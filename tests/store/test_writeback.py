@@ -607,7 +607,8 @@ def test_two_page_ins_of_one_block_read_it_once(tmp_path: Path) -> None:
                 assert await span.outcome() == pages(6)
             first = block_of_copy(store, 0)
             assert sum(first in call.blocks for call in backing.calls_of("read_blocks")) == 1
-            assert store.statistics().cumul_pagein_blocks == 3
+            counts = store.statistics()
+            assert counts.cumul_pagein_blocks - counts.cumul_readahead_blocks == 3
             assert in_ram(store, 0)
             assert in_ram(store, 1)
             await quiet(store)

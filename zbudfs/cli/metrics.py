@@ -182,6 +182,7 @@ METRICS: Final = (
     Metric("dropped_frames", "counter", "Ephemeral frames dropped.", _one("cumul_dropped_frames")),
     Metric("pagein_blocks", "counter", "Blocks read back.", _one("cumul_pagein_blocks")),
     Metric("pagein_pages", "counter", "Pages asked for that came from a block.", _one("cumul_pagein_pages")),
+    Metric("readahead_blocks", "counter", "Blocks of them read along with others.", _one("cumul_readahead_blocks")),
     Metric("refault_blocks", "counter", "Blocks read back soon after they were written.", _one("cumul_refault_blocks")),
     Metric(
         "refused_writes",

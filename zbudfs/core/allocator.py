@@ -646,6 +646,10 @@ class Allocator(ABC):
         """How many zpages there are of each size: entry n counts those of n chunks."""
         return [a + b for a, b in zip(*self._histogram, strict=True)]
 
+    def nr_frames_of(self, kind: int) -> int:
+        """How many frames of a kind there are."""
+        return self._pageframes[kind]
+
     def frames_of(self, kind: int) -> Iterator[int]:
         """The frames on the LRU list of a kind, oldest first."""
         return self._lru.members(kind)

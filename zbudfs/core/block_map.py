@@ -182,6 +182,11 @@ class BlockMap:
         if not live:
             self._release(block)
 
+    @property
+    def nr_blocks(self) -> int:
+        """Blocks of all segments."""
+        return self.nr_segments * SEGMENT_BLOCKS
+
     def live(self, block: int) -> int:
         """The bit mask of the live zpages of a block."""
         return self._live[block]

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from zbudfs.core.allocator import CUMULATIVE_COUNTERS, INDEX_MASK, REF_BITS
+from zbudfs.core.allocator import CUMULATIVE_COUNTERS, EPHEMERAL_KIND, INDEX_MASK, REF_BITS
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import (
     Codec,
@@ -44,6 +44,7 @@ from zbudfs.core.page_table import (
     PageTable,
     word_of_entry,
 )
+from zbudfs.core.readahead import ReadAhead
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
 from zbudfs.store.board import Field
@@ -65,6 +66,7 @@ CUMULATIVE: Final = (
     ("store", "_cumul_discarded_pages"),
     ("store", "_cumul_pagein_blocks"),
     ("store", "_cumul_pagein_pages"),
+    ("store", "_cumul_readahead_blocks"),
     ("store", "_cumul_refault_blocks"),
     ("state", "cumul_raw_pages"),
     ("store", "_pagein_failures"),
@@ -120,7 +122,9 @@ class PageStoreStatistics:
     cumul_grown_bytes: int
     """Zeros written to make the backing file ready ahead of need."""
     cumul_pagein_blocks: int
-    """Blocks read back."""
+    """Blocks read back, those read ahead included."""
+    cumul_readahead_blocks: int
+    """Blocks read back along with others, before they were asked for."""
     cumul_pagein_pages: int
     """Pages that were asked for and came from a block."""
     cumul_refault_blocks: int
@@ -210,6 +214,7 @@ class PageStore:
         if backing is not None:
             self._readers = [IoThread("read-0"), IoThread("read-1")]
         self._next_reader = 0
+        self._ahead = ReadAhead()
         self._loading: dict[int, trio.Event] = {}
         """By block: set when the read of it that is under way is over."""
         self._bounce_free = trio.lowlevel.ParkingLot()
@@ -220,6 +225,7 @@ class PageStore:
         self._cumul_discarded_pages = 0
         self._cumul_pagein_blocks = 0
         self._cumul_pagein_pages = 0
+        self._cumul_readahead_blocks = 0
         self._cumul_refault_blocks = 0
         self._pagein_failures = 0
         self._refused: dict[str, int] = dict.fromkeys(Refusal, 0)
@@ -449,6 +455,7 @@ class PageStore:
     async def _read_blocks(self, wanted: dict[int, list[int]], found: dict[int, bytes | ZbudfsError]) -> list[int]:
         """Read blocks, put the contents of the wanted pages into `found`, and keep the blocks as ephemeral frames.
 
+        For a reader that goes on where it was, the blocks that follow are read along, if there are frames to keep them in.
         Returns the pages that moved while the read was under way: they must be looked up again.
         """
         assert self.backing is not None
@@ -465,6 +472,8 @@ class PageStore:
             else:
                 allocator.fill_prep(frame)
             frames[block] = frame
+        ahead = self._begin_ahead(wanted, over)
+        frames |= ahead
         stale: list[int] = []
         whole: set[int] = set()
         kept = sum(frame < pool.nr_frames for frame in frames.values())
@@ -476,7 +485,9 @@ class PageStore:
             began = time.perf_counter_ns()
             refused = await reader.run(_read_runs, self.backing, views)  # CHECKPOINT, not cancelled
             self.memory.board.latencies.record(Timed.PAGEIN, time.perf_counter_ns() - began)
-            self._cumul_pagein_blocks += len(wanted)
+            self._cumul_pagein_blocks += len(frames)
+            self._cumul_readahead_blocks += len(ahead)
+            whole.update(block for block in ahead if block not in refused)
             self._cumul_refault_blocks += sum(map(state.is_fresh, wanted))
             for block, pages in wanted.items():
                 for page in pages:
@@ -498,15 +509,39 @@ class PageStore:
             for block, frame in frames.items():
                 if frame >= pool.nr_frames:
                     pool.bounce.append(frame)
-                elif block not in whole or not self._adopt(frame, block, before, wanted[block]):
+                elif block not in whole or not self._adopt(frame, block, before, wanted.get(block, [])):
                     allocator.fill_cancel(frame)
                     pool.give_frame(frame)
+                    whole.discard(block)
                 state.release_block(block)
                 del self._loading[block]
             over.set()
+            self._ahead.done(max(frames), len(ahead), len(whole & ahead.keys()))
             self.reclaimer.filling(-kept)
             self._bounce_free.unpark_all()
         return stale
+
+    def _begin_ahead(self, wanted: dict[int, list[int]], over: trio.Event) -> dict[int, int]:
+        """The blocks to be read along with these, by block the frame that is to be filled; each is held, and loading."""
+        blocks, pool = self.state.blocks, self._pool
+        first, last = min(wanted), max(wanted)
+        window = self._ahead.window(first, last, len(wanted))
+        found: dict[int, int] = {}
+        if not window or blocks is None:
+            return found
+        # A quarter of what can be ephemeral: what was read along earlier must not go for what is read along now.
+        room = pool.free_frames - self.reclaimer.watermarks.low_frames + self._allocator.nr_frames_of(EPHEMERAL_KIND)
+        for block in range(last + 1, min(last + 1 + min(window, room // 4), blocks.nr_blocks)):
+            if not blocks.live(block) or block in self._loading:
+                break  # free, or on its way to the disk, or being read: not what a reader went on with
+            frame = self._frame_to_keep()
+            if frame == NO_FRAME:
+                break
+            self._allocator.fill_prep(frame)
+            self.state.hold_block(block)
+            self._loading[block] = over
+            found[block] = frame
+        return found
 
     def _content_in(self, frame: int, page: int, entry: int) -> bytes:
         """The content of a page from a copy of the block that `entry` names. PageLost.
@@ -718,6 +753,7 @@ class PageStore:
             cumul_writeback_frames=self.state.cumul_writeback_frames,
             cumul_grown_bytes=reclaimer.cumul_grown_bytes,
             cumul_pagein_blocks=self._cumul_pagein_blocks,
+            cumul_readahead_blocks=self._cumul_readahead_blocks,
             cumul_pagein_pages=self._cumul_pagein_pages,
             cumul_refault_blocks=self._cumul_refault_blocks,
             cumul_read_pages=self._cumul_read_pages,
