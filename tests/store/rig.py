@@ -23,6 +23,7 @@ from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pool import Pool
+from zbudfs.store.reclaimer import CALM_SECONDS, TICK_SECONDS
 
 LIMIT_SECONDS: Final = 60.0
 """Longest time that a whole test may take, on its own clock. A failure, not a measurement."""
@@ -114,6 +115,15 @@ async def backed_store(
     store = PageStore(nr_pages * PAGE_SIZE, nr_frames, backing, Codec())
     async with running(store):
         yield store, backing
+
+
+async def calm(store: PageStore) -> None:
+    """Let time pass until nothing has happened in the store for long; a tick first, which notices what was done last."""
+    await trio.testing.wait_all_tasks_blocked()
+    seen = store.reclaimer.ticked_at
+    push(TICK_SECONDS)
+    await until(lambda: store.reclaimer.ticked_at > seen, "a tick")
+    push(CALM_SECONDS + TICK_SECONDS)
 
 
 async def quiet(store: PageStore) -> None:

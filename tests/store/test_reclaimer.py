@@ -12,7 +12,7 @@ import trio.testing
 
 from tests.core.samples import BIG, RAW, page, pages
 from tests.store.faulty import FaultyBacking
-from tests.store.rig import backed_store, drop, get, push, put, quiet, run, running, until
+from tests.store.rig import backed_store, calm, drop, get, push, put, quiet, run, running, until
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.errors import PoolFull
 from zbudfs.core.reclaim import PressureGovernor
@@ -20,9 +20,6 @@ from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.arena import punch_hole
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pool import ACTIVE_RESERVE_FRAMES, POPULATE_FRAMES, RESERVE_FRAMES
-
-CALM = 7.0
-"""Seconds after which the store thinks that it is calm, and a tick."""
 
 
 def memory_of(store: PageStore) -> int:
@@ -71,7 +68,7 @@ def test_memory_is_populated_ahead_of_need_and_given_back() -> None:
             assert memory_of(store) >= (used + more) * PAGE_SIZE
             await drop(store, 0, used)
             assert used_by(store) == 0
-            push(CALM)
+            await calm(store)
             kept = RESERVE_FRAMES + POPULATE_FRAMES
             await until(lambda: memory_of(store) <= (kept + 64) * PAGE_SIZE, "the surplus is given back")
             await quiet(store)
@@ -121,7 +118,7 @@ def test_a_write_is_not_refused_while_memory_is_given_back(monkeypatch: pytest.M
                 await put(store, number, page(number, RAW) * 64)
             await drop(store, 0, 4 * RESERVE_FRAMES)
             monkeypatch.setattr("zbudfs.store.arena.punch_hole", slow_punch_hole)
-            push(CALM)
+            await calm(store)
             await until(held.is_set, "memory is being given back")
             content = b"".join(page(number, RAW) for number in range(16)) * (frames // 16)
             try:
@@ -231,7 +228,7 @@ def test_pressure_gives_memory_back(tmp_path: Path) -> None:
                 store.reclaimer.pressure()
             await until(lambda: used_by(store) < frames // 4, "the pool is below its limit")
             await quiet(store)
-            push(CALM)
+            await calm(store)
             await until(lambda: memory_of(store) < full // 2, "memory is given back")
             for number in range(0, 5 * RESERVE_FRAMES, 64):
                 assert await get(store, number) == page(number, RAW)

@@ -24,13 +24,13 @@ import zbudfs
 from tests.core.samples import BIG, HALF, RAW, SMALL, page, pages
 from tests.store.rig import (
     backed_store,
+    calm,
     drop,
     forge_handle,
     get,
     in_block,
     let_go,
     place_of,
-    push,
     put,
     quiet,
     run,
@@ -282,7 +282,7 @@ def test_what_is_trimmed_is_still_free_afterwards(tmp_path: Path) -> None:
                 await put(store, number, page(number, RAW) * 64)
             for number in range(0, 4096, 4):
                 await drop(store, number, 3)
-            push(7.0)
+            await calm(store)
             await until(lambda: store.memory.frames.resident_bytes < 3000 * PAGE_SIZE, "memory is given back")
             await quiet(store)
             heir = Heir(store, tmp_path / "none")

@@ -23,6 +23,7 @@ from tests.store.faulty import Call, Gate, about
 from tests.store.rig import (
     backed_store,
     block_of,
+    calm,
     drop,
     forge_handle,
     get,
@@ -1275,7 +1276,7 @@ def test_freed_blocks_are_given_back_when_it_is_calm(tmp_path: Path) -> None:
             await drop(store, 0, 2900)
             await quiet(store)
             assert not backing.calls_of("punch")
-            push(7.0)
+            await calm(store)
             await until(lambda: store.statistics().backing_ready_bytes < ready // 2, "most of the file is given back")
             await quiet(store)
             assert (tmp_path / "backing").stat().st_blocks < blocks_on_disk // 2
