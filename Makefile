@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 unexport PYTHONDONTWRITEBYTECODE
 SOURCES := $(wildcard zbudfs tests scripts bench setup.py)
 
-.PHONY: help venv picture demo test lint format campaign-kill test-vm bench install uninstall dist pages fsx soak coverage clean
+.PHONY: help venv picture demo test lint format campaign-kill test-vm bench install uninstall dist pages fsx soak coverage mutants clean
 
 help:
 	@echo 'make test     install what is missing, then ruff, mypy and all tests (real mounts and real swap: as root)'
@@ -22,6 +22,7 @@ help:
 	@echo 'make fsx      many processes do anything to swapfile, compared with a plain file (ARGS=--help tells more)'
 	@echo 'make soak     everything at once, with a disk that fails, for as long as wanted (ARGS=--help tells more)'
 	@echo 'make coverage branches of core/ and store/ that no test takes'
+	@echo 'make mutants  changes to the allocator and the page table that no test notices (ARGS=--help tells more)'
 	@echo 'make picture         draw docs/top.svg anew: zbudfs top during a storm of swap (as root)'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make format   let ruff lay out the sources'
@@ -49,8 +50,11 @@ soak: venv
 	@$(BIN)/python -m scripts.soak $(ARGS)
 
 coverage: venv
-	$(BIN)/python -m coverage run -m pytest -q tests/core tests/store
+	$(BIN)/python -m coverage run -m pytest -q tests/core tests/store tests/tracing --ignore tests/store/test_crash_points.py
 	$(BIN)/python -m coverage report
+
+mutants: venv
+	@$(BIN)/python -m scripts.mutants $(ARGS)
 
 bench: venv
 	@$(BIN)/python -m bench $(or $(ARGS),all)

@@ -304,9 +304,9 @@ class Allocator(ABC):
         `zpage` must be as long as was said to the prep.
         """
 
+    @abstractmethod
     def create_finish(self, ref: int, page: int, zpage: bytes | memoryview) -> None:
         """Fill the place that `create_prep` took."""
-        self.match_finish(ref, page, zpage)
 
     @abstractmethod
     def match(self, page: int, zpage: bytes | memoryview) -> int:

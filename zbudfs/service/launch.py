@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -42,6 +43,10 @@ _STOP_LIMIT_SECONDS: Final = 10.0
 
 _LAST_WORDS_BYTES: Final = 64 << 10
 """Most of a daemon's stderr that is kept for an error message."""
+
+
+_NO_MEMORY: Final = ("Cannot allocate memory", "MemoryError", "failed to map segment", "no memory for")
+"""What the text of an error for want of memory has in it."""
 
 
 class LaunchError(Exception):
@@ -219,9 +224,18 @@ def _parse(said: bytes) -> Ready | str:
 
 
 def _why(error: str | None, status: int | None, last_words: bytes) -> str:
-    """Return the text for a daemon that reported `error`, or died (None) with exit status `status`."""
-    if error is not None:
-        return error
+    """Return the text for a daemon that reported `error`, or died (None) with exit status `status`; and a likely cause."""
+    text = error if error is not None else _death(status, last_words)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and any(words in text for words in _NO_MEMORY):
+        text += (
+            f": the address space of each process started here is limited to {limit >> 20} MiB (RLIMIT_AS); raise that"
+            " (ulimit -v unlimited), or make size and pool smaller"
+        )
+    return text
+
+
+def _death(status: int | None, last_words: bytes) -> str:
     if status is not None and status < 0:
         how = f"was killed by {signal.Signals(-status).name}"
     else:

@@ -385,7 +385,7 @@ class Reclaimer:
         if blocks is None or blocks.free_blocks:
             return False  # there are blocks, so it is frames that lack: all are being filled or written
         await self._grow()
-        if not blocks.free_blocks and not self._full and self._may_grow():
+        if not blocks.free_blocks and not self._full and self._may_grow():  # pragma: no cover  more blocks than pages
             self._full = True
             self.log("the backing file is full: from now on pages stay in RAM, and writes beyond the pool fail")
         return bool(blocks.free_blocks)
@@ -510,12 +510,12 @@ class Reclaimer:
 
     async def _look_at_file(self) -> None:
         """See whether somebody has deleted the backing file or cut it short."""
-        if self._grower is not None and self._backing is not None:
-            found = await self._grower.run(self._backing.damage) or []  # CHECKPOINT, not cancelled
-            for text in found:
-                if text not in self._damage:
-                    self.log(text)
-            self._damage = found
+        assert self._grower is not None and self._backing is not None
+        found = await self._grower.run(self._backing.damage) or []  # CHECKPOINT, not cancelled
+        for text in found:
+            if text not in self._damage:
+                self.log(text)
+        self._damage = found
 
     def _blocks_wanted(self) -> int:
         return min(GROW_AHEAD_BLOCKS, self._pool.nr_frames)
@@ -555,8 +555,7 @@ class Reclaimer:
     async def _trim_blocks(self) -> None:
         """Give wholly free segments beyond the reserve back to the file system."""
         blocks, backing, grower = self._state.blocks, self._backing, self._grower
-        if blocks is None or backing is None or grower is None:
-            return
+        assert blocks is not None and backing is not None and grower is not None
         while (segment := blocks.take_free(2 * self._blocks_wanted())) != NO_SEGMENT:
             try:
                 await grower.run(backing.punch, segment, 1)  # CHECKPOINT, not cancelled

@@ -80,7 +80,7 @@ class Steering:
             reclaimer.budget.set(value, trio.current_time())
             fields[Field.WRITEBACK_BUDGET] = value
             self.save()
-        elif name == "age_seconds":
+        else:  # age_seconds: there is no other name
             fields[Field.AGE_SECONDS] = value
         self._apply()
 
