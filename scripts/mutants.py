@@ -41,7 +41,7 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     "zbud": ("test_zbud_rules.py", *_PACKING_TESTS),
     "dense": ("test_dense_frame.py", *_PACKING_TESTS),
     "allocator": ("test_zbud_rules.py", "test_dense_frame.py", *_PACKING_TESTS),
-    "lists": ("test_lists.py", "test_block_map.py", "test_zbud_rules.py"),
+    "lists": ("test_lists.py", "test_block_map.py"),
     "page_table": ("test_page_table.py", "test_recovery.py"),
     "block_map": ("test_block_map.py",),
     "packing": ("test_packing.py",),

@@ -57,6 +57,12 @@ def test_an_entry_keeps_its_parts(kind: int, ref: int, check: int) -> None:
     assert value < 1 << 64
 
 
+def test_all_ones_are_the_inverse_of_nothing() -> None:
+    """The code in C says the same."""
+    assert entry_of_word(ALL_ONES) == WORD_INVERTED
+    assert entry_of_word(0) == WORD
+
+
 def test_kinds_are_apart() -> None:
     """All kinds differ, fit their field, an absent page's entry is 0, and a frame's kind becomes its block's."""
     kinds = [ABSENT, WORD, WORD_INVERTED, WORD_HALVES, *PLACES]
