@@ -73,7 +73,7 @@ def not_refused(mnt: Path, names: list[str]) -> int:
 
 
 def test_anything_is_written_to_control(tmp_path: Path) -> None:
-    """It is EINVAL or it is a value that reads back; others get EACCES; nothing is logged as a bug, nobody dies, no byte is wrong."""
+    """It is EINVAL or it is a value; others get EACCES; nothing is logged as a bug, nobody dies, no byte is wrong."""
     source = random.Random(5)
     contents = [source.randbytes(1500).ljust(PAGE, b"\0") for _ in range(PAGES)]
     with (
@@ -131,8 +131,8 @@ def test_anything_is_written_to_control(tmp_path: Path) -> None:
         assert answers[errno.EINVAL] > answers[0] > len(names)
         assert min(reads["stats"], reads["control"], reads["swapfile"]) > 0
         assert wrong == []
-        for name, value in (("writeback_enabled", "1"), ("writeback_budget_bytes_per_day", "0"), ("trace", "0")):
-            (mnt / "control" / name).write_text(value)
+        for name, text in (("writeback_enabled", "1"), ("writeback_budget_bytes_per_day", "0"), ("trace", "0")):
+            (mnt / "control" / name).write_text(text)
         counts = all_stats(mnt)
         assert (counts["worker_pid"], counts["recoveries"], counts["lost_pages"]) == (worker, 0, 0)
         assert "bug" not in (mnt / "stats/log").read_text()
