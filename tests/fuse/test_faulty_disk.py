@@ -11,13 +11,13 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from scripts.nbd import nbd_disk
+from scripts.nbd import nbd_disk, slow_disk
 from tests.fuse.calls import MIB, PAGE, aligned, all_stats, opened, stat_of
 from tests.support import LIMIT_SECONDS, PACKING, mounted, status_of, wait_until, zbudfs
 
@@ -170,6 +170,51 @@ def test_a_disk_that_answers_nothing_for_seconds(tmp_path: Path) -> None:
         assert "not answered" not in device.warnings
         counts = all_stats(device.mountpoint)
         assert (counts["worker_pid"], counts["recoveries"], device.counted) == (worker, 0, 0)
+
+
+@pytest.mark.needs("loop", "nbd")
+def test_a_disk_that_takes_seconds(tmp_path: Path) -> None:
+    """Each read, then each write takes two seconds: RAM is served at once meanwhile, writes go on from RAM, nothing fails."""
+    with slow_disk(tmp_path, 48 * MIB) as disk, device_on(disk.mounted / "backing", tmp_path / "mnt") as device:
+        device.fill()
+        cold = [page for page in range(PAGES) if page % 3 == 0][:2]
+        warm = PAGES - 1  # a word: in RAM for ever
+        order: list[str] = []
+
+        def meanwhile(what: str, call: Callable[[], object]) -> None:
+            def slowly() -> None:
+                call()
+                order.append(what)
+
+            slow = threading.Thread(target=slowly)
+            slow.start()
+            try:
+                for _ in range(200):
+                    assert os.pread(device.fd, PAGE, warm * PAGE) == device.model[warm]
+                    assert all_stats(device.mountpoint)["lost_pages"] == 0
+                order.append("RAM")
+            finally:
+                slow.join(LIMIT_SECONDS)
+
+        with disk.slow("rdelay=2"):
+            meanwhile("read", lambda: [os.pread(device.fd, PAGE, page * PAGE) for page in cold])
+        assert order == ["RAM", "read"]
+        for page in cold:
+            assert os.pread(device.fd, PAGE, page * PAGE) == device.model[page]
+        with disk.slow("wdelay=2"):
+            taken = 0
+            (device.mountpoint / "control/writeback").write_text("20")
+            while not stat_of(device.mountpoint, "pers_zombie_count"):
+                assert device.put(PAGES + taken, 2) == 0
+                taken += 1
+            meanwhile("nothing", lambda: None)
+            for page in range(PAGES + taken, PAGES + taken + 20):  # there is room in RAM, and nobody waits for the disk
+                assert device.put(page, 2) == 0
+            assert stat_of(device.mountpoint, "pers_zombie_count") > 0, "it has answered already"
+        wait_until(lambda: stat_of(device.mountpoint, "pers_zombie_count") == 0, "the writeback")
+        assert device.errors() == 0
+        counts = all_stats(device.mountpoint)
+        assert (counts["recoveries"], counts["writeback_failures"], device.counted) == (0, 0, 0)
 
 
 # ---- a file that somebody has been at -------------------------------------------------------------------------------

@@ -222,6 +222,22 @@ def test_headers_that_cannot_be(about: dict[str, object], reason: str) -> None:
     assert reason in told
 
 
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b"[" * 5000])
+def test_a_header_that_is_no_object(text: bytes) -> None:
+    """Its checksum may be right."""
+    length = -(-(32 + len(text)) // 64) * 64
+    head = struct.pack("<8sIIII8x", b"zbtrace\n", 1, length, len(text), zlib.crc32(text))
+    assert outcome((head + text).ljust(length, b"\n")) == "the header of the trace is damaged"
+
+
+def test_two_holes_side_by_side_are_one() -> None:
+    """What looks like the start of a block in the middle of nonsense begins no other hole."""
+    head, block = encode_header(ABOUT), encode_block(1, words(many(10)))
+    nonsense = bytes(64) + b"zbtb".ljust(64, b"\0") + b"zbtb".ljust(64, b"\0")
+    data = head + encode_block(0, words(many(10))) + nonsense + block
+    assert outcome(data) == f"the trace is damaged at byte {data.index(nonsense)}"
+
+
 def test_a_newer_format() -> None:
     """Said as such."""
     content = bytearray(trace_file([]))

@@ -56,6 +56,7 @@ class Urgency:
         self._serving_tid = serving_tid
         self._min_free_kib = int(Path(root, "proc/sys/vm/min_free_kbytes").read_text())
         self._meminfo = os.open(Path(root, "proc/meminfo"), os.O_RDONLY | os.O_CLOEXEC)
+        os.pread(self._meminfo, 4096, 0)  # the first read has the kernel allocate, later there may be nothing left
         self._begun = threading.Event()
         self._ended = threading.Event()
         self._looks_left = 0

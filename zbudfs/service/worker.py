@@ -54,6 +54,7 @@ from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pressure import PressureMonitor
 from zbudfs.store.steering import Steering
+from zbudfs.store.wakeup import use_eventfd
 
 FAILED: Final = 3
 """Exit status of a worker that could not come up; why stands on the board."""
@@ -135,6 +136,7 @@ class Worker:
 
     async def run(self) -> None:
         """Get ready, wait for the order, take over, serve until the mount is gone."""
+        use_eventfd()
         mounted = self._mounted
         settings = mounted.settings
         fields = self._board.fields

@@ -26,6 +26,8 @@ from zbudfs.swap.loop import Swap, SwapError, loop_devices_on, run_tool, swaps
 MARGIN_BYTES: Final = 64 << 20
 """Memory that must be left over after swapoff. Guessed, not measured: page tables, and what else runs meanwhile."""
 
+_KILLED: Final = "was killed by signal 9"
+
 
 def detach(mounts: Sequence[tuple[str, int | None]], *, force: bool = False, root: str = "/") -> list[str]:
     """Take swap and loop devices off the zbudfs at (mountpoint, st_dev); return the loop devices that were on them.
@@ -42,7 +44,15 @@ def detach(mounts: Sequence[tuple[str, int | None]], *, force: bool = False, roo
         check_room(mine, [swap for swap in active if swap.path not in devices], available_bytes(root))
     for swap in mine:
         with _interrupts_ignored():
-            run_tool(["swapoff", swap.path], limit_seconds=None, own_session=True)
+            try:
+                run_tool(["swapoff", swap.path], limit_seconds=None, own_session=True)
+            except SwapError as error:
+                if _KILLED not in str(error):
+                    raise
+                raise SwapError(
+                    f"{error}, for want of memory: swap is still on, and nothing was lost; end some programs, or run this"
+                    " outside of a memory cgroup that is too small for what comes back"
+                ) from None
     for loop in loops:
         release(loop.path, root)
     return [loop.path for loop in loops]

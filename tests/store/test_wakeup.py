@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""Threads wake trio through an eventfd: nothing goes through the sockets, no wake-up is lost, signals come as before."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+from trio._core._run import GLOBAL_RUN_CONTEXT
+
+from tests.store.rig import LIMIT_SECONDS
+from zbudfs.store.iothread import IoThread
+from zbudfs.store.wakeup import use_eventfd
+
+
+def test_threads_wake_it_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of calls in several threads come back, and the socket has nothing to read; signals still arrive."""
+
+    async def main() -> None:
+        sockets = GLOBAL_RUN_CONTEXT.runner.entry_queue.wakeup
+        assert use_eventfd()
+        await trio.sleep(0.01)
+        monkeypatch.setattr(type(sockets), "wakeup_thread_and_signal_safe", None)
+        threads = [IoThread[int]("test") for _ in range(3)]
+
+        async def use(thread: IoThread[int]) -> None:
+            for number in range(200):
+                assert await thread.run(lambda number=number: number + 1) == number + 1  # type: ignore[misc]
+
+        with trio.fail_after(LIMIT_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for thread in threads:
+                    nursery.start_soon(use, thread)
+            assert not select.select([sockets.wakeup_sock], [], [], 0)[0]
+            with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+                other = IoThread[None]("signal")
+                other_done = trio.Event()
+
+                async def send() -> None:
+                    await other.run(os.kill, os.getpid(), signal.SIGUSR1)
+                    other_done.set()
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(send)
+                    async for number in signals:
+                        assert number == signal.SIGUSR1
+                        break
+                    await other_done.wait()
+                other.close()
+        for thread in threads:
+            thread.close()
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(2):
+        trio.run(main)
+        monkeypatch.undo()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_another_trio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not what is known here nothing is changed."""
+
+    class Other:
+        runner = None
+
+    monkeypatch.setattr("trio._core._run.GLOBAL_RUN_CONTEXT", Other)
+    assert not use_eventfd()
