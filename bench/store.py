@@ -26,10 +26,11 @@ from typing import Final, TypeVar
 import trio
 
 from bench import corpus, stores
-from bench.kit import MIB, PAGE, Benchmark, Options, progress, workplace
+from bench.kit import MIB, PAGE, BenchError, Benchmark, Options, in_turns, progress, workplace
 from bench.table import Column, Table
 from zbudfs.core.allocator import MAX_ZPAGE_SIZE, NO_REF, REF_BITS
 from zbudfs.core.codec import is_word, page_of_word
+from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.page_table import ABSENT, BLOCK, KIND_BITS, KIND_MASK, RAW_BLOCK, REF_MASK, entry_of_word
 from zbudfs.core.reclaim import BATCH_FRAMES
 from zbudfs.core.units import NO_FRAME
@@ -58,30 +59,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pages", type=int, default=16384, metavar="N", help="pages of each path (default: %(default)s)"
     )
+    parser.add_argument("--packings", default=str(ZBUD), metavar="A,B", help="a table for each (default: %(default)s)")
 
 
 def measure(options: Options) -> list[Table]:
-    """One table, a row for each path."""
+    """One table for each packing, a row for each path."""
     if options.short:
         options.pages = 512
+    try:
+        packings = {name: Packing.parse(name) for name in options.packings.split(",")}
+    except ValueError as error:
+        raise BenchError(str(error)) from None
     nr_pages = max(options.pages // stores.REQUEST_PAGES, 1) * stores.REQUEST_PAGES
     pages = corpus.sample(min(nr_pages * PAGE, 64 * MIB))
-    table = Table(f"The store alone, {nr_pages:,} pages, one thread", COLUMNS)
+    title = f"The store alone, {nr_pages:,} pages, one thread"
+    tables = {name: Table(title if len(packings) == 1 else f"{title}, {name}", COLUMNS) for name in packings}
     with workplace(options) as folder:
-        for number in range(options.rounds):
 
-            async def one_round() -> None:
-                async with stores.running(stores.made(nr_pages, nr_pages + 4096, folder / "backing")) as store:
-                    await stores.populate(store, nr_pages + 1024)
-                    await Round(store, pages, nr_pages, table).run()
+        async def one_round(name: str) -> None:
+            made = stores.made(nr_pages, nr_pages + 4096, folder / "backing", packings[name])
+            async with stores.running(made) as store:
+                await stores.populate(store, nr_pages + 1024)
+                await Round(store, pages, nr_pages, tables[name]).run()
 
-            trio.run(one_round)
-            progress(f"round {number + 1} of {options.rounds}")
-    table.notes.append(
-        f"Writes of {stores.REQUEST_PAGES} pages, as swap sends them. Time of the CPU; for page-in and writeback of the clock,"
-        f" with the disk and the hops to the thread that waits for it. {pages.describe()}"
-    )
-    return [table]
+        for number, name in in_turns(list(packings), options.rounds):
+            trio.run(one_round, name)
+            progress(f"round {number + 1} of {options.rounds}: {name}")
+    for table in tables.values():
+        table.notes.append(
+            f"Writes of {stores.REQUEST_PAGES} pages, as swap sends them. Time of the CPU; for page-in and writeback of the"
+            f" clock, with the disk and the hops to the thread that waits for it. {pages.describe()}"
+        )
+    return list(tables.values())
 
 
 def timed(function: Callable[..., object], arguments: Iterable[tuple[object, ...]]) -> float:
@@ -97,9 +106,10 @@ class Scratch:
     """An allocator of the store's kind over memory of its own, to measure without touching the store's."""
 
     def __init__(self, pool: Pool, nr_frames: int) -> None:
-        kind = type(pool.allocator)
+        packing = pool.memory.packing
         self.frames = memoryview(bytearray(nr_frames * PAGE))
-        self.allocator = kind(self.frames, memoryview(bytearray(kind.table_size(nr_frames))), nr_frames)
+        table = memoryview(bytearray(packing.kind.table_size(nr_frames)))
+        self.allocator = packing.allocator(self.frames, table, nr_frames)
         self._free = list(range(nr_frames))
 
     def place(self, page: int, zpage: bytes) -> int:

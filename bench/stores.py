@@ -15,6 +15,7 @@ import trio
 from bench.corpus import Corpus
 from bench.kit import PAGE, BenchError
 from zbudfs.core.codec import Codec
+from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.store.backing import Backing
 from zbudfs.store.cipher import KEY_BYTES, BlockCipher
 from zbudfs.store.memory import StoreMemory
@@ -24,9 +25,13 @@ REQUEST_PAGES: Final = 32
 """Pages of a large request: 128 KiB, as swap writes them."""
 
 
-def made(nr_pages: int, nr_frames: int, backing: Path | None = None) -> PageStore:
+def made(nr_pages: int, nr_frames: int, backing: Path | None = None, packing: Packing = ZBUD) -> PageStore:
     """Return a store of so many pages over so many frames; what it writes to `backing` is encrypted."""
-    store = PageStore(nr_pages * PAGE, nr_frames, Backing(str(backing)) if backing is not None else None, Codec())
+    memory = StoreMemory(nr_pages * PAGE, nr_frames, backed=backing is not None, packing=packing)
+    memory.populate()
+    disk = Backing(str(backing)) if backing is not None else None
+    store = PageStore(nr_pages * PAGE, nr_frames, disk, Codec(), memory)
+    store.recover()
     if store.backing is not None and store.memory.outgoing is not None:
         store.backing.encrypt(BlockCipher(os.urandom(KEY_BYTES)), store.memory.outgoing.view)
     return store

@@ -24,9 +24,9 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS, check=False)
 
 
-def short(folder: Path, name: str) -> list[dict[str, Any]]:
+def short(folder: Path, name: str, *options: str) -> list[dict[str, Any]]:
     """Run one measurement and return its tables."""
-    run = bench(name, "--short", "--json", "--dir", str(folder))
+    run = bench(name, "--short", "--json", "--dir", str(folder), *options)
     assert run.returncode == 0, run.stderr
     results = json.loads(run.stdout)
     assert "cores" in results["machine"]
@@ -71,7 +71,8 @@ def test_fio(tmp_path: Path) -> None:
 
 def test_store(tmp_path: Path) -> None:
     """Every path is there; the parts and the rest make up the whole."""
-    (table,) = short(tmp_path, "store")
+    (table, dense) = short(tmp_path, "store", "--packings", "zbud,dense")
+    assert list(dense["rows"]) == list(table["rows"])
     paths = [
         *("same-filled", "discard of same-filled pages", "write", "overwrite", "read 4 KiB", "read 32 KiB", "discard"),
         *("writeback, the file grows", "writeback", "page-in 32 KiB", "page-in 4 KiB"),

@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from tests.fuse.calls import MIB, all_stats, require_tools
-from tests.support import LIMIT_SECONDS, mounted
+from tests.support import LIMIT_SECONDS, PACKING, mounted
 
 pytestmark = pytest.mark.needs("root", "fuse")
 
@@ -33,7 +33,7 @@ LENGTHS: Final = {
 
 @pytest.mark.parametrize(
     ("engine", "lengths", "packing"),
-    [*((engine, lengths, "zbud") for engine in ENGINES for lengths in LENGTHS), ("libaio", "mostly small", "dense")],
+    [*((engine, lengths, PACKING) for engine in ENGINES for lengths in LENGTHS), ("libaio", "mostly small", "dense")],
 )
 def test_random_writes(engine: str, lengths: str, packing: str, tmp_path: Path) -> None:
     """No block that is read back differs from what was written."""
