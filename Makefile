@@ -72,7 +72,7 @@ format: venv
 
 # Two at a time: most of a test is waiting (tests/conftest.py says which are never beside each other).
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 demo: venv
 	@$(BIN)/python scripts/demo.py

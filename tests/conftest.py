@@ -7,35 +7,57 @@ A test that leaves a mount, loop device, swap, cgroup or daemon behind fails, an
 
 `make test` runs two tests at a time (pytest-xdist). What one of them makes lies in its process's own folder, so they do
 not meet; but swap is the whole machine's, and the memory of a full cgroup goes to any that is on: tests that turn swap on or
-fill a cgroup are one group, which has one process and therefore one at a time.
+fill a cgroup are, with all of their files, one group, which has one process and therefore one at a time. (By the file, since
+the marks are not known to the process that deals the tests out.)
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from scripts.needs import NEEDS, why_not
-from tests.support import RUN_VARIABLE, sweep
+from tests.support import ROOT, RUN_VARIABLE, sweep
 
-WITH_SWAP: Final = frozenset({"swap", "cell"})
-"""Needs of tests that would meet in the machine's swap."""
+WITH_SWAP: Final = re.compile(r'needs\([^)]*"(swap|cell)"')
+"""What a file says whose tests would meet others in the machine's swap."""
+MADE_ONCE: Final = ("test_install.py", "test_exporter.py", "test_crash_points.py")
+"""Files whose tests look at something dear that is made once for all of them, in each process that runs any."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Make the marker known; have temporary files on a disk: /tmp is often memory, which cannot do all that a disk can."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/var/tmp")
     config.addinivalue_line("markers", f"needs(*names): what of {', '.join(NEEDS)} the machine must have")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have tests that share the machine's swap run one after the other."""
-    for item in items:
-        if WITH_SWAP & {need for marker in item.iter_markers("needs") for need in marker.args}:
-            item.add_marker(pytest.mark.xdist_group("swap"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """Deal the tests out: one by one, but for those that have to be in one process."""
+    return InGroups(config, log)
+
+
+class InGroups(LoadScopeScheduling):  # type: ignore[misc]
+    """Groups of tests; each is run in one process, the largest first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        if shares_swap(file):
+            return "swap"
+        return file if file.endswith(MADE_ONCE) else nodeid
+
+
+@functools.cache
+def shares_swap(file: str) -> bool:
+    """Whether a file of tests, named from the project's folder, has one that uses swap or fills a cgroup."""
+    return WITH_SWAP.search((ROOT / file).read_text()) is not None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

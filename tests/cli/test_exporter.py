@@ -23,8 +23,6 @@ from tests.support import LIMIT_SECONDS, ROOT, mounted, run_zbudfs, wait_until, 
 from zbudfs.cli.exporter import Asker, Collector, listen_address
 from zbudfs.cli.metrics import HISTOGRAMS, METRICS, PREFIX, buckets
 
-pytestmark = pytest.mark.xdist_group("exporter")  # one process: what they look at is made once
-
 DASHBOARD: Final = ROOT / "docs/grafana-dashboard.json"
 _SAMPLE: Final = re.compile(r"([a-z_:][a-z0-9_:]*)(?:\{(.*)\})? (\S+)")
 _LABEL: Final = re.compile(r'([a-z_]+)="((?:[^"\\]|\\.)*)"')

@@ -157,7 +157,7 @@ def test_mounted_and_unmounted_as_one(mountpoint: Path, tmp_path: Path) -> None:
     whole = status_of(mountpoint)
     assert (whole["size_bytes"], whole["pool_configured_bytes"], len(whole["instances"])) == (64 * MIB, 16 * MIB, 2)
     assert status_of(mountpoint / "1")["size_bytes"] == 32 * MIB
-    assert whole["mountpoint"] in [each["mountpoint"] for each in json.loads(zbudfs("status", "--json"))]
+    assert whole["mountpoint"] in [each["mountpoint"] for each in json.loads(run_zbudfs("status", "--json").stdout)]
     assert f"{mountpoint}, 2 instances" in zbudfs("status", mountpoint)
     assert "name one" in run_zbudfs("set", "level=3", mountpoint).stderr
     assert "mounted on" in run_zbudfs("mount", mountpoint).stderr

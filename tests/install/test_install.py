@@ -18,8 +18,6 @@ from scripts.dist import build_both
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, status_of
 from zbudfs import __version__
 
-pytestmark = pytest.mark.xdist_group("install")  # one process: what they look at is made once
-
 
 def needed_by(name: str, known: frozenset[str] = frozenset()) -> frozenset[str]:
     """Return the names of the distributions that an installed one needs here, and of those that they need."""

@@ -61,8 +61,7 @@ WATCHED: Final = (
 )
 """The code that changes state: each of its lines is a place to be killed at."""
 
-PACKINGS: Final = [pytest.param(name, marks=pytest.mark.xdist_group(f"crash-{name}")) for name in ("zbud", "dense")]
-"""Each in one process of the test run, since all is done at once for it."""
+PACKINGS: Final = ("zbud", "dense")
 
 Act = Callable[["Scene"], None]
 

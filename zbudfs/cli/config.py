@@ -208,7 +208,7 @@ def _read(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise ValueError("it is not a file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_bytes().decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not TOML: it is not UTF-8 at byte {error.start}") from None
     except RecursionError:
