@@ -38,12 +38,12 @@ EXPLAINED: Final = ROOT / "docs/mutants.md"
 _CORE: Final = "tests/core/"
 _PACKING_TESTS: Final = ("test_recovery.py", "test_allocator_rules.py", "test_allocator_model.py")
 TESTS: Final[dict[str, tuple[str, ...]]] = {
-    "zbud": ("test_zbud_rules.py", *_PACKING_TESTS),
+    "zbud": ("test_packing.py", "test_zbud_rules.py", *_PACKING_TESTS),
     "dense": ("test_dense_frame.py", *_PACKING_TESTS),
     "allocator": ("test_zbud_rules.py", "test_dense_frame.py", *_PACKING_TESTS),
     "lists": ("test_lists.py", "test_block_map.py"),
     "page_table": ("test_page_table.py", "test_recovery.py"),
-    "block_map": ("test_block_map.py",),
+    "block_map": ("test_block_recovery.py", "test_block_map.py"),
     "packing": ("test_packing.py",),
 }
 """By module of zbudfs/core: the files in tests/core that are about it, the quickest first."""

@@ -27,7 +27,10 @@ def test_names_and_codes(name: str) -> None:
     assert 0 < packing.code < 1 << 16
     assert packing.code & 0xFF == packing.zpages
     with packed_by(packing):
-        allocator = Caller(3).allocator
+        caller = Caller(3)
+        caller.store(1, 100)
+        caller.allocator.check()
+        allocator = caller.allocator
     assert type(allocator) is packing.kind
     assert allocator.most_zpages == packing.zpages
 
@@ -52,6 +55,7 @@ def test_other_words_are_refused(text: str) -> None:
 def test_without_the_hot_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it was not built there is none, for any packing."""
     stored_at = memoryview(bytearray(4 * 3)).cast("I")
+    assert (Caller(3).allocator.hot(some_table(3, {}), stored_at) is not None) == hot.BUILT
     monkeypatch.setattr(hot, "BUILT", False)
     for packing in (ZBUD, DENSE):
         with packed_by(packing):

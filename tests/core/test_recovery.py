@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.core.frames import Caller, packed_by, size_of
-from zbudfs.core.allocator import INDEX_MASK, MAX_CHUNKS, PERSISTENT_KIND, REF_BITS, Allocator
+from zbudfs.core.allocator import CUMULATIVE_COUNTERS, INDEX_MASK, MAX_CHUNKS, PERSISTENT_KIND, REF_BITS, Allocator
 from zbudfs.core.packing import Packing
 from zbudfs.core.page_table import (
     ABSENT,
@@ -59,6 +59,7 @@ def test_everything_is_claimed_and_counts_again() -> None:
     """Each zpage at its ref and nowhere else; then lists, masks and counters are what the frames give."""
     caller, refs = filled()
     before = caller.allocator.counters()
+    assert len(caller.allocator.cumulative()) == CUMULATIVE_COUNTERS
     contents = {page: caller.zpage(ref, page) for page, ref in refs.items() if page != 500}
     heir = heir_of(caller)
     for page, ref in refs.items():
