@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from typing import Final
 
 import pytest
 
-from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, fuse_control, opened, server_of
+from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, fuse_control, looped, opened, server_of
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, mounted, status_of, wait_until, zbudfs
 from zbudfs.service.launch import LaunchError, start
 from zbudfs.service.settings import Settings
@@ -294,6 +295,53 @@ def test_bursts(tmp_path: Path) -> None:
     assert wakeups < served / 2
     assert sum(after["read_latency_us"]) - sum(before["read_latency_us"]) == served
     assert after["requests_in_work_max"] >= 1 > after["requests_in_work"]
+
+
+@pytest.mark.needs("root", "fuse", "loop")
+def test_reads_first(tmp_path: Path) -> None:
+    """A read that came after large writes is answered before them; they are all answered, and each page is right."""
+    length, writers = MIB // 2, 6
+    contents = [random.Random(number).randbytes(length) for number in range(writers)]
+    answered: list[str] = []
+
+    def write(fd: int, number: int) -> None:
+        aligned = mmap.mmap(-1, length)
+        aligned.write(contents[number])
+        assert os.pwritev(fd, [aligned], (number + 1) * length) == length
+        answered.append("write")
+
+    def read(fd: int) -> None:
+        assert os.pread(fd, PAGE, 0) == b"r" * PAGE
+        answered.append("read")
+
+    with (
+        mounted(tmp_path / "mnt") as mountpoint,
+        fuse_control(tmp_path / "ctl", mountpoint) as connection,
+        looped(mountpoint / "swapfile") as device,  # two writes at once on one file are the loop driver's to make
+        opened(device, os.O_RDWR | os.O_DIRECT) as disk,
+        opened(mountpoint / "swapfile") as fd,
+    ):
+        os.pwrite(fd, b"r" * PAGE, 0)
+        found = all_stats(mountpoint)
+        pid, keeper, waiting = found["worker_pid"], found["keeper_pid"], connection / "waiting"
+        os.kill(keeper, signal.SIGSTOP)  # it would have a worker that stands still killed
+        os.kill(pid, signal.SIGSTOP)
+        threads = [threading.Thread(target=write, args=(disk, number)) for number in range(writers)]
+        threads.append(threading.Thread(target=read, args=(fd,)))
+        try:
+            for count, thread in enumerate(threads, 1):
+                thread.start()
+                wait_until(lambda count=count: int(waiting.read_text()) >= count, "the request")  # type: ignore[misc]
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            for thread in threads:
+                thread.join(LIMIT_SECONDS)
+            os.kill(keeper, signal.SIGCONT)
+        assert sorted(answered) == ["read"] + ["write"] * writers
+        assert answered[-1] == "write"  # the read came last of all
+        for number, content in enumerate(contents):
+            assert os.pread(fd, length, (number + 1) * length) == content
+        assert all_stats(mountpoint)["requests_in_work"] == 0
 
 
 @pytest.mark.needs("root", "fuse")

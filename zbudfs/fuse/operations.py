@@ -29,7 +29,6 @@ from zbudfs.fuse.nodes import (
 )
 from zbudfs.fuse.traced import traced
 from zbudfs.store.board import Field
-from zbudfs.store.memory import PARKING_SLOT_BYTES
 from zbudfs.store.page_store import PageStore
 
 ERRNO_OF: Final[Mapping[type[ZbudfsError], int]] = {
@@ -78,9 +77,6 @@ class Operations(pyfuse3.Operations):
         self._born_ns = born_ns
         self.started = trio.Event()
         self._board = store.memory.board
-        parking = store.memory.parking.view
-        self._parking = [parking[at : at + PARKING_SLOT_BYTES] for at in range(0, len(parking), PARKING_SLOT_BYTES)]
-        """Free slots."""
         self._snapshots: dict[int, bytes] = {}
         """By file handle: what a file of stats/ or control/ held when it was opened, or written last."""
         self._controls: dict[int, str] = {}
@@ -295,7 +291,7 @@ class Operations(pyfuse3.Operations):
             shim.reply_data(request, content)
 
     def _write_served(self, request: int, offset: int, content: memoryview) -> int | None:
-        """`content` is good until this returns. Beyond the end the swapfile is full, as a block device is."""
+        """`content` is good until the request is answered. Beyond the end the swapfile is full, as a block device is."""
         if offset + len(content) > self._store.size_bytes:
             return errno.ENOSPC
         try:
@@ -304,30 +300,21 @@ class Operations(pyfuse3.Operations):
             return fuse_error(error).errno
         if done == len(content):
             return 0
-        slot = self._parking.pop() if self._parking else None
-        rest: bytes | memoryview
-        if slot is None:  # more than the kernel keeps in flight on its own account: somebody's own direct writes
-            rest = bytes(content[done:])
-        else:
-            rest = slot[: len(content) - done]
-            rest[:] = content[done:]
-        self._nursery.start_soon(self._write_later, request, offset + done, rest, len(content), slot)
+        self._nursery.start_soon(self._write_later, request, offset + done, content[done:], len(content))
         return None
 
-    async def _write_later(
-        self, request: int, offset: int, content: bytes | memoryview, length: int, slot: memoryview | None
-    ) -> None:
+    async def _write_later(self, request: int, offset: int, content: memoryview, length: int) -> None:
+        rest = len(content)
         try:
             await self._store.write(offset, content)
         except Exception as error:
-            self._trace_write(Kind.REFUSED, offset, len(content), length)
-            shim.reply(request, fuse_error(error).errno)
+            self._trace_write(Kind.REFUSED, offset, rest, length)
+            answer = fuse_error(error).errno
         else:
-            self._trace_write(Kind.WRITE, offset, len(content), length)
-            shim.reply(request, 0, length)
-        finally:
-            if slot is not None:
-                self._parking.append(slot)
+            self._trace_write(Kind.WRITE, offset, rest, length)
+            answer = 0
+        content.release()
+        shim.reply(request, answer, length)
 
     def _trace_write(self, kind: Kind, offset: int, rest: int, length: int) -> None:
         """Record a write that had to wait: `rest` bytes of it at `offset`, of `length` in all."""

@@ -11,9 +11,9 @@ import pyfuse3
 
 from zbudfs.fuse import shim
 from zbudfs.fuse.operations import Operations
-from zbudfs.store.memory import PARKING_SLOTS
+from zbudfs.store.memory import PARKING_SLOT_BYTES, PARKING_SLOTS
 
-MAX_BACKGROUND: Final = PARKING_SLOTS
+MAX_BACKGROUND: Final = PARKING_SLOTS - 2
 """Requests that the kernel keeps in flight on its own account (swap is all of these). Its default is 12; one thread
 serves them, so more in flight is more memory and no more speed."""
 
@@ -43,10 +43,11 @@ What waits to be written lies in the store's parking, not here.
 FUSE_NOTIFY_RESEND: Final = 7
 
 
-def open_session(operations: Operations, fuse_fd: int) -> None:
+def open_session(operations: Operations, fuse_fd: int, parking: memoryview) -> None:
     """Start the session on `fuse_fd`, which is mounted already. shim.ShimError if pyfuse3 does not go through the shim."""
     shim.verify(Path("/proc/self/maps").read_text(errors="replace"))
     shim.set_limits(MAX_BACKGROUND, MAX_BURST, SPIN_NS if len(os.sched_getaffinity(0)) > 1 else 0)
+    shim.use_slots(parking, PARKING_SLOT_BYTES)
     pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())
 
 

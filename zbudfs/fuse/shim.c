@@ -16,15 +16,18 @@
       bounds of number and time; then trio runs.
    3. No `write_buf`: with it libfuse asks for FUSE_CAP_SPLICE_READ and reads requests through a pipe, for which the
       kernel allocates a page per page of data. Under memory pressure that allocation waits for swap: this daemon.
-   4. One receive buffer for the whole session. libfuse would allocate 1 MiB for each of pyfuse3's tasks. One is enough:
-      a request is received and processed without giving way in between, and handlers copy what they keep.
-   5. A bound on the requests that the kernel keeps in flight, so that the memory for them can be set aside in advance.
-   6. Python's object arenas from malloc, whose heap the daemon pins, instead of from mmap().
+   4. Buffers that are given. libfuse would allocate 1 MiB for each request; here each is received into one of a few slots of
+      memory that Python has set aside. A write that is answered later stays where it is until then, without a copy.
+   5. Reads first. Whoever reads a page waits for it, and who writes one does not: so all that has come is received before
+      the next write is processed, and reads among it are answered at once. A write waits for 64 requests or 5 ms at most.
+      Nobody can tell: both were in flight at the same time. Writes, discards and syncs keep their order.
+   6. A bound on the requests that the kernel keeps in flight, so that the memory for them can be set aside in advance.
+   7. Python's object arenas from malloc, whose heap the daemon pins, instead of from mmap().
 
-   7. Resuming. The kernel's first request, FUSE_INIT, is kept; a later process with the same descriptor replays it to its
+   8. Resuming. The kernel's first request, FUSE_INIT, is kept; a later process with the same descriptor replays it to its
       own libfuse, which then knows what was agreed on (its reply goes nowhere: the kernel says ENOENT, libfuse ignores it).
 
-   8. Time. Each request for the served file is entered in a histogram when it is answered, at once or later, in memory that
+   9. Time. Each request for the served file is entered in a histogram when it is answered, at once or later, in memory that
       is given (core/latency.py has the layout): two looks at the clock. What Python knows a request by is a `struct work`.
 
    Whatever happens, fallocate is never answered with ENOSYS: the kernel would not ask again on this connection.
@@ -50,7 +53,11 @@ enum {
     MAX_WRITE = 1 << 20,
     RECEIVE_BYTES = MAX_WRITE + (64 << 10),
     MAX_INIT = 1024,
+    OPCODE_WRITE = 16,
+    OPCODE_FSYNC = 20,
     OPCODE_INIT = 26,
+    OPCODE_FALLOCATE = 43,
+    MAX_SLOTS = 64,
     LINGER_NS = 1000000,
     MAX_CREDIT = 16,
     MAX_BURST_NS = 5000000,
@@ -76,6 +83,14 @@ struct work {
     fuse_req_t req; /* the next free one, while it is free */
     long long since_ns;
     int which;
+    PyObject *view; /* of what is to be written, if it was to be answered later, and where that is */
+    char *buffer;
+};
+
+/* A write that has been received and is still to be processed. */
+struct arrival {
+    struct fuse_buf buf;
+    long long since_ns;
 };
 
 static struct fuse_lowlevel_ops pyfuse3_ops, shim_ops;
@@ -95,7 +110,12 @@ static struct fuse_session *the_session;
 static char init_request[MAX_INIT];
 static size_t init_length;
 static void *arenas[MAX_ARENAS];
-static char receive_buffer[RECEIVE_BYTES] __attribute__((aligned(4096)));
+static Py_buffer slots_buffer;
+static char *free_slots[MAX_SLOTS], *in_process; /* the buffer of the request that is being processed */
+static unsigned nr_slots, nr_free_slots;
+static size_t slot_bytes;
+static struct arrival arrivals[MAX_SLOTS]; /* a ring of writes */
+static unsigned first_arrival, nr_arrivals;
 
 static void *next(const char *name) {
     void *found = dlsym(RTLD_NEXT, name);
@@ -109,13 +129,33 @@ static long long now_ns(void) {
     return now.tv_sec * 1000000000ll + now.tv_nsec;
 }
 
+/* ---- buffers ------------------------------------------------------------------------------------------------- */
+
+static int is_slot(const char *buffer) {
+    return nr_slots && buffer >= (char *)slots_buffer.buf && buffer < (char *)slots_buffer.buf + nr_slots * slot_bytes;
+}
+
+/* A buffer is needed no more. */
+static void give_buffer(char *buffer) {
+    if (is_slot(buffer)) free_slots[nr_free_slots++] = buffer;
+    else free(buffer);
+}
+
+/* The views of a buffer that were given out are of something else soon: whoever kept one must not see that. */
+static void let_go(PyObject *view) {
+    PyObject *released = PyObject_CallMethod(view, "release", NULL);
+    if (!released) PyErr_WriteUnraisable(view);
+    Py_XDECREF(released);
+    Py_DECREF(view);
+}
+
 /* ---- requests in work ---------------------------------------------------------------------------------------- */
 
 static struct work *begin(int which, fuse_req_t req) {
     struct work *work = free_works; /* the next one stands in its place */
     if (work) free_works = (struct work *)work->req;
     else if (!(work = malloc(sizeof *work))) return NULL;
-    *work = (struct work){req, received_ns, which};
+    *work = (struct work){.req = req, .since_ns = received_ns, .which = which};
     metrics[SERVED]++;
     if (++in_work > metrics[MOST_IN_WORK]) metrics[MOST_IN_WORK] = in_work;
     return work;
@@ -129,6 +169,8 @@ static void finish(struct work *work) {
     row[SUM_NS] += ns;
     if (ns > row[MAX_NS]) row[MAX_NS] = ns;
     in_work--;
+    if (work->view) let_go(work->view);
+    if (work->buffer) give_buffer(work->buffer);
     if (work < works || work >= works + WORKS) {
         free(work);
     } else {
@@ -139,9 +181,10 @@ static void finish(struct work *work) {
 
 /* ---- the served file ----------------------------------------------------------------------------------------- */
 
-/* Call a handler with the request and `rest`, taking over the references in there. A handler gives bytes to be sent, an int (0 or an errno), or
-   None when it will answer later; what it raises is a bug, told to sys.unraisablehook and answered with EIO. */
-static void handle(int which, fuse_req_t req, size_t size, PyObject **rest, size_t count) {
+/* Call a handler with the request and `rest`, taking over the references in there. A handler gives bytes to be sent, an int (0 or
+   an errno), or None when it will answer later; what it raises is a bug, told to sys.unraisablehook and answered with EIO.
+   Returns what is to be answered later. */
+static struct work *handle(int which, fuse_req_t req, size_t size, PyObject **rest, size_t count) {
     answered_by_shim = 1;
     struct work *work = begin(which, req);
     PyObject *result = NULL, *arguments[MAX_ARGUMENTS] = {work ? PyLong_FromVoidPtr(work) : NULL};
@@ -165,7 +208,9 @@ static void handle(int which, fuse_req_t req, size_t size, PyObject **rest, size
         else fuse_reply_err(req, 0);
     }
     Py_XDECREF(result);
-    if (work && !later) finish(work);
+    if (!work || later) return work;
+    finish(work);
+    return NULL;
 }
 
 static void shim_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *file) {
@@ -185,12 +230,13 @@ static void shim_write(fuse_req_t req, fuse_ino_t ino, const char *data, size_t 
     PyObject *view = PyMemoryView_FromMemory((char *)data, (Py_ssize_t)size, PyBUF_READ);
     PyObject *rest[] = {PyLong_FromLongLong(offset), view};
     Py_XINCREF(view);
-    handle(WRITE, req, size, rest, 2);
-    if (view) { /* the buffer is used again at once: whoever kept the view must not see the next request in it */
-        PyObject *released = PyObject_CallMethod(view, "release", NULL);
-        if (!released) PyErr_WriteUnraisable(view);
-        Py_XDECREF(released);
-        Py_DECREF(view);
+    struct work *later = handle(WRITE, req, size, rest, 2);
+    if (later) { /* it is all in the buffer until it is answered */
+        later->view = view;
+        later->buffer = in_process;
+        in_process = NULL;
+    } else if (view) {
+        let_go(view);
     }
 }
 
@@ -253,22 +299,36 @@ static int receive(struct fuse_session *session, struct fuse_buf *buf) {
     static int (*real)(struct fuse_session *, struct fuse_buf *);
     if (!real) real = next("fuse_session_receive_buf");
     /* Before FUSE_INIT libfuse may read more than MAX_WRITE: that one buffer it allocates itself. */
-    if (initialised) buf->mem = receive_buffer;
+    char *slot = initialised && nr_free_slots ? free_slots[--nr_free_slots] : NULL;
+    buf->mem = slot;
     int got = real(session, buf);
     if (!initialised && got > 8 && got <= MAX_INIT && ((unsigned *)buf->mem)[1] == OPCODE_INIT)
         memcpy(init_request, buf->mem, init_length = (size_t)got);
-    if (got <= 0 && buf->mem == receive_buffer) buf->mem = NULL; /* pyfuse3 frees what it finds there */
+    if (got <= 0 && slot) {
+        give_buffer(slot);
+        buf->mem = NULL; /* pyfuse3 frees what it finds there */
+    }
     return got;
 }
 
-static void process(struct fuse_session *session, struct fuse_buf *buf) {
+static int is_for_served_file(const struct fuse_buf *buf, unsigned opcode) {
+    const struct {
+        uint32_t length, opcode;
+        uint64_t unique, inode;
+    } *header = buf->mem;
+    return buf->size >= sizeof *header && header->opcode == opcode && header->inode == served_inode;
+}
+
+/* Process a request that was received at that time, and be done with its buffer, unless that is kept until it is answered. */
+static void process(struct fuse_session *session, struct fuse_buf *buf, long long since_ns) {
     static void (*real)(struct fuse_session *, const struct fuse_buf *);
     if (!real) real = next("fuse_session_process_buf");
     answered_by_shim = 0;
-    received_ns = now_ns();
+    received_ns = since_ns;
+    in_process = buf->mem;
     real(session, buf);
-    if (buf->mem != receive_buffer) free(buf->mem);
-    buf->mem = NULL;
+    if (in_process) give_buffer(in_process);
+    buf->mem = in_process = NULL;
 }
 
 int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf) {
@@ -299,16 +359,41 @@ static int linger(struct fuse_session *session) {
     return ready > 0 && fds[0].revents == POLLIN;
 }
 
+/* Whether this waits until the reads that have come as well are answered. Never for something that leaves pyfuse3 a coroutine. */
+static int gives_way(const struct fuse_buf *buf) {
+    const unsigned opcodes[] = {OPCODE_WRITE, OPCODE_FSYNC, OPCODE_FALLOCATE};
+    for (size_t i = 0; i < sizeof opcodes / sizeof *opcodes; i++)
+        if (is_slot(buf->mem) && is_for_served_file(buf, opcodes[i])) return 1;
+    return 0;
+}
+
+/* Process a request that has come, and those that are there already or come soon. None is left when this returns. */
 void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *first) {
-    process(session, (struct fuse_buf *)first);
+    struct fuse_buf buf = *first;
+    long long since_ns = now_ns(), end = since_ns + MAX_BURST_NS;
+    int got = 1, left_coroutine = 0;
+    ((struct fuse_buf *)first)->mem = NULL; /* pyfuse3 frees what it finds there */
     metrics[WAKEUPS]++;
-    long long end = now_ns() + MAX_BURST_NS;
-    for (unsigned more = 1; more < max_burst && answered_by_shim && !fuse_session_exited(session); more++) {
-        struct fuse_buf buf = {.mem = NULL};
-        int got = receive(session, &buf);
-        if (got == -EAGAIN && now_ns() < end && linger(session)) got = receive(session, &buf);
-        if (got <= 0) break;    /* nothing, or an error that the session loop will see again */
-        process(session, &buf); /* the last of the burst if it left pyfuse3 a coroutine */
+    for (unsigned received = 1;;) {
+        if (got > 0 && gives_way(&buf)) {
+            arrivals[(first_arrival + nr_arrivals++) % MAX_SLOTS] = (struct arrival){buf, since_ns};
+        } else if (got > 0) {
+            process(session, &buf, since_ns);
+            left_coroutine |= !answered_by_shim;
+        } else if (nr_arrivals) {
+            struct arrival arrival = arrivals[first_arrival++ % MAX_SLOTS];
+            nr_arrivals--;
+            process(session, &arrival.buf, arrival.since_ns);
+        }
+        int more = !left_coroutine && received < max_burst && now_ns() < end && !fuse_session_exited(session);
+        if (got <= 0 && !nr_arrivals && !(got == -EAGAIN && more && linger(session)))
+            break; /* nothing, or an error that the session loop will see again */
+        got = -EAGAIN;
+        if (!more || (nr_arrivals && !nr_free_slots)) continue;
+        buf = (struct fuse_buf){.mem = NULL};
+        got = receive(session, &buf);
+        since_ns = now_ns();
+        received += got > 0;
     }
 }
 
@@ -398,7 +483,7 @@ static PyObject *py_replay(PyObject *self, PyObject *args) {
     char *copy = the_session ? malloc((size_t)request.len) : NULL; /* process() frees it */
     if (copy) {
         struct fuse_buf buf = {.mem = memcpy(copy, request.buf, (size_t)request.len), .size = (size_t)request.len};
-        process(the_session, &buf);
+        process(the_session, &buf, now_ns());
     }
     PyBuffer_Release(&request);
     return PyBool_FromLong(initialised);
@@ -431,6 +516,24 @@ static PyObject *py_use_metrics(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_use_slots(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer buffer;
+    Py_ssize_t bytes;
+    if (!PyArg_ParseTuple(args, "w*n", &buffer, &bytes)) return NULL;
+    if (bytes < RECEIVE_BYTES || buffer.len % bytes || buffer.len / bytes > MAX_SLOTS || nr_free_slots != nr_slots) {
+        PyBuffer_Release(&buffer);
+        return PyErr_Format(PyExc_ValueError, "slots have at least %d bytes each, are no more than %d, and are set before any is used",
+                            RECEIVE_BYTES, MAX_SLOTS);
+    }
+    if (slots_buffer.obj) PyBuffer_Release(&slots_buffer);
+    slots_buffer = buffer;
+    slot_bytes = (size_t)bytes;
+    nr_free_slots = nr_slots = (unsigned)(buffer.len / bytes);
+    for (unsigned i = 0; i < nr_slots; i++) free_slots[i] = (char *)buffer.buf + i * slot_bytes;
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_in_work(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     return PyLong_FromUnsignedLong(in_work);
@@ -447,6 +550,7 @@ static PyMethodDef methods[] = {
     {"take_arenas_from_malloc", py_take_arenas_from_malloc, METH_NOARGS, "Python's object arenas come from malloc from now on"},
     {"libfuse_version", py_libfuse_version, METH_NOARGS, "libfuse_version() -> str"},
     {"use_metrics", py_use_metrics, METH_VARARGS, "use_metrics(buffer): where to count from now on; see core/latency.py"},
+    {"use_slots", py_use_slots, METH_VARARGS, "use_slots(buffer, slot_bytes): where requests are received from now on"},
     {"in_work", py_in_work, METH_NOARGS, "in_work() -> int: requests for the served file that are not answered yet"},
     {NULL, NULL, 0, NULL},
 };

@@ -34,6 +34,7 @@ replay = _shim.replay
 take_arenas_from_malloc = _shim.take_arenas_from_malloc
 libfuse_version = _shim.libfuse_version
 use_metrics = _shim.use_metrics
+use_slots = _shim.use_slots
 in_work = _shim.in_work
 
 

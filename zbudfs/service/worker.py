@@ -154,7 +154,7 @@ class Worker:
             stats = Stats(store, lambda: self._facts(store), self._board.lines)
             control = Control(steering, self._log.info)
             operations = Operations(store, stats, control, nursery, mounted.born_ns)
-            open_session(operations, mounted.fuse_fd)
+            open_session(operations, mounted.fuse_fd, mounted.memory.parking.view)
             with (
                 self._monitor(store),
                 _urgency() as urgency,

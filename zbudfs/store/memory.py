@@ -6,7 +6,7 @@
     frametable  the allocator's columns            rebuilt from pages and frames by a new worker
     freeframes  the pool's own columns             rebuilt
     blocks      the block map                      rebuilt, but for which segments are ready
-    parking     what is to be written and waits for a frame
+    parking     requests that were received, and above all what is to be written and waits for a frame
     outgoing    blocks on their way to the disk, encrypted
     trace       what was asked, for a reader; without memory unless a trace is on
     board       what the processes tell each other
@@ -42,10 +42,11 @@ RESERVE_BYTES: Final = 32 << 20
 STANDBY_BYTES: Final = 48 << 20
 """And beyond that while there is no standby: 34 MiB of its own, and 13 for a while to try itself out (measured)."""
 
-PARKING_SLOTS: Final = 8
-PARKING_SLOT_BYTES: Final = 1 << 20
-"""As many large writes as the kernel keeps in flight can wait for frames without new memory: in memory that the worker
-and the standby share, since only one of them needs it at a time."""
+PARKING_SLOTS: Final = 10
+PARKING_SLOT_BYTES: Final = (1 << 20) + (64 << 10)
+"""Requests are received here, and a write waits here for frames: eight that the kernel keeps in flight on its own account,
+one that somebody waits for in write(2) (the file's lock lets in no more), and the next to be received. In memory that the
+worker and the standby share, since only one of them needs it at a time."""
 
 
 class StoreMemory:
