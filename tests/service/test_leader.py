@@ -15,7 +15,7 @@ from tests.service.test_service import MIB, Manager
 from tests.support import is_mounted, is_running, status_of, wait_until, zbudfs
 from zbudfs.cli import config as configuration
 from zbudfs.cli import unit
-from zbudfs.cli.leader import split_stored
+from zbudfs.cli.leader import forget_dead, split_stored
 from zbudfs.service.settings import Settings
 
 PAGE = 4096
@@ -76,6 +76,19 @@ def in_use(mountpoint: Path) -> Iterator[None]:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def test_sockets_of_the_dead_are_removed(tmp_path: Path) -> None:
+    """Those of leaders that run stay, as does all else."""
+    gone = os.fork()
+    if not gone:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    names = [f"notify-{gone}-0", f"notify-{os.getpid()}-1", "swap"]
+    for name in names:
+        (tmp_path / name).touch()
+    forget_dead(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 @pytest.mark.needs("root", "fuse")

@@ -167,11 +167,19 @@ def split_stored(stored: Mapping[str, int]) -> dict[int, dict[str, int]]:
     return found
 
 
+def forget_dead(folder: str) -> None:
+    """Remove the sockets that leaders have left who were killed."""
+    for path in Path(folder).glob("notify-*-*"):
+        if not Path("/proc", path.name.split("-")[1]).exists():
+            path.unlink(missing_ok=True)
+
+
 def lead(parts: Mapping[int, Settings | None], stored: Mapping[str, int], notifier: Notifier) -> int:
     """Serve instances by their numbers until all their mounts are gone, or until told to end: the exit status."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a keeper that was handed over to is a grandchild
     known = split_stored(stored)
     Path(RUN_FOLDER).mkdir(mode=0o755, parents=True, exist_ok=True)
+    forget_dead(RUN_FOLDER)
     members = [Member(number, settings, known.get(number, {}), RUN_FOLDER) for number, settings in parts.items()]
     try:
         return _Leader(members, notifier).run()
