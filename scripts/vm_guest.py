@@ -572,22 +572,25 @@ def full() -> None:
             file.flush()
             if os.statvfs(place).f_bavail * PAGE < 48 * MIB:
                 break
-    load = Storm(600)
+    # As much as there is RAM now: what the pool will take of that, and a bit, has to go to swap, more than the pool holds.
+    load = Storm(int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0]) >> 10)
     try:
         wait_for(lambda: stats()["backing_ready_bytes"] > 0, "writeback", 900)
         with ballast.open("ab") as file, contextlib.suppress(OSError):
             while file.write(bytes(MIB // 4)):
                 file.flush()
         free = os.statvfs(place).f_bavail * PAGE
-        load.wait_filled()
-        load.wait_progress(5000)
+        wait_for(lambda: load.state()[3] == "check" or stats()["refused_pool_full"], "the storm, or a refusal", 900)
+        load.must_live()
         seen = stats()
         check(
             "the disk is full",
             free < MIB,
-            f"{free >> 10} KiB free, backing file of {seen['backing_ready_bytes'] >> 20} MiB",
+            f"{free >> 10} KiB free, backing file of {seen['backing_ready_bytes'] >> 20} MiB,"
+            f" {seen['refused_pool_full']} writes refused",
         )
         ballast.unlink()
+        load.wait_filled()
         load.wait_progress(5000)
         checked, wrong = load.end()
         check("no wrong page", wrong == 0, f"{checked} pages checked, {wrong} wrong")

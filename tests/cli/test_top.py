@@ -387,7 +387,9 @@ def test_in_a_real_terminal(mountpoint: Path, tmp_path: Path) -> None:
         subprocess.run([*tmux, "send-keys", *keys], timeout=LIMIT_SECONDS, check=True)
 
     command = f"{sys.executable} -m zbudfs top --interval 0.2 {mountpoint}; echo ended with $?; sleep {LIMIT_SECONDS}"
-    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+    # The width is the terminal's: pytest-xdist tells its processes one of its own.
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    environment["LC_ALL"] = "C.UTF-8"
     subprocess.run(
         [*tmux, "-u", "new-session", "-d", "-x", "80", "-y", "24", command],
         env=environment,
@@ -400,7 +402,7 @@ def test_in_a_real_terminal(mountpoint: Path, tmp_path: Path) -> None:
         wait_until(lambda: status_of(mountpoint)["pool_limit_bytes"] == 15 << 20, "the pool's limit is lowered")
         wait_until(lambda: "pool_limit_bytes=15728640" in capture(), "it is said")
         subprocess.run([*tmux, "resize-window", "-x", "120", "-y", "40"], timeout=LIMIT_SECONDS, check=True)
-        wait_until(lambda: any(len(line) > 80 for line in capture().splitlines()), "the screen is wider")
+        wait_until(lambda: any(len(line) == 120 for line in capture().splitlines()), "the screen is wider")
         numbers = status_of(mountpoint)
         for name in ("keeper_pid", "standby_pid", "worker_pid"):
             os.kill(numbers[name], signal.SIGKILL)

@@ -35,7 +35,9 @@ def test_threads_wake_it_without_memory(monkeypatch: pytest.MonkeyPatch) -> None
             async with trio.open_nursery() as nursery:
                 for thread in threads:
                     nursery.start_soon(use, thread)
-            assert not select.select([sockets.wakeup_sock], [], [], 0)[0]
+            poll = select.poll()
+            poll.register(sockets.wakeup_sock, select.POLLIN)
+            assert not poll.poll(0)
             with trio.open_signal_receiver(signal.SIGUSR1) as signals:
                 other = IoThread[None]("signal")
                 other_done = trio.Event()
