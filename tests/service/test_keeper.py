@@ -34,7 +34,7 @@ from tests.store.disks import small_ext4
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, run_zbudfs, status_of, wait_until, zbudfs
 from zbudfs.service.keeper import HANG_SECONDS as SILENT_SECONDS
 from zbudfs.service.mountpoint import MountError, unmount
-from zbudfs.service.pooldir import path_of, remove_dead
+from zbudfs.service.pooldir import path_of, pool_directories, remove_dead
 from zbudfs.service.settings import Settings
 from zbudfs.store.board import Field
 from zbudfs.swap.loop import loop_devices, swaps
@@ -140,7 +140,13 @@ class Served:
         self.kill_all()
         with contextlib.suppress(MountError):
             unmount(str(self.mountpoint), lazy=True)
-        remove_dead(str(self.mountpoint))
+        mountpoint = str(self.mountpoint)  # whoever was killed may still be on the way
+
+        def is_gone() -> bool:
+            remove_dead(mountpoint)
+            return not pool_directories(mountpoint)
+
+        wait_until(is_gone, "the end of the pool directory")
 
 
 @contextlib.contextmanager
