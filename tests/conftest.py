@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -35,6 +36,10 @@ MADE_ONCE: Final = ("test_install.py", "test_exporter.py", "test_crash_points.py
 def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known; have temporary files on a disk: /tmp is often memory, which cannot do all that a disk can."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/var/tmp")
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as shells have it for what runs behind them: tests press Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", f"needs(*names): what of {', '.join(NEEDS)} the machine must have")
 
 
