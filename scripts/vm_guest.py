@@ -171,6 +171,9 @@ def start_swap(**keys: object) -> None:
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
+NOISE_BYTES: Final = 1536
+"""Of each page of a storm."""
+
 LAST_LOOK_SECONDS: Final = 3000.0
 """Longest time for a look at all pages of a storm, most of them on disk, by an emulated processor that others use as well."""
 
@@ -178,7 +181,7 @@ LAST_LOOK_SECONDS: Final = 3000.0
 class Storm:
     """A program that fills memory with pages of which it knows every byte, and reads and rewrites them all the time.
 
-    Half of each page is random and half is text, so that zstd makes about half of it.
+    Three eighths of each page are random and the rest is text: two of them fit into a frame, and no more.
     """
 
     def __init__(self, mib: int) -> None:
@@ -241,9 +244,9 @@ def storm(mib: int, out: str) -> None:
     generations = bytearray(count)
 
     def page(number: int) -> bytes:
-        start = (number * 2654435761 + generations[number] * 40503) % (MIB - PAGE // 2)
+        start = (number * 2654435761 + generations[number] * 40503) % (MIB - NOISE_BYTES)
         text = b"page %d, generation %d. " % (number, generations[number])
-        return noise[start : start + PAGE // 2] + (text * (PAGE // 2 // len(text) + 1))[: PAGE // 2]
+        return (noise[start : start + NOISE_BYTES] + text * (PAGE // len(text)))[:PAGE]
 
     filled = checked = wrong = 0
     file = os.open(out, os.O_WRONLY)
@@ -383,7 +386,7 @@ def acceptance() -> None:
 
 
 def pressure() -> None:
-    """Twice the machine's RAM, of data that compresses to half, and then stress-ng's own patterns."""
+    """Twice the machine's RAM, of data that compresses to less than half, and then stress-ng's own patterns."""
     start_swap(size="1900M", pool="96M")
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
     mib = 2 * ram
@@ -572,8 +575,8 @@ def full() -> None:
             file.flush()
             if os.statvfs(place).f_bavail * PAGE < 48 * MIB:
                 break
-    # As much as there is RAM now: what the pool will take of that, and a bit, has to go to swap, more than the pool holds.
-    load = Storm(int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0]) >> 10)
+    # More than there is RAM now, by so much that the pool is too small for what has to go to swap, and the disk is not.
+    load = Storm((int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0]) >> 10) + 64)
     try:
         wait_for(lambda: stats()["backing_ready_bytes"] > 0, "writeback", 900)
         with ballast.open("ab") as file, contextlib.suppress(OSError):
