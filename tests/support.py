@@ -44,6 +44,15 @@ def zbudfs(*arguments: str | Path, cwd: Path | None = None) -> str:
     return run.stdout
 
 
+def printed_by(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module of tests as a program, which must succeed; return the JSON object that it printed."""
+    command = [sys.executable, "-m", module, *arguments]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * LIMIT_SECONDS, cwd=ROOT, check=True)
+    found = json.loads(run.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
 def status_of(mountpoint: Path) -> dict[str, Any]:
     """Return `zbudfs status --json` of one mount."""
     found = json.loads(zbudfs("status", "--json", mountpoint))

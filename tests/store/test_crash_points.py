@@ -19,7 +19,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -34,7 +33,7 @@ import trio
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
 from tests.store.rig import drop, get, in_block, in_ram, kind_of, packed_by, put
-from tests.support import LIMIT_SECONDS, ROOT
+from tests.support import printed_by
 from zbudfs.core.allocator import EPHEMERAL_KIND
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.packing import Packing
@@ -587,10 +586,7 @@ def do_all() -> dict[str, Any]:
 @functools.cache
 def results(packing: str) -> dict[str, Any]:
     """Have every operation killed everywhere, in a process of its own; what it found."""
-    command = [sys.executable, "-m", "tests.store.test_crash_points", packing]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * LIMIT_SECONDS, cwd=ROOT, check=True)
-    found: dict[str, Any] = json.loads(run.stdout)
-    return found
+    return printed_by("tests.store.test_crash_points", packing)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -26,7 +25,7 @@ import pytest
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
 from tests.store.rig import let_go, packed_by
-from tests.support import LIMIT_SECONDS, ROOT
+from tests.support import printed_by
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.dense import Dense
 from zbudfs.core.packing import Packing
@@ -236,10 +235,7 @@ def main() -> int:
 @functools.cache
 def results(packing: str) -> dict[str, Any]:
     """Have every write killed everywhere, in a process of its own, which has one thread; what it found."""
-    command = [sys.executable, "-m", "tests.store.test_hot_steps", packing]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * LIMIT_SECONDS, cwd=ROOT, check=True)
-    found: dict[str, Any] = json.loads(run.stdout)
-    return found
+    return printed_by("tests.store.test_hot_steps", packing)
 
 
 @pytest.mark.parametrize("packing", ["zbud", "dense"])

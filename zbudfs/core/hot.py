@@ -8,6 +8,11 @@ by the layout of its frames (`Allocator.hot`); the page store asks for a hot pat
 
 from typing import TYPE_CHECKING, Final
 
+NOT_BUILT: Final = "the hot path in C is not there, and Python does its work: a page takes half as long again"
+"""What to say where it is missing,"""
+REMEDY: Final = "install zbudfs anew, do not just copy it"
+"""and what would help."""
+
 if TYPE_CHECKING:
     from zbudfs.core._hot import Hot as Hot
     from zbudfs.core._hot import Slow as Slow

@@ -311,14 +311,6 @@ static int receive(struct fuse_session *session, struct fuse_buf *buf) {
     return got;
 }
 
-static int is_for_served_file(const struct fuse_buf *buf, unsigned opcode) {
-    const struct {
-        uint32_t length, opcode;
-        uint64_t unique, inode;
-    } *header = buf->mem;
-    return buf->size >= sizeof *header && header->opcode == opcode && header->inode == served_inode;
-}
-
 /* Process a request that was received at that time, and be done with its buffer, unless that is kept until it is answered. */
 static void process(struct fuse_session *session, struct fuse_buf *buf, long long since_ns) {
     static void (*real)(struct fuse_session *, const struct fuse_buf *);
@@ -361,17 +353,19 @@ static int linger(struct fuse_session *session) {
 
 /* Whether this waits until the reads that have come as well are answered. Never for something that leaves pyfuse3 a coroutine. */
 static int gives_way(const struct fuse_buf *buf) {
-    const unsigned opcodes[] = {OPCODE_WRITE, OPCODE_FSYNC, OPCODE_FALLOCATE};
-    for (size_t i = 0; i < sizeof opcodes / sizeof *opcodes; i++)
-        if (is_slot(buf->mem) && is_for_served_file(buf, opcodes[i])) return 1;
-    return 0;
+    const struct {
+        uint32_t length, opcode;
+        uint64_t unique, inode;
+    } *header = buf->mem;
+    if (!is_slot(buf->mem) || buf->size < sizeof *header || header->inode != served_inode) return 0;
+    return header->opcode == OPCODE_WRITE || header->opcode == OPCODE_FSYNC || header->opcode == OPCODE_FALLOCATE;
 }
 
 /* Process a request that has come, and those that are there already or come soon. None is left when this returns. */
 void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *first) {
     struct fuse_buf buf = *first;
     long long since_ns = now_ns(), end = since_ns + MAX_BURST_NS;
-    int got = 1, left_coroutine = 0;
+    int got = 1, more = 1, left_coroutine = 0;
     ((struct fuse_buf *)first)->mem = NULL; /* pyfuse3 frees what it finds there */
     metrics[WAKEUPS]++;
     for (unsigned received = 1;;) {
@@ -384,10 +378,10 @@ void fuse_session_process_buf(struct fuse_session *session, const struct fuse_bu
             struct arrival arrival = arrivals[first_arrival++ % MAX_SLOTS];
             nr_arrivals--;
             process(session, &arrival.buf, arrival.since_ns);
-        }
-        int more = !left_coroutine && received < max_burst && now_ns() < end && !fuse_session_exited(session);
-        if (got <= 0 && !nr_arrivals && !(got == -EAGAIN && more && linger(session)))
+        } else if (got != -EAGAIN || !more || !linger(session)) {
             break; /* nothing, or an error that the session loop will see again */
+        }
+        more = !left_coroutine && received < max_burst && now_ns() < end && !fuse_session_exited(session);
         got = -EAGAIN;
         if (!more || (nr_arrivals && !nr_free_slots)) continue;
         buf = (struct fuse_buf){.mem = NULL};

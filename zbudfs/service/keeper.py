@@ -195,10 +195,7 @@ class Keeper:
         if self._backing is not None:
             self._descriptors["backing"] = self._backing.fileno()
         if not hot.BUILT:
-            self._warnings.append(
-                "the hot path in C is not there, and Python does its work: a page takes half as long again; install zbudfs"
-                " anew, do not just copy it"
-            )
+            self._warnings.append(f"{hot.NOT_BUILT}; {hot.REMEDY}")
         board = self._memory.board
         for field, value in (
             (Field.KEEPER_PID, os.getpid()),

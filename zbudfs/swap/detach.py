@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """From active swap back to a mounted zbudfs, if RAM has room for what comes back.
 
-swapoff reads every page in. Where memory is too short for them the kernel kills programs, or swapoff, and a killed
-swapoff may lose memory. So the room is counted first and the answer is no, with the figures, and all keeps running.
+swapoff reads every page in. Where memory is too short for them the kernel kills programs, or swapoff, after which swap is
+on as before and all of it is to be done again. So the room is counted first and the answer is no, with the figures, and all
+keeps running.
 
     needed     what is in use of this swap, and a margin
     there is   MemAvailable, and the free room of other swaps
@@ -21,12 +22,10 @@ from typing import Final
 
 from zbudfs.core.sizes import format_size
 from zbudfs.swap.attach import release
-from zbudfs.swap.loop import Swap, SwapError, loop_devices_on, run_tool, swaps
+from zbudfs.swap.loop import Swap, SwapError, ToolKilled, loop_devices_on, run_tool, swaps
 
 MARGIN_BYTES: Final = 64 << 20
 """Memory that must be left over after swapoff. Guessed, not measured: page tables, and what else runs meanwhile."""
-
-_KILLED: Final = "was killed by signal 9"
 
 
 def detach(mounts: Sequence[tuple[str, int | None]], *, force: bool = False, root: str = "/") -> list[str]:
@@ -46,8 +45,8 @@ def detach(mounts: Sequence[tuple[str, int | None]], *, force: bool = False, roo
         with _interrupts_ignored():
             try:
                 run_tool(["swapoff", swap.path], limit_seconds=None, own_session=True)
-            except SwapError as error:
-                if _KILLED not in str(error):
+            except ToolKilled as error:
+                if error.number != signal.SIGKILL:
                     raise
                 raise SwapError(
                     f"{error}, for want of memory: swap is still on, and nothing was lost; end some programs, or run this"

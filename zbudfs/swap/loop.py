@@ -37,6 +37,15 @@ class SwapError(Exception):
     """Something about loop devices or swap that cannot be done; the text is one sentence for the user."""
 
 
+class ToolKilled(SwapError):
+    """A program was killed, by the signal `number`."""
+
+    def __init__(self, name: str, number: int) -> None:
+        """Say that of the program `name`."""
+        super().__init__(f"{name} was killed by signal {number}")
+        self.number = number
+
+
 @dataclass(frozen=True, slots=True)
 class LoopDevice:
     """A loop device with a file behind it."""
@@ -128,8 +137,8 @@ def users(mountpoint: str, st_dev: int | None = None, root: str = "/") -> list[s
 def run_tool(command: Sequence[str | bytes], *, limit_seconds: float | None, own_session: bool = False) -> str:
     """Run a program of util-linux and return what it prints.
 
-    Raises SwapError with the program's own words when it fails, is missing, or takes longer than `limit_seconds`
-    (None: no limit). With `own_session` a Ctrl-C at the terminal does not reach it.
+    Raises SwapError with the program's own words when it fails, is missing, is killed (ToolKilled), or takes longer than
+    `limit_seconds` (None: no limit). With `own_session` a Ctrl-C at the terminal does not reach it.
     """
     name = os.fsdecode(command[0])
     # A root shell made by su often has no sbin in its path; messages are read by people who may ask others: English.
@@ -149,9 +158,10 @@ def run_tool(command: Sequence[str | bytes], *, limit_seconds: float | None, own
     except subprocess.TimeoutExpired:
         raise SwapError(f"{name} did not end within {limit_seconds:g} s") from None
     if run.returncode != 0:
+        if run.returncode < 0:
+            raise ToolKilled(name, -run.returncode)
         words = run.stderr.decode("utf-8", "backslashreplace").strip().splitlines()
-        how = f"was killed by signal {-run.returncode}" if run.returncode < 0 else f"failed ({run.returncode})"
-        raise SwapError(words[-1] if words and run.returncode > 0 else f"{name} {how}")
+        raise SwapError(words[-1] if words else f"{name} failed ({run.returncode})")
     return run.stdout.decode("utf-8", "surrogateescape").strip()
 
 

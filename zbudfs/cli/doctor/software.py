@@ -41,8 +41,7 @@ def check_hot_path(machine: Machine) -> Iterator[Finding]:
     if hot.BUILT:
         yield ok("hot path", "in C")
     else:
-        text = "the part in C is not there, and Python does its work: a page takes half as long again"
-        yield warning("hot path", text, "install zbudfs anew, do not just copy it")
+        yield warning("hot path", hot.NOT_BUILT, hot.REMEDY)
 
 
 def check_programs(machine: Machine) -> Iterator[Finding]:
