@@ -6,7 +6,8 @@
     install     `make install` from wheels that were built before; the swap unit is enabled for the next boot
     boot        swap is there without a hand; IO flusher, OOM score; mount -t fuse.zbudfs, fstab; stop and start
     acceptance  a pool of 64 MiB, stress-ng over 700 MiB with verification, three times
-    pressure    twice the machine's RAM, verified byte for byte, half of it random
+    pressure    twice the machine's RAM, verified byte for byte, three eighths of it random
+    dense       the same with `packing = "dense"`
     handover    restart, kill -9 of worker, keeper, both and all three, SIGSTOP, under that pressure
     upgrade     `make install` again while swap is on, a kill, a restart
     stop        `systemctl stop` without room in RAM
@@ -49,6 +50,7 @@ LIMIT_SECONDS: Final[dict[str, float]] = {
     "acceptance": 2400,
     "reboot": 2400,
     "pressure": 7200,
+    "dense": 7200,
 }
 """Longest time for a scenario. Arbitrary and generous: a machine that hangs is ended by it."""
 DEFAULT_LIMIT_SECONDS: Final = 3600.0

@@ -172,7 +172,9 @@ def start_swap(**keys: object) -> None:
 
 
 NOISE_BYTES: Final = 1536
-"""Of each page of a storm."""
+"""Of each page of a storm: two of them fit into a frame, and no more."""
+DENSE_NOISE_BYTES: Final = 640
+"""Of each page of a storm on a dense pool: five of them fit into a frame."""
 
 LAST_LOOK_SECONDS: Final = 3000.0
 """Longest time for a look at all pages of a storm, most of them on disk, by an emulated processor that others use as well."""
@@ -181,14 +183,14 @@ LAST_LOOK_SECONDS: Final = 3000.0
 class Storm:
     """A program that fills memory with pages of which it knows every byte, and reads and rewrites them all the time.
 
-    Three eighths of each page are random and the rest is text: two of them fit into a frame, and no more.
+    So many bytes of each page are random, and the rest is text.
     """
 
-    def __init__(self, mib: int) -> None:
+    def __init__(self, mib: int, noise_bytes: int = NOISE_BYTES) -> None:
         self.mib = mib
         self._out = Path(f"/run/storm-{os.getpid()}-{time.monotonic_ns()}")
         self._out.write_text("0 0 0 fill")
-        command = [sys.executable, __file__, "storm", str(mib), str(self._out)]
+        command = [sys.executable, __file__, "storm", str(mib), str(noise_bytes), str(self._out)]
         self._process = subprocess.Popen(command, preexec_fn=_ordinary)
 
     def state(self) -> tuple[int, int, int, str]:
@@ -233,7 +235,7 @@ def _ordinary() -> None:
     Path("/proc/self/oom_score_adj").write_text("0")
 
 
-def storm(mib: int, out: str) -> None:
+def storm(mib: int, noise_bytes: int, out: str) -> None:
     """Be the storm."""
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
@@ -244,9 +246,9 @@ def storm(mib: int, out: str) -> None:
     generations = bytearray(count)
 
     def page(number: int) -> bytes:
-        start = (number * 2654435761 + generations[number] * 40503) % (MIB - NOISE_BYTES)
+        start = (number * 2654435761 + generations[number] * 40503) % (MIB - noise_bytes)
         text = b"page %d, generation %d. " % (number, generations[number])
-        return (noise[start : start + NOISE_BYTES] + text * (PAGE // len(text)))[:PAGE]
+        return (noise[start : start + noise_bytes] + text * (PAGE // len(text)))[:PAGE]
 
     filled = checked = wrong = 0
     file = os.open(out, os.O_WRONLY)
@@ -388,10 +390,22 @@ def acceptance() -> None:
 def pressure() -> None:
     """Twice the machine's RAM, of data that compresses to less than half, and then stress-ng's own patterns."""
     start_swap(size="1900M", pool="96M")
+    _press(NOISE_BYTES, "two pages", 0.8)
+
+
+def dense() -> None:
+    """The same with the dense packing: twice the machine's RAM, of pages of which five fit into a frame."""
+    start_swap(size="1900M", pool="64M", packing="dense")
+    check("the pool is packed densely", stats()["packing"].startswith("dense"), stats()["packing"])
+    _press(DENSE_NOISE_BYTES, "four pages and more", 0.25)
+
+
+def _press(noise_bytes: int, packed: str, most_of_a_page: float) -> None:
+    """Twice the RAM in pages with so much noise; a page written back takes at most this part of its size on disk."""
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
     mib = 2 * ram
     before = stats()
-    load = Storm(mib)
+    load = Storm(mib, noise_bytes)
     try:
         load.wait_filled()
         load.wait_progress(20_000)
@@ -404,8 +418,8 @@ def pressure() -> None:
     check("most of it was in swap", out > ram // 2, f"{out} MiB")
     pages, count = (after[name] - before[name] for name in ("cumul_writeback_pages", "cumul_writeback_bytes"))
     check(
-        "and much of that on disk, two pages to a block",
-        pages > 0 and count < 0.8 * PAGE * pages,
+        f"and much of that on disk, {packed} to a block",
+        pages > 0 and count < most_of_a_page * PAGE * pages,
         f"{pages} pages, {count >> 20} MiB",
     )
     done = stress(2 * ram // 2, 60, workers=2)
@@ -616,6 +630,7 @@ SCENARIOS: Final[dict[str, Callable[[], None]]] = {
     "boot": boot,
     "acceptance": acceptance,
     "pressure": pressure,
+    "dense": dense,
     "handover": handover,
     "upgrade": upgrade,
     "stop": stop,
@@ -660,7 +675,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["storm"]:
-        storm(int(sys.argv[2]), sys.argv[3])
+        storm(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     else:
         threading.stack_size(1 << 20)
         main()
