@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`python -m zbudfs` is the command `zbudfs`."""
 
-from zbudfs.cli.main import main
+from zbudfs.cli.entry import main
 
 raise SystemExit(main())

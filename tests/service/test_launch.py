@@ -18,6 +18,7 @@ HEAD = """
 import json, os, signal, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 settings = os.read(int(options["--settings-fd"]), 65536)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())  # in the foreground it begins with some that are blocked
 def say(text):
     os.write(int(options["--ready-fd"]), text.encode())
 """
@@ -119,6 +120,17 @@ time.sleep(60)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert run_in_foreground(SETTINGS, on_ready, command=daemon(code)) == 7
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_ctrl_c_before_the_daemon_is_up() -> None:
+    """It takes it when it can, and does not come up; that is no error of its own."""
+    code = """
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+os.kill(os.getppid(), signal.SIGINT)
+say('{"error": "it was told to end"}\\n')
+"""
+    with pytest.raises(KeyboardInterrupt):
+        run_in_foreground(SETTINGS, lambda _: None, command=daemon(code))
 
 
 def test_in_the_foreground_errors_are_told() -> None:

@@ -14,13 +14,14 @@ from zbudfs.service import slim as slim  # isort: skip  before anything imports 
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 
 from zbudfs.core.errors import ZbudfsError
 from zbudfs.fuse.shim import ShimError
-from zbudfs.service.keeper import Keeper, StartError, keep_adopted
+from zbudfs.service.keeper import ENDING, Keeper, StartError, keep_adopted
 from zbudfs.service.log import Log, route_logging
 from zbudfs.service.mountpoint import MountError
 from zbudfs.service.notify import Notifier, take_stored
@@ -109,6 +110,7 @@ def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notif
 
 def main(arguments: Sequence[str]) -> int:
     """Run the daemon; the exit status."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the keeper is up
     foreground = "--foreground" in arguments
     service = "--service" in arguments
     words = [word for word in arguments if word not in ("--foreground", "--service")]

@@ -75,6 +75,11 @@ BALLAST_BYTES: Final = 4 << 20
 """Locked memory that is let go of when a worker must be forked while swap is dead. Guessed: the pages that it writes to."""
 
 
+ENDING: Final = frozenset((signal.SIGTERM, signal.SIGINT))
+"""What tells a keeper to end. Blocked until it is up: one that comes before is looked for where all can be undone, and has
+no chance to cut anything off in the middle."""
+
+
 class StartError(Exception):
     """The mount could not come up; the text is for the user."""
 
@@ -262,10 +267,13 @@ class Keeper:
                 self._worker.reap()
                 self._worker = None
                 raise StartError(self._memory.board.take_error() or "the worker died before it was ready")
-            if time.monotonic() > end:
+            told_to_end = signal.sigpending() & ENDING
+            if told_to_end or time.monotonic() > end:
                 self._worker.kill()
                 self._worker.reap()
                 self._worker = None
+                if told_to_end:
+                    raise StartError("it was told to end before it was up")
                 raise StartError(f"the worker was not ready within {START_LIMIT_SECONDS:g} s")
             time.sleep(0.005)
         self._promote(self._worker)
@@ -403,8 +411,9 @@ class Keeper:
                     signal.pidfd_send_signal(self._worker.pidfd, number)
 
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             signal.signal(number, wake)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         path = f"{self._directory.path}/control"
         with contextlib.suppress(FileNotFoundError):

@@ -41,6 +41,9 @@ the backing file meanwhile, on a disk that may be slow."""
 _STOP_LIMIT_SECONDS: Final = 10.0
 """Longest time between SIGTERM and SIGKILL for a daemon that did not come up. Arbitrary."""
 
+_PASSED_ON: Final = frozenset((signal.SIGINT, signal.SIGTERM))
+"""What a daemon in the foreground is started with blocked."""
+
 _LAST_WORDS_BYTES: Final = 64 << 10
 """Most of a daemon's stderr that is kept for an error message."""
 
@@ -101,22 +104,33 @@ def run_in_foreground(
 
     `on_ready` is called once it is up. Ctrl-C reaches the daemon by itself, as a member of the same process group, and
     only it decides what to do (with swap attached it must not end); SIGTERM and SIGHUP are passed on to it. A daemon
-    that a signal has ended gives 128 and the signal's number, as in a shell. Raises LaunchError as `start` does.
+    that a signal has ended gives 128 and the signal's number, as in a shell. Raises LaunchError as `start` does, and
+    KeyboardInterrupt if it did not come up after Ctrl-C.
     """
     daemon: subprocess.Popen[bytes] | None = None
     mounts_before = zbudfs_mounts()
+    interrupted = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = interrupted or number == signal.SIGINT
         if daemon is not None and number != signal.SIGINT and daemon.poll() is None:
             daemon.send_signal(number)
 
     # Handlers rather than SIG_IGN: those are reset in the new program, an ignored signal would stay ignored in it.
     with _handling({signal.SIGINT: pass_on, signal.SIGTERM: pass_on, signal.SIGHUP: pass_on}):
-        daemon, ready_fd = _spawn(command, settings, foreground=True)
+        # The daemon is started with these blocked, and takes what came meanwhile when it can.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+        try:
+            daemon, ready_fd = _spawn(command, settings, foreground=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         try:
             ready, last_words = _wait_ready(daemon, ready_fd, limit_seconds)
             if not isinstance(ready, Ready):
                 _stop(daemon)
+                if interrupted:
+                    raise KeyboardInterrupt
                 raise LaunchError(_why(ready, daemon.returncode, last_words))
             on_ready(ready)
             status = daemon.wait()  # no limit: this is what the user asked for

@@ -98,6 +98,7 @@ def work(mounted: Mounted, order_fd: int, *, emergency: bool, served_by: int | N
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a standby ends with its mount
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the keeper that is coming up has some blocked
     _die_with_keeper(signal.SIGKILL)
     if os.getppid() != mounted.keeper_pid:
         return FAILED  # it died before that was set
