@@ -19,6 +19,7 @@ import copy
 import importlib
 import importlib.machinery
 import importlib.util
+import math
 import os
 import random
 import resource
@@ -48,11 +49,14 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
 }
 """By module of zbudfs/core: the files in tests/core that are about it, the quickest first."""
 
-CPU_FACTOR: Final = 3
-CPU_EXTRA_SECONDS: Final = 10
-"""A mutant has so many times the processor time that the tests take without one, and so much more."""
-WALL_FACTOR: Final = 20
-"""Longest wait for a mutant, in times of its processor time: on a busy machine, or one that sleeps."""
+CPU_SHARE: Final = 2
+CPU_EXTRA_SECONDS: Final = 2
+"""Each test has so much of the processor time that all take without a mutant (half of it), and so much more: two or three
+times what the dearest one needs, and a mutant that never ends is seen within seconds."""
+WAIT_SECONDS: Final = 10
+WAITS: Final = 60
+"""Longest wait for a mutant, which may sleep, or be one of many on a busy machine. In parts, of which each can pass while
+all of this is stopped."""
 MEMORY_BYTES: Final = 4 << 30
 """Address space of a mutant, which may well fill a list for ever."""
 
@@ -235,6 +239,19 @@ class _Changed(importlib.machinery.SourceFileLoader):
         return code
 
 
+class _Limit:
+    """For pytest: each test is ended, and its process with it, when it has used so many seconds of the processor."""
+
+    def __init__(self, cpu_seconds: int) -> None:
+        self._cpu_seconds = cpu_seconds
+        self.pytest_runtest_setup()
+
+    def pytest_runtest_setup(self) -> None:
+        """Begin to count."""
+        limit = math.ceil(time.process_time()) + self._cpu_seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+
+
 def _run_tests(module: str, mutant: Mutant | None, cpu_seconds: int) -> None:
     """Be the process of a mutant."""
     import hypothesis
@@ -245,7 +262,6 @@ def _run_tests(module: str, mutant: Mutant | None, cpu_seconds: int) -> None:
         with tempfile.TemporaryFile() as output:
             for fd in (1, 2):
                 os.dup2(output.fileno(), fd)
-            resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
             # The same examples for each, none kept, and none made small: that it fails is enough.
             phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
@@ -257,19 +273,23 @@ def _run_tests(module: str, mutant: Mutant | None, cpu_seconds: int) -> None:
                 sys.meta_path.insert(0, _Changed(module, tree_of(mutant)))
             tests = [str(ROOT / _CORE / name) for name in TESTS[module]]
             early = "ignore::pytest.PytestAssertRewriteWarning"  # what tests import is there already, on purpose
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", early, f"--rootdir={ROOT}", *tests]))
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-W", early, f"--rootdir={ROOT}"]
+            status = int(pytest.main([*options, *tests], plugins=[_Limit(cpu_seconds)]))
     finally:
         os._exit(PASSED if status == PASSED else FAILED)
 
 
 def try_out(module: str, mutant: Mutant | None, cpu_seconds: int) -> tuple[int | None, float]:
-    """Whether the tests pass (0) with the mutant, or without one; None if they did not end. And their processor time."""
+    """Whether the tests pass (0) with the mutant, or without one; None if they did not end. And their processor time.
+
+    `cpu_seconds` of it are for each test.
+    """
     pid = os.fork()
     if not pid:
         _run_tests(module, mutant, cpu_seconds)
     ended = os.pidfd_open(pid)
     try:
-        if not select.select([ended], [], [], cpu_seconds * WALL_FACTOR)[0]:
+        if not any(select.select([ended], [], [], WAIT_SECONDS)[0] for _ in range(WAITS)):
             os.kill(pid, signal.SIGKILL)
     finally:
         os.close(ended)
@@ -324,7 +344,7 @@ def main(arguments: Sequence[str]) -> int:
         if passed != PASSED:
             print(f"mutants: the tests of core/{module}.py fail without any", file=sys.stderr)
             return 1
-        limit = int(seconds * CPU_FACTOR) + CPU_EXTRA_SECONDS
+        limit = math.ceil(seconds / CPU_SHARE) + CPU_EXTRA_SECONDS
         before = tried, killed
         for mutant in mutants:
             status, _ = try_out(module, mutant, limit)

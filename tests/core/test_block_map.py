@@ -221,6 +221,7 @@ def test_what_is_not_live_cannot_be_freed() -> None:
 
 def test_the_table_is_small() -> None:
     """Less than a byte and a half a block, and a table that is too short is refused."""
+    assert make(1000).nr_blocks == 1000 * SEGMENT_BLOCKS
     assert BlockMap.table_size(1000) <= 1000 * SEGMENT_BLOCKS * 1.5
     with pytest.raises(ValueError, match="too small"):
         BlockMap(memoryview(bytearray(BlockMap.table_size(4) - 1)), 4)

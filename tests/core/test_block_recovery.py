@@ -60,9 +60,26 @@ def test_what_cannot_be_is_not_claimed() -> None:
     after.check()
 
 
+def test_a_segment_that_was_being_punched_is_a_hole() -> None:
+    """Whoever dies between taking it and giving it back leaves it to be made ready anew."""
+    buffer = memoryview(bytearray(BlockMap.table_size(SEGMENTS)))
+    before = BlockMap(buffer, SEGMENTS)
+    before.add_ready(*before.take_holes(2))
+    assert before.take_free(0) == 1
+    after = BlockMap(buffer, SEGMENTS, attach=True)
+    after.reset()
+    after.check()
+    assert (after.ready_segments, after.holes) == (1, 3)
+    assert after.restore(SEGMENT_BLOCKS, 0) is False
+
+
 def test_a_table_is_as_large_as_it_says() -> None:
-    """One byte less is refused; attaching writes nothing."""
+    """One byte less is refused, the last one is the last segment's; attaching writes nothing."""
     size = BlockMap.table_size(SEGMENTS)
+    used = bytearray(size)
+    blocks = BlockMap(memoryview(used), SEGMENTS)
+    blocks.add_ready(*blocks.take_holes(SEGMENTS))
+    assert used[-1] == 1
     with pytest.raises(ValueError, match="is too small for 4 segments"):
         BlockMap(memoryview(bytearray(size - 1)), SEGMENTS)
     buffer = bytearray(b"\xa5" * size)

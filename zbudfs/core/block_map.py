@@ -26,6 +26,11 @@ HEADER_BLOCK: Final = 0
 """The file's own: never free."""
 
 
+def _lowest_bit(mask: int) -> int:
+    """The number of the lowest bit that is set, of which there must be one."""
+    return (mask & -mask).bit_length() - 1
+
+
 class BlockMap:
     """The map of a backing file of at most `nr_segments` segments; all of them holes where the table is zeros.
 
@@ -51,11 +56,11 @@ class BlockMap:
         live_end = prev_end + nr_segments * SEGMENT_BLOCKS
         self._live = buffer[prev_end:live_end]
         self._ready = buffer[live_end : live_end + nr_segments]
-        self._zero_counters()
         if not attach:
             self.reset()
 
-    def _zero_counters(self) -> None:
+    def reset(self) -> None:
+        """No block is in use. Segments are ready or holes as the table says."""
         self._lengths = [0] * _LISTS
         self._nonempty = 0
         self.free_blocks = 0
@@ -63,10 +68,6 @@ class BlockMap:
         self.used_blocks = 0
         """With a live zpage, or being written."""
         self.ready_segments = 0
-
-    def reset(self) -> None:
-        """No block is in use. Segments are ready or holes as the table says."""
-        self._zero_counters()
         self._lists.clear()
         self._live[:] = bytes(len(self._live))
         for segment in range(self.nr_segments):
@@ -120,7 +121,7 @@ class BlockMap:
         if first >= self.nr_segments:
             return NO_SEGMENT, 0
         count = 0
-        while count < most and first + count < self.nr_segments and self._lists.oldest(_HOLES) == first + count:
+        while count < most and self._lists.oldest(_HOLES) == first + count:
             self._unlink(first + count, _HOLES)
             count += 1
         return first, count
@@ -165,10 +166,8 @@ class BlockMap:
         free = ready.bit_length() - 1
         segment = self._lists.oldest(free)
         mask = self._masks[segment]
-        low = (mask & -mask).bit_length() - 1
-        upward = mask >> low
-        run = (~upward & (upward + 1)).bit_length() - 1
-        count = min(most, run)
+        low = _lowest_bit(mask)
+        count = min(most, _lowest_bit((mask >> low) + 1))
         self._masks[segment] = mask & ~(((1 << count) - 1) << low)
         self._unlink(segment, free)
         self._link(segment, free - count)
