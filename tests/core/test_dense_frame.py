@@ -87,7 +87,7 @@ def test_other_numbers_are_refused(zpages: int) -> None:
     """One to a frame is no packing, and more than there are indices cannot be."""
     buffers = memoryview(bytearray(PAGE_SIZE)), memoryview(bytearray(Dense.table_size(1)))
     with pytest.raises(ValueError, match="zpages to a frame"):
-        Dense(*buffers, 1, most_zpages=zpages)
+        Dense(*buffers, 1, attach=False, most_zpages=zpages)
 
 
 def test_a_frame_says_its_layout() -> None:

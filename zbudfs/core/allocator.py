@@ -181,7 +181,7 @@ class Allocator(ABC):
     most_zpages: int
     """Zpages that a frame can hold, which is also how many fills of one can be under way at once."""
 
-    def __init__(self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool = False) -> None:
+    def __init__(self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool) -> None:
         if len(table) < self.table_size(nr_frames):
             raise ValueError(f"a table of {len(table)} bytes is too small for {nr_frames} frames")
         self.nr_frames = nr_frames

@@ -99,13 +99,7 @@ class Dense(Allocator):
     """_UNDO + the number of the frame of which there is an undo copy, 0 for none; and the copy."""
 
     def __init__(
-        self,
-        frames: memoryview,
-        table: memoryview,
-        nr_frames: int,
-        *,
-        attach: bool = False,
-        most_zpages: int = DEFAULT_ZPAGES,
+        self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool, most_zpages: int
     ) -> None:
         if not FEWEST_ZPAGES <= most_zpages <= MOST_ZPAGES + 1:
             raise ValueError(f"{most_zpages} zpages to a frame: it must be {FEWEST_ZPAGES} to {MOST_ZPAGES}")

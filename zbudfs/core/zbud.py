@@ -64,7 +64,7 @@ class Zbud(Allocator):
     OWN_WIDTHS: ClassVar[tuple[int, ...]] = (1, 1)
     most_zpages = 2
 
-    def __init__(self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool = False) -> None:
+    def __init__(self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool) -> None:
         super().__init__(frames, table, nr_frames, attach=attach)
         self._first_chunks, self._last_chunks = self._own_columns
 

@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from zbudfs.core.allocator import NO_REF, Allocator, chunks_for, max_zpage_size
+from zbudfs.core.allocator import NO_REF, chunks_for, max_zpage_size
 from zbudfs.core.codec import Codec, is_word, word_zpage
-from zbudfs.core.dense import Dense
+from zbudfs.core.packing import DENSE, ZBUD, Packing
 from zbudfs.core.page_table import entry_of_word
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, SIZE_CLASSES
-from zbudfs.core.zbud import Zbud
 
-PACKINGS: Final[Mapping[str, type[Allocator]]] = {"zbud": Zbud, "dense": Dense}
+PACKINGS: Final[Mapping[str, Packing]] = {packing.name: packing for packing in (ZBUD, DENSE)}
 """By the name that `--packing` has for it: how zpages are put into frames."""
 
 _ORDER: Final = sys.byteorder
@@ -117,11 +116,12 @@ def measure(
     )
 
 
-def _frames_taken(packing: type[Allocator], zpages: Sequence[bytes]) -> int:
+def _frames_taken(packing: Packing, zpages: Sequence[bytes]) -> int:
     """Return how many frames an allocator fills with the zpages."""
     nr_frames = max(len(zpages), 1)
     frames = bytearray(nr_frames * PAGE_SIZE)  # untouched ones take no memory
-    allocator = packing(memoryview(frames), memoryview(bytearray(packing.table_size(nr_frames))), nr_frames)
+    table = bytearray(packing.kind.table_size(nr_frames))
+    allocator = packing.allocator(memoryview(frames), memoryview(table), nr_frames)
     taken = 0
     for number, zpage in enumerate(zpages):
         if allocator.match(number, zpage) == NO_REF:
