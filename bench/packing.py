@@ -100,12 +100,12 @@ def measure(options: Options) -> list[Table]:
                 raise BenchError(f"there is no program {program!r}: known are {', '.join(PROGRAMS)}")
             table = Table(f"Packing the memory of {program}, zstd level {options.level}", COLUMNS)
             table.base = str(ZBUD) if ZBUD in packings else None
-            command = _command(program, options.objects, folder)
-            if shutil.which(command[0]) is None:
+            started = command(program, options.objects, folder)
+            if shutil.which(started[0]) is None:
                 table.notes.append(f"{program} is not measured: it is not installed.")
                 found.append(table)
                 continue
-            pages = _snapshot(command)
+            pages = snapshot(started)
             random.Random(7).shuffle(pages)
             del pages[options.pages :]
             zpages = [codec.encode(page) for page in pages]
@@ -119,7 +119,7 @@ def measure(options: Options) -> list[Table]:
     return found
 
 
-def _command(program: str, count: int, folder: Path) -> list[str]:
+def command(program: str, count: int, folder: Path) -> list[str]:
     """How a program is started, `count` objects large."""
     if program == "python":
         return [sys.executable, "-I", "-c", _PYTHON.replace("COUNT", str(count))]
@@ -130,7 +130,7 @@ def _command(program: str, count: int, folder: Path) -> list[str]:
     return ["java", "-Xmx512m", str(heap)]
 
 
-def _snapshot(command: Sequence[str]) -> list[bytes]:
+def snapshot(command: Sequence[str]) -> list[bytes]:
     """The pages of a program, read once it has said that it is up."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:

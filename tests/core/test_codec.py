@@ -16,8 +16,10 @@ from zbudfs.core.allocator import max_zpage_size
 from zbudfs.core.codec import (
     CHECK_BITS,
     DEFAULT_LEVEL,
+    HASH_LOG,
     MAX_LEVEL,
     MIN_LEVEL,
+    MIN_MATCH,
     WORD_CHECK,
     WORD_ZPAGE_SIZE,
     Codec,
@@ -27,6 +29,7 @@ from zbudfs.core.codec import (
     page_of_word,
     word_zpage,
 )
+from zbudfs.core.dictionary import DICTIONARY
 from zbudfs.core.errors import PageLost
 from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS, WORD_SIZE
 
@@ -260,9 +263,17 @@ def test_magicless_saves_bytes(name: str) -> None:
     """Leaving out the magic number and the content size saves at least four bytes against an ordinary zstd frame."""
     content = SAMPLES[name]
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        DEFAULT_LEVEL, source_size=PAGE_SIZE, write_checksum=True
+        DEFAULT_LEVEL,
+        source_size=PAGE_SIZE,
+        hash_log=HASH_LOG,
+        min_match=MIN_MATCH,
+        force_max_window=True,
+        write_checksum=True,
+        write_dict_id=False,
     )
-    ordinary = zstandard.ZstdCompressor(compression_params=parameters).compress(content)
+    tables = zstandard.ZstdCompressionDict(DICTIONARY)
+    tables.precompute_compress(compression_params=parameters)
+    ordinary = zstandard.ZstdCompressor(compression_params=parameters, dict_data=tables).compress(content)
     zpage = CODEC.encode(content)
     assert not zpage.startswith(zstandard.MAGIC_NUMBER.to_bytes(4, "little"))
     assert len(ordinary) - len(zpage) >= 4

@@ -22,8 +22,9 @@ from zbudfs.core.errors import LayoutError
 from zbudfs.core.latency import WORDS, Latencies
 from zbudfs.store.arena import Arena
 
-LAYOUT: Final = 0x7A627564_0006
-"""Of everything that outlives a worker: tables, frames, blocks, this board. Changed when any of them changes."""
+LAYOUT: Final = 0x7A627564_0007
+"""Of everything that outlives a worker: tables, frames, blocks, this board, and what zpages mean (core/dictionary.py).
+Changed when any of them changes."""
 
 _COUNTERS: Final = 1 << 10
 _INIT: Final = 2 << 10
