@@ -26,6 +26,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+import zstandard
+
 from bench import corpus, packing
 from bench.kit import PAGE
 from zbudfs.core.codec import HASH_LOG, MIN_MATCH
@@ -35,9 +37,8 @@ IDENTIFIER: Final = 1
 REPEATED_OFFSETS: Final = (1, 4, 7)
 """What matches of a page's beginning may repeat. None reaches beyond the content of a dictionary: seven zeros are the most that
 zstd forgets at once, so that compressing with this dictionary is no slower than without one."""
-HUFFMAN_TABLE: Final = b"\x80\x10"
-"""Of two symbols. There must be one, and negative levels never code literals."""
 PAGES_OF_EACH: Final = 5000
+LITERALS_FROM_PAGES: Final = 2000
 FEWEST_SEQUENCES: Final = 20
 """Pages of fewer say nothing: their tables are zstd's own."""
 
@@ -78,7 +79,7 @@ def count_codes(pages: Sequence[bytes]) -> list[Counter[int]]:
     library = ctypes.CDLL("libzstd.so.1")
     library.ZSTD_createCCtx.restype = ctypes.c_void_p
     library.ZSTD_generateSequences.restype = ctypes.c_size_t
-    library.ZSTD_generateSequences.argtypes = [ctypes.c_void_p, *[ctypes.c_void_p, ctypes.c_size_t] * 2]
+    library.ZSTD_generateSequences.argtypes = (ctypes.c_void_p, *(ctypes.c_void_p, ctypes.c_size_t) * 2)
     context = ctypes.c_void_p(library.ZSTD_createCCtx())
     for name, value in ((_LEVEL, -1), (_WINDOW_LOG, 12), (_HASH_LOG, HASH_LOG), (_MIN_MATCH, MIN_MATCH)):
         library.ZSTD_CCtx_setParameter(context, name, value)
@@ -120,7 +121,15 @@ def described(counts: Sequence[int], log: int) -> bytes:
     return stream.to_bytes((length + 7) // 8, "little")
 
 
-def dictionary(programs: Iterable[Sequence[bytes]]) -> bytes:
+def huffman_table(pages: Sequence[bytes]) -> bytes:
+    """The table for literals, which must be there, of all 256; levels below 0 code none. zstd's own, from a dictionary of its."""
+    trained = zstandard.train_dictionary(PAGE, list(pages)).as_bytes()[8:]  # behind magic number and identifier
+    if trained[0] >= 128:
+        raise RuntimeError("a table of literals in a form that older versions of zstd do not take")
+    return trained[: 1 + trained[0]]
+
+
+def dictionary(programs: Sequence[Sequence[bytes]]) -> bytes:
     """The dictionary for pages of these programs, each of which counts the same."""
     shares = [[0.0] * codes for codes in (_OFFSET_CODES, _MATCH_CODES, _LITERAL_CODES)]
     for pages in programs:
@@ -128,10 +137,10 @@ def dictionary(programs: Iterable[Sequence[bytes]]) -> bytes:
             for number, times in counted.items():
                 share[number] += times / len(pages)
     tables = [described(normalised(share, log), log) for share, log in zip(shares, _TABLE_LOGS, strict=True)]
-    content = bytes(max(REPEATED_OFFSETS))
-    return b"".join(
-        [struct.pack("<II", MAGIC, IDENTIFIER), HUFFMAN_TABLE, *tables, struct.pack("<III", *REPEATED_OFFSETS), content]
-    )
+    every = [page for pages in programs for page in pages]
+    literals = huffman_table(random.Random(2).sample(every, min(len(every), LITERALS_FROM_PAGES)))
+    head, distances = struct.pack("<II", MAGIC, IDENTIFIER), struct.pack("<III", *REPEATED_OFFSETS)
+    return b"".join([head, literals, *tables, distances, bytes(max(REPEATED_OFFSETS))])
 
 
 def collect(others: Sequence[int]) -> dict[str, list[bytes]]:
@@ -150,10 +159,12 @@ def collect(others: Sequence[int]) -> dict[str, list[bytes]]:
 def main() -> None:
     """Print the constant."""
     parser = argparse.ArgumentParser(prog="dictionary.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--also", type=int, nargs="+", default=[], metavar="PID", help="processes whose memory is read too")
+    parser.add_argument(
+        "--also", type=int, nargs="+", default=[], metavar="PID", help="processes whose memory is read too"
+    )
     programs = collect(parser.parse_args().also)
     print(", ".join(f"{len(pages)} pages of {name}" for name, pages in programs.items()), file=sys.stderr)
-    for line in textwrap.wrap(dictionary(programs.values()).hex(), 100):
+    for line in textwrap.wrap(dictionary([*programs.values()]).hex(), 100):
         print(f'    "{line}"')
 
 

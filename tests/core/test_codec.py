@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import struct
 
@@ -32,6 +33,7 @@ from zbudfs.core.codec import (
 from zbudfs.core.dictionary import DICTIONARY
 from zbudfs.core.errors import PageLost
 from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS, WORD_SIZE
+from zbudfs.store.board import LAYOUT
 
 LEVELS = [level for level in range(MIN_LEVEL, MAX_LEVEL + 1) if level]
 CODEC = Codec()
@@ -277,6 +279,20 @@ def test_magicless_saves_bytes(name: str) -> None:
     zpage = CODEC.encode(content)
     assert not zpage.startswith(zstandard.MAGIC_NUMBER.to_bytes(4, "little"))
     assert len(ordinary) - len(zpage) >= 4
+
+
+def test_a_change_of_the_dictionary_is_a_change_of_the_layout() -> None:
+    """What zpages mean depends on it: whoever makes another one gives the layout another number, and this test both."""
+    known = {0x7A627564_0007: "1a4d9677523fe78b6f140ae1b3b43de4e979c809fe1f32583ee6b42e8edad4d3"}
+    assert known.get(LAYOUT) == hashlib.sha256(DICTIONARY).hexdigest()
+
+
+def test_every_page_uses_the_tables_of_the_dictionary() -> None:
+    """Without them a zpage means something else, or nothing: it is never the same page by chance."""
+    zpage = CODEC.encode(text_page(1))
+    plain = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
+    with pytest.raises(zstandard.ZstdError):
+        plain.decompress(zpage, PAGE_SIZE)
 
 
 def test_the_check_is_the_end_of_the_checksum() -> None:

@@ -9,8 +9,8 @@ A page takes one of three forms, tried in this order:
 
 zstd has a dictionary: no content, only tables for its entropy coder (core/dictionary.py). Levels up to 4 then neither make
 tables of their own for each page nor write, read and build them again: at level -1 a page takes 0.85 of the time to compress
-and 0.79 to decompress, and 1 to 8 % more bytes, which costs no frame as long as two zpages still fit into one. Higher levels take
-those tables where they are the smaller ones, and zpages are as large as without.
+and 0.8 to decompress, and has 1 to 8 % more bytes, which costs no frame as long as two zpages still fit into one. Higher levels
+take those tables where they are the smaller ones, and their zpages are as large as without.
 
 zstd frames are magicless and without content size: 5 of some 840 bytes less, and every zpage decompresses to
 4096 bytes anyway. The content checksum is on, so a damaged zpage is an error and never wrong bytes. Level -1
