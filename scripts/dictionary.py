@@ -122,7 +122,7 @@ def described(counts: Sequence[int], log: int) -> bytes:
 
 
 def huffman_table(pages: Sequence[bytes]) -> bytes:
-    """The table for literals, which must be there, of all 256; levels below 0 code none. zstd's own, from a dictionary of its."""
+    """The table of all literals, from a dictionary that zstd makes. It must be there; levels below 0 code no literals."""
     trained = zstandard.train_dictionary(PAGE, list(pages)).as_bytes()[8:]  # behind magic number and identifier
     if trained[0] >= 128:
         raise RuntimeError("a table of literals in a form that older versions of zstd do not take")
