@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -342,6 +343,60 @@ def test_reads_first(tmp_path: Path) -> None:
         for number, content in enumerate(contents):
             assert os.pread(fd, length, (number + 1) * length) == content
         assert all_stats(mountpoint)["requests_in_work"] == 0
+
+
+@pytest.mark.needs("root", "fuse")
+def test_reads_within_a_write(tmp_path: Path) -> None:
+    """Reads that come while a large write is compressed are answered before it; what else comes waits, and is answered.
+
+    Compressing is made slow here, so that there is a while.
+    """
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    code = (
+        "import sys, time; from zbudfs.service import daemon; from zbudfs.core.codec import Codec; "
+        "right = Codec.__init__\n"
+        "def slow(codec, level=-1):\n"
+        "    right(codec, level); compress = codec.compress\n"
+        "    codec.compress = lambda page: (time.sleep(0.005), compress(page))[1]\n"
+        "Codec.__init__ = slow; sys.exit(daemon.main(sys.argv[1:]))"
+    )
+    settings = Settings(mountpoint=str(mountpoint), size_bytes=4 * MIB, pool_bytes=4 * MIB, backing=None)
+    pid = start(settings, command=[sys.executable, "-I", "-c", code]).pid
+    content = random.Random(1).randbytes(MIB)  # 256 pages: more than a second
+    answered: list[str] = []
+
+    def write(fd: int) -> None:
+        aligned = mmap.mmap(-1, MIB)
+        aligned.write(content)
+        assert os.pwritev(fd, [aligned], 2 * MIB) == MIB
+        answered.append("write")
+
+    def list_stats() -> None:
+        assert "log" in os.listdir(mountpoint / "stats")
+        assert (mountpoint / "stats/log").read_bytes() is not None
+        answered.append("stats")
+
+    try:
+        with opened(mountpoint / "swapfile") as fd:
+            os.pwrite(fd, b"r" * PAGE, 0)
+            writer = threading.Thread(target=write, args=(fd,))
+            others = [threading.Thread(target=list_stats) for _ in range(3)]
+            writer.start()
+            time.sleep(0.1)  # it has come
+            for _ in range(5):
+                assert os.pread(fd, 2 * PAGE, 0) == b"r" * PAGE + bytes(PAGE)
+            assert not answered
+            for thread in others:
+                thread.start()
+            for thread in (writer, *others):
+                thread.join(LIMIT_SECONDS)
+            assert sorted(answered) == ["stats"] * 3 + ["write"]
+            assert os.pread(fd, MIB, 2 * MIB) == content
+            assert all_stats(mountpoint)["requests_in_work"] == 0
+    finally:
+        zbudfs("umount", mountpoint)
+        wait_until(lambda: not is_running(pid), "the daemon's end")
 
 
 @pytest.mark.needs("root", "fuse")

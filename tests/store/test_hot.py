@@ -522,7 +522,7 @@ def test_arguments() -> None:
         with pytest.raises(IndexError):
             path.read(first, count, store.codec.decompress)
     with pytest.raises(IndexError):
-        path.write(PAGES - 1, bytes(2 * PAGE_SIZE), store.codec.compress, store.state)
+        path.write(PAGES - 1, bytes(2 * PAGE_SIZE), store.codec.compress, store.state, store.between)
     with pytest.raises(OverflowError):
         path.read(-1, 1, store.codec.decompress)
     packing = memory.packing

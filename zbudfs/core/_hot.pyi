@@ -16,7 +16,13 @@ class Slow(Protocol):
 class Hot:
     def __init__(self, layout: int, most_zpages: int, nr_frames: int, /, *buffers: memoryview) -> None: ...
     def write(
-        self, page: int, content: bytes | memoryview, compress: Callable[[memoryview], bytes], state: Slow, /
+        self,
+        page: int,
+        content: bytes | memoryview,
+        compress: Callable[[memoryview], bytes],
+        state: Slow,
+        between: Callable[[], object],
+        /,
     ) -> int: ...
     def discard(self, page: int, stop: int, most: int, state: Slow, /) -> tuple[int, int]: ...
     def coldest(self, most: int, /) -> list[int]: ...

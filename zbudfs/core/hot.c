@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /* The hot path: the common case of a page's write, read and discard, over the tables that Python works with as well.
 
-       PageStore.write_nowait  -->  write(page, content, compress, state)
+       PageStore.write_nowait  -->  write(page, content, compress, state, between)
                                         one word repeated       -> its entry
                                         else compress -> match, or state.take_frame() -> copy -> commit -> free the old place
        PageStore.read_nowait   -->  read(page, count, decompress)
@@ -28,9 +28,14 @@
    complete before the entry is stored, and the entry is stored before anything of the old place is touched. A process that
    is killed has done what stands before in its program; so all that is needed is that the compiler keeps the order.
 
+   A large write takes a millisecond, for which a reader would have to wait: `between` is called after every few pages of it, when
+   the tables are whole, and reads are answered there.
+
    All of this runs on the one thread that runs trio, with the GIL held, but while zstd works. Whatever was looked up before
    a call out is looked up again after it. */
 #include "hot.h"
+
+enum { PAGES_AT_ONCE = 8 }; /* of a write: 60 us, beside which the half microsecond of `between` is little */
 
 static PyObject *zero_page, *page_size, *name_now, *name_release, *name_take_frame, *name_give_frame, *name_put_word, *name_put,
     *name_free_place;
@@ -191,7 +196,7 @@ static int in_range(const Hot *hot, uint64_t page, uint64_t count) {
 
 static PyObject *hot_write(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     Hot *hot = (Hot *)self;
-    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "write(page, content, compress, state)");
+    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "write(page, content, compress, state, between)");
     uint64_t page = PyLong_AsUnsignedLongLong(args[0]);
     if (PyErr_Occurred()) return NULL;
     PyObject *seconds = PyObject_GetAttr(args[3], name_now);
@@ -204,6 +209,7 @@ static PyObject *hot_write(PyObject *self, PyObject *const *args, Py_ssize_t nar
     for (const char *at = content.buf; more > 0 && stored < count; at += PAGE_SIZE) {
         more = put(hot, page + stored, at, args[2], args[3], now);
         stored += more > 0;
+        if (more > 0 && stored < count && !(stored % PAGES_AT_ONCE) && done(PyObject_CallNoArgs(args[4]))) more = -1;
     }
     PyBuffer_Release(&content);
     return more < 0 ? NULL : PyLong_FromUnsignedLongLong(stored);
@@ -381,7 +387,7 @@ failed:
 
 static PyMethodDef hot_methods[] = {
     {"write", (PyCFunction)(void (*)(void))hot_write, METH_FASTCALL,
-     "write(page, content, compress, state) -> int: store whole pages, as many as there are frames for: how many"},
+     "write(page, content, compress, state, between) -> int: store whole pages, as many as there are frames for: how many"},
     {"discard", (PyCFunction)(void (*)(void))hot_discard, METH_FASTCALL,
      "discard(page, stop, most, state) -> (int, int): free up to so many stored pages: the page to go on at, and how many"},
     {"read", (PyCFunction)(void (*)(void))hot_read, METH_FASTCALL,

@@ -84,6 +84,7 @@ class Operations(pyfuse3.Operations):
         # Not from the start again after a takeover: an old handle must not read another file's content.
         self._next_handle = (os.getpid() << 32) + SWAPFILE + 1
         store.tracer.on_change = self._serve
+        store.between = shim.serve_reads
         self._serve()
 
     def init(self) -> None:

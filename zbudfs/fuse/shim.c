@@ -19,7 +19,8 @@
    4. Buffers that are given. libfuse would allocate 1 MiB for each request; here each is received into one of a few slots of
       memory that Python has set aside. A write that is answered later stays where it is until then, without a copy.
    5. Reads first. Whoever reads a page waits for it, and who writes one does not: so all that has come is received before
-      the next write is processed, and reads among it are answered at once. A write waits for 64 requests or 5 ms at most.
+      the next write is processed, and reads among it are answered at once; a large write stops every few pages for those that
+      have come since (serve_reads). A write waits for 64 requests or 5 ms at most.
       Nobody can tell: both were in flight at the same time. Writes, discards and syncs keep their order.
    6. A bound on the requests that the kernel keeps in flight, so that the memory for them can be set aside in advance.
    7. Python's object arenas from malloc, whose heap the daemon pins, instead of from mmap().
@@ -53,6 +54,7 @@ enum {
     MAX_WRITE = 1 << 20,
     RECEIVE_BYTES = MAX_WRITE + (64 << 10),
     MAX_INIT = 1024,
+    OPCODE_READ = 15,
     OPCODE_WRITE = 16,
     OPCODE_FSYNC = 20,
     OPCODE_INIT = 26,
@@ -87,7 +89,7 @@ struct work {
     char *buffer;
 };
 
-/* A write that has been received and is still to be processed. */
+/* A request, most likely a write, that has been received and is still to be processed. */
 struct arrival {
     struct fuse_buf buf;
     long long since_ns;
@@ -114,8 +116,9 @@ static Py_buffer slots_buffer;
 static char *free_slots[MAX_SLOTS], *in_process; /* the buffer of the request that is being processed */
 static unsigned nr_slots, nr_free_slots;
 static size_t slot_bytes;
-static struct arrival arrivals[MAX_SLOTS]; /* a ring of writes */
+static struct arrival arrivals[MAX_SLOTS]; /* a ring */
 static unsigned first_arrival, nr_arrivals;
+static int in_burst; /* and no coroutine is left to pyfuse3 yet, nor anything in the ring that may leave one: more may be received */
 
 static void *next(const char *name) {
     void *found = dlsym(RTLD_NEXT, name);
@@ -315,12 +318,14 @@ static int receive(struct fuse_session *session, struct fuse_buf *buf) {
 static void process(struct fuse_session *session, struct fuse_buf *buf, long long since_ns) {
     static void (*real)(struct fuse_session *, const struct fuse_buf *);
     if (!real) real = next("fuse_session_process_buf");
+    char *outer = in_process; /* of a write, if this is a read within it */
     answered_by_shim = 0;
     received_ns = since_ns;
     in_process = buf->mem;
     real(session, buf);
     if (in_process) give_buffer(in_process);
-    buf->mem = in_process = NULL;
+    buf->mem = NULL;
+    in_process = outer;
 }
 
 int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf) {
@@ -351,29 +356,57 @@ static int linger(struct fuse_session *session) {
     return ready > 0 && fds[0].revents == POLLIN;
 }
 
-/* Whether this waits until the reads that have come as well are answered. Never for something that leaves pyfuse3 a coroutine. */
-static int gives_way(const struct fuse_buf *buf) {
+/* What of the served file is asked for, 0 if it is about anything else. */
+static unsigned wanted(const struct fuse_buf *buf) {
     const struct {
         uint32_t length, opcode;
         uint64_t unique, inode;
     } *header = buf->mem;
-    if (!is_slot(buf->mem) || buf->size < sizeof *header || header->inode != served_inode) return 0;
-    return header->opcode == OPCODE_WRITE || header->opcode == OPCODE_FSYNC || header->opcode == OPCODE_FALLOCATE;
+    return is_slot(buf->mem) && buf->size >= sizeof *header && header->inode == served_inode ? header->opcode : 0;
+}
+
+/* Whether this waits until the reads that have come as well are answered. Never for something that leaves pyfuse3 a coroutine. */
+static int gives_way(const struct fuse_buf *buf) {
+    unsigned opcode = wanted(buf);
+    return opcode == OPCODE_WRITE || opcode == OPCODE_FSYNC || opcode == OPCODE_FALLOCATE;
+}
+
+static void put_off(const struct fuse_buf *buf, long long since_ns) {
+    arrivals[(first_arrival + nr_arrivals++) % MAX_SLOTS] = (struct arrival){*buf, since_ns};
+}
+
+/* Within a write: answer the reads that have come meanwhile. What else has come is put off, all of it in slots. */
+static unsigned serve_reads(void) {
+    unsigned served = 0;
+    while (in_burst && nr_free_slots && served < max_burst) {
+        struct fuse_buf buf = {.mem = NULL};
+        if (receive(the_session, &buf) <= 0) break;
+        long long since_ns = now_ns();
+        if (wanted(&buf) == OPCODE_READ) {
+            process(the_session, &buf, since_ns);
+            served++;
+        } else {
+            put_off(&buf, since_ns);
+            in_burst = gives_way(&buf);
+        }
+    }
+    return served;
 }
 
 /* Process a request that has come, and those that are there already or come soon. None is left when this returns. */
 void fuse_session_process_buf(struct fuse_session *session, const struct fuse_buf *first) {
     struct fuse_buf buf = *first;
     long long since_ns = now_ns(), end = since_ns + MAX_BURST_NS;
-    int got = 1, more = 1, left_coroutine = 0;
+    int got = 1, more = 1;
     ((struct fuse_buf *)first)->mem = NULL; /* pyfuse3 frees what it finds there */
     metrics[WAKEUPS]++;
+    in_burst = 1;
     for (unsigned received = 1;;) {
         if (got > 0 && gives_way(&buf)) {
-            arrivals[(first_arrival + nr_arrivals++) % MAX_SLOTS] = (struct arrival){buf, since_ns};
+            put_off(&buf, since_ns);
         } else if (got > 0) {
             process(session, &buf, since_ns);
-            left_coroutine |= !answered_by_shim;
+            in_burst &= answered_by_shim;
         } else if (nr_arrivals) {
             struct arrival arrival = arrivals[first_arrival++ % MAX_SLOTS];
             nr_arrivals--;
@@ -381,7 +414,7 @@ void fuse_session_process_buf(struct fuse_session *session, const struct fuse_bu
         } else if (got != -EAGAIN || !more || !linger(session)) {
             break; /* nothing, or an error that the session loop will see again */
         }
-        more = !left_coroutine && received < max_burst && now_ns() < end && !fuse_session_exited(session);
+        more = in_burst && received < max_burst && now_ns() < end && !fuse_session_exited(session);
         got = -EAGAIN;
         if (!more || (nr_arrivals && !nr_free_slots)) continue;
         buf = (struct fuse_buf){.mem = NULL};
@@ -389,6 +422,7 @@ void fuse_session_process_buf(struct fuse_session *session, const struct fuse_bu
         since_ns = now_ns();
         received += got > 0;
     }
+    in_burst = 0;
 }
 
 /* ---- Python's object arenas ---------------------------------------------------------------------------------- */
@@ -533,6 +567,11 @@ static PyObject *py_in_work(PyObject *self, PyObject *unused) {
     return PyLong_FromUnsignedLong(in_work);
 }
 
+static PyObject *py_serve_reads(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyLong_FromUnsignedLong(serve_reads());
+}
+
 static PyMethodDef methods[] = {
     {"serve_file", py_serve_file, METH_VARARGS, "serve_file(inode, read, write, fallocate, fsync): the handlers of the served file"},
     {"set_limits", py_set_limits, METH_VARARGS, "set_limits(background, burst, spin_ns): requests in flight, taken without a sleep, and awake for so long"},
@@ -546,6 +585,7 @@ static PyMethodDef methods[] = {
     {"use_metrics", py_use_metrics, METH_VARARGS, "use_metrics(buffer): where to count from now on; see core/latency.py"},
     {"use_slots", py_use_slots, METH_VARARGS, "use_slots(buffer, slot_bytes): where requests are received from now on"},
     {"in_work", py_in_work, METH_NOARGS, "in_work() -> int: requests for the served file that are not answered yet"},
+    {"serve_reads", py_serve_reads, METH_NOARGS, "serve_reads() -> int: within a write: answer the reads that have come since"},
     {NULL, NULL, 0, NULL},
 };
 

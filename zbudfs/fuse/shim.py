@@ -36,6 +36,7 @@ libfuse_version = _shim.libfuse_version
 use_metrics = _shim.use_metrics
 use_slots = _shim.use_slots
 in_work = _shim.in_work
+serve_reads = _shim.serve_reads
 
 
 def verify(maps: str) -> None:

@@ -10,7 +10,7 @@ across a checkpoint: it is looked up again. docs/concurrency.md numbers the race
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -210,6 +210,8 @@ class PageStore:
         self.codec = codec
         self.reclaimer = Reclaimer(self.state, backing)
         self.tracer = Tracer(self.state, memory)
+        self.between: Callable[[], object] = _nothing
+        """Called after every few pages of a large write: whoever reads meanwhile need not wait for all of it."""
         self._readers: list[IoThread[dict[int, BackingError]]] = []
         if backing is not None:
             self._readers = [IoThread("read-0"), IoThread("read-1")]
@@ -596,7 +598,7 @@ class PageStore:
         page = offset >> PAGE_SHIFT
         state = self.state
         if self._hot is not None and not state.watched:
-            done = self._hot.write(page, content, self.codec.compress, state)
+            done = self._hot.write(page, content, self.codec.compress, state, self.between)
             self._cumul_written_pages += done
             self.reclaimer.kick()
             return done << PAGE_SHIFT
@@ -811,6 +813,10 @@ class PageStore:
         assert not self._loading, "a block is being read"
         assert not self.state.watched, "a page is being patched"
         assert self._allocator.counters()["pers_zombie_count"] == 0, "a frame is being written back"
+
+
+def _nothing() -> None:
+    """Do nothing: nobody waits."""
 
 
 def _kept(error: Failure) -> Failure:
