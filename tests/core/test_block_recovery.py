@@ -30,6 +30,11 @@ def test_everything_is_claimed_again() -> None:
     """Then all counts are what they were, and the rest is free; a hole stays one."""
     buffer, before, used = filled()
     after = BlockMap(buffer, SEGMENTS, attach=True)
+    assert (after.used_blocks, after.free_blocks, after.ready_segments) == (
+        0,
+        0,
+        0,
+    )  # a standby is asked before it takes over
     after.reset()
     after.check()
     assert (after.used_blocks, after.free_blocks) == (0, 2 * SEGMENT_BLOCKS - 1)

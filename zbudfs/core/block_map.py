@@ -56,11 +56,11 @@ class BlockMap:
         live_end = prev_end + nr_segments * SEGMENT_BLOCKS
         self._live = buffer[prev_end:live_end]
         self._ready = buffer[live_end : live_end + nr_segments]
+        self._zero_counters()  # who attaches is asked for them before it restores
         if not attach:
             self.reset()
 
-    def reset(self) -> None:
-        """No block is in use. Segments are ready or holes as the table says."""
+    def _zero_counters(self) -> None:
         self._lengths = [0] * _LISTS
         self._nonempty = 0
         self.free_blocks = 0
@@ -68,6 +68,10 @@ class BlockMap:
         self.used_blocks = 0
         """With a live zpage, or being written."""
         self.ready_segments = 0
+
+    def reset(self) -> None:
+        """No block is in use. Segments are ready or holes as the table says."""
+        self._zero_counters()
         self._lists.clear()
         self._live[:] = bytes(len(self._live))
         for segment in range(self.nr_segments):
