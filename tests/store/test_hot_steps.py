@@ -163,7 +163,7 @@ def kill_everywhere(number: int, content: bytes) -> dict[str, int]:
     assert path is not None
     old = [scene.model[page] for page in range(PAGES)]
     new = [*old[:number], *pieces, *old[number + len(pieces) :]]
-    steps = stepped(scene, lambda: path.write(number, content, compress, scene.store.state))
+    steps = stepped(scene, lambda: path.write(number, content, compress, scene.store.state, scene.store.between))
     scene.put_back()
     image = [bytearray(part) for part in scene.image]
     allocator = scene.store.state.allocator
