@@ -51,7 +51,7 @@ async def running(store: PageStore) -> AsyncIterator[PageStore]:
 
 
 def let_go(memory: StoreMemory) -> None:
-    """Give the memory of a store back to the system: its descriptors stay open until the process ends."""
+    """Give the memory of a store back to the system now, whoever still has the store."""
     for arena in memory.arenas:
         arena.release(0, arena.size)
 

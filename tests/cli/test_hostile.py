@@ -7,18 +7,23 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zbudfs.cli import commands
+from tests.tracing.samples import trace_file
+from zbudfs.cli import commands, estimate, exporter, top, trace_replay
 from zbudfs.cli.commands import _empty
 from zbudfs.cli.main import main
 from zbudfs.core.errors import LayoutError
-from zbudfs.service import launch
+from zbudfs.core.trace import Kind
+from zbudfs.service import hardening, launch
 from zbudfs.service.launch import LaunchError
 from zbudfs.service.settings import Settings, SettingsError
 from zbudfs.store.arena import Arena
@@ -106,6 +111,159 @@ def test_any_words(command: str, words: list[str], nothing_is_started: None) -> 
     assert bool(said) == (status != 0)
     if status:
         assert said.startswith("zbudfs: ")
+        assert said.removesuffix("\n").isprintable()
+
+
+# ---- the commands that look at things, or change them while they run ---------------------------------------------------
+
+LOOKING: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
+    ("set",): ("--json", "level=1", "level=", "level=99", "pool_limit_bytes=1G", "nonsense=1", "=", "level=1=2"),
+    ("exporter",): ("--listen", ":0", "localhost:0", "[::1]:99999", "::1:1", "--textfile", "--interval", "--listen="),
+    ("serve",): ("--json", "../swap", "swap@1"),
+    ("doctor",): ("--json", "--backing", "--root"),
+    ("estimate",): ("--all", "--file", "--sample", "--seed", "--levels", "--pool", "--plot", "--json", "-3,-1", "1,,2"),
+    ("top",): ("--interval", "--picture", "--after", "0.1"),
+    ("trace",): ("record", "show", "replay"),
+    ("trace", "record"): ("-o", "--output", "--seconds", "--max", "2M"),
+    ("trace", "show"): ("--json", "--plot"),
+    ("trace", "replay"): (
+        *("--pool", "--level", "--packing", "--watermark", "--backing", "--seed", "--json"),
+        *("1M,2M", "dense:3", "zbud,dense", "2%:5%", "5%:2%", "1:2:3", ":"),
+    ),
+}
+"""The commands whose words are drawn below, with some that belong to each."""
+
+BEGINNINGS: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
+    ("set",): ("level=1", "/nonexistent"),
+    ("exporter",): ("--textfile", "new.prom"),
+    ("estimate",): ("--file", "pages"),
+    ("trace", "record"): ("-o", "new", "/nonexistent"),
+    ("trace", "show"): ("trace",),
+    ("trace", "replay"): ("trace", "--backing", "none"),
+}
+"""What would be right by itself, which half of the command lines begin with."""
+
+SAFE_VALUES: Final = tuple(value for value in VALUES if value not in ("1", "4G", "19"))
+"""Not process 1, no sample of gigabytes, and no level that takes minutes."""
+
+
+class Watch:
+    """What this process opens for writing, makes, moves or removes outside one folder, while it is on; and what it starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.on = False
+        self.folder = folder.resolve()
+        self.seen: list[str] = []
+        sys.addaudithook(self._hook)  # there is no way to take it out again
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event == "open":
+            path, _, flags = arguments
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            if writes and flags & os.O_TMPFILE != os.O_TMPFILE:  # that has no name
+                self._touched(event, path)
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.chown", "os.truncate", "os.mkfifo"):
+            self._touched(event, arguments[0])
+        elif event in ("os.rename", "os.link", "os.symlink"):
+            self._touched(event, arguments[1])
+        elif event in ("subprocess.Popen", "os.exec", "os.system", "os.kill", "socket.bind") and (
+            arguments[0] != sys.executable  # doctor loads the libraries in a child
+        ):
+            self.seen.append(f"{event} {arguments}")
+
+    def _touched(self, event: str, path: str | bytes | int) -> None:
+        if isinstance(path, int):
+            return  # a descriptor: it was opened before
+        where = Path(os.path.realpath(os.fsdecode(path)))
+        allowed = (self.folder, *WRITABLE)
+        if not any(each in (where, *where.parents) for each in allowed):
+            self.seen.append(f"{event} {where}")
+
+
+WRITABLE: Final = tuple(map(Path, ("/nonexistent", "/dev/null", "/dev/fuse", "/dev/loop-control")))
+"""Where it is tried in vain, and what doctor opens to see whether it can."""
+
+
+@pytest.fixture(scope="module")
+def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    """A folder with a trace and other files, which is the working directory; all that is done elsewhere is noticed."""
+    folder = tmp_path_factory.mktemp("words")
+    records = [(1000 * number, Kind.WRITE, 20, number % 64, 1) for number in range(200)]
+    (folder / "trace").write_bytes(trace_file(records))
+    (folder / "pages").write_bytes(bytes(range(256)) * 256)
+    (folder / "empty").touch()
+    (folder / "folder").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "dont_write_bytecode", True)
+        patch.setenv("MPLCONFIGDIR", str(folder))  # matplotlib keeps a list of the system's fonts
+        watch = Watch(folder)
+        yield watch
+        watch.on = False
+
+
+@pytest.fixture
+def nothing_waits(watch: Watch, nothing_is_started: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What would serve for ever, become a daemon, show other mounts, read other programs' memory or use /var/tmp."""
+
+    def write_once(mountpoints: Callable[[], list[str]], path: str, interval_seconds: float | None) -> None:
+        write(mountpoints, path, None)
+
+    write = exporter.write
+    monkeypatch.setattr(exporter, "write", write_once)
+    monkeypatch.setattr(exporter, "serve", lambda mountpoints, address, port, ready: ready(port))
+    monkeypatch.setattr(hardening, "before_exec", lambda: None)
+    monkeypatch.setattr(top, "zbudfs_mounts", list)
+    monkeypatch.setattr(trace_replay, "DEFAULT_FOLDER", str(watch.folder))
+    with subprocess.Popen(["sleep", "600"]) as other:
+        monkeypatch.setattr(estimate, "all_pids", lambda: [other.pid])
+        try:
+            yield
+        finally:
+            other.kill()
+
+
+THERE: Final = ("trace", "pages", "empty", "folder", "new.svg", "new.prom", "new", "/nonexistent/new.svg", "no/new.png")
+"""Files in the working directory, and some that could be made."""
+
+
+@pytest.mark.parametrize("command", list(LOOKING), ids=" ".join)
+@settings(
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
+)
+@given(drawn=st.data())
+def test_any_words_for_what_looks(
+    command: tuple[str, ...], drawn: st.DataObject, watch: Watch, nothing_waits: None
+) -> None:
+    """As above; and nothing is started, and nothing written but where it was told to: in the working directory."""
+    own = st.sampled_from(LOOKING[command])
+    there = st.sampled_from(THERE)
+    any_word = st.one_of(there, own, st.sampled_from(SAFE_VALUES), st.just("--help"))
+    part = st.one_of(st.tuples(there), st.tuples(own), st.tuples(own, any_word))
+    parts = drawn.draw(st.tuples(st.just(()) | st.just(BEGINNINGS.get(command, ())), st.lists(part, max_size=4)))
+    words = [word for part in (parts[0], *parts[1]) for word in part]
+    out, err = io.StringIO(), io.StringIO()
+    watch.seen.clear()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        watch.on = True
+        try:
+            status = main([*command, *words])
+        finally:
+            watch.on = False
+    said = err.getvalue()
+    assert status in (0, 1, 2)
+    assert all(line.startswith("zbudfs: ") for line in said.splitlines()), said
+    if said or command != ("doctor",):  # which prints the problems that it finds
+        assert (said.count("\n") == 1) == (status != 0 or "answering on" in said)
+    assert said.removesuffix("\n").isprintable()
+    assert watch.seen == []
+
+
+# ---- what lies about ----------------------------------------------------------------------------------------------------
 
 
 @given(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -28,10 +27,6 @@ from zbudfs.store.reclaimer import CALM_SECONDS, TICK_SECONDS
 LIMIT_SECONDS: Final = 60.0
 """Longest time that a whole test may take, on its own clock. A failure, not a measurement."""
 POLL_SECONDS: Final = 0.001
-
-# A process makes one store and keeps its memory files until the end; here there are hundreds of them.
-_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
 
 
 _limit: Final = trio.lowlevel.RunVar[trio.CancelScope]("limit")

@@ -6,12 +6,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zbudfs.core.errors import LayoutError
 from zbudfs.store.arena import Arena, fallocate, punch_hole
 
 PAGE = mmap.PAGESIZE
@@ -27,6 +29,18 @@ def test_an_arena_is_large_and_empty() -> None:
     assert arena.resident_bytes == 3 * PAGE
     assert bytes(arena.view[5 * PAGE : 8 * PAGE]) == bytes(3 * PAGE)
     assert not arena.view.readonly
+
+
+def test_its_file_goes_with_it(tmp_path: Path) -> None:
+    """A process that makes one store after the other, or fails to make one, does not run out of descriptors."""
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    view = Arena("test", PAGE, str(tmp_path)).view
+    view[:4] = b"seen"
+    with pytest.raises(LayoutError):
+        Arena("test", 2 * PAGE, str(tmp_path))
+    del view
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    assert (tmp_path / "test").read_bytes() == b"seen".ljust(PAGE, b"\0")
 
 
 @pytest.mark.parametrize(("size", "rounded"), [(0, PAGE), (1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)])

@@ -20,7 +20,7 @@ from typing import Final
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.commands import CommandError
 from zbudfs.cli.config import ConfigError
-from zbudfs.cli.options import build_parser
+from zbudfs.cli.options import build_parser, one_line
 from zbudfs.service.launch import LaunchError
 from zbudfs.service.mountpoint import MountError
 from zbudfs.service.pooldir import PoolDirectoryError
@@ -70,5 +70,5 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def _fail(why: object, status: int) -> int:
-    print(f"zbudfs: {why}", file=sys.stderr)
+    print(f"zbudfs: {one_line(str(why))}", file=sys.stderr)
     return status

@@ -75,6 +75,11 @@ examples:
 WATCH_SECONDS: Final = 2.0
 
 
+def one_line(text: str) -> str:
+    """Return an error's text with what is not printable escaped: a line stays one, and no terminal is told anything else."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Tells errors in one line, like every other error of this program."""
 
@@ -85,7 +90,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Tell what was typed wrongly, and end with exit status 2."""
-        print(f"zbudfs: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"zbudfs: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
 

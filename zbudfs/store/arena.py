@@ -49,6 +49,8 @@ class Arena:
     LayoutError if that has another size. `view` is a writable memoryview of all of it; `address` is where it starts.
     """
 
+    _fd = -1
+
     def __init__(self, name: str, size: int, folder: str | None = None) -> None:
         self.size = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         if folder is None:
@@ -57,13 +59,17 @@ class Arena:
             self._fd = os.open(f"{folder}/{name}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         existing = os.fstat(self._fd).st_size
         if existing not in (0, self.size):
-            os.close(self._fd)
             raise LayoutError(f"the table {name} has {existing} bytes instead of {self.size}")
         os.ftruncate(self._fd, self.size)
         self._map = mmap.mmap(self._fd, self.size)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         _libc.madvise(self.address, self.size, _MADV_DONTDUMP)  # other programs' memory belongs in no core file
+
+    def __del__(self) -> None:
+        """Close the file; what is mapped stays for as long as there is a view of it."""
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def populate(self, offset: int, length: int) -> None:
         """Give the bytes pages now; MemoryError if the system refuses. May wait for memory: for a worker thread."""
