@@ -160,3 +160,51 @@ def test_swapoff_reads_everything_back(setting: list[str], mountpoint: Path) -> 
                 program.kill()
     assert json.loads(said)["bad"] == 0
     zbudfs("umount", mountpoint)
+
+
+def test_swapoff_in_a_cell_that_is_too_small(mountpoint: Path, tmp_path: Path) -> None:
+    """The kernel kills swapoff there, and not the program whose memory it is: that is told, and swap stays on."""
+    options = ["--size", "256M", "--pool", "32M", "--backing", str(tmp_path / "backing"), "--priority", "32767"]
+    device = zbudfs("swapon", *options, mountpoint).strip()
+    with Cell("small", 32 * MIB) as cell:
+        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "80"])
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+            try:
+                assert program.stdout is not None
+                assert program.stdout.readline() == "filled\n"
+                swapoff = cell.command([sys.executable, "-m", "zbudfs", "swapoff", "--force", str(mountpoint)])
+                run = subprocess.run(
+                    swapoff, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=ROOT, check=False
+                )
+                assert run.returncode == 1
+                assert run.stderr.startswith(
+                    "zbudfs: swapoff was killed by signal 9, for want of memory: swap is still on"
+                )
+                assert run.stderr.count("\n") == 1
+                assert device in [swap.path for swap in swaps()]
+                said, _ = program.communicate("\n", timeout=2 * LIMIT_SECONDS)
+            finally:
+                program.kill()
+    assert json.loads(said) == {"pages": 80 * 256, "bad": 0}
+    zbudfs("swapoff", "--umount", mountpoint)
+
+
+def test_daemon_and_program_in_one_cell(mountpoint: Path, tmp_path: Path) -> None:
+    """A program that swaps in the cell that its daemon is in: all goes to the disk and comes back, and nobody is killed."""
+    options = ["--size", "256M", "--pool", "64M", "--backing", str(tmp_path / "backing"), "--priority", "32767"]
+    with Cell("together", 180 * MIB) as cell:
+        swapon = cell.command([sys.executable, "-m", "zbudfs", "swapon", *options, str(mountpoint)])
+        subprocess.run(swapon, check=True, timeout=LIMIT_SECONDS, capture_output=True, cwd=ROOT)
+        try:
+            command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "144"])
+            said = subprocess.run(
+                command, check=True, input="\n", capture_output=True, text=True, timeout=4 * LIMIT_SECONDS
+            ).stdout
+            assert json.loads(said.splitlines()[-1]) == {"pages": 144 * 256, "bad": 0}
+            found = status_of(mountpoint)
+            assert found["cumul_writeback_pages"] > 20 * 256
+            assert found["cumul_pagein_pages"] > 20 * 256
+            assert (found["recoveries"], found["lost_pages"]) == (0, 0)
+        finally:
+            cell.set_limit(1024 * MIB)  # whatever waits for memory in there goes on
+            zbudfs("swapoff", "--umount", mountpoint)
