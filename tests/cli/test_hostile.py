@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -198,7 +199,8 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "dont_write_bytecode", True)
-        patch.setenv("MPLCONFIGDIR", str(folder))  # matplotlib keeps a list of the system's fonts
+        patch.setenv("MPLCONFIGDIR", str(folder))  # matplotlib keeps a list of the system's fonts,
+        importlib.import_module("matplotlib.font_manager")  # and asks fc-list for it where there is none yet
         watch = Watch(folder)
         yield watch
         watch.on = False

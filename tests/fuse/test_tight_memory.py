@@ -21,11 +21,11 @@ from tests.support import LIMIT_SECONDS, status_of, wait_until, zbudfs
 pytestmark = pytest.mark.needs("root", "fuse", "cell")
 
 SIZE: Final = 256 * MIB
-POOL: Final = 160 * MIB
+POOL: Final = 208 * MIB
 CELL: Final = 220 * MIB
-"""About 105 MiB are the processes' own."""
+"""The processes' own are 85 MiB to 105 MiB: a library's pages are charged to the cgroup that touched them first."""
 CHUNK: Final = MIB // 4
-WRITTEN: Final = 104 * MIB
+WRITTEN: Final = 160 * MIB
 """More than there is room for in RAM."""
 
 
