@@ -15,6 +15,7 @@
 
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -60,6 +61,21 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+/* Runs on each CPU once, as any program has that lives for a while. The kernel remembers on which CPUs a program's memory was
+   used, and interrupts those for each page that it swaps out, if they are at work. Where they were used by chance only, a fill
+   takes 1.0 or 1.7 times as long, by chance. Returns 0, or -1 if it may not. */
+static int on_each_cpu(void) {
+    cpu_set_t allowed, one;
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) return -1;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, &allowed)) {
+            CPU_ZERO(&one);
+            CPU_SET(cpu, &one);
+            if (sched_setaffinity(0, sizeof one, &one)) return -1;
+        }
+    return sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
 int main(int count, char **words) {
     struct stat file;
     if (count != 4) {
@@ -76,7 +92,7 @@ int main(int count, char **words) {
     uint64_t pages = strtoull(words[2], NULL, 10) / PAGE, reads = strtoull(words[3], NULL, 10), bad = 0;
     unsigned char *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     float *waited = calloc(reads + 1, sizeof *waited);
-    if (corpus == MAP_FAILED || memory == MAP_FAILED || !waited || mlock(corpus, corpus_pages * PAGE) || !pages) {
+    if (corpus == MAP_FAILED || memory == MAP_FAILED || !waited || mlock(corpus, corpus_pages * PAGE) || !pages || on_each_cpu()) {
         perror("storm");
         return 2;
     }
