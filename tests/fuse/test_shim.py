@@ -425,3 +425,27 @@ def test_a_bug_in_a_handler_is_an_error_of_one_request(tmp_path: Path) -> None:
     finally:
         zbudfs("umount", mountpoint)
         wait_until(lambda: not is_running(pid), "the daemon's end")
+
+
+@pytest.mark.needs("root", "fuse")
+def test_it_does_not_wait_awake_for_what_does_not_come(tmp_path: Path) -> None:
+    """Requests that follow one upon the other find the server awake; soon after the last one it sleeps."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    with (
+        mounted(mountpoint, "--size", "4M", "--pool", "4M", "--backing", "none"),
+        opened(mountpoint / "swapfile") as fd,
+    ):
+        stat = Path(f"/proc/{server_of(mountpoint)}/stat")
+
+        def ticks() -> int:
+            return sum(map(int, stat.read_text().rpartition(") ")[2].split()[11:13]))
+
+        content = random.Random(2).randbytes(64 * PAGE)
+        os.pwrite(fd, content, 0)
+        for number in range(2000):
+            at = number % 64 * PAGE
+            assert os.pread(fd, PAGE, at) == content[at : at + PAGE]
+        before = ticks()
+        time.sleep(1.5)
+        assert ticks() - before < os.sysconf("SC_CLK_TCK") // 4, "it was awake for 17 % of that time, or more"

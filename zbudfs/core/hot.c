@@ -6,6 +6,8 @@
                                         else compress -> match, or state.take_frame() -> copy -> commit -> free the old place
        PageStore.read_nowait   -->  read(page, count, decompress)
                                         absent, word, zpage or raw page in a frame -> the bytes
+       PageStore.make_ready    -->  make_ready(decompress)
+                                        the next page of a reader in order -> its bytes, kept beside a copy of its zpage
        PageStore.discard       -->  discard(page, stop, most, state)
                                         commit -> free the old place
 
@@ -262,11 +264,26 @@ static void fill_with_word(unsigned char *to, uint64_t entry) {
     for (unsigned at = 0; at < PAGE_SIZE; at += sizeof word) memcpy(to + at, &word, sizeof word);
 }
 
+/* What was made ready for a page, if that is what its zpage holds. */
+static const unsigned char *made_ready(const Hot *hot, uint64_t page, uint64_t ref) {
+    const struct ready *ready = &hot->ready;
+    uint64_t at = page - ready->first;
+    unsigned size;
+    if (at >= ready->done || !ready->sizes[at] || ref >> REF_BITS >= hot->nr_frames) return NULL;
+    const unsigned char *zpage = hot->packing->find(hot, ref >> REF_BITS, ref & INDEX_MASK, page, &size);
+    return zpage && size == ready->sizes[at] && !memcmp(zpage, ready->zpages[at], size) ? ready->contents[at] : NULL;
+}
+
 /* Put the content of a page that is in RAM at `to`. 1, 0 if Python must do it, -1. */
 static int get(Hot *hot, uint64_t page, PyObject *decompress, unsigned char *to) {
     uint64_t entry = hot->entries[page], ref = entry >> KIND_BITS & REF_MASK;
     switch (entry & KIND_MASK) {
     case FRAME: {
+        const unsigned char *ready = made_ready(hot, page, ref);
+        if (ready) {
+            memcpy(to, ready, PAGE_SIZE);
+            return 1;
+        }
         PyObject *content = unpacked(hot, page, ref, decompress);
         if (!content) return PyErr_Occurred() ? -1 : 0;
         memcpy(to, PyBytes_AS_STRING(content), PAGE_SIZE);
@@ -311,7 +328,34 @@ static PyObject *hot_read(PyObject *self, PyObject *const *args, Py_ssize_t narg
         Py_DECREF(contents);
         return got < 0 ? NULL : Py_NewRef(Py_None);
     }
+    hot->ready.first = page + count;
+    hot->ready.done = 0;
+    hot->ready.wanted = page != hot->read_until ? 0 : count < READY_PAGES ? (unsigned)count : READY_PAGES;
+    hot->read_until = page + count;
     return contents;
+}
+
+/* Make one more page ready for a reader in order. */
+static PyObject *hot_make_ready(PyObject *self, PyObject *decompress) {
+    Hot *hot = (Hot *)self;
+    struct ready *ready = &hot->ready;
+    if (ready->done >= ready->wanted || ready->first + ready->done >= hot->nr_pages) Py_RETURN_FALSE;
+    unsigned at = ready->done, size = 0;
+    uint64_t page = ready->first + at, entry = hot->entries[page], ref = entry >> KIND_BITS & REF_MASK;
+    ready->sizes[at] = 0;
+    ready->done++;
+    if ((entry & KIND_MASK) == FRAME) {
+        PyObject *content = unpacked(hot, page, ref, decompress);
+        if (!content && PyErr_Occurred()) return NULL;
+        const unsigned char *zpage = content ? hot->packing->find(hot, ref >> REF_BITS, ref & INDEX_MASK, page, &size) : NULL;
+        if (zpage) {
+            memcpy(ready->zpages[at], zpage, size);
+            memcpy(ready->contents[at], PyBytes_AS_STRING(content), PAGE_SIZE);
+            ready->sizes[at] = size;
+        }
+        Py_XDECREF(content);
+    }
+    Py_RETURN_TRUE;
 }
 
 /* ---- the type -------------------------------------------------------------------------------------------------- */
@@ -392,6 +436,7 @@ static PyMethodDef hot_methods[] = {
      "discard(page, stop, most, state) -> (int, int): free up to so many stored pages: the page to go on at, and how many"},
     {"read", (PyCFunction)(void (*)(void))hot_read, METH_FASTCALL,
      "read(page, count, decompress) -> bytes | None: the contents of pages; None if Python must get them"},
+    {"make_ready", hot_make_ready, METH_O, "make_ready(decompress) -> bool: one more page for a reader in order; False: there is none"},
     {"coldest", hot_coldest, METH_O, "coldest(most) -> list[int]: persistent frames that are not unevictable, coldest first"},
     {"evict", hot_evict, METH_O, "evict(frames): make persistent frames zombies"},
     {"written", hot_written, METH_O,

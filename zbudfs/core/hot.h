@@ -69,6 +69,16 @@ struct rings {
 
 struct packing;
 
+/* Pages that a reader in order will ask for next, decompressed in a moment in which nothing else was to be done, each beside the
+   zpage that it was made from: good for whatever zpage has the same bytes, and for nothing else. */
+enum { READY_PAGES = 8 };
+struct ready {
+    uint64_t first;        /* page */
+    unsigned wanted, done; /* pages */
+    unsigned sizes[READY_PAGES]; /* of the zpages; 0 = not made */
+    unsigned char zpages[READY_PAGES][MAX_ZPAGE_SIZE], contents[READY_PAGES][PAGE_SIZE];
+};
+
 typedef struct {
     PyObject_HEAD
     Py_buffer buffers[MOST_BUFFERS];
@@ -84,6 +94,8 @@ typedef struct {
     uint64_t nr_frames;
     void *own[OWN_COLUMNS]; /* the packing's own columns, by frame */
     unsigned char *own_bytes;
+    uint64_t read_until; /* the page after those that were read last, several at once */
+    struct ready ready;
 } Hot;
 
 /* A zpage to be stored. */

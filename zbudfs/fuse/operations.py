@@ -85,6 +85,7 @@ class Operations(pyfuse3.Operations):
         self._next_handle = (os.getpid() << 32) + SWAPFILE + 1
         store.tracer.on_change = self._serve
         store.between = shim.serve_reads
+        shim.set_make_ready(store.make_ready)
         self._serve()
 
     def init(self) -> None:

@@ -12,8 +12,9 @@
       Everything else (names, attributes, stats/) is pyfuse3's, and never has to wait for anything.
    2. Bursts. pyfuse3 sleeps in trio before every request: two rounds of the scheduler and three system calls. After a
       request for the served file, those that are already waiting are taken at once; and if nothing else is to be done,
-      the next one is waited for right here, together with everything that trio waits for, for a millisecond. Both within
-      bounds of number and time; then trio runs.
+      the next one is waited for right here, together with everything that trio waits for, for a millisecond, the first part
+      of it awake. All within bounds of number and time; then trio runs. Before it waits, pages are made ready that may be
+      asked for next.
    3. No `write_buf`: with it libfuse asks for FUSE_CAP_SPLICE_READ and reads requests through a pipe, for which the
       kernel allocates a page per page of data. Under memory pressure that allocation waits for swap: this daemon.
    4. Buffers that are given. libfuse would allocate 1 MiB for each request; here each is received into one of a few slots of
@@ -44,6 +45,7 @@
 #include <errno.h>
 #include <fuse_lowlevel.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -62,6 +64,8 @@ enum {
     MAX_SLOTS = 64,
     LINGER_NS = 1000000,
     MAX_CREDIT = 16,
+    CROWDED_NS = 100000,
+    AFTER_A_CROWD = 1024, /* requests that come soon */
     MAX_BURST_NS = 5000000,
     MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
     WORKS = 256,       /* requests in work for which no memory is needed: far more than the kernel keeps in flight */
@@ -99,6 +103,7 @@ static struct fuse_lowlevel_ops pyfuse3_ops, shim_ops;
 static fuse_ino_t served_inode;
 static PyObject *handlers[NR_HANDLERS];
 static unsigned max_background = 12, max_burst = 1, max_spin_ns;
+static PyObject *make_ready; /* called when nothing is to be done; whether it did something */
 static PyObject *runnable; /* a container: empty if nobody but the kernel wants anything of this thread */
 static int event_loop_fd = -1;
 static unsigned long long own_metrics[METRIC_WORDS], *metrics = own_metrics;
@@ -333,25 +338,52 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
     return got == -EAGAIN ? -EINTR : got; /* nothing there any more (a burst took it): pyfuse3 knows only EINTR */
 }
 
+/* Make one more page ready that may be asked for next. 1 if that was done, and a request may have come meanwhile. */
+static int prepare(void) {
+    PyObject *result = make_ready ? PyObject_CallNoArgs(make_ready) : Py_NewRef(Py_False);
+    int made = result ? PyObject_IsTrue(result) : -1;
+    Py_XDECREF(result);
+    if (made < 0) PyErr_WriteUnraisable(make_ready);
+    return made > 0;
+}
+
+/* Wait for one of them awake, for so long at most. What poll() says.
+   The CPU is offered to others at each turn: the kernel leaves the end of a loop device's request to ksoftirqd on this CPU, and
+   who waits for the page that was just read would wait for that. Who keeps it for longer than that takes is a program with work to
+   do: then *crowded, and it is better to sleep, since who is woken is let in at once, and who was running is not. */
+static int spin(struct pollfd *fds, long long began, int *crowded) {
+    const struct timespec none = {0};
+    int ready;
+    for (long long now = began, before = began; now - began < max_spin_ns; before = now) {
+        if ((ready = ppoll(fds, 2, &none, NULL))) return ready;
+        sched_yield();
+        now = now_ns();
+        if ((*crowded = now - before > CROWDED_NS)) return 0;
+    }
+    return 0;
+}
+
 /* Wait a moment for the next request. 0 if something else happened, or is to be done, or nothing came.
    Waking a sleeping core costs more than serving a page. So the first part of the moment is spent awake, as long as that
-   pays: each request that comes within it earns credit, each that does not costs twice as much. */
+   pays: each request that comes within it earns credit, each that does not costs twice as much. Never while it has real-time
+   priority, which gives nothing away. */
 static int linger(struct fuse_session *session) {
     if (event_loop_fd < 0 || !runnable) return 0;
     Py_ssize_t waiting = PyObject_Size(runnable);
     if (waiting < 0) PyErr_WriteUnraisable(runnable);
     if (waiting) return 0;
+    if (prepare()) return 1;
     struct pollfd fds[] = {{.fd = fuse_session_fd(session), .events = POLLIN}, {.fd = event_loop_fd, .events = POLLIN}};
     static int credit;
-    struct timespec moment = {.tv_nsec = LINGER_NS}, none = {0};
-    int ready = 0;
+    const struct timespec moment = {.tv_nsec = LINGER_NS};
+    int ready = 0, crowded = 0;
     Py_BEGIN_ALLOW_THREADS
     long long began = now_ns();
-    if (credit > 0 && max_spin_ns)
-        while (!(ready = ppoll(fds, 2, &none, NULL)) && now_ns() - began < max_spin_ns) {}
+    if (credit > 0 && max_spin_ns && sched_getscheduler(0) == SCHED_OTHER) ready = spin(fds, began, &crowded);
     if (!ready) ready = ppoll(fds, 2, &moment, NULL);
-    if (ready > 0 && now_ns() - began < max_spin_ns) credit = credit < MAX_CREDIT ? credit + 1 : MAX_CREDIT;
-    else credit = credit > 2 ? credit - 2 : 0;
+    if (crowded) credit = -AFTER_A_CROWD;
+    else if (ready > 0 && now_ns() - began < max_spin_ns) credit += credit < MAX_CREDIT;
+    else if (credit > 0) credit = credit > 2 ? credit - 2 : 0;
     Py_END_ALLOW_THREADS
     return ready > 0 && fds[0].revents == POLLIN;
 }
@@ -475,6 +507,13 @@ static PyObject *py_set_linger(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_set_make_ready(PyObject *self, PyObject *function) {
+    (void)self;
+    Py_INCREF(function);
+    Py_XSETREF(make_ready, function);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_reply(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long req;
@@ -576,6 +615,7 @@ static PyMethodDef methods[] = {
     {"serve_file", py_serve_file, METH_VARARGS, "serve_file(inode, read, write, fallocate, fsync): the handlers of the served file"},
     {"set_limits", py_set_limits, METH_VARARGS, "set_limits(background, burst, spin_ns): requests in flight, taken without a sleep, and awake for so long"},
     {"set_linger", py_set_linger, METH_VARARGS, "set_linger(fd, tasks): wait for requests and fd while tasks is empty; -1: never"},
+    {"set_make_ready", py_set_make_ready, METH_O, "set_make_ready(function): what is called when nothing is to be done; whether it did something"},
     {"reply", py_reply, METH_VARARGS, "reply(request, errno, written=-1) -> errno: answer a request; a write with its length"},
     {"reply_data", py_reply_data, METH_VARARGS, "reply_data(request, data) -> errno: answer a read"},
     {"first_request", py_first_request, METH_NOARGS, "first_request() -> bytes: FUSE_INIT as it came, empty if it has not"},

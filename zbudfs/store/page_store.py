@@ -323,6 +323,13 @@ class PageStore:
         self._cumul_read_pages += len(found)
         return self._cut(b"".join(found), offset, length)
 
+    def make_ready(self) -> bool:
+        """In a moment in which nothing else is to be done: decompress one more page that a reader in order will ask for.
+
+        False: there is none. What is read is the same with it and without it.
+        """
+        return self._hot is not None and self._hot.make_ready(self.codec.decompress)
+
     async def read(self, offset: int, length: int) -> bytes:
         """The bytes `offset` .. `offset + length`; fewer where the device ends, or a page is lost that is not the first.
 
