@@ -347,7 +347,7 @@ def test_reads_first(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_reads_within_a_write(tmp_path: Path) -> None:
-    """Reads that come while a large write is compressed are answered before it; what else comes waits, and is answered.
+    """17. Reads that come while a large write is compressed are answered before it; what else comes waits, and is answered.
 
     Compressing is made slow here, so that there is a while.
     """

@@ -65,7 +65,8 @@ enum {
     LINGER_NS = 1000000,
     MAX_CREDIT = 16,
     CROWDED_NS = 100000,
-    AFTER_A_CROWD = 1024, /* requests that come soon */
+    LEAST_PATIENCE = 16, /* requests that come soon */
+    MOST_PATIENCE = 4096,
     MAX_BURST_NS = 5000000,
     MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
     WORKS = 256,       /* requests in work for which no memory is needed: far more than the kernel keeps in flight */
@@ -365,8 +366,9 @@ static int spin(struct pollfd *fds, long long began, int *crowded) {
 
 /* Wait a moment for the next request. 0 if something else happened, or is to be done, or nothing came.
    Waking a sleeping core costs more than serving a page. So the first part of the moment is spent awake, as long as that
-   pays: each request that comes within it earns credit, each that does not costs twice as much. Never while it has real-time
-   priority, which gives nothing away. */
+   pays: each request that comes within it earns credit, each that does not costs twice as much. Whoever wanted the CPU ends that for
+   some requests, for twice as many if that happens again before as many have come. Never while it has real-time priority, which
+   gives nothing away. */
 static int linger(struct fuse_session *session) {
     if (event_loop_fd < 0 || !runnable) return 0;
     Py_ssize_t waiting = PyObject_Size(runnable);
@@ -374,15 +376,18 @@ static int linger(struct fuse_session *session) {
     if (waiting) return 0;
     if (prepare()) return 1;
     struct pollfd fds[] = {{.fd = fuse_session_fd(session), .events = POLLIN}, {.fd = event_loop_fd, .events = POLLIN}};
-    static int credit;
+    static int credit, patience = LEAST_PATIENCE;
     const struct timespec moment = {.tv_nsec = LINGER_NS};
     int ready = 0, crowded = 0;
     Py_BEGIN_ALLOW_THREADS
     long long began = now_ns();
     if (credit > 0 && max_spin_ns && sched_getscheduler(0) == SCHED_OTHER) ready = spin(fds, began, &crowded);
+    if (ready && patience > LEAST_PATIENCE) patience--;
     if (!ready) ready = ppoll(fds, 2, &moment, NULL);
-    if (crowded) credit = -AFTER_A_CROWD;
-    else if (ready > 0 && now_ns() - began < max_spin_ns) credit += credit < MAX_CREDIT;
+    if (crowded) {
+        credit = -patience;
+        patience = patience < MOST_PATIENCE ? 2 * patience : MOST_PATIENCE;
+    } else if (ready > 0 && now_ns() - began < max_spin_ns) credit += credit < MAX_CREDIT;
     else if (credit > 0) credit = credit > 2 ? credit - 2 : 0;
     Py_END_ALLOW_THREADS
     return ready > 0 && fds[0].revents == POLLIN;
