@@ -359,7 +359,7 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
         "--packing",
         type=_packing,
         metavar="zbud|dense[:N]",
-        help="zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM at a little speed"
+        help="zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM where pages are small"
         f" (default: {DEFAULT_PACKING}; dense alone is {DENSE})",
     )
     parser.add_argument(
