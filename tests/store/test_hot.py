@@ -329,7 +329,7 @@ async def filled() -> AsyncIterator[PageStore]:
 
 
 def test_pages_made_ready() -> None:
-    """18. A reader in order, and no other, has the next pages decompressed ahead; what has changed since is not what it gets."""
+    """18. A reader in order, and no other, has the next pages decompressed ahead; what changed since is not what it gets."""
 
     async def main() -> None:
         made: list[int] = []
