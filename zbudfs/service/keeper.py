@@ -413,7 +413,12 @@ class Keeper:
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         for number in ENDING:
             signal.signal(number, wake)
+        # A Ctrl-C that has come since the last look may have found the worker without ears for it.
+        deaf = self._foreground and signal.SIGINT in signal.sigpending() and self._worker is not None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        if deaf and self._worker is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._worker.pidfd, signal.SIGINT)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         path = f"{self._directory.path}/control"
         with contextlib.suppress(FileNotFoundError):
