@@ -102,10 +102,14 @@ class Child:
         """Whether the process, with all its threads, is gone."""
         return bool(select.select([self.pidfd], [], [], 0)[0])
 
+    def tell(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
     def kill(self) -> None:
         """End it."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.tell(signal.SIGKILL)
 
     def reap(self) -> int:
         """Its exit status (negative: the signal); waits for its end."""
@@ -403,22 +407,19 @@ class Keeper:
         return status
 
     def _listen(self) -> None:
+        hears = False  # the worker, what the terminal tells the process group: not before it had taken over
+
         def wake(number: int, frame: object) -> None:
             if self._is_service:
                 self._told_to_end = True
-            elif self._worker is not None and not (number == signal.SIGINT and self._foreground):
-                with contextlib.suppress(ProcessLookupError):  # it decides: with swap attached it must not end
-                    signal.pidfd_send_signal(self._worker.pidfd, number)
+            elif self._worker is not None and not (number == signal.SIGINT and self._foreground and hears):
+                self._worker.tell(number)  # it decides: with swap attached it must not end
 
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         for number in ENDING:
             signal.signal(number, wake)
-        # A Ctrl-C that has come since the last look may have found the worker without ears for it.
-        deaf = self._foreground and signal.SIGINT in signal.sigpending() and self._worker is not None
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-        if deaf and self._worker is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._worker.pidfd, signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # what has come meanwhile is handled before this returns
+        hears = True
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         path = f"{self._directory.path}/control"
         with contextlib.suppress(FileNotFoundError):
@@ -596,8 +597,7 @@ class Keeper:
         if not users and now >= self._tell_end_at:
             self._tell_end_at = now + END_RETRY_SECONDS
             self._notifier.tell("STOPPING=1", "STATUS=unmounting")
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._worker.pidfd, signal.SIGTERM)
+            self._worker.tell(signal.SIGTERM)
         if not users or now < self._told_to_end_at + CLOSE_SECONDS:
             return False
         self._notifier.tell("STOPPING=1", "STATUS=the swapfile is open: worker and standby serve on without a keeper")
