@@ -32,6 +32,7 @@ from scripts.storm import make_page
 from tests.fuse.calls import PUNCH, fallocate
 from tests.store.disks import small_ext4
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, run_zbudfs, status_of, wait_until, zbudfs
+from zbudfs.cli.ask import once_more_if_stale
 from zbudfs.service.keeper import HANG_SECONDS as SILENT_SECONDS
 from zbudfs.service.mountpoint import MountError, unmount
 from zbudfs.service.pooldir import path_of, pool_directories, remove_dead
@@ -405,6 +406,25 @@ def test_an_old_handle_of_a_statistic(mount: Callable[..., Served]) -> None:
         assert failure.value.errno == errno.ESTALE
         served.stats()  # the close has been seen
         assert {os.pread(fd, 100, 0) for fd in new} == {b"-1\n"}
+
+
+def test_who_asks_is_not_told_that_a_file_is_stale(mount: Callable[..., Served]) -> None:
+    """Opened before a takeover and read after it: the commands open it again, and no third time."""
+    served = mount()
+    asked = 0
+
+    def read() -> bytes:
+        nonlocal asked
+        asked += 1
+        with opened(served.mountpoint / "stats/level", os.O_RDONLY) as fd:
+            if asked == 1:
+                served.kill(served.worker)
+            return os.pread(fd, 100, 0)
+
+    assert once_more_if_stale(read) == b"-1\n"
+    assert asked == 2
+    with pytest.raises(OSError, match="Is a directory"):
+        once_more_if_stale(lambda: (served.mountpoint / "stats").read_bytes())
 
 
 class Load:

@@ -18,14 +18,27 @@ ANSWER_LIMIT_SECONDS: Final = 20.0
 """Longest wait for a daemon. Arbitrary: one that hangs is replaced within five seconds."""
 
 
+def once_more_if_stale(function: Callable[[], T]) -> T:
+    """Return what `function` returns, which opens a file of stats/ or control/ and reads or writes it; or raise its OSError.
+
+    A file that was opened before another worker took over is stale, and nothing was read or written: that one is asked.
+    """
+    try:
+        return function()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+    return function()
+
+
 def within_limit(function: Callable[[], T], limit_seconds: float = ANSWER_LIMIT_SECONDS) -> T:
-    """Return what `function` returns, or raise its OSError; TimeoutError if it takes longer than that."""
+    """As `once_more_if_stale`; TimeoutError if it takes longer than that."""
     answers: list[T] = []
     errors: list[OSError] = []
 
     def ask() -> None:
         try:
-            answers.append(function())
+            answers.append(once_more_if_stale(function))
         except OSError as error:
             errors.append(error)
 
@@ -41,14 +54,7 @@ def within_limit(function: Callable[[], T], limit_seconds: float = ANSWER_LIMIT_
 
 def all_numbers(mountpoint: str, limit_seconds: float = ANSWER_LIMIT_SECONDS) -> dict[str, Any]:
     """Return stats/all.json of a mount. OSError; ValueError if it is not what it should be."""
-    file = Path(mountpoint, "stats/all.json")
-    try:
-        content = within_limit(file.read_bytes, limit_seconds)
-    except OSError as error:
-        if error.errno != errno.ESTALE:  # opened before another worker took over, read from that one
-            raise
-        content = within_limit(file.read_bytes, limit_seconds)
-    found = json.loads(content)
+    found = json.loads(within_limit(Path(mountpoint, "stats/all.json").read_bytes, limit_seconds))
     if not isinstance(found, dict):
         raise ValueError("stats/all.json is not an object")
     return found

@@ -31,7 +31,7 @@ from zbudfs.cli import config_page, stripe, tuning
 from zbudfs.cli import exporter as exporting
 from zbudfs.cli import status as status_page
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.ask import all_numbers, why_silent
+from zbudfs.cli.ask import all_numbers, once_more_if_stale, why_silent
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.service import launch
 from zbudfs.service.mountpoint import (
@@ -486,7 +486,7 @@ def take_down(mounted: Mount) -> None:
 def _open_daemon(mountpoint: str) -> int | None:
     """Return a file descriptor that becomes readable when the daemon ends; None if it has ended."""
     try:
-        return os.pidfd_open(int(Path(mountpoint, "stats/pid").read_text()))
+        return os.pidfd_open(int(once_more_if_stale(Path(mountpoint, "stats/pid").read_text)))
     except ProcessLookupError:
         return None
     except OSError as error:
@@ -570,7 +570,7 @@ def _order_restart(mountpoint: str) -> dict[str, object]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         channel.settimeout(RESTART_LIMIT_SECONDS)
         try:
-            folder = Path(mountpoint, "stats/pool_directory").read_text().removesuffix("\n")
+            folder = once_more_if_stale(Path(mountpoint, "stats/pool_directory").read_text).removesuffix("\n")
             channel.connect(f"{folder}/control")
             channel.sendall(json.dumps({"order": "restart", "interpreter": sys.executable}).encode())
             answer = b""

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from zbudfs.cli.ask import once_more_if_stale
 from zbudfs.cli.metrics import HISTOGRAMS, METRICS, PREFIX, Histogram, Metric, buckets
 
 SCRAPE_SECONDS: Final = 5.0
@@ -38,7 +39,7 @@ class _Question:
 
     def _ask(self) -> None:
         with suppress(OSError, ValueError):
-            found = json.loads(Path(self._mountpoint, "stats/all.json").read_bytes())
+            found = json.loads(once_more_if_stale(Path(self._mountpoint, "stats/all.json").read_bytes))
             if isinstance(found, dict) and "stored_pages" in found:
                 self.numbers = found
 
