@@ -51,6 +51,13 @@ def push(seconds: float) -> None:
     clock.jump(seconds)
 
 
+def fill_reserve(pool: Pool) -> None:
+    """Have memory come until as many frames are ready as may be, where no task does that."""
+    while runs := pool.take_bare():
+        pool.populate(runs)
+        pool.add_ready(runs)
+
+
 async def until(condition: Callable[[], bool], what: str) -> None:
     """Wait until something holds; a failure of the test if it does not."""
     try:

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page, text_page
-from tests.store.rig import drop, get, let_go, packed_by, place_of, put, run
+from tests.store.rig import drop, fill_reserve, get, let_go, packed_by, place_of, put, run
 from tests.support import LIMIT_SECONDS, ROOT
 from zbudfs.core import hot
 from zbudfs.core.allocator import NO_REF, REF_BITS
@@ -103,10 +103,7 @@ class Pair:
         self.filled: list[list[tuple[int, int, bytes]]] = [[], []]
         self.next_page = 0
         for store in self.stores:  # no tasks run: which frames are ready, and when, must not be chance
-            pool = store.state.pool
-            runs = pool.take_bare()
-            pool.populate(runs)
-            pool.add_ready(runs)
+            fill_reserve(store.state.pool)
             assert store.state.blocks is not None
             store.state.blocks.add_ready(*store.state.blocks.take_holes(2))
 
@@ -316,9 +313,7 @@ async def filled() -> AsyncIterator[PageStore]:
     """Have a store with something of everything; 2 and 3 share a frame, 4 is alone in one."""
     store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec())
     try:
-        runs = store.state.pool.take_bare()
-        store.state.pool.populate(runs)
-        store.state.pool.add_ready(runs)
+        fill_reserve(store.state.pool)
         for number, content in enumerate((page_of_word(5), page(1, RAW), page(2), page(3), page(4, BIG))):
             await put(store, number, content)
         assert place_of(store, 2)[0] == place_of(store, 3)[0] != place_of(store, 4)[0]
@@ -341,9 +336,7 @@ def test_pages_made_ready() -> None:
         store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, codec := Codec())
         hot = store._hot
         assert hot is not None
-        runs = store.state.pool.take_bare()
-        store.state.pool.populate(runs)
-        store.state.pool.add_ready(runs)
+        fill_reserve(store.state.pool)
         expected = list(map(page, range(32)))
         assert store.write_nowait(0, b"".join(expected)) == 32 * PAGE_SIZE
 
@@ -730,10 +723,7 @@ def overwrite_for_ever(memory: StoreMemory, disk: Backing, round_number: int, te
     """Overwrite pages and move them about until killed; tell before each request (first page, pages, count), then how many."""
     store = take_over(memory, disk, pure=False)
     assert store._hot is not None
-    pool = store.state.pool
-    while runs := pool.take_bare():
-        pool.populate(runs)
-        pool.add_ready(runs)
+    fill_reserve(store.state.pool)
     source = random.Random(round_number)
     requests = []
     for step in range(100):

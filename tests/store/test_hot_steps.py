@@ -24,7 +24,7 @@ from typing import Any, Final
 import pytest
 
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
-from tests.store.rig import let_go, packed_by
+from tests.store.rig import fill_reserve, let_go, packed_by
 from tests.support import printed_by
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.dense import Dense
@@ -62,10 +62,7 @@ class Scene:
         self.store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), self.memory)
         assert self.store._hot is not None
         self.store.recover()
-        pool = self.store.state.pool
-        runs = pool.take_bare()
-        pool.populate(runs)
-        pool.add_ready(runs)
+        fill_reserve(self.store.state.pool)
         self.model = dict.fromkeys(range(PAGES), bytes(PAGE_SIZE))
         for number, content in (
             *((0, page(0, 600)), (1, page(1, 700)), (2, page(2, 800)), (3, page(3, 900)), (4, page(4, SMALL))),

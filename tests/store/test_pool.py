@@ -9,20 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.core.frames import content, size_of
-from tests.store.rig import made_pool
+from tests.store.rig import fill_reserve, made_pool
 from zbudfs.core.allocator import EPHEMERAL_KIND, PERSISTENT_KIND, REF_BITS
 from zbudfs.core.units import NCHUNKS, NO_FRAME, PAGE_SIZE
 from zbudfs.store.memory import BOUNCE_FRAMES
 from zbudfs.store.pool import POPULATE_FRAMES, RESERVE_FRAMES, Pool
 
 FRAMES = 24
-
-
-def make_ready(pool: Pool) -> None:
-    """Have memory come until the reserve is full."""
-    while runs := pool.take_bare():
-        pool.populate(runs)
-        pool.add_ready(runs)
 
 
 def numbers(runs: list[tuple[int, int]]) -> list[int]:
@@ -156,7 +149,7 @@ def test_a_frame_is_bare_at_first() -> None:
 def test_the_limit_is_kept_to_the_frame() -> None:
     """Exactly as many frames can be taken as the limit says, each once, and one more after one is given back."""
     with made_pool(100) as pool:
-        make_ready(pool)
+        fill_reserve(pool)
         pool.limit_frames = 37
         taken = [pool.take_frame() for _ in range(37)]
         assert sorted(taken) == sorted(set(taken))
@@ -177,7 +170,7 @@ def test_the_limit_is_kept_to_the_frame() -> None:
 def test_a_ready_frame_needs_no_more_memory(nr_frames: int) -> None:
     """Whatever is done with ready frames, not a page of memory comes in that `populate` has not brought."""
     with made_pool(nr_frames) as pool:
-        make_ready(pool)
+        fill_reserve(pool)
         before = resident(pool)
         allocator, frames = pool.allocator, []
         while (frame := pool.take_frame()) != NO_FRAME:
@@ -216,7 +209,7 @@ def test_the_reserve_is_filled_in_steps() -> None:
         assert max(pieces) == POPULATE_FRAMES
         assert sum(pieces) == pool.ready_frames == RESERVE_FRAMES
         assert {pool.take_frame() for _ in range(RESERVE_FRAMES)} == set(range(RESERVE_FRAMES))
-        make_ready(pool)
+        fill_reserve(pool)
         assert {pool.take_frame() for _ in range(RESERVE_FRAMES)} == set(range(RESERVE_FRAMES, 2 * RESERVE_FRAMES))
 
 
@@ -224,7 +217,7 @@ def test_memory_goes_and_comes_back() -> None:
     """Released frames have no memory; they come again before any frame that never had one, and are as good as new."""
     with made_pool(500) as pool:
         pool.limit_frames = 300
-        make_ready(pool)
+        fill_reserve(pool)
         before = pool.memory.frames.resident_bytes
         taken = pool.take_surplus(100, 150)
         pool.release(taken)
@@ -242,7 +235,7 @@ def test_memory_goes_and_comes_back() -> None:
 def test_bounce_frames_are_nobody_elses() -> None:
     """They lie behind the pool's frames, have memory, and are never taken."""
     with made_pool(50) as pool:
-        make_ready(pool)
+        fill_reserve(pool)
         taken = {pool.take_frame() for _ in range(50)}
         assert taken == set(range(50))
         assert sorted(pool.bounce) == list(range(50, 50 + BOUNCE_FRAMES))
@@ -255,7 +248,7 @@ def test_bounce_frames_are_nobody_elses() -> None:
 def test_check_sees_a_frame_that_is_in_two_places() -> None:
     """A frame that is free twice, or free and in use, is found."""
     with made_pool(10) as pool:
-        make_ready(pool)
+        fill_reserve(pool)
         frame = pool.take_frame()
         with pytest.raises(AssertionError, match="1 frames used, the allocator holds 0"):
             pool.check()
