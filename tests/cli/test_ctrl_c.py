@@ -106,7 +106,7 @@ def test_a_mount(tmp_path: Path, foreground: list[str]) -> None:
     for step in range(0, 15, 3):
         options: list[str | Path] = [*foreground, "--size", "4M", "--pool", "1M", "--backing", backing]
         status, err = interrupted(started("mount", *options, mountpoint), step / 20)
-        came_last = status == -signal.SIGINT and is_mounted(mountpoint)  # Ctrl-C, when the command had nothing left to do
+        came_last = status == -signal.SIGINT and is_mounted(mountpoint)  # when the command had nothing left to do
         if not foreground and (status == 0 or came_last):  # it was up, and is whole
             subprocess.run([sys.executable, "-m", "zbudfs", "umount", mountpoint], check=True, timeout=LIMIT_SECONDS)
         assert status in (-signal.SIGINT, 130, 0), (step, err)
