@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.core.frames import FILLER, Caller, content, packed_by
+from tests.core.test_allocator_rules import STEPS, take_steps_in_one_and_in_two
 from zbudfs.core import dense
 from zbudfs.core.allocator import (
     EPHEMERAL_KIND,
@@ -23,12 +25,13 @@ from zbudfs.core.allocator import (
     NO_REF,
     PERSISTENT_KIND,
     REF_BITS,
+    Allocator,
     FrameState,
     max_zpage_size,
 )
 from zbudfs.core.dense import DEFAULT_ZPAGES, FEWEST_ZPAGES, Dense
 from zbudfs.core.packing import DENSE, ZBUD, Packing
-from zbudfs.core.units import NO_FRAME, PAGE_SIZE
+from zbudfs.core.units import NO_FRAME, PAGE_SIZE, WORD_SIZE
 
 DIRECTORY = 8 * DEFAULT_ZPAGES
 ROOM = PAGE_SIZE - DIRECTORY
@@ -82,7 +85,7 @@ def test_as_many_as_the_packing_says(zpages: int) -> None:
         caller.allocator.check()
 
 
-@pytest.mark.parametrize("zpages", [0, 1, MOST_ZPAGES + 2])
+@pytest.mark.parametrize("zpages", [0, 1, MOST_ZPAGES + 1])
 def test_other_numbers_are_refused(zpages: int) -> None:
     """One to a frame is no packing, and more than there are indices cannot be."""
     buffers = memoryview(bytearray(PAGE_SIZE)), memoryview(bytearray(Dense.table_size(1)))
@@ -107,6 +110,23 @@ def test_a_frame_says_its_layout() -> None:
     assert all(caller.zpage(1 << REF_BITS | index, 5) is None for index in range(DEFAULT_ZPAGES))
 
 
+@pytest.mark.parametrize("zpages", range(FEWEST_ZPAGES, MOST_ZPAGES + 1))
+def test_there_are_as_many_handles_as_zpages(zpages: int) -> None:
+    """What stands behind the directory is no handle, even if it looks like one."""
+    with packed_by(Packing("dense", zpages)):
+        caller = Caller(1)
+        caller.allocator.frame_bytes(0).cast("Q")[:8] = memoryview(
+            b"".join((0xD1 << 56 | 7 << 24 | (200 + 10 * index) << 12 | 10).to_bytes(8, "little") for index in range(8))
+        ).cast("Q")
+        caller.allocator.reset([(0, 1)])
+        assert [caller.allocator.restore(index, 7) for index in range(8)] == [index < zpages for index in range(8)]
+        caller.allocator.restore_done(0)
+        caller.allocator.check()
+
+
+@example(PAGE_SIZE - 100, 100)
+@example(PAGE_SIZE - 99, 100)
+@example(1000, 1)
 @given(st.integers(0, 4095), st.integers(0, 4095))
 def test_a_place_that_cannot_be(offset: int, size: int) -> None:
     """A handle whose zpage would lie in the directory, beyond the frame, or be too large or nothing, is no zpage."""
@@ -233,6 +253,39 @@ def test_the_room_of_a_frame_is_never_lost() -> None:
     assert caller.match(9999, min(fits, max_zpage_size())) != NO_REF
 
 
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("used", range(60, 140))
+def test_no_byte_more_than_there_is_room(used: int, halves: bool) -> None:
+    """A zpage that fills its frame to the last chunk is taken, and one that is a byte larger is not."""
+    for more in (0, 1):
+        caller = Caller(2)
+        caller.create(1, used)
+        size = PAGE_SIZE - -(-(DIRECTORY + used) // 64) * 64 + more
+        assert (caller.match(2, size, halves=halves) != NO_REF) == (not more)
+        assert caller.buffer[PAGE_SIZE:] == FILLER * PAGE_SIZE
+        caller.allocator.check()
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_frame_that_is_being_filled_is_filled_up(halves: bool) -> None:
+    """What fits behind to the last byte needs no compaction, which would be refused."""
+    caller = Caller(1)
+    pending = caller.allocator.create_prep(caller.take(), 128 - DIRECTORY)
+    ref = caller.match(2, PAGE_SIZE - 128, halves=halves)
+    assert caller.zpage(ref, 2) == content(2, PAGE_SIZE - 128)
+    assert caller.zpage(pending, MAX_PAGE_NUMBER) is None, "it is nobody's yet"
+    caller.allocator.create_finish(pending, 1, content(1, 128 - DIRECTORY))
+    assert caller.zpage(ref, 2) == content(2, PAGE_SIZE - 128)
+    assert caller.zpage(pending, 1) == content(1, 128 - DIRECTORY)
+    caller.allocator.check()
+
+
+@given(STEPS)
+def test_one_step_is_as_good_as_two(steps: list[int]) -> None:
+    """Here, a frame that was matched goes on to another list."""
+    take_steps_in_one_and_in_two(steps)
+
+
 # ---- being killed in the middle --------------------------------------------------------------------------------
 
 
@@ -265,59 +318,91 @@ def killed_at(line: int, call: Callable[[], Any]) -> bool:
     return False
 
 
+CROWDED = {1: 1600, 3: 1000, 4: 500}
+"""Zpages by page, which are left in a frame with small holes between them: each is moved onto bytes of its own."""
+
+
+def with_small_holes(caller: Caller) -> dict[int, int]:
+    """Make frame 1 hold CROWDED with holes before and between; the refs by page."""
+    caller.create(100, max_zpage_size())
+    refs = {page: caller.store(page, {**CROWDED, 0: 50, 2: 100}[page]) for page in range(5)}
+    assert {ref >> REF_BITS for ref in refs.values()} == {1}
+    for page in (0, 2):
+        caller.free(refs.pop(page))
+    return refs
+
+
+def heir_with(caller: Caller, refs: dict[int, int]) -> Allocator:
+    """Return another process's allocator, which has claimed all that is in frame 1."""
+    heir = DENSE.allocator(memoryview(caller.buffer), memoryview(caller.table), 2, attach=True)
+    heir.reset([(0, 2)])
+    for page, ref in refs.items():
+        assert heir.restore(ref, page)
+        assert bytes(heir.zpage(ref, page) or b"") == content(page, CROWDED[page])
+    assert heir.restore_done(1)
+    heir.check()
+    return heir
+
+
 def test_whoever_dies_in_a_compaction_leaves_every_zpage() -> None:
     """At each line: a new allocator on the same memory finds all that was there, each at its ref, and works on."""
-    line = 0
-    died = True
-    while died:
-        line += 1
+    undone = 0
+    for line in itertools.count(1):
         caller = Caller(2)
-        refs = [caller.store(page, size) for page, size in enumerate((1200, 900, 300, 1000, 500))]
-        caller.free(refs[0])
-        caller.free(refs[2])
+        refs = with_small_holes(caller)
         old = caller.allocator
-        died = killed_at(line, lambda old=old: old.match(9, content(9, 1600)))  # type: ignore[misc]
-        after = DENSE.allocator(memoryview(caller.buffer), memoryview(caller.table), 2, attach=True)
-        after.reset([(0, 2)])
-        for page in (1, 3, 4):
-            assert after.restore(refs[page], page), f"page {page} is lost by a death at line {line}"
-        assert after.restore_done(0)
-        assert not after.restore_done(1)
-        after.check()
-        for page, size in ((1, 900), (3, 1000), (4, 500)):
-            assert bytes(after.zpage(refs[page], page) or b"") == content(page, size)
-        ref = after.match(10, content(10, 1600))
+        assert isinstance(old, Dense)
+        made: list[int] = []
+        died = killed_at(line, lambda old=old, made=made: made.append(old.match(9, content(9, 880))))  # type: ignore[misc]
+        before = caller.buffer[PAGE_SIZE:]
+        heir = heir_with(caller, refs)
+        undone += caller.buffer[PAGE_SIZE:] != before
+        heir = heir_with(caller, refs)
+        assert died or bytes(heir.zpage(made[0], 9) or b"") == content(9, 880), (
+            "a copy was put back after the compaction was done"
+        )
+        ref = heir.match(10, content(10, 880))
         assert ref != NO_REF
-        assert bytes(after.zpage(ref, 10) or b"") == content(10, 1600)
-        for page, size in ((1, 900), (3, 1000), (4, 500)):
-            assert bytes(after.zpage(refs[page], page) or b"") == content(page, size)
-        after.check()
-    assert line > 40, "the compaction was not seen"
+        assert bytes(heir.zpage(ref, 10) or b"") == content(10, 880)
+        heir_with(caller, refs)
+        if not died:
+            break
+    assert undone > 5, "hardly any death needed the copy"
 
 
 def test_whoever_dies_while_undoing_leaves_it_to_the_next() -> None:
     """The undo copy can be put back as often as needed."""
-    for line in range(1, 60):
-        caller = Caller(1)
-        refs = [caller.store(page, 900) for page in range(4)]
-        caller.free(refs[0])
-        caller.free(refs[2])
+    for line in itertools.count(1):
+        caller = Caller(2)
+        refs = with_small_holes(caller)
         allocator = caller.allocator
         assert isinstance(allocator, Dense)
-        if not killed_at(line, lambda allocator=allocator: allocator._compact(0)):  # type: ignore[misc]
+        if not killed_at(line, lambda allocator=allocator: allocator._compact(1)):  # type: ignore[misc]
             break
         for again in range(1, 8):
-            second = DENSE.allocator(memoryview(caller.buffer), memoryview(caller.table), 1, attach=True)
-            killed_at(again, lambda second=second: second.reset([(0, 1)]))  # type: ignore[misc]
-        third = DENSE.allocator(memoryview(caller.buffer), memoryview(caller.table), 1, attach=True)
-        third.reset([(0, 1)])
-        assert third.restore(refs[1], 1)
-        assert third.restore(refs[3], 3)
-        assert third.restore_done(0)
-        assert bytes(third.zpage(refs[1], 1) or b"") == content(1, 900)
-        assert bytes(third.zpage(refs[3], 3) or b"") == content(3, 900)
-    else:
-        pytest.fail("the compaction has no end")
+            second = DENSE.allocator(memoryview(caller.buffer), memoryview(caller.table), 2, attach=True)
+            killed_at(again, lambda second=second: second.reset([(0, 2)]))  # type: ignore[misc]
+        heir_with(caller, refs)
+    assert line > 20, "the compaction was not seen"
+
+
+def test_a_copy_is_put_back_once_and_into_its_own_frame() -> None:
+    """A copy that was put back is no copy any more, and the number of a frame that there is not names none."""
+    caller = Caller(2)
+    allocator = caller.allocator
+    assert isinstance(allocator, Dense)
+    number = memoryview(caller.table)[-PAGE_SIZE - WORD_SIZE : -PAGE_SIZE].cast("Q")
+    copy = b"C" * PAGE_SIZE
+    nothing = FILLER * PAGE_SIZE
+    for frame, expected in ((-1, nothing * 2), (0, copy + nothing), (1, nothing + copy), (2, nothing * 2)):
+        caller.buffer[:] = nothing * 2
+        caller.table[-PAGE_SIZE:] = copy
+        number[0] = dense._UNDO + frame
+        allocator.reset()
+        assert caller.buffer == expected
+        caller.buffer[:] = nothing * 2
+        allocator.reset()
+        assert caller.buffer == nothing * 2, "once more"
 
 
 def test_zpages_that_overlap_are_not_both_restored() -> None:
@@ -332,6 +417,20 @@ def test_zpages_that_overlap_are_not_both_restored() -> None:
     assert caller.allocator.restore(refs[2], 2)
     assert caller.allocator.restore_done(0)
     caller.allocator.check()
+
+
+@given(st.permutations(range(4)))
+def test_zpages_come_back_in_any_order(order: list[int]) -> None:
+    """Neighbours that touch do not overlap, and the tail begins where the last of them ends."""
+    caller = Caller(1)
+    refs = [caller.store(page, 900) for page in range(4)]
+    table, counters = bytes(caller.table), caller.allocator.counters()
+    caller.allocator.reset([(0, 1)])
+    assert all(caller.allocator.restore(refs[page], page) for page in order)
+    assert caller.allocator.restore_done(0)
+    caller.allocator.check()
+    assert caller.table == table
+    assert caller.allocator.counters() == counters
 
 
 # ---- a copy of a block ---------------------------------------------------------------------------------------------

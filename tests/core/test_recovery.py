@@ -9,7 +9,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.core.frames import Caller, packed_by, size_of
-from zbudfs.core.allocator import CUMULATIVE_COUNTERS, INDEX_MASK, MAX_CHUNKS, PERSISTENT_KIND, REF_BITS, Allocator
+from zbudfs.core.allocator import (
+    CUMULATIVE_COUNTERS,
+    INDEX_MASK,
+    KINDS,
+    MAX_CHUNKS,
+    PERSISTENT_KIND,
+    REF_BITS,
+    Allocator,
+    Resident,
+)
 from zbudfs.core.packing import Packing
 from zbudfs.core.page_table import (
     ABSENT,
@@ -75,11 +84,26 @@ def test_everything_is_claimed_and_counts_again() -> None:
         view = heir.zpage(refs[page], page)
         assert view is not None
         assert bytes(view) == content
-    assert next(iter(heir.frames_of(PERSISTENT_KIND))) == refs[500] >> REF_BITS, "raw frames go first"
+    raw = refs[500] >> REF_BITS
+    assert heir.residents(raw) == [Resident(refs[500], 500)]
+    assert next(iter(heir.frames_of(PERSISTENT_KIND))) == raw, "raw frames go first"
     for ref in refs.values():
         caller.give(heir.free(ref))
         heir.check()
     assert len(caller.free_frames) == FRAMES
+
+
+def test_counting_goes_on() -> None:
+    """What only grows is not forgotten with a process."""
+    caller, _ = filled()
+    values = [11, 22, 33, 44, 55, 66]
+    caller.allocator.go_on_from(values)
+    assert caller.allocator.cumulative() == values
+    counters = caller.allocator.counters()
+    names = [f"{kind}_{name}" for name in ("cumul_zpages", "cumul_zbytes", "evicted_pageframes") for kind in KINDS]
+    assert [counters[name] for name in names] == values
+    caller.store(9, 100)
+    assert caller.allocator.cumulative() == [12, 22, 133, 44, 55, 66]
 
 
 def test_attaching_writes_nothing() -> None:

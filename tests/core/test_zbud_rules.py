@@ -14,10 +14,11 @@ from zbudfs.core.allocator import (
     HANDLE_SIZE,
     MAX_CHUNKS,
     NO_REF,
+    SIZE_BITS,
     chunks_for,
     max_zpage_size,
 )
-from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, PAGE_SIZE
+from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, PAGE_SIZE, PAGE_WORDS
 
 # ---- rule 1: two zpages to a frame, first and last, on boundaries of 64 bytes ------------------------------------
 
@@ -144,6 +145,21 @@ def test_rule_7_what_is_left_of_a_failed_writeback_can_be_matched(freed: int) ->
     assert caller.allocator.unbuddied_lists()[20] == 1
     assert caller.match(3, size_of(NCHUNKS - 20) + 1) == NO_REF
     assert caller.match(3, size_of(NCHUNKS - 20)) == refs[freed]
+    caller.allocator.check()
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+@pytest.mark.parametrize("chunks", [34, 35])
+def test_rule_8_zpages_that_overlap_are_not_both_restored(damaged: int, chunks: int) -> None:
+    """A handle that says more than its zpage has costs its own page, if the other buddy lies there, and only then."""
+    caller = Caller(1)
+    refs = [caller.create(0, size_of(30)), caller.match(1, size_of(30))]
+    words = caller.allocator.frame_bytes(0).cast("Q")
+    words[(0, PAGE_WORDS - 1)[damaged]] = damaged << SIZE_BITS | size_of(chunks)
+    caller.allocator.reset([(0, 1)])
+    assert caller.allocator.restore(refs[1 - damaged], 1 - damaged)
+    assert caller.allocator.restore(refs[damaged], damaged) == (30 + chunks <= NCHUNKS)
+    assert caller.allocator.restore_done(0)
     caller.allocator.check()
 
 

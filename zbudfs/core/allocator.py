@@ -68,6 +68,9 @@ CUMULATIVE_COUNTERS: Final = 6
 FULL: Final = 0
 """What stands for an unbuddied list where a frame is on none, since it has no room: list 0 would be empty frames."""
 
+FITS: Final = tuple((1 << (NCHUNKS - chunks + 1)) - 2 for chunks in range(NCHUNKS))
+"""By chunks wanted: the mask of the unbuddied lists whose frames have that much room."""
+
 _ENDS: Final = (2, 2, 2 * NCHUNKS, 2 * NCHUNKS)
 """Entries of the first columns that belong to no frame: the ends of the lists."""
 
@@ -260,7 +263,7 @@ class Allocator(ABC):
 
     @classmethod
     def table_size(cls, nr_frames: int) -> int:
-        """Bytes of the table for `nr_frames` frames: 24 to 28 a frame, and a few KiB."""
+        """Bytes of the table for `nr_frames` frames: 24 (zbud) or 27 (dense) a frame, and up to 5 KiB."""
         offset, length = cls._columns(nr_frames)[-1]
         return offset + -(-length // 8) * 8 + cls.OWN_BYTES
 
@@ -696,10 +699,12 @@ class Allocator(ABC):
                 seen["zbytes"][kind] += size
                 histogram[kind][chunks_for(size)] += 1
         for kind in (PERSISTENT_KIND, EPHEMERAL_KIND):
+            self._lru.check(kind)
             on_lru = list(self._lru.members(kind))
             assert len(on_lru) == len(set(on_lru)), "a frame is on an LRU list twice"
             assert set(on_lru) == expected_lru[kind], f"LRU list {kind} has other frames than it should"
             for used in range(NCHUNKS):
+                self._budlists.check(kind * NCHUNKS + used)
                 members = list(self._budlists.members(kind * NCHUNKS + used))
                 assert set(members) == expected_lists[kind * NCHUNKS + used], f"unbuddied list {kind}/{used} is wrong"
                 assert len(members) == self._unbuddied[kind][used], f"length of unbuddied list {kind}/{used} is wrong"

@@ -35,6 +35,7 @@ from zbudfs.core.allocator import (
     DYING,
     EPHEMERAL,
     EPHEMERAL_KIND,
+    FITS,
     FREE,
     FULL,
     HANDLE_SIZE,
@@ -66,12 +67,8 @@ _LAYOUT: Final = 0xD1
 
 _OFFSET_SHIFT: Final = SIZE_BITS
 _PAGE_SHIFT: Final = 2 * SIZE_BITS
-_LAYOUT_SHIFT: Final = _PAGE_SHIFT + 32
 _MARK: Final = _LAYOUT << 32
 """What stands above the offset in a handle, but for its page."""
-
-_FITS: Final = tuple((1 << (NCHUNKS - chunks + 1)) - 2 for chunks in range(NCHUNKS + 1))
-"""By chunks wanted: the unbuddied lists whose frames have that much room."""
 
 _UNDO: Final = 0x756E646F << 32
 """Added to the number of the frame of which there is an undo copy, so that hardly anything else is taken for one."""
@@ -101,7 +98,7 @@ class Dense(Allocator):
     def __init__(
         self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool, most_zpages: int
     ) -> None:
-        if not FEWEST_ZPAGES <= most_zpages <= MOST_ZPAGES + 1:
+        if not FEWEST_ZPAGES <= most_zpages <= MOST_ZPAGES:
             raise ValueError(f"{most_zpages} zpages to a frame: it must be {FEWEST_ZPAGES} to {MOST_ZPAGES}")
         self.most_zpages = most_zpages
         self._start = HANDLE_SIZE * most_zpages
@@ -136,9 +133,9 @@ class Dense(Allocator):
         if handle >> _PAGE_SHIFT != _MARK | page or not 0 < size <= MAX_ZPAGE_SIZE:
             return False
         live = self._live[frame]
-        if offset < self._start or offset + size > PAGE_SIZE or live >> index & 1:
+        if offset < self._start or offset + size > PAGE_SIZE:
             return False
-        for _, other, other_size in self._places(frame, live):
+        for _, other, other_size in self._places(frame, live):  # the index itself among them, if it is taken
             if offset < other + other_size and other < offset + size:
                 return False
         self._add(frame, index, offset, size)
@@ -157,7 +154,7 @@ class Dense(Allocator):
         """See Allocator."""
         if zpage_size > MAX_ZPAGE_SIZE:
             raise too_large(zpage_size)
-        fitting = self._masks[kind] & _FITS[(zpage_size + CHUNK_SIZE - 1) >> CHUNK_SHIFT]
+        fitting = self._masks[kind] & FITS[(zpage_size + CHUNK_SIZE - 1) >> CHUNK_SHIFT]
         if not fitting:
             return NO_REF
         used = fitting.bit_length() - 1
@@ -184,12 +181,12 @@ class Dense(Allocator):
     def _take(self, frame: int, size: int, kind: int) -> int:
         """Take a place at the tail of a frame that is on no unbuddied list, for a zpage to come: its ref.
 
-        The handle names no page yet; nothing names the index yet either.
+        The handle has no layout, so it names no page; nothing names the index yet either.
         """
         live = self._live[frame]
         index = _FREE_INDEX[live]
         offset = self._tail[frame]
-        self._words[frame * PAGE_WORDS + index] = (_MARK | MAX_PAGE_NUMBER) << _PAGE_SHIFT | offset << SIZE_BITS | size
+        self._words[frame * PAGE_WORDS + index] = offset << SIZE_BITS | size
         self._live[frame] = live | 1 << index
         self._tail[frame] = offset + size
         self._used[frame] += size
@@ -226,7 +223,7 @@ class Dense(Allocator):
         size = len(zpage)
         if size > MAX_ZPAGE_SIZE:
             raise too_large(size)
-        fitting = self._masks[PERSISTENT_KIND] & _FITS[(size + CHUNK_SIZE - 1) >> CHUNK_SHIFT]
+        fitting = self._masks[PERSISTENT_KIND] & FITS[(size + CHUNK_SIZE - 1) >> CHUNK_SHIFT]
         if not fitting:
             return NO_REF
         before_used = fitting.bit_length() - 1

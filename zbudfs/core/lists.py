@@ -75,3 +75,13 @@ class IndexLists:
             after = self.nexts[node]
             yield node
             node = after
+
+    def check(self, which: int) -> None:
+        """AssertionError unless list `which` leads back the way it leads there."""
+        node = sentinel = self.nodes + which
+        while True:
+            after = self.nexts[node]
+            assert self.prevs[after] == node, f"list {which}: {after} follows {node}, not {self.prevs[after]}"
+            node = after
+            if node == sentinel:
+                return

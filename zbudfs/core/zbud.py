@@ -25,6 +25,7 @@ from zbudfs.core.allocator import (
     DYING,
     EPHEMERAL,
     EPHEMERAL_KIND,
+    FITS,
     FREE,
     FULL,
     HANDLE_SIZE,
@@ -49,9 +50,6 @@ from zbudfs.core.units import CHUNK_SHIFT, NCHUNKS, NO_FRAME, PAGE_SHIFT, PAGE_W
 
 _LAST: Final = 1
 """The index of the last buddy; that of the first is 0."""
-
-_FITS: Final = tuple((1 << (NCHUNKS - chunks + 1)) - 2 if chunks else 0 for chunks in range(NCHUNKS + 1))
-"""By chunks wanted: the unbuddied lists whose frames have that much room."""
 
 
 class Zbud(Allocator):
@@ -96,7 +94,7 @@ class Zbud(Allocator):
         chunks = (zpage_size + ROUND_UP) >> CHUNK_SHIFT
         if chunks > MAX_CHUNKS:
             raise too_large(zpage_size)
-        fitting = self._masks[kind] & _FITS[chunks]
+        fitting = self._masks[kind] & FITS[chunks]
         if not fitting:
             return NO_REF
         used = fitting.bit_length() - 1
@@ -163,7 +161,7 @@ class Zbud(Allocator):
         chunks = (size + ROUND_UP) >> CHUNK_SHIFT
         if chunks > MAX_CHUNKS:
             raise too_large(size)
-        fitting = self._masks[PERSISTENT_KIND] & _FITS[chunks]
+        fitting = self._masks[PERSISTENT_KIND] & FITS[chunks]
         if not fitting:
             return NO_REF
         used = fitting.bit_length() - 1
