@@ -90,3 +90,12 @@ def test_a_table_is_as_large_as_it_says() -> None:
     buffer = bytearray(b"\xa5" * size)
     BlockMap(memoryview(buffer), SEGMENTS, attach=True)
     assert buffer == b"\xa5" * size
+
+
+def test_whoever_begins_anew_counts_anew() -> None:
+    """A map in use, reset, is the one that another process would find."""
+    buffer, blocks, _ = filled()
+    blocks.reset()
+    blocks.check()
+    heir = BlockMap(buffer, SEGMENTS)
+    assert (blocks.used_blocks, blocks.free_blocks) == (heir.used_blocks, heir.free_blocks) == (0, 2 * SEGMENT_BLOCKS - 1)
