@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Attaching for real, to a plain file in the place of a zbudfs: what was done is undone when a step fails."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,15 @@ def attached_to(swapfile: Path) -> list[str]:
     return [loop.path for loop in loop_devices() if loop.backing_file == str(swapfile)]
 
 
+def tuning(device: str) -> dict[str, str]:
+    """Return how the queue of a device is set; what this kernel has not got is as wanted."""
+    found = {"rq_affinity": "2\n", "wbt_lat_usec": "0\n"}
+    for name in found:
+        with contextlib.suppress(OSError):
+            found[name] = Path("/sys/block", Path(device).name, "queue", name).read_text()
+    return found
+
+
 def test_there_and_back(folder: Path) -> None:
     """After attach the device is swap with the priority asked for; after detach nothing is left."""
     device = attach(str(folder), priority=7)
@@ -44,10 +54,11 @@ def test_there_and_back(folder: Path) -> None:
         block = Path("/sys/block", Path(device).name)
         assert (block / "loop/dio").read_text() == "1\n"
         assert (block / "queue/logical_block_size").read_text() == "4096\n"
-        throttling = block / "queue/wbt_lat_usec"
-        assert not throttling.exists() or throttling.read_text() == "0\n"
+        assert tuning(device) == {"rq_affinity": "2\n", "wbt_lat_usec": "0\n"}
     finally:
         assert detach([(str(folder), None)]) == [device]
+    assert tuning(device)["rq_affinity"] == "1\n"
+    assert tuning(device)["wbt_lat_usec"] != "0\n"
     assert device not in [swap.path for swap in swaps()]
 
 
