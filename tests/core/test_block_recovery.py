@@ -98,4 +98,6 @@ def test_whoever_begins_anew_counts_anew() -> None:
     blocks.reset()
     blocks.check()
     heir = BlockMap(buffer, SEGMENTS)
-    assert (blocks.used_blocks, blocks.free_blocks) == (heir.used_blocks, heir.free_blocks) == (0, 2 * SEGMENT_BLOCKS - 1)
+    assert (
+        (blocks.used_blocks, blocks.free_blocks) == (heir.used_blocks, heir.free_blocks) == (0, 2 * SEGMENT_BLOCKS - 1)
+    )

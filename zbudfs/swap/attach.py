@@ -11,9 +11,10 @@ Direct I/O: otherwise every page would be in the page cache as well, and memory 
 
 A request ends on the CPU where it began (rq_affinity 2): an interrupt there wakes who waits for the page. Otherwise the
 daemon's CPU ends it, in ksoftirqd, which the daemon must make way for, and its turn comes again when the scheduler pleases.
-Random page-ins of a swap storm on two cores go 1.13 to 1.17 times as fast with it, and beside two endless loops one of a hundred
-takes 0.2 ms instead of 1.0 (measured). No write-back throttling: it holds back just those writes that free memory (a guess
-about its effect, not measured).
+Random page-ins of a swap storm on two cores go 1.13 to 1.17 times as fast with it, and beside two endless loops one of a
+hundred takes 0.2 ms instead of 1.0 (measured).
+
+No write-back throttling: it holds back just those writes that free memory (a guess about its effect, not measured).
 """
 
 from __future__ import annotations
