@@ -22,7 +22,9 @@ MIB: Final = 1 << 20
 LIMIT_MIB: Final = 128
 NEEDED_MIB: Final = 384
 POOL: Final = "96M"
-AFTER_SECONDS: Final = 45
+AFTER_SECONDS: Final = 20
+INTERVAL_SECONDS: Final = 0.5
+"""As many looks as the picture has columns, while the program is at work."""
 _LIMIT_SECONDS: Final = 120.0
 
 
@@ -33,6 +35,7 @@ def zbudfs(*arguments: str) -> None:
 
 def draw(path: Path) -> None:
     """Draw the picture of a mount in a storm."""
+    picture = ["--picture", str(path), "--after", str(AFTER_SECONDS)]
     with Cell("picture", LIMIT_MIB * MIB) as cell:
         command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(NEEDED_MIB)])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as program:
@@ -40,7 +43,7 @@ def draw(path: Path) -> None:
                 assert program.stdin is not None
                 program.stdin.write("\n")
                 program.stdin.flush()
-                zbudfs("top", "--picture", str(path), "--after", str(AFTER_SECONDS), str(MOUNTPOINT))
+                zbudfs("top", "--interval", str(INTERVAL_SECONDS), *picture, str(MOUNTPOINT))
             finally:
                 program.kill()
 

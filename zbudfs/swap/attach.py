@@ -34,8 +34,11 @@ _STEP_LIMIT_SECONDS: Final = 60.0
 _RELEASE_LIMIT_SECONDS: Final = 10.0
 """Longest wait for a loop device to let go of its file, while udev or blkid look at it. Arbitrary."""
 
-_TUNED: Final = {"rq_affinity": ("2", "1"), "wbt_lat_usec": ("0", "-1")}
-"""Of a device's queue: what it is set to while it is swap, and afterwards, which is the kernel's default."""
+_AS_SWAP: Final = {"rq_affinity": "2", "wbt_lat_usec": "0"}
+"""Attributes of a loop device's queue while it is swap."""
+
+_DEFAULTS: Final = {"rq_affinity": "1", "wbt_lat_usec": "-1"}
+"""The kernel's, with which it is given back."""
 
 MAX_PRIORITY: Final = 32767
 """Highest priority that swapon takes; the lowest is 0 (negative ones are the kernel's own)."""
@@ -58,7 +61,7 @@ def attach(mountpoint: str, priority: int | None = None, root: str = "/") -> str
     device = run_tool([*command, os.fsencode(swapfile)], limit_seconds=_STEP_LIMIT_SECONDS)
     try:
         _check_direct_io(device, root)
-        _tune(device, root, 0)
+        _tune(device, root, _AS_SWAP)
         run_tool(["mkswap", device], limit_seconds=_STEP_LIMIT_SECONDS)
         options = [] if priority is None else ["--priority", str(priority)]
         run_tool(["swapon", "--discard", *options, device], limit_seconds=_STEP_LIMIT_SECONDS)
@@ -82,7 +85,7 @@ def release(device: str, root: str = "/") -> None:
     The kernel detaches later when somebody else, such as udev, still has the device open: then losetup succeeds, and
     an unmount right after it would find the file busy.
     """
-    _tune(device, root, 1)
+    _tune(device, root, _DEFAULTS)
     run_tool(["losetup", "--detach", device], limit_seconds=_STEP_LIMIT_SECONDS)
     end = time.monotonic() + _RELEASE_LIMIT_SECONDS
     while any(loop.path == device for loop in loop_devices(root)):
@@ -97,8 +100,8 @@ def _check_direct_io(device: str, root: str) -> None:
         raise SwapError(f"direct I/O is not possible on {device}: swap through the page cache would hang the machine")
 
 
-def _tune(device: str, root: str, which: int) -> None:
-    """Set the device's queue to one of the two values of each of _TUNED; harmless where there is no such thing."""
-    for name, values in _TUNED.items():
+def _tune(device: str, root: str, attributes: dict[str, str]) -> None:
+    """Set attributes of the device's queue; one that this kernel has not got is left out."""
+    for name, value in attributes.items():
         with contextlib.suppress(OSError):
-            Path(root, "sys/block", Path(device).name, "queue", name).write_text(values[which])
+            Path(root, "sys/block", Path(device).name, "queue", name).write_text(value)
