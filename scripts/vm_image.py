@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The virtual machine's parts: an emulator that works, and a disk with Debian 13 and the wheels for it.
+"""The virtual machine's parts: an emulator that works, and a disk with Debian and the wheels for it.
 
     QEMU       this machine's, or Debian's backport of it     unpacked, never installed
     rootfs     mmdebstrap: systemd, kernel, compilers         once; a folder
@@ -26,6 +26,9 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 CACHE: Final = Path(os.environ.get("ZBUDFS_VM_CACHE", "/var/tmp/zbudfs-test-vm"))
+SUITES: Final = {"trixie": "Debian 13", "bookworm": "Debian 12"}
+SUITE: Final = os.environ.get("ZBUDFS_VM_SUITE", "trixie")
+"""Which Debian it is."""
 OLDEST_QEMU: Final = 8
 """QEMU 7.2 (Debian 12) crashes this guest at random when it emulates: seen as general protection faults."""
 
@@ -79,6 +82,8 @@ def why_not() -> str | None:
     """Return why no virtual machine can be had here, with the remedy; None if one can."""
     if os.geteuid() != 0:
         return "not root: run it with sudo"
+    if SUITE not in SUITES:
+        return f"ZBUDFS_VM_SUITE is {SUITE!r}: it must be one of {', '.join(SUITES)}"
     wanted = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs"}
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [package for program, package in wanted.items() if shutil.which(program, path=path) is None]
@@ -179,8 +184,8 @@ def _unpack_backport(tree: Path) -> None:
 
 
 def system() -> Path:
-    """The folder of a Debian 13 that boots."""
-    tree = CACHE / f"debian-{key(PACKAGES, MASKED, GUEST_UNIT)}"
+    """The folder of a Debian that boots."""
+    tree = CACHE / f"{SUITE}-{key(PACKAGES, MASKED, GUEST_UNIT)}"
     if not tree.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         with made(tree) as draft:
@@ -190,7 +195,7 @@ def system() -> Path:
 
 def _bootstrap(tree: Path) -> None:
     sources = tree.with_name("sources.list")
-    sources.write_text(f"deb [signed-by={KEYRING}] {archive()} trixie main\n")
+    sources.write_text(f"deb [signed-by={KEYRING}] {archive()} {SUITE} main\n")
     run(
         *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
         *("--aptopt=APT::Install-Recommends false", "--aptopt=Acquire::Languages none"),
@@ -199,7 +204,7 @@ def _bootstrap(tree: Path) -> None:
         '--customize-hook=printf "MODULES=list\\nCOMPRESS=zstd\\n" > "$1/etc/initramfs-tools/conf.d/small"',
         '--customize-hook=printf "virtio_blk\\next4\\n" >> "$1/etc/initramfs-tools/modules"',
         '--customize-hook=chroot "$1" update-initramfs -u -k all',
-        *("trixie", tree, sources),
+        *(SUITE, tree, sources),
         log=CACHE / "mmdebstrap.log",
     )
     tree.chmod(0o755)
