@@ -317,8 +317,9 @@ def install() -> None:
 def boot() -> None:
     """Booted with the unit enabled: swap is there without a hand, and the protections are real."""
     found = swaps()
-    check("swap is on after boot, nobody did anything", len(found) == 1, " ".join(found[0]) if found else "none")
-    affinity = Path("/sys/block", Path(found[0][0]).name, "queue/rq_affinity").read_text().strip() if found else ""
+    if not check("swap is on after boot, nobody did anything", len(found) == 1, " ".join(found[0]) if found else "none"):
+        raise Failed("there is no swap")
+    affinity = Path("/sys/block", Path(found[0][0]).name, "queue/rq_affinity").read_text().strip()
     check("requests end on the CPU where they began", affinity == "2", affinity)
     check("both units are active", show(UNIT, "ActiveState") == show(SWAP_UNIT, "ActiveState") == "active", "active")
     wait_for(lambda: stats()["standby_ready"], "a standby")
