@@ -87,6 +87,17 @@ def test_exposure(name: str, units: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_no_system_call_is_given_the_error_that_all_others_have(unit: Path) -> None:
+    """systemd 252 does not start such a unit ("Failed to apply system call filters"): libseccomp refuses a rule that says nothing."""
+    text = unit.read_text()
+    default = re.search(r"^SystemCallErrorNumber=(\w+)$", text, re.MULTILINE)
+    assert default
+    filters = re.findall(r"^SystemCallFilter=(.*)$", text, re.MULTILINE)
+    assert filters
+    assert [line for line in filters if f":{default[1]}" in line] == []
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_nothing_hides_the_mount(unit: Path) -> None:
     """No setting that brings a mount namespace."""
     assert HIDING.search("[Service]\nProtectSystem=strict\n")
