@@ -330,9 +330,9 @@ def boot() -> None:
     wait_for(lambda: show(UNIT, "StatusText"), "a status")
     check("the status says what is stored", "pages stored" in show(UNIT, "StatusText"), show(UNIT, "StatusText"))
     check("descriptors are in the store", show(UNIT, "NFileDescriptorStore") == "3", show(UNIT, "NFileDescriptorStore"))
-    check("the main process is the keeper", show(UNIT, "MainPID") == str(board(KEEPER)), board(KEEPER))
-    for name, number in (("keeper", KEEPER), ("worker", WORKER), ("standby", STANDBY)):
-        pid = board(number)
+    pids = {name: stats()[f"{name}_pid"] for name in ("keeper", "worker", "standby")}
+    check("the main process is the keeper", show(UNIT, "MainPID") == str(pids["keeper"]), pids["keeper"])
+    for name, pid in pids.items():
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         check(f"{name}: IO flusher", bool(int(words[6]) & PF_MEMALLOC_NOIO), f"flags {int(words[6]):#x}")
         score = Path(f"/proc/{pid}/oom_score_adj").read_text().strip()

@@ -88,7 +88,7 @@ def test_exposure(name: str, units: Path) -> None:
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_no_system_call_is_given_the_error_that_all_others_have(unit: Path) -> None:
-    """systemd 252 does not start such a unit ("Failed to apply system call filters"): libseccomp refuses a rule that says nothing."""
+    """systemd 252 does not start such a unit ("Failed to apply system call filters"): libseccomp refuses a rule like that."""
     text = unit.read_text()
     default = re.search(r"^SystemCallErrorNumber=(\w+)$", text, re.MULTILINE)
     assert default
