@@ -138,6 +138,12 @@ def show(unit: str, name: str) -> str:
     return must("systemctl", "show", "-P", name, unit).strip()
 
 
+def too_new_for_this_kernel() -> list[str]:
+    """The versions from which on there is something that zbudfs needs, and this is older than."""
+    major, minor = (int(part) for part in os.uname().release.split(".")[:2])
+    return [since for since in ("6.4", "6.9") if (major, minor) < tuple(int(part) for part in since.split("."))]
+
+
 def kernel_complaints() -> list[str]:
     """What the kernel has complained about since it started."""
     return [line for line in must("dmesg", "--notime").splitlines() if COMPLAINTS.search(line)]
@@ -311,7 +317,9 @@ def install() -> None:
         path = f"/usr/local/lib/systemd/system/{unit.replace('@swap', '@')}"
         verified = run("systemd-analyze", "verify", "--man=no", path)
         said = [line for line in verified.stdout.splitlines() if not TOO_NEW.search(line)]
-        check(f"systemd-analyze verify {unit}", verified.returncode == 0 and not said, " ".join(said) or "nothing to say")
+        check(
+            f"systemd-analyze verify {unit}", verified.returncode == 0 and not said, " ".join(said) or "nothing to say"
+        )
         score = run("systemd-analyze", "security", "--offline=yes", path).stdout.splitlines()[-1]
         check(f"systemd-analyze security {unit}", "level for" in score, score.lstrip("→ "))
     must("systemctl", "enable", SWAP_UNIT)
@@ -321,7 +329,9 @@ def install() -> None:
 def boot() -> None:
     """Booted with the unit enabled: swap is there without a hand, and the protections are real."""
     found = swaps()
-    if not check("swap is on after boot, nobody did anything", len(found) == 1, " ".join(found[0]) if found else "none"):
+    if not check(
+        "swap is on after boot, nobody did anything", len(found) == 1, " ".join(found[0]) if found else "none"
+    ):
         raise Failed("there is no swap")
     affinity = Path("/sys/block", Path(found[0][0]).name, "queue/rq_affinity").read_text().strip()
     check("requests end on the CPU where they began", affinity == "2", affinity)
@@ -342,7 +352,8 @@ def boot() -> None:
     cgroup = Path("/sys/fs/cgroup/system.slice", UNIT, "memory.swap.max")
     check("MemorySwapMax=0", cgroup.read_text().strip() == "0", cgroup.read_text().strip())
     warnings = stats()["warnings"]
-    check("the system refused nothing", not warnings, warnings or "nothing")
+    old = sum(f"Linux {since} or later" in text for text in warnings for since in too_new_for_this_kernel())
+    check("the system refused nothing that its kernel has", len(warnings) == old, warnings or "nothing")
     mounts()
     must("systemctl", "stop", UNIT)
     check(
