@@ -25,6 +25,7 @@ import pytest
 
 from tests.service.test_keeper import PAGE, Served, compare, fill, opened, watched
 from tests.support import LIMIT_SECONDS, is_mounted, is_running, wait_until, zbudfs
+from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.settings import Settings
 from zbudfs.store.board import Field
 
@@ -79,10 +80,20 @@ class Manager:
 
     def start(self, *, keep: bool = True) -> None:
         """Start the daemon, with the descriptors that were kept, and wait until it says that it is ready."""
+        ready = self.said.count("READY=1")
+        process = self.launch_daemon(keep=keep)
+        try:
+            wait_until(lambda: self.said.count("READY=1") > ready, "READY=1")
+        except AssertionError as error:
+            process.kill()
+            self.lose()  # who waits for an answer gets an error
+            raise AssertionError(f"{error}; it said {self.said[-5:]}") from None
+
+    def launch_daemon(self, *, keep: bool) -> subprocess.Popen[bytes]:
+        """Start the daemon, with the descriptors that were kept, or without."""
         settings_fd, write_fd = os.pipe()
         os.write(write_fd, self._settings.to_json().encode())
         os.close(write_fd)
-        ready = self.said.count("READY=1")
         if not keep:
             self.lose()
         command = [sys.executable, "-c", self.launch, json.dumps(self.stored), str(settings_fd)]
@@ -90,12 +101,7 @@ class Manager:
         fds = (*self.stored.values(), settings_fd)
         self.process = subprocess.Popen(command, env=environment, pass_fds=fds, start_new_session=True)
         os.close(settings_fd)
-        try:
-            wait_until(lambda: self.said.count("READY=1") > ready, "READY=1")
-        except AssertionError as error:
-            self.process.kill()
-            self.lose()  # who waits for an answer gets an error
-            raise AssertionError(f"{error}; it said {self.said[-5:]}") from None
+        return self.process
 
     def lose(self) -> None:
         """Forget all descriptors, as a manager does whose service was stopped."""
@@ -115,6 +121,21 @@ class Manager:
             os.close(fd)
         self._socket.close()
         self.lose()
+
+
+class WithoutNames(Manager):
+    """Its daemon finds that a pool directory cannot be a tmpfs, as before Linux 6.4."""
+
+    launch = LAUNCH.replace('"-m", "zbudfs.service.daemon"', '"-c", PROGRAM, "zbudfs.service.daemon"').replace(
+        "import fcntl",
+        "PROGRAM = 'import sys; from zbudfs.service import daemon, pooldir;"
+        " pooldir._mount_tmpfs = lambda path, settings: False; sys.exit(daemon.main(sys.argv[2:]))'\nimport fcntl",
+    )
+
+    def start_again(self, *, kept: bool) -> int:
+        """Start the daemon, which does not come up: its exit status."""
+        self.launch_daemon(keep=kept)
+        return self.wait()
 
 
 @pytest.fixture
@@ -316,3 +337,33 @@ def test_the_mount_is_gone(service: tuple[Manager, Served]) -> None:
     served.wait_ready()
     folders = list(served.pool.parent.glob(f"{served.pool.name}*"))
     assert folders == [served.pool]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_without_a_name_is_left_to_who_serves_it(kept: bool, tmp_path: Path) -> None:
+    """A keeper that cannot map the memory of the mount it finds ends for good and touches nothing; then all is as it was."""
+    mountpoint, backing = tmp_path / "mnt", tmp_path / "backing"
+    mountpoint.mkdir()
+    settings = Settings(mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=2 * MIB, backing=str(backing))
+    manager = WithoutNames(tmp_path, settings)
+    with contextlib.closing(manager):
+        manager.start()
+        try:
+            served = Served(mountpoint)
+            wait_until(lambda: served.stats()["standby_ready"], "a standby")
+            before = served.stats()
+            with opened(served.swapfile) as fd:
+                fill(fd, 0, 2000)
+                assert manager.process is not None
+                os.kill(manager.process.pid, signal.SIGTERM)
+                assert manager.wait() == 0
+                assert manager.start_again(kept=kept) == 2
+                assert any("cannot take over" in line for line in manager.said)
+                compare(fd, 0, 2000)
+                fill(fd, 2000, 2000)
+                compare(fd, 0, 4000)
+            assert served.stats()["worker_pid"] == before["worker_pid"]
+            assert [mount.mountpoint for mount in zbudfs_mounts()].count(str(mountpoint)) == 1
+        finally:
+            manager.lose()
+            zbudfs("umount", mountpoint)

@@ -23,14 +23,17 @@ from zbudfs.core.errors import ZbudfsError
 from zbudfs.fuse.shim import ShimError
 from zbudfs.service.keeper import ENDING, Keeper, StartError, keep_adopted
 from zbudfs.service.log import Log, route_logging
-from zbudfs.service.mountpoint import MountError
+from zbudfs.service.mountpoint import MountError, find_mount
 from zbudfs.service.notify import Notifier, take_stored
-from zbudfs.service.pooldir import PoolDirectoryError
+from zbudfs.service.pooldir import PoolDirectoryError, is_held
 from zbudfs.service.predecessors import NAMES, Remains, find
 from zbudfs.service.settings import Settings, SettingsError
 
 EXPECTED = (ZbudfsError, MountError, PoolDirectoryError, SettingsError, ShimError, StartError, MemoryError, OSError)
 """What can go wrong at the start without being a bug: told in one line."""
+
+SERVED = 2
+"""Exit status of a service that finds its mountpoint served by processes which it cannot replace; not to be tried again."""
 
 
 def _say(ready_fd: int, message: dict[str, object]) -> None:
@@ -64,6 +67,14 @@ def _serve(settings: Settings | None, log: Log) -> int:
     remains = find(take_stored(), settings.mountpoint if settings is not None else None)
     if remains is not None:
         return _resume(remains, settings, log, notifier)
+    if settings is not None and is_held(settings.mountpoint) and find_mount(settings.mountpoint):
+        text = (
+            f"{settings.mountpoint} is served by another zbudfs, which this one cannot take over from: it serves on. To start"
+            f" anew, end it first: zbudfs swapoff --umount {settings.mountpoint}"
+        )
+        log.error(text)
+        notifier.tell(f"STATUS={text}")
+        return SERVED
     for name in NAMES:
         notifier.forget(name)
     if settings is None:

@@ -7,6 +7,9 @@
 
 Three cases, and one way for all of them: the keeper was stopped or killed and its worker serves on; all of them are dead;
 the mount itself is gone and only descriptors are left, which is nothing to go on with.
+
+A fourth: the worker serves on, and its memory has no name by which it could be mapped (before Linux 6.4). Then nothing is
+touched.
 """
 
 from __future__ import annotations
@@ -96,14 +99,15 @@ def _from_descriptors(found: dict[str, int]) -> Remains | None:
 def _drop(stored: dict[str, int]) -> None:
     """Let go of descriptors that are of no use, and of the memory of a mount that is gone."""
     lock_fd = stored.pop("lock", None)
-    if "backing" in stored:
+    served = lock_fd is not None and "fuse" in stored and is_connected(stored["fuse"]) and _is_held(lock_fd)
+    if "backing" in stored and not served:
         fcntl.flock(stored["backing"], fcntl.LOCK_UN)  # for the manager's copy as well, which is closed some time later
     for fd in stored.values():
         os.close(fd)
     if lock_fd is None:
         return
     folder = os.path.dirname(os.readlink(f"/proc/self/fd/{lock_fd}"))  # noqa: PTH115, PTH120
-    if os.path.dirname(folder) == RUN_FOLDER and not _holders(lock_fd):  # noqa: PTH120
+    if os.path.dirname(folder) == RUN_FOLDER and not _is_held(lock_fd):  # noqa: PTH120
         PoolDirectory.adopt(folder, lock_fd).remove()
     else:
         os.close(lock_fd)
@@ -162,6 +166,14 @@ def _holders(lock_fd: int) -> list[int]:
                 else:
                     os.close(pidfd)
     return found
+
+
+def _is_held(lock_fd: int) -> bool:
+    """Whether a process of the daemon has this lock open, other than this one."""
+    holders = _holders(lock_fd)
+    for pidfd in holders:
+        os.close(pidfd)
+    return bool(holders)
 
 
 def _has_open(pid: int, status: os.stat_result) -> bool:
