@@ -8,6 +8,7 @@
     acceptance  a pool of 64 MiB, stress-ng over 700 MiB with verification, three times
     pressure    twice the machine's RAM, verified byte for byte, three eighths of it random
     dense       the same with `packing = "dense"`
+    restart     kill -9 of the keeper, systemctl restart: nothing is lost, also where nothing can be handed over
     handover    restart, kill -9 of worker, keeper, both and all three, SIGSTOP, under that pressure
     upgrade     `make install` again while swap is on, a kill, a restart
     stop        `systemctl stop` without room in RAM
@@ -15,7 +16,7 @@
     full        a disk that fills up under the backing file
 
 It is Debian 13; with ZBUDFS_VM_SUITE=bookworm in the environment it is Debian 12, whose kernel cannot hand a mount over after
-a kill (`install`, `boot`, `acceptance`, `pressure` and `dense` are for both).
+a kill (`install`, `boot`, `acceptance`, `pressure`, `dense` and `restart` are for both).
 
 Each scenario runs in a machine of its own, on a copy of the disk that `install` has left, which is kept for the same
 sources. What was seen goes to docs/vm-report.md: the sections of the scenarios that ran are written anew, the others stay.

@@ -505,6 +505,37 @@ def upgrade() -> None:
     check_kernel()
 
 
+def restart() -> None:
+    """kill -9 of the keeper and `systemctl restart`, while a program lives on the swap: it stays on, on any kernel."""
+    start_swap(size="1900M", pool="96M")
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    load = Storm(ram)
+    try:
+        load.wait_filled()
+        check("a storm as large as RAM", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+        device = swaps()[0][0]
+        for name in ("kill -9 of the keeper", "systemctl restart"):
+            if name == "systemctl restart":
+                run("systemctl", "restart", UNIT)
+            else:
+                os.kill(int(show(UNIT, "MainPID")), signal.SIGKILL)
+            time.sleep(10)
+            stalled = load.wait_progress()
+            kept = bool(swaps()) and swaps()[0][0] == device
+            check(f"{name}: swap stays on", kept, f"2000 more pages checked in {stalled:.1f} s")
+            check(f"{name}: the service says how it is", True, show(UNIT, "StatusText"))
+        checked, wrong = load.end()
+        check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+        check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
+    finally:
+        load.kill()
+    must("zbudfs", "swapoff", "--umount", str(MOUNTPOINT), limit=900)
+    check("swapoff --umount takes all of it away", not swaps() and not MOUNTPOINT.is_mount(), "no swap, no mount")
+    must("systemctl", "restart", UNIT, SWAP_UNIT)
+    check("and it can be started anew", len(swaps()) == 1, "swap is on")
+    check_kernel()
+
+
 def _restart(load: Storm, number: int) -> None:
     device, worker = swaps()[0][0], board(WORKER)
     began = time.monotonic()
@@ -649,6 +680,7 @@ SCENARIOS: Final[dict[str, Callable[[], None]]] = {
     "acceptance": acceptance,
     "pressure": pressure,
     "dense": dense,
+    "restart": restart,
     "handover": handover,
     "upgrade": upgrade,
     "stop": stop,
