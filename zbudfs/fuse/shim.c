@@ -350,8 +350,8 @@ static int prepare(void) {
 
 /* Wait for one of them awake, for so long at most. What poll() says.
    The CPU is offered to others at each turn: if the program is on this one, the kernel leaves the end of its request to ksoftirqd
-   here, and who waits for the page that was just read would wait for that. Who keeps it for longer than that takes is a program with work to
-   do: then *crowded, and it is better to sleep, since who is woken is let in at once, and who was running is not. */
+   here, and who waits for the page that was just read would wait for that. Who keeps it for longer than that takes is a program
+   with work to do: then *crowded, and it is better to sleep, since who is woken is let in at once, and who was running is not. */
 static int spin(struct pollfd *fds, long long began, int *crowded) {
     const struct timespec none = {0};
     int ready;

@@ -23,10 +23,10 @@ from zbudfs.core.errors import ZbudfsError
 from zbudfs.fuse.shim import ShimError
 from zbudfs.service.keeper import ENDING, Keeper, StartError, keep_adopted
 from zbudfs.service.log import Log, route_logging
-from zbudfs.service.mountpoint import MountError, find_mount
+from zbudfs.service.mountpoint import MountError
 from zbudfs.service.notify import Notifier, take_stored
-from zbudfs.service.pooldir import PoolDirectoryError, is_held
-from zbudfs.service.predecessors import NAMES, Remains, find
+from zbudfs.service.pooldir import PoolDirectoryError
+from zbudfs.service.predecessors import NAMES, Remains, find, is_served
 from zbudfs.service.settings import Settings, SettingsError
 
 EXPECTED = (ZbudfsError, MountError, PoolDirectoryError, SettingsError, ShimError, StartError, MemoryError, OSError)
@@ -67,7 +67,7 @@ def _serve(settings: Settings | None, log: Log) -> int:
     remains = find(take_stored(), settings.mountpoint if settings is not None else None)
     if remains is not None:
         return _resume(remains, settings, log, notifier)
-    if settings is not None and is_held(settings.mountpoint) and find_mount(settings.mountpoint):
+    if settings is not None and is_served(settings.mountpoint):
         text = (
             f"{settings.mountpoint} is served by another zbudfs, which this one cannot take over from: it serves on. To start"
             f" anew, end it first: zbudfs swapoff --umount {settings.mountpoint}"

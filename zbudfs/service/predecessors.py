@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from zbudfs.service.mountpoint import is_connected
+from zbudfs.service.mountpoint import find_mount, is_connected
 from zbudfs.service.pooldir import RUN_FOLDER, PoolDirectory, pool_directories
 from zbudfs.service.settings import Settings, SettingsError
 from zbudfs.store.board import Field
@@ -77,6 +77,21 @@ def find(stored: dict[str, int], mountpoint: str | None) -> Remains | None:
         for folder in pool_directories(mountpoint) if mountpoint is not None else ():
             remains = remains or _from_worker(folder)
     return remains
+
+
+def is_served(mountpoint: str) -> bool:
+    """Whether the mount at `mountpoint` is there, and somebody alive who has one of its pool directories."""
+    if find_mount(mountpoint) is None:
+        return False
+    for folder in pool_directories(mountpoint):
+        with contextlib.suppress(OSError):
+            lock_fd = os.open(f"{folder}/lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if _is_held(lock_fd):
+                    return True
+            finally:
+                os.close(lock_fd)
+    return False
 
 
 def _from_descriptors(found: dict[str, int]) -> Remains | None:
