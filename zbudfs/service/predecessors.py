@@ -114,7 +114,8 @@ def _from_descriptors(found: dict[str, int]) -> Remains | None:
 def _drop(stored: dict[str, int]) -> None:
     """Let go of descriptors that are of no use, and of the memory of a mount that is gone."""
     lock_fd = stored.pop("lock", None)
-    served = lock_fd is not None and "fuse" in stored and is_connected(stored["fuse"]) and _is_held(lock_fd)
+    held = lock_fd is not None and _is_held(lock_fd)
+    served = held and "fuse" in stored and is_connected(stored["fuse"])
     if "backing" in stored and not served:
         fcntl.flock(stored["backing"], fcntl.LOCK_UN)  # for the manager's copy as well, which is closed some time later
     for fd in stored.values():
@@ -122,7 +123,7 @@ def _drop(stored: dict[str, int]) -> None:
     if lock_fd is None:
         return
     folder = os.path.dirname(os.readlink(f"/proc/self/fd/{lock_fd}"))  # noqa: PTH115, PTH120
-    if os.path.dirname(folder) == RUN_FOLDER and not _is_held(lock_fd):  # noqa: PTH120
+    if os.path.dirname(folder) == RUN_FOLDER and not held:  # noqa: PTH120
         PoolDirectory.adopt(folder, lock_fd).remove()
     else:
         os.close(lock_fd)
