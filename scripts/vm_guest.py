@@ -451,14 +451,25 @@ def served_by(*old: int) -> bool:
     return bool(board(SERVING) and board(STANDBY_READY) and board(WORKER) not in old and is_alive(board(WORKER)))
 
 
-def handover() -> None:
-    """Everything that may happen to the daemon, while a program lives on the swap it serves."""
-    start_swap(size="1900M", pool="96M")
-    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
-    load = Storm(ram)
+@contextlib.contextmanager
+def storm_of(part: float, size: str) -> Iterator[Storm]:
+    """Have a program of a part of RAM live on swap of this size; then no page may be wrong or lost."""
+    start_swap(size=size, pool="96M")
+    load = Storm(int(part * (int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10)))
     try:
         load.wait_filled()
-        check("a storm as large as RAM", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+        check(f"a storm of {part:g} of RAM is in swap", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+        yield load
+        checked, wrong = load.end()
+        check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+        check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
+    finally:
+        load.kill()
+
+
+def handover() -> None:
+    """Everything that may happen to the daemon, while a program lives on the swap it serves."""
+    with storm_of(1, size="1900M") as load:
         for number in (1, 2):
             _restart(load, number)
         for name, fields in (
@@ -470,11 +481,6 @@ def handover() -> None:
             _kill(load, name, fields)
         for name, number in (("worker", WORKER), ("keeper", KEEPER)):
             _stop(load, name, number)
-        checked, wrong = load.end()
-        check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
-        check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
-    finally:
-        load.kill()
     check(
         "the swap unit was active all the time",
         show(SWAP_UNIT, "ActiveState") == "active",
@@ -485,50 +491,31 @@ def handover() -> None:
 
 def upgrade() -> None:
     """The program is installed anew while swap is on; a worker dies after that, and the service is restarted."""
-    start_swap(size="1400M", pool="96M")
-    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
-    load = Storm(3 * ram // 4)
-    try:
-        load.wait_filled()
-        check("swap is in use", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+    with storm_of(0.75, size="1400M") as load:
         must("make", "-C", "/root/zbudfs", "install", f"WHEELHOUSE={PAYLOAD}/wheels", limit=1800)
         must("systemctl", "daemon-reload")
         load.wait_progress()
         check("make install with swap on", must("zbudfs", "--version").startswith("zbudfs"), "the storm goes on")
         _kill(load, "worker, whose files were replaced", [WORKER])
         _restart(load, 1)
-        checked, wrong = load.end()
-        check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
-        check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
-    finally:
-        load.kill()
     check_kernel()
 
 
 def restart() -> None:
     """kill -9 of the keeper and `systemctl restart`, while a program lives on the swap: it stays on, on any kernel."""
-    start_swap(size="1900M", pool="96M")
-    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
-    load = Storm(ram)
-    try:
-        load.wait_filled()
-        check("a storm as large as RAM", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+    with storm_of(1, size="1900M") as load:
         device = swaps()[0][0]
-        for name in ("kill -9 of the keeper", "systemctl restart"):
-            if name == "systemctl restart":
-                run("systemctl", "restart", UNIT)
-            else:
-                os.kill(int(show(UNIT, "MainPID")), signal.SIGKILL)
+        steps: dict[str, Callable[[], object]] = {
+            "kill -9 of the keeper": lambda: os.kill(int(show(UNIT, "MainPID")), signal.SIGKILL),
+            "systemctl restart": lambda: run("systemctl", "restart", UNIT),
+        }
+        for name, step in steps.items():
+            step()
             time.sleep(10)
             stalled = load.wait_progress()
             kept = bool(swaps()) and swaps()[0][0] == device
-            check(f"{name}: swap stays on", kept, f"2000 more pages checked in {stalled:.1f} s")
-            check(f"{name}: the service says how it is", True, show(UNIT, "StatusText"))
-        checked, wrong = load.end()
-        check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
-        check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
-    finally:
-        load.kill()
+            seen = f"2000 more pages checked in {stalled:.1f} s; the service says: {show(UNIT, 'StatusText')}"
+            check(f"{name}: swap stays on", kept, seen)
     must("zbudfs", "swapoff", "--umount", str(MOUNTPOINT), limit=900)
     check("swapoff --umount takes all of it away", not swaps() and not MOUNTPOINT.is_mount(), "no swap, no mount")
     must("systemctl", "restart", UNIT, SWAP_UNIT)
