@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from tests.tracing.samples import trace_file
 from zbudfs.cli import commands, estimate, exporter, top, trace_replay
-from zbudfs.cli.commands import _empty
 from zbudfs.cli.main import main
+from zbudfs.cli.teardown import _empty
 from zbudfs.core.errors import LayoutError
 from zbudfs.core.trace import Kind
 from zbudfs.service import hardening, launch

@@ -11,9 +11,10 @@ import pytest
 from tests.support import ROOT, run_zbudfs
 from zbudfs import __version__
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import make_settings, resolve
+from zbudfs.cli.commands import make_settings
 from zbudfs.cli.main import main
 from zbudfs.cli.options import build_parser
+from zbudfs.cli.target import resolve
 from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.settings import SettingsError
 

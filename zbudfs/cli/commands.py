@@ -14,24 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import select
-import socket
-import stat
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 from zbudfs.cli import config as configuration
 from zbudfs.cli import config_page, stripe, tuning
 from zbudfs.cli import exporter as exporting
 from zbudfs.cli import status as status_page
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.ask import all_numbers, once_more_if_stale, why_silent
+from zbudfs.cli.ask import all_numbers, why_silent
+from zbudfs.cli.restart import order_restart, wait_served
+from zbudfs.cli.target import CommandError, all_mounted, find_mounted, need_root, refuse_users, resolve
+from zbudfs.cli.teardown import take_all_down, take_down
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.service import launch
 from zbudfs.service.mountpoint import (
@@ -41,10 +39,8 @@ from zbudfs.service.mountpoint import (
     find_mount,
     is_dead,
     shown_path,
-    unmount,
     zbudfs_mounts,
 )
-from zbudfs.service.pooldir import pool_directories, remove_dead
 from zbudfs.service.settings import (
     BACKING_FOLDER,
     DEFAULT_LEVEL,
@@ -57,23 +53,8 @@ from zbudfs.service.settings import (
     default_size_bytes,
     ram_bytes,
 )
-from zbudfs.store.backing import MAGIC
 from zbudfs.swap.attach import attach
 from zbudfs.swap.detach import detach
-from zbudfs.swap.loop import users
-
-END_LIMIT_SECONDS: Final = 60.0
-"""Longest wait for a daemon to end after its unmount. Arbitrary, and generous: it may have to wait for the disk."""
-
-RESTART_LIMIT_SECONDS: Final = 120.0
-"""Longest wait for a restart. Arbitrary, and generous: starting an interpreter may take long when memory is short."""
-
-_BUSY_LIMIT_SECONDS: Final = 2.0
-"""How long "busy" is not believed. Arbitrary: closing the last file of a loop device is finished a little later."""
-
-
-class CommandError(Exception):
-    """What was asked for cannot be done now; the text is one sentence for the user."""
 
 
 def mount(arguments: Arguments) -> int:
@@ -99,7 +80,7 @@ def umount(arguments: Arguments) -> int:
     """Unmount, if no swap is on it, and return when the daemon has ended."""
     need_root("umount")
     mountpoint = resolve(arguments.mountpoint)
-    take_all_down(mountpoint, _all_mounted(mountpoint))
+    take_all_down(mountpoint, all_mounted(mountpoint))
     return 0
 
 
@@ -113,7 +94,7 @@ def swapon(arguments: Arguments) -> int:
         mounts = _start(arguments, mountpoint)
     else:
         _refuse_mount_options(arguments, mountpoint)
-        _refuse_users(mountpoint, mounts, "is in use already: {}")
+        refuse_users(mountpoint, mounts, "is in use already: {}")
     priority = arguments.priority
     if priority is None and len(mounts) > 1:
         priority = stripe.STRIPE_PRIORITY
@@ -134,7 +115,7 @@ def swapoff(arguments: Arguments) -> int:
     """Take swap and loop device away, and the mount as well if wanted."""
     need_root("swapoff")
     mountpoint = resolve(arguments.mountpoint)
-    mounts = _all_mounted(mountpoint)
+    mounts = all_mounted(mountpoint)
     devices = detach([(mounted.mountpoint, mounted.st_dev) for mounted in mounts], force=arguments.force)
     if arguments.umount:
         take_all_down(mountpoint, mounts)
@@ -146,9 +127,9 @@ def swapoff(arguments: Arguments) -> int:
 def restart(arguments: Arguments) -> int:
     """Hand a mount over to the version of zbudfs that runs this command; swap stays on."""
     need_root("restart")
-    for mounted in _all_mounted(resolve(arguments.mountpoint)):
-        answer = _order_restart(mounted.mountpoint)
-        _wait_served(mounted.mountpoint, answer["pid"])
+    for mounted in all_mounted(resolve(arguments.mountpoint)):
+        answer = order_restart(mounted.mountpoint)
+        wait_served(mounted.mountpoint, answer["pid"])
         print(f"zbudfs {answer['version']} serves {shown_path(mounted.mountpoint)} now, pid {answer['pid']}")
     return 0
 
@@ -161,7 +142,7 @@ def status(arguments: Arguments) -> int:
             raise CommandError(f"{seconds!r} is not a time, and there are two mountpoints then")
         typed, seconds = seconds, 2.0
     only = None if typed is None else resolve(typed)
-    chosen = None if only is None else _all_mounted(only)
+    chosen = None if only is None else all_mounted(only)
 
     def collect() -> list[status_page.Report]:
         groups = stripe.grouped(zbudfs_mounts()) if only is None or chosen is None else [(only, chosen)]
@@ -264,16 +245,6 @@ def config(arguments: Arguments) -> int:
 
 
 # ---- before ------------------------------------------------------------------------------------------------------
-
-
-def resolve(path: str) -> str:
-    """Return the absolute path without symbolic links; nothing need exist, and a dead mount is no obstacle.
-
-    Raises CommandError for what cannot be a path.
-    """
-    if not path or "\0" in path:
-        raise CommandError(f"{path!r} is not a path")
-    return os.path.realpath(path)
 
 
 def make_settings(arguments: Arguments, mountpoint: str, root: str = "/") -> Settings:
@@ -382,30 +353,6 @@ def _prepare_backing_folder(settings: Settings) -> None:
         raise CommandError(f"the folder {shown_path(str(folder))} for the backing file does not exist")
 
 
-def need_root(command: str) -> None:
-    """CommandError for those who are not root."""
-    if os.geteuid() != 0:
-        raise CommandError(f"{command} needs root: run it with sudo")
-
-
-def _all_mounted(mountpoint: str) -> list[Mount]:
-    """Return the zbudfs that is mounted there, or the instances below. Raises CommandError if there is none."""
-    found = stripe.mounts_of(mountpoint)
-    if not found:
-        raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
-    return found
-
-
-def find_mounted(mountpoint: str) -> Mount:
-    """Return the one that is mounted there."""
-    found, *more = _all_mounted(mountpoint)
-    if more or found.mountpoint != mountpoint:
-        raise CommandError(
-            f"{shown_path(mountpoint)} has {len(more) + 1} instances: name one, such as {shown_path(found.mountpoint)}"
-        )
-    return found
-
-
 def _check_free(mountpoint: str) -> None:
     """Raise CommandError or MountError if nothing can be mounted there, before anything is done.
 
@@ -432,12 +379,6 @@ def _refuse_mount_options(arguments: Arguments, mountpoint: str) -> None:
         raise CommandError(f"{shown_path(mountpoint)} is mounted already: {', '.join(typed)} can only be set at mount")
 
 
-def _refuse_users(mountpoint: str, mounts: Sequence[Mount], sentence: str) -> None:
-    """Raise CommandError if swap or a loop device is on any of the mounts."""
-    if here := [user for mounted in mounts for user in users(mounted.mountpoint, mounted.st_dev)]:
-        raise CommandError(f"{shown_path(mountpoint)} {sentence.format(', '.join(here))}")
-
-
 def _tell_refusals(ready: launch.Ready, mountpoint: str) -> None:
     if ready.warnings:
         nr = len(ready.warnings)
@@ -445,156 +386,3 @@ def _tell_refusals(ready: launch.Ready, mountpoint: str) -> None:
             f"zbudfs: the system refused {nr} of the daemon's protections; zbudfs status {shown_path(mountpoint)} says",
             file=sys.stderr,
         )
-
-
-# ---- after -------------------------------------------------------------------------------------------------------
-
-
-def take_all_down(mountpoint: str, mounts: Sequence[Mount]) -> None:
-    """Unmount all instances of a mountpoint, as `take_down` does; none while swap or a loop device is on any of them."""
-    if len(mounts) > 1:
-        _refuse_users(mountpoint, mounts, f"is in use: {{}}; run zbudfs swapoff {shown_path(mountpoint)} first")
-    for mounted in mounts:
-        take_down(mounted)
-        if mounted.mountpoint != mountpoint:
-            stripe.remove_folder(mounted.mountpoint)
-
-
-def take_down(mounted: Mount) -> None:
-    """Unmount, and return when the daemon has ended and its backing file is empty.
-
-    A mount whose daemon has died is taken away as well. Raises CommandError, with nothing changed, while swap or a
-    loop device is on it.
-    """
-    mountpoint = mounted.mountpoint
-    shown = shown_path(mountpoint)
-    pidfd = _open_daemon(mountpoint)
-    if pidfd is None:
-        _clean_up_dead(mounted)
-        return
-    if here := users(mountpoint, mounted.st_dev):
-        os.close(pidfd)
-        raise CommandError(f"{shown} is in use: {', '.join(here)}; run zbudfs swapoff {shown} first")
-    try:
-        _unmount_when_idle(mountpoint)
-        _wait_for_end(pidfd, shown)
-    finally:
-        os.close(pidfd)
-    _remove_remains(mountpoint)  # there are none, unless the keeper had died before its worker
-
-
-def _open_daemon(mountpoint: str) -> int | None:
-    """Return a file descriptor that becomes readable when the daemon ends; None if it has ended."""
-    try:
-        return os.pidfd_open(int(once_more_if_stale(Path(mountpoint, "stats/pid").read_text)))
-    except ProcessLookupError:
-        return None
-    except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            return None
-        raise
-
-
-def _unmount_when_idle(mountpoint: str) -> None:
-    end = time.monotonic() + _BUSY_LIMIT_SECONDS
-    while True:
-        try:
-            unmount(mountpoint)
-            return
-        except MountError as error:
-            if error.code != errno.EBUSY or time.monotonic() > end:
-                raise
-        time.sleep(0.05)
-
-
-def _wait_for_end(pidfd: int, shown: str) -> None:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    if not poll.poll(END_LIMIT_SECONDS * 1000):
-        raise CommandError(
-            f"{shown} is unmounted, but its daemon has not ended within {END_LIMIT_SECONDS:g} s:"
-            " its backing file may not be empty yet"
-        )
-
-
-def _clean_up_dead(mounted: Mount) -> None:
-    """Take away what dead processes have left: swap, loop devices, mount, memory, and the content of the backing file.
-
-    What was swapped out is gone with them; programs that need it are ended by the kernel.
-    """
-    mountpoint = mounted.mountpoint
-    detach([(mountpoint, mounted.st_dev)], force=True)
-    # Nobody can use what is on it any more: the mount leaves the tree although files are still open.
-    unmount(mountpoint, lazy=True)
-    if not _remove_remains(mountpoint):
-        _empty(default_backing(mountpoint))
-
-
-def _remove_remains(mountpoint: str) -> bool:
-    """Take away memory and content of backing files that processes which are gone have not; whether there was any."""
-    end = time.monotonic() + _BUSY_LIMIT_SECONDS
-    found = False
-    while left := pool_directories(mountpoint):
-        found = True
-        for backing in remove_dead(mountpoint):
-            _empty(backing)
-        if pool_directories(mountpoint) == left and time.monotonic() > end:
-            break  # its processes live: it serves a mount that was taken away lazily
-        time.sleep(0.02)  # a standby ends a little later than its keeper
-    return found
-
-
-def _empty(backing: str) -> None:
-    """Empty a backing file that nobody has locked. What is not one is left alone, whatever the remains call it."""
-    try:
-        fd = os.open(backing, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or os.pread(fd, len(MAGIC), 0) not in (MAGIC, b""):
-            return
-        os.ftruncate(fd, 0)
-    except BlockingIOError:
-        pass  # a new daemon's by now, which empties what it finds
-    finally:
-        os.close(fd)
-
-
-# ---- restart -----------------------------------------------------------------------------------------------------
-
-
-def _order_restart(mountpoint: str) -> dict[str, object]:
-    """Have the keeper hand over to the zbudfs that runs this; its answer. CommandError."""
-    shown = shown_path(mountpoint)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-        channel.settimeout(RESTART_LIMIT_SECONDS)
-        try:
-            folder = once_more_if_stale(Path(mountpoint, "stats/pool_directory").read_text).removesuffix("\n")
-            channel.connect(f"{folder}/control")
-            channel.sendall(json.dumps({"order": "restart", "interpreter": sys.executable}).encode())
-            answer = b""
-            while piece := channel.recv(4096):
-                answer += piece
-        except TimeoutError:
-            raise CommandError(f"the keeper of {shown} has not answered within {RESTART_LIMIT_SECONDS:g} s") from None
-        except OSError as error:
-            raise CommandError(f"the keeper of {shown} cannot be reached: {error.strerror}") from None
-    try:
-        found: dict[str, object] = json.loads(answer)
-    except ValueError:
-        raise CommandError(f"the keeper of {shown} ended before it had answered") from None
-    if "error" in found:
-        raise CommandError(f"{shown} goes on as it was: {found['error']}")
-    return found
-
-
-def _wait_served(mountpoint: str, pid: object) -> None:
-    """Wait until the keeper `pid` has a worker that serves."""
-    end = time.monotonic() + RESTART_LIMIT_SECONDS
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError, ValueError):
-            if int(Path(mountpoint, "stats/keeper_pid").read_text()) == pid:
-                return
-        time.sleep(0.05)
-    raise CommandError(f"{shown_path(mountpoint)} was handed over, but does not answer yet: see zbudfs status")

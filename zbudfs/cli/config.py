@@ -26,6 +26,7 @@ from typing import Final
 
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.keys import BY_NAME, KEYS, Value
+from zbudfs.cli.target import resolve
 from zbudfs.service.mountpoint import find_mount, shown_path
 from zbudfs.service.settings import Settings, SettingsError, ram_bytes
 
@@ -190,7 +191,7 @@ def settings_of(values: Mapping[str, Value], mountpoint: str, root: str = "/") -
 
     Raises SettingsError.
     """
-    from zbudfs.cli.commands import make_parts, make_settings, resolve
+    from zbudfs.cli.commands import make_parts, make_settings
     from zbudfs.cli.options import build_parser  # here: it knows the commands, and those know this module
 
     mountpoint = str(values.get("mountpoint", mountpoint))

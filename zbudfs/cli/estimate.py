@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import CommandError
 from zbudfs.cli.plot import check_plot, save_plot
 from zbudfs.cli.progress import progress_bar
+from zbudfs.cli.target import CommandError
 from zbudfs.core.codec import DEFAULT_LEVEL
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, SIZE_CLASS_BYTES, SIZE_CLASSES, pages_in

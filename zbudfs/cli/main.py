@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import CommandError
 from zbudfs.cli.config import ConfigError
 from zbudfs.cli.options import build_parser, one_line
+from zbudfs.cli.target import CommandError
 from zbudfs.service.launch import LaunchError
 from zbudfs.service.mountpoint import MountError
 from zbudfs.service.pooldir import PoolDirectoryError

@@ -24,10 +24,12 @@ from typing import Final
 
 from zbudfs.cli import config
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import CommandError, need_root, resolve, start, take_down
+from zbudfs.cli.commands import start
 from zbudfs.cli.keys import BY_NAME, KEYS, Value
 from zbudfs.cli.main import USAGE, guarded
 from zbudfs.cli.options import OneLineParser
+from zbudfs.cli.target import CommandError, need_root, resolve
+from zbudfs.cli.teardown import take_down
 from zbudfs.service.mountpoint import find_mount, shown_path, unmount
 from zbudfs.service.settings import Settings, SettingsError, ram_bytes
 

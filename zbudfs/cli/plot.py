@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from zbudfs.cli.commands import CommandError
+from zbudfs.cli.target import CommandError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import CommandError, find_mounted, resolve
+from zbudfs.cli.target import CommandError, find_mounted, resolve
 from zbudfs.service.mountpoint import zbudfs_mounts
 
 PICTURE_SIZE: Final = (100, 34)

@@ -21,8 +21,8 @@ from typing import Any, Final
 from zbudfs import __version__
 from zbudfs.cli import status
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import CommandError, find_mounted, need_root, resolve
 from zbudfs.cli.progress import progress_bar
+from zbudfs.cli.target import CommandError, find_mounted, need_root, resolve
 from zbudfs.core.sizes import format_size
 from zbudfs.core.trace_file import TraceFileError
 from zbudfs.service.mountpoint import shown_path

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import CommandError
 from zbudfs.cli.progress import progress_bar
+from zbudfs.cli.target import CommandError
 from zbudfs.cli.trace_show import load
 from zbudfs.core.errors import ZbudfsError
 from zbudfs.core.packing import Packing

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import CommandError
 from zbudfs.cli.plot import check_plot, save_plot
 from zbudfs.cli.sparkline import sparkline
+from zbudfs.cli.target import CommandError
 from zbudfs.core.sizes import format_size
 from zbudfs.core.trace import RAW_CLASS, Kind
 from zbudfs.core.trace_file import TraceFileError

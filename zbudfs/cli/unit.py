@@ -21,7 +21,8 @@ from typing import Final
 from zbudfs.cli import commands, leader, stripe
 from zbudfs.cli import config as configuration
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import CommandError
+from zbudfs.cli.target import CommandError, need_root
+from zbudfs.cli.teardown import take_down
 from zbudfs.service import hardening
 from zbudfs.service.launch import DAEMON_COMMAND
 from zbudfs.service.mountpoint import find_mount, shown_path
@@ -39,7 +40,7 @@ UNUSABLE: Final = 2
 
 def serve(arguments: Arguments) -> int:
     """Become the daemon of a configuration, for a service manager; does not return. Of several instances: their leader."""
-    commands.need_root("serve")
+    need_root("serve")
     hardening.before_exec()
     name = str(arguments.name)
     kept = os.environ.get("LISTEN_FDNAMES", "").split(":")
@@ -105,7 +106,7 @@ def _prepare(config: configuration.Config, parts: Sequence[Settings]) -> None:
                     f"a zbudfs whose daemon has died is still mounted on {shown_path(mountpoint)}, with {', '.join(here)}:"
                     f" run zbudfs umount {shown_path(mountpoint)}; what is swapped out there is lost"
                 )
-            commands.take_down(mounted)
+            take_down(mounted)
             stripe.make_folders(parts)
         commands.prepare(part)
 

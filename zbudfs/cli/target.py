@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""The mount that a command is about: from the path that was typed to what is mounted there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from zbudfs.cli import stripe
+from zbudfs.service.mountpoint import Mount, shown_path
+from zbudfs.swap.loop import users
+
+
+class CommandError(Exception):
+    """What was asked for cannot be done now; the text is one sentence for the user."""
+
+
+def need_root(command: str) -> None:
+    """CommandError for those who are not root."""
+    if os.geteuid() != 0:
+        raise CommandError(f"{command} needs root: run it with sudo")
+
+
+def all_mounted(mountpoint: str) -> list[Mount]:
+    """Return the zbudfs that is mounted there, or the instances below. Raises CommandError if there is none."""
+    found = stripe.mounts_of(mountpoint)
+    if not found:
+        raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
+    return found
+
+
+def find_mounted(mountpoint: str) -> Mount:
+    """Return the one that is mounted there."""
+    found, *more = all_mounted(mountpoint)
+    if more or found.mountpoint != mountpoint:
+        raise CommandError(
+            f"{shown_path(mountpoint)} has {len(more) + 1} instances: name one, such as {shown_path(found.mountpoint)}"
+        )
+    return found
+
+
+def resolve(path: str) -> str:
+    """Return the absolute path without symbolic links; nothing need exist, and a dead mount is no obstacle.
+
+    Raises CommandError for what cannot be a path.
+    """
+    if not path or "\0" in path:
+        raise CommandError(f"{path!r} is not a path")
+    return os.path.realpath(path)
+
+
+def refuse_users(mountpoint: str, mounts: Sequence[Mount], sentence: str) -> None:
+    """Raise CommandError if swap or a loop device is on any of the mounts."""
+    if here := [user for mounted in mounts for user in users(mounted.mountpoint, mounted.st_dev)]:
+        raise CommandError(f"{shown_path(mountpoint)} {sentence.format(', '.join(here))}")
