@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zbudfs.service.hardening import Mapping, parse_maps, protect_from_oom_killer, ranges_to_fill
+from zbudfs.core.maps import Mapping, parse_maps
+from zbudfs.service.hardening import protect_from_oom_killer, ranges_to_fill
 
-MAPS = """\
+MAPS = b"""\
 00400000-00401000 r-xp 00001000 fd:00 100   /usr/bin/python3.11
 00601000-00603000 rw-p 00000000 fd:00 100   /usr/bin/python3.11
 01000000-01100000 rw-p 00000000 00:00 0     [heap]
@@ -30,7 +31,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0     [vsyscall]
 
 def test_the_right_mappings_are_made_present() -> None:
     """Private memory for writing, text for reading; not shared, forbidden, special, or a device's."""
-    ranges = list(ranges_to_fill(parse_maps(MAPS), ()))
+    ranges = list(ranges_to_fill(parse_maps(MAPS.split(b"\n")), ()))
     assert ranges == [
         (0x400000, 0x401000, False),
         (0x601000, 0x603000, True),

@@ -20,7 +20,8 @@ from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, SIZE_CLASS_BYTES, SIZE_CLASSES, pages_in
 from zbudfs.estimate.files import sample_file
 from zbudfs.estimate.measure import LevelMeasure, measure
-from zbudfs.estimate.processes import all_pids, sample_processes
+from zbudfs.estimate.pagemap import Proc
+from zbudfs.estimate.processes import sample_processes
 from zbudfs.estimate.sample import Sample, SampleError
 from zbudfs.service.mountpoint import shown_path
 from zbudfs.service.settings import DEFAULT_POOL, ram_bytes
@@ -39,6 +40,10 @@ _GIB_PAGES: Final = 1 << 18
 _LEFT_OUT: Final = (
     ("denied", "processes that may not be read"),
     ("ended", "processes that ended meanwhile"),
+    ("failed", "processes whose memory cannot be read"),
+    ("stuck", "processes that kept the kernel waiting"),
+    ("cut_off", "processes with too many addresses to look at all of them in time"),
+    ("not_reached", "processes for which there was no time"),
     ("swapped_pages", "pages that are swapped out already"),
     ("shared_pages", "pages that processes share"),
     ("gone_pages", "pages that were gone when their turn came"),
@@ -73,7 +78,9 @@ def _take_sample(arguments: Arguments) -> Sample:
         if arguments.file is not None:
             return sample_file(arguments.file, shown_path(arguments.file), wanted, arguments.seed, progress)
         if arguments.all:
-            return sample_processes(all_pids(), wanted, arguments.seed, progress, strict=False, source="all processes")
+            return sample_processes(
+                Proc().pids(), wanted, arguments.seed, progress, strict=False, source="all processes"
+            )
         pids = list(dict.fromkeys(arguments.pids))
         shown = ", ".join(map(str, pids[:8])) + (f" and {len(pids) - 8} more" if len(pids) > 8 else "")
         source = f"process{'es' if len(pids) > 1 else ''} {shown}"

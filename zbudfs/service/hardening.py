@@ -27,9 +27,10 @@ import resource
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from zbudfs.core.maps import Mapping, parse_maps
 
 PROCESS_NAME: Final = "zbudfs"
 """What ps and the kernel's log call the process; 15 bytes at most."""
@@ -253,29 +254,6 @@ def schedule_realtime() -> str | None:
 # ---- locking -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """One line of /proc/PID/maps."""
-
-    start: int
-    """First address."""
-    end: int
-    """First address behind it."""
-    access: str
-    """Four letters: r, w, x or "-", then p (private) or s (shared)."""
-    name: str
-    """Path of the file, a name in brackets such as "[heap]", or empty for anonymous memory."""
-
-
-def parse_maps(text: str) -> Iterator[Mapping]:
-    """Yield the mappings in `text`, the contents of /proc/PID/maps."""
-    for line in text.splitlines():
-        # start-end access offset device inode [name]
-        words = line.split(None, 5)
-        start, _, end = words[0].partition("-")
-        yield Mapping(int(start, 16), int(end, 16), words[1], words[5] if len(words) > 5 else "")
-
-
 def ranges_to_fill(mappings: Iterable[Mapping], skip: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, bool]]:
     """Yield (start, end, for writing?) of what must be present in memory, in the order of `mappings`.
 
@@ -322,8 +300,7 @@ def _populate(skip: Iterable[tuple[int, int]]) -> str | None:
     libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     failed_bytes = 0
     reason = 0
-    mappings = parse_maps(Path("/proc/self/maps").read_text(errors="replace"))
-    for start, end, writing in ranges_to_fill(mappings, _whole_pages(skip)):
+    for start, end, writing in ranges_to_fill(_own_mappings(), _whole_pages(skip)):
         advice = _MADV_POPULATE_WRITE if writing else _MADV_POPULATE_READ
         if libc.madvise(start, end - start, advice) == 0:
             continue
@@ -367,8 +344,12 @@ def _grow_main_stack(wanted_bytes: int) -> str | None:
 
 def _main_stack_bytes() -> int:
     """Return how far the main thread's stack has been extended, in bytes."""
-    maps = parse_maps(Path("/proc/self/maps").read_text(errors="replace"))
-    return sum(mapping.end - mapping.start for mapping in maps if mapping.name == "[stack]")
+    return sum(mapping.end - mapping.start for mapping in _own_mappings() if mapping.name == "[stack]")
+
+
+def _own_mappings() -> list[Mapping]:
+    """Return the mappings of this process."""
+    return list(parse_maps(Path("/proc/self/maps").read_bytes().split(b"\n")))
 
 
 def lock_all() -> str | None:
