@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,29 @@ def test_where_a_backing_file_lies(healthy: Path, backing: str, level: str, word
     (sys / "devices/dm-0/slaves/dm-1").symlink_to("../../dm-1")
     finding = next(disk.check_backing(machine(healthy, backing)))
     assert (finding.level, finding.check) == (level, "backing file")
+    assert words in finding.text
+
+
+def test_mountpoints_that_users_choose(healthy: Path) -> None:
+    """A FUSE file system of a user's may be mounted at any name: it ends no line, and hides no other mount."""
+    odd = b"/home/u/a\x0bb\r99 1 0:99 / / rw - tmpfs x rw\x0c\xe2\x80\xa8\xff"
+    mountinfo = healthy / "proc/self/mountinfo"
+    mountinfo.write_bytes(
+        mountinfo.read_bytes() + b"40 27 0:77 / " + odd.replace(b" ", b"\\040") + b" rw - fuse x rw\n"
+    )
+    text = machine(healthy).read("/proc/self/mountinfo")
+    assert disk.mount_of(text, "/srv/x") == ("ext4", "8:2")
+    assert disk.mount_of(text, os.fsdecode(odd) + "/x") == ("fuse", "0:77")
+    assert only(rights.check_cgroup(machine(healthy))).level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("page_bytes", "words"), [(4096, "4 KiB"), (16384, "16 KiB: 4 pages of zbudfs"), (65536, "64 KiB")]
+)
+def test_the_page_of_the_kernel(healthy: Path, page_bytes: int, words: str) -> None:
+    """It is told, with what a larger one means."""
+    finding = only(kernel.check_page_size(replace(machine(healthy), page_bytes=page_bytes)))
+    assert finding.level is Level.OK
     assert words in finding.text
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -24,7 +26,7 @@ def make(folder: Path, version: int, path: str, levels: dict[str, tuple[str, int
     """Make a tree: by path below its root (limit, used, inactive file pages). Return the folder that holds proc/."""
     (folder / "proc/self").mkdir(parents=True)
     line = f"4:memory,other:{path}\n0::/elsewhere\n" if version == 1 else f"1:name=systemd:/\n0::{path}\n"
-    (folder / "proc/self/cgroup").write_text(line)
+    (folder / "proc/self/cgroup").write_bytes(os.fsencode(line))
     mount = "cgroup /tree cgroup rw,memory 0 0\n" if version == 1 else "cgroup2 /tree cgroup2 rw,nsdelegate 0 0\n"
     (folder / "proc/self/mounts").write_text(f"tmpfs / tmpfs rw 0 0\ncgroup /cpu cgroup rw,cpu 0 0\n{mount}")
     (folder / "tree").mkdir()
@@ -66,6 +68,19 @@ def test_without_a_tree(tmp_path: Path) -> None:
     assert Headroom(root).available_bytes() == UNLIMITED
     (tmp_path / "odd/tree/a/memory.max").unlink()
     assert Headroom(root).available_bytes() == UNLIMITED
+
+
+ODD: Final = b"a\x0bb\x0cc\rd\x1ce\xc2\x85f\xe2\x80\xa8g\xff"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_names_that_users_choose(version: int, tmp_path: Path) -> None:
+    """A mountpoint or a cgroup may have any name: none ends a line, and the limit is still found."""
+    odd = os.fsdecode(ODD)
+    root = make(tmp_path, version, f"/{odd}", {odd: (str(9 * MIB), MIB, 0)})
+    mounts = tmp_path / "proc/self/mounts"
+    mounts.write_bytes(b"/dev/fuse /home/u/" + ODD + b" fuse rw 0 0\n" + mounts.read_bytes())
+    assert Headroom(root).available_bytes() == 8 * MIB
 
 
 def test_in_a_namespace(tmp_path: Path) -> None:

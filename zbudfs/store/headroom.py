@@ -80,12 +80,13 @@ def _number_after(word: bytes, text: bytes) -> int:
 def _trees(root: str) -> list[tuple[Path, Path, int]]:
     """(this process's folder, the root of the tree, version) of each tree that may have the memory controller."""
     paths = {}
-    for line in Path(root, "proc/self/cgroup").read_text().splitlines():
+    # At newlines only: users choose names of cgroups and mountpoints, and the kernel escapes nothing else.
+    for line in os.fsdecode(Path(root, "proc/self/cgroup").read_bytes()).rstrip("\n").split("\n"):
         _, controllers, path = line.split(":", 2)
         if not controllers or "memory" in controllers.split(","):
             paths[2 if not controllers else 1] = path.lstrip("/")
     found = []
-    for line in Path(root, "proc/self/mounts").read_text(errors="surrogateescape").splitlines():
+    for line in os.fsdecode(Path(root, "proc/self/mounts").read_bytes()).rstrip("\n").split("\n"):
         words = line.split(" ")
         version = {"cgroup": 1, "cgroup2": 2}.get(words[2], 0)
         if version in paths and (version == 2 or "memory" in words[3].split(",")):

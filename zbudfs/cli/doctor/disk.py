@@ -122,15 +122,15 @@ def _file_system(machine: Machine, backing: str, folder: Path, *, device: bool) 
 def mount_of(mountinfo: str, path: str) -> tuple[str, str]:
     """Return (file system type, device as "major:minor") of the mount that a resolved path is on."""
     best, found = -1, ("unknown", "0:0")
-    for line in mountinfo.splitlines():
+    for line in mountinfo.split("\n"):
         fields, separator, rest = line.partition(" - ")
-        words = fields.split()
+        words = fields.split(" ")
         if not separator or len(words) < 5:
             continue
         top = os.fsdecode(unescape_octal(os.fsencode(words[4])))
         inside = path == top or path.startswith(f"{top.rstrip('/')}/")
         if inside and len(top) >= best:  # the last of several at one place hides the others
-            best, found = len(top), (rest.split()[0], words[2])
+            best, found = len(top), (rest.split(" ")[0], words[2])
     return found
 
 

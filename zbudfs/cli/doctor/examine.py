@@ -14,6 +14,7 @@ from zbudfs.cli.doctor.finding import Finding, Level, Machine, warning
 
 CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
     kernel.check_version,
+    kernel.check_page_size,
     kernel.check_fuse,
     kernel.check_loop,
     kernel.check_timeouts,

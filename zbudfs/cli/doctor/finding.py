@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import os
+import resource
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zbudfs.service.settings import Settings
@@ -43,18 +45,20 @@ class Machine:
     """What would be mounted, or is."""
     priority: int | None = None
     """That of its swap; None: the kernel's choice."""
+    page_bytes: int = field(default_factory=resource.getpagesize)
+    """The kernel's page: 4096 bytes, or 16 or 64 KiB on some arm64, ppc64 and loong machines."""
 
     def path(self, name: str) -> Path:
         """Return where the absolute path `name` is."""
         return Path(self.root, name.lstrip("/"))
 
     def read(self, name: str) -> str:
-        """Return the text of a file, without white space around it. Raises OSError."""
-        return self.path(name).read_text(errors="replace").strip()
+        """Return the text of a file, without white space around it, its lines ended by newlines only. Raises OSError."""
+        return os.fsdecode(self.path(name).read_bytes()).strip()
 
     def first_line_with(self, name: str, start: str) -> str:
         """Return what follows `start` in the line of a file that starts with it. Raises OSError; ValueError: none."""
-        for line in self.read(name).splitlines():
+        for line in self.read(name).split("\n"):
             if line.startswith(start):
                 return line.removeprefix(start).strip()
         raise ValueError(f"no {start} in {name}")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from zbudfs.cli.doctor.finding import Finding, Level, Machine, ok, problem, warning
+from zbudfs.core.sizes import format_size
+from zbudfs.core.units import PAGE_SIZE
 from zbudfs.service.mountpoint import request_timeout_warnings
 
 SINCE: Final = (
@@ -37,6 +39,17 @@ def check_version(machine: Machine) -> Iterator[Finding]:
         yield Finding(level, "kernel", text, f"use Linux {major}.{minor} or later; 6.9 has everything")
     if not lacking:
         yield ok("kernel", f"{release} has {', '.join(what for _, _, what, _ in reversed(SINCE))}")
+
+
+def check_page_size(machine: Machine) -> Iterator[Finding]:
+    """Tell the size of the kernel's page."""
+    text = f"the kernel's page has {format_size(machine.page_bytes)}"
+    if machine.page_bytes > PAGE_SIZE:
+        text += (
+            f": {machine.page_bytes // PAGE_SIZE} pages of zbudfs, which compresses each alone; the pool gives RAM back"
+            " only where all frames in a page of the kernel are free"
+        )
+    yield ok("page size", text)
 
 
 def check_fuse(machine: Machine) -> Iterator[Finding]:

@@ -115,7 +115,7 @@ def check_cgroup(machine: Machine) -> Iterator[Finding]:
 def _cgroup_limits(machine: Machine) -> Iterator[int]:
     """Yield the limits of the memory cgroups that this process is in, and of those above, in bytes."""
     mounts = machine.read("/proc/self/mountinfo")
-    for line in machine.read("/proc/self/cgroup").splitlines():
+    for line in machine.read("/proc/self/cgroup").split("\n"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             fstype, knob = "cgroup2", "memory.max"
@@ -123,13 +123,13 @@ def _cgroup_limits(machine: Machine) -> Iterator[int]:
             fstype, knob = "cgroup", "memory.limit_in_bytes"
         else:
             continue
-        for mount in mounts.splitlines():
+        for mount in mounts.split("\n"):
             fields, _, rest = mount.partition(" - ")
-            words = rest.split()
+            words = rest.split(" ")
             if words[0] != fstype or (fstype == "cgroup" and "memory" not in words[-1].split(",")):
                 continue
             # In a container the mount shows only a part of the tree, and the path begins with where that part is.
-            part, top = fields.split()[3:5]
+            part, top = fields.split(" ")[3:5]
             inside = PurePosixPath(path.removeprefix(part if part != "/" else "").lstrip("/"))
             for folder in (inside, *inside.parents):
                 try:
