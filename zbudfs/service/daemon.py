@@ -112,10 +112,7 @@ def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notif
     keeper.forget_served()
     if wanted is not None and wanted != settings:
         log.warning(f"the configuration has changed: it takes effect when {settings.mountpoint} is mounted anew")
-    try:
-        keeper.serve_first()
-    except StartError as error:
-        log.error(f"{error}; another worker is tried")
+    keeper.order_first()
     return keeper.run()
 
 

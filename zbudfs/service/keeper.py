@@ -10,16 +10,18 @@ are calm. When the worker dies the keeper writes eight bytes to an eventfd, and 
 again. If a worker dies before the next standby is there, the keeper gives a ballast of locked memory back to the
 system and forks a worker on it.
 
-The keeper has one thread, no event loop, and allocates as little as it can. It waits for: the end of its children
-(pidfds), signals, a heartbeat that stands still, and orders on a socket in the pool directory.
+The keeper has one thread, no event loop, and allocates as little as it can. It waits in one place (`_wait`), with a limit,
+for all of: the end of its children (pidfds), signals (SIGCHLD tells that a child was stopped), a heartbeat that stands
+still, orders on a socket in the pool directory (service/control.py), and the next step of a restart
+(service/handing_over.py).
 
 As the main process of a service it also tells the manager how things stand (service/notify.py), gives it the descriptors
 to keep, and, told to end while the swapfile is open, goes alone: worker and standby serve on until another keeper comes
 (service/predecessors.py).
 """
 
-import array
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -27,6 +29,7 @@ import select
 import signal
 import socket
 import time
+from enum import Enum, auto
 from typing import Final, NoReturn
 
 from zbudfs import __version__
@@ -35,7 +38,17 @@ from zbudfs.core.packing import Packing
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.fuse import shim
 from zbudfs.service import hardening
-from zbudfs.service.log import Log
+from zbudfs.service.child import Child, Process, Pulse, is_readable
+from zbudfs.service.control import Client, Control
+from zbudfs.service.handing_over import (
+    HandingOver,
+    Stage,
+    Step,
+    Successor,
+    receive_line,
+    receive_with_descriptors,
+)
+from zbudfs.service.log import Lasting, Log
 from zbudfs.service.mountpoint import MountError, is_connected, open_and_mount, request_timeout_warnings, unmount
 from zbudfs.service.notify import WATCHDOG_PARTS, Notifier
 from zbudfs.service.pooldir import PoolDirectory
@@ -47,12 +60,19 @@ from zbudfs.store.headroom import Headroom
 from zbudfs.store.memory import StoreMemory
 
 HANG_SECONDS: Final = 5.0
-"""A worker whose heartbeat stands still for so long is killed. Guessed: a whole rebuild takes less than a second a GiB."""
+"""A worker or standby that runs and whose heartbeat stands still for so long is killed. Guessed: the longest stretch without
+a beat that is not a fault is a machine that gives this process no time."""
 
+ANSWER_SECONDS: Final = 2.0
+"""A ready standby that has not begun to take over so long after the order is killed. Guessed: it needs a millisecond."""
+
+CALM_POLL_SECONDS: Final = 1.0
+"""Longest wait between two looks while all is well: deaths, stops, orders and signals end it at once."""
 POLL_SECONDS: Final = 0.2
-LONGEST_LOOK_SECONDS: Final = 1.0
-"""So much of the time between two looks at a heartbeat counts: a keeper that did not run itself, since the machine stood still
-or had no time, knows nothing of the worker. Guessed."""
+"""The same while there is no standby that is ready."""
+BUSY_POLL_SECONDS: Final = 0.02
+"""The same while nobody serves, a child is stopped, or a restart is under way."""
+
 STANDBY_DELAY_SECONDS: Final = 0.2
 """After a worker has begun to serve, before the next standby is forked: what waited for swap goes first. Guessed."""
 
@@ -68,12 +88,24 @@ CLOSE_SECONDS: Final = 1.0
 END_RETRY_SECONDS: Final = 1.0
 """How often the worker is told to end when a service ends: a loop device lets go of its file a little late. Arbitrary."""
 
+END_SECONDS: Final = 5.0
+"""How long a killed standby may take to be gone when the mount has ended. Arbitrary: nothing depends on it."""
+
+LONGEST_BACK_OFF_SECONDS: Final = 30.0
+"""Longest time between two attempts to have a standby. Arbitrary: an attempt that fails takes up to 50 MiB for a moment."""
+
+STEADY_SECONDS: Final = 10.0
+"""A standby that has been ready for so long ends a series of failures. Guessed."""
+
 MAX_FAILURES: Final = 8
 """Workers in a row that do not come up, before the keeper gives up. With the back-off that is some 25 seconds."""
 
 BALLAST_BYTES: Final = 4 << 20
 """Locked memory that is let go of when a worker must be forked while swap is dead. Guessed: the pages that it writes to."""
 
+
+PREDECESSOR_SECONDS: Final = 1.0
+"""How long the keeper that has handed over may take to end. Arbitrary."""
 
 ENDING: Final = frozenset((signal.SIGTERM, signal.SIGINT))
 """What tells a keeper to end. Blocked until it is up: one that comes before is looked for where all can be undone, and has
@@ -84,39 +116,14 @@ class StartError(Exception):
     """The mount could not come up; the text is for the user."""
 
 
-class Child:
-    """A worker or standby."""
+class Role(Enum):
+    """What a child is forked for."""
 
-    def __init__(self, pid: int, order_fd: int) -> None:
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
-        self._order_fd = order_fd
-        self.ordered_at = 0.0
-
-    def order(self) -> None:
-        """Have it take over."""
-        self.ordered_at = time.monotonic()
-        os.eventfd_write(self._order_fd, 1)
-
-    def has_ended(self) -> bool:
-        """Whether the process, with all its threads, is gone."""
-        return bool(select.select([self.pidfd], [], [], 0)[0])
-
-    def tell(self, number: int) -> None:
-        """Send it a signal, if it is still there."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, number)
-
-    def kill(self) -> None:
-        """End it."""
-        self.tell(signal.SIGKILL)
-
-    def reap(self) -> int:
-        """Its exit status (negative: the signal); waits for its end."""
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self.pidfd)
-        os.close(self._order_fd)
-        return os.waitstatus_to_exitcode(status)
+    FIRST = auto()
+    """To be the first worker of this keeper, when it is ready and ordered."""
+    STANDBY = auto()
+    EMERGENCY = auto()
+    """To serve at once, since nobody does."""
 
 
 class Keeper:
@@ -139,16 +146,26 @@ class Keeper:
         self._warnings: list[str] = []
         self._worker: Child | None = None
         self._standby: Child | None = None
-        self._served_once = False
+        self._dying: list[Process] = []
+        """Killed, and not yet gone: nothing depends on their end."""
+        self._handing_over: HandingOver | None = None
+        self._predecessor: socket.socket | None = None
+        """To the keeper that has handed over and has not ended yet."""
         self._failures = 0
         self._retry_at = 0.0
-        self._heartbeat = (0, 0.0)
-        """The worker's, and for how many seconds it has stood still while this process looked."""
-        self._looked_at = 0.0
+        self._standby_failures = 0
+        self._standby_retry_at = 0.0
+        self._standby_ready_since = 0.0
+        self._standby_trouble = Lasting(log.warning, log.info)
+        self._fork_trouble = Lasting(log.error, log.info)
+        self._pulse = Pulse()
+        """The worker's."""
+        self._standby_pulse = Pulse()
         self._serving_since = 0.0
+        self._has_begun = False
         self._ballast: mmap.mmap | None = None
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._control: socket.socket | None = None
+        self._control: Control | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -185,9 +202,18 @@ class Keeper:
             raise
         os.set_blocking(self._fuse_fd, False)
         self._prepare(time.time_ns())
+        fields = self._memory.board.fields
+        fields[Field.BORN_NS] = self._born_ns
+        self._mounted.write_owners(fields)
 
-    def adopt(self, folder: str, descriptors: list[int], born_ns: int) -> None:
-        """Take over memory, backing file and mount, whose descriptors another keeper has handed over."""
+    def adopt(
+        self, folder: str, descriptors: list[int], born_ns: int, predecessor: socket.socket | None = None
+    ) -> None:
+        """Take over memory, backing file and mount, whose descriptors another keeper has handed over.
+
+        `predecessor` is the socket to a keeper that stays until the first worker of this one serves.
+        """
+        self._predecessor = predecessor
         self._warnings += hardening.before_threads(0)
         shim.take_arenas_from_malloc()
         self._fuse_fd, lock_fd = descriptors[0], descriptors[1]
@@ -205,16 +231,7 @@ class Keeper:
             self._descriptors["backing"] = self._backing.fileno()
         if not hot.BUILT:
             self._warnings.append(f"{hot.NOT_BUILT}; {hot.REMEDY}")
-        board = self._memory.board
-        for field, value in (
-            (Field.KEEPER_PID, os.getpid()),
-            (Field.BORN_NS, born_ns),
-            (Field.FUSE_FD, self._fuse_fd),
-            (Field.LOCK_FD, self._directory.lock_fd),
-            (Field.BACKING_FD, self._descriptors.get("backing", 0)),
-        ):
-            board.fields[field] = value
-        self._log.ring = board
+        self._log.ring = self._memory.board
         self._mounted = Mounted(
             self._settings,
             self._memory,
@@ -226,6 +243,7 @@ class Keeper:
             self._warnings,
             self._log,
             self._directory.path,
+            self._directory.lock_fd,
         )
 
     def _make_memory(self) -> StoreMemory:
@@ -262,50 +280,92 @@ class Keeper:
         return backing
 
     def start(self) -> list[str]:
-        """Fork the first worker and wait until it is ready to serve: the warnings. StartError."""
-        self._worker = self._fork(as_standby=True)
+        """Fork the first worker and wait until it is ready to serve: the warnings. StartError.
+
+        Nothing on the board changes: somebody else may serve.
+        """
+        worker = self._fork(Role.FIRST)
         end = time.monotonic() + START_LIMIT_SECONDS
-        fields = self._memory.board.fields
-        while not fields[Field.STANDBY_READY]:
-            if self._worker.has_ended():
-                self._worker.reap()
-                self._worker = None
-                raise StartError(self._memory.board.take_error() or "the worker died before it was ready")
-            told_to_end = signal.sigpending() & ENDING
-            if told_to_end or time.monotonic() > end:
-                self._worker.kill()
-                self._worker.reap()
-                self._worker = None
-                if told_to_end:
-                    raise StartError("it was told to end before it was up")
-                raise StartError(f"the worker was not ready within {START_LIMIT_SECONDS:g} s")
+        while not worker.is_ready:
+            why = ""
+            if worker.has_ended():
+                why = self._memory.board.take_error() or "the worker died before it was ready"
+            elif signal.sigpending() & ENDING:
+                why = "it was told to end before it was up"
+            elif worker.is_stopped_for_good():
+                why = "the worker was stopped (SIGSTOP) before it was ready"
+            elif time.monotonic() > end:
+                why = f"the worker was not ready within {START_LIMIT_SECONDS:g} s"
+            if why:
+                self._end_first(worker)
+                raise StartError(why)
             time.sleep(0.005)
-        self._promote(self._worker)
+        self._worker = worker
         return self._warnings
+
+    def _end_first(self, worker: Child) -> None:
+        """Kill the first worker, which is of no use."""
+        worker.kill()
+        self._worker = None
+        self._dying.append(worker)
+        self._bury(END_SECONDS)
 
     def start_at_once(self) -> None:
         """Fork the first worker while nobody serves the mount, and swap is dead with it: it gets ready afterwards."""
-        self._worker = self._fork(as_standby=False)
-        self._promote(self._worker)
+        self._worker = self._fork(Role.EMERGENCY)
         self._memory.board.fields[Field.RECOVERIES] += 1
+
+    @property
+    def first_worker_pid(self) -> int:
+        """The process that `start` has forked."""
+        return self._worker.pid if self._worker is not None else 0
+
+    def old_processes(self) -> list[int]:
+        """Return pidfds of the worker that serves now, and of its standby."""
+        fields = self._memory.board.fields
+        found = []
+        for field in (Field.STANDBY_PID, Field.WORKER_PID):
+            with contextlib.suppress(OSError, ValueError):
+                found.append(os.pidfd_open(fields[field]))
+        return found
+
+    def end_old(self, pidfds: list[int]) -> None:
+        """Kill processes and wait until they are gone: a write to a disk may be under way."""
+        for pidfd in pidfds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for pidfd in pidfds:
+            select.select([pidfd], [], [])
+            os.close(pidfd)
+        self.forget_served()
 
     def forget_served(self) -> None:
         """Whoever served before is gone."""
         self._memory.board.fields[Field.SERVING] = 0
 
-    def serve_first(self) -> None:
-        """Order the first worker to serve and wait until it does. StartError."""
+    def order_first(self) -> None:
+        """Order the first worker to serve; `run` looks after it from then on."""
         assert self._worker is not None
-        self._worker.order()
-        end = time.monotonic() + START_LIMIT_SECONDS
-        while not self._memory.board.fields[Field.SERVING]:
-            if self._worker.has_ended() or time.monotonic() > end:
-                self._worker.kill()
-                self._worker.reap()
-                self._worker = None
+        fields = self._memory.board.fields
+        fields[Field.STANDBY_PID] = fields[Field.STANDBY_READY] = 0
+        self._order(self._worker)
+
+    def serve_first(self) -> None:
+        """Order the first worker of a new mount to serve and wait until it does. StartError."""
+        self.order_first()
+        fields = self._memory.board.fields
+        while not fields[Field.SERVING]:
+            assert self._worker is not None
+            if self._worker.has_ended():
+                self._end_first(self._worker)
                 raise StartError(self._memory.board.take_error() or "the worker died before it served")
+            self._look_at_worker(self._worker)
             time.sleep(0.005)
-        self._served_once = True
+        self._begin()
+
+    def _begin(self) -> None:
+        """The first worker serves: get ready for its death."""
+        self._has_begun = True
         self._serving_since = time.monotonic()
         # The keeper acts when swap is dead: its memory must be there.
         self._warnings += [
@@ -345,42 +405,64 @@ class Keeper:
 
     # ---- children ------------------------------------------------------------------------------------------------
 
-    def _fork(self, *, as_standby: bool) -> Child:
-        fields = self._memory.board.fields
-        order_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        served_by = self._worker.pidfd if as_standby and self._worker is not None else None
-        if as_standby:
-            fields[Field.STANDBY_READY] = 0
-        pid = os.fork()
-        if not pid:
-            self._be_child(order_fd, served_by, as_standby=as_standby)
-        if as_standby:
-            fields[Field.STANDBY_PID] = pid
-        return Child(pid, order_fd)
+    def _fork(self, role: Role) -> Child:
+        served_by = self._worker.pidfd if role is Role.STANDBY and self._worker is not None else None
 
-    def _be_child(self, order_fd: int, served_by: int | None, *, as_standby: bool) -> NoReturn:
+        def be_child(order_fd: int, ready_fd: int) -> NoReturn:
+            self._be_child(order_fd, ready_fd, served_by, role)
+
+        child = Child.fork(be_child, is_standby=role is not Role.EMERGENCY)
+        if role is Role.STANDBY:
+            self._memory.board.fields[Field.STANDBY_PID] = child.pid
+        return child
+
+    def _be_child(self, order_fd: int, ready_fd: int, served_by: int | None, role: Role) -> NoReturn:
         """In the forked process: work, and end without any of the keeper's clean-up."""
         status = FAILED
         try:
             signal.set_wakeup_fd(-1)
-            if as_standby:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if role is Role.STANDBY:
                 self._memory.board.fields[Field.STANDBY_PID] = os.getpid()
             if self._ballast is not None:
                 self._ballast.close()
             if self._control is not None:
                 self._control.close()
+            if self._handing_over is not None:
+                self._handing_over.successor.channel.close()
+            if self._predecessor is not None:
+                self._predecessor.close()
             self._notifier.close()
-            status = work(self._mounted, order_fd, emergency=not as_standby, served_by=served_by)
+            status = work(self._mounted, order_fd, ready_fd, emergency=role is Role.EMERGENCY, served_by=served_by)
         finally:
             os._exit(status)
 
-    def _promote(self, child: Child) -> None:
-        """The standby is the worker from now on."""
+    def _order(self, worker: Child) -> None:
+        """Have a worker take over."""
         fields = self._memory.board.fields
-        fields[Field.WORKER_PID] = child.pid
-        if fields[Field.STANDBY_PID] == child.pid:
-            fields[Field.STANDBY_PID] = 0
-            fields[Field.STANDBY_READY] = 0
+        worker.order()
+        self._serving_since = 0.0
+        self._pulse.restart(fields[Field.HEARTBEAT])
+        fields[Field.WORKER_PID] = worker.pid
+        if fields[Field.STANDBY_PID] == worker.pid:
+            self._no_standby(0)
+
+    def _no_standby(self, fault: int) -> None:
+        """Say on the board that there is no standby, and since when; `fault` is an errno, or 0."""
+        fields = self._memory.board.fields
+        fields[Field.STANDBY_PID] = fields[Field.STANDBY_READY] = 0
+        fields[Field.NO_STANDBY_FAULT] = fault
+        if not fields[Field.NO_STANDBY_SINCE]:
+            fields[Field.NO_STANDBY_SINCE] = int(time.time())
+
+    def _bury(self, seconds: float = 0.0) -> None:
+        """Reap what has been killed, as far as it is gone; with `seconds`, wait so long for it."""
+        end = time.monotonic() + seconds
+        while self._dying:
+            self._dying = [process for process in self._dying if process.reap() is None]
+            if time.monotonic() >= end:
+                break
+            time.sleep(0.002)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -388,21 +470,29 @@ class Keeper:
         """Keep the mount served until it is gone, or until this keeper is to go alone: the exit status."""
         self._listen()
         self._not_stored = list(self._descriptors)
-        self._tell_manager()
         while True:
+            self._look_after_predecessor()
+            self._tell_manager()
             self._wait()
+            self._bury()
             status = self._look_after_worker()
             if status is not None:
                 break
             self._look_after_standby()
-            self._tell_manager()
             if self._told_to_end and self._end_or_leave():
+                if self._handing_over is not None:
+                    self._abandon_handing_over("the keeper was told to end")
                 return 0  # handed over to worker and standby
-            if self._control is not None and select.select([self._control], [], [], 0)[0] and self._serve_control():
+            for client, order in self._control.orders() if self._control is not None else ():
+                self._obey(client, order)
+            if self._advance_handing_over():
                 return 0  # handed over: nothing of this is ours any more
+        if self._handing_over is not None:
+            self._abandon_handing_over("it was unmounted meanwhile")
         if self._standby is not None:
             self._standby.kill()
-            self._standby.reap()
+            self._dying.append(self._standby)
+        self._bury(END_SECONDS)
         self._clean_up()
         return status
 
@@ -416,56 +506,54 @@ class Keeper:
                 self._worker.tell(number)  # it decides: with swap attached it must not end
 
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # it is to wake `_wait`
         for number in ENDING:
             signal.signal(number, wake)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # what has come meanwhile is handled before this returns
         hears = True
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         path = f"{self._directory.path}/control"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # noqa: PTH108
-        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            self._control.bind(path)
-            os.chmod(path, 0o600)  # noqa: PTH101
-            self._control.listen(4)
+            self._control = Control(path)
         except OSError as error:
-            self._control.close()
-            self._control = None
             self._log.warning(f"`zbudfs restart` will not work: {path}: {error.strerror}")
 
     def _wait(self) -> None:
+        """Until there is something to look at, and not for long."""
         watched = [self._wake, *(child.pidfd for child in (self._worker, self._standby) if child is not None)]
+        if self._standby is not None and not self._standby.is_ready:
+            watched.append(self._standby.ready_fd)
         if self._control is not None:
-            watched.append(self._control.fileno())
-        ready, _, _ = select.select(watched, [], [], POLL_SECONDS)
-        if self._wake in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake, 64)
+            watched += self._control.descriptors()
+        if self._handing_over is not None:
+            watched += self._handing_over.descriptors()
+        if self._predecessor is not None:
+            watched.append(self._predecessor.fileno())
+        select.select(watched, [], [], self._patience())  # poll(2) fails where few open files are allowed
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, 64)
+
+    def _patience(self) -> float:
+        children = [child for child in (self._worker, self._standby) if child is not None]
+        if self._worker is None or not self._serving_since or any(child.is_stopped for child in children):
+            return BUSY_POLL_SECONDS
+        if self._handing_over is not None:
+            return BUSY_POLL_SECONDS
+        if self._standby is None or not self._standby.is_ready or self._told_to_end or self._predecessor is not None:
+            return POLL_SECONDS
+        return CALM_POLL_SECONDS
 
     def _look_after_worker(self) -> int | None:
         """Replace the worker if it is gone; the exit status when the mount is, or nobody can serve it."""
-        fields = self._memory.board.fields
+        if self._handing_over is not None and self._handing_over.stage is not Stage.STARTING:
+            return None  # it was ended on purpose
         if self._worker is not None:
-            self._watch_heartbeat(self._worker)
+            self._look_at_worker(self._worker)
             if not self._worker.has_ended():
                 return None
-            served = fields[Field.SERVING]
-            fields[Field.SERVING] = 0
-            status = self._worker.reap()
-            pid, self._worker = self._worker.pid, None
-            if status == 0:
-                return 0
-            if not is_connected(self._fuse_fd):
-                return 0  # it was unmounted while nobody served it
-            self._failures = 0 if served else self._failures + 1
-            why = self._memory.board.take_error() if status == FAILED else f"status {status}"
-            if status < 0:
-                names = {int(number): number.name for number in signal.Signals}
-                why = names.get(-status, f"signal {-status}")
-            self._retry_at = time.monotonic() + (min(0.1 * 2**self._failures, 10.0) if self._failures else 0.0)
-            self._take_over()
-            self._log.error(f"worker {pid} died ({why or status}); {self._standby_said()}")
+            status = self._bury_worker(self._worker)
+            if status is not None:
+                return status
         if self._worker is None:
             if self._failures >= MAX_FAILURES and self._is_service and self._directory.survives:
                 self._log.error(f"{self._failures} workers in a row did not come up: a new keeper is to try")
@@ -480,6 +568,29 @@ class Keeper:
             self._take_over()
         return None
 
+    def _bury_worker(self, worker: Child) -> int | None:
+        """Reap a worker that has ended, and replace it; the exit status if the mount is gone."""
+        status = worker.reap()
+        if status is None:
+            return None  # a tracer has it: it is not ours to reap yet
+        self._worker = None
+        fields = self._memory.board.fields
+        by_itself = self._standby is not None and fields[Field.TAKING_OVER] == self._standby.pid
+        served = fields[Field.SERVING]
+        if not by_itself:
+            fields[Field.SERVING] = 0
+        if status == 0 or not is_connected(self._fuse_fd):
+            return 0  # unmounted, perhaps while nobody served it
+        self._failures = 0 if served else self._failures + 1
+        why = self._memory.board.take_error() if status == FAILED else f"status {status}"
+        if status < 0:
+            names = {int(number): number.name for number in signal.Signals}
+            why = names.get(-status, f"signal {-status}")
+        self._retry_at = time.monotonic() + (min(0.1 * 2**self._failures, 10.0) if self._failures else 0.0)
+        self._take_over()
+        self._log.error(f"worker {worker.pid} died ({why or status}); {self._standby_said()}")
+        return None
+
     def _standby_said(self) -> str:
         return f"worker {self._worker.pid} takes over" if self._worker is not None else "another is tried soon"
 
@@ -487,72 +598,124 @@ class Keeper:
         """Make the standby the worker, or fork one. With a failure behind it, not before the back-off is over."""
         if time.monotonic() < self._retry_at:
             return
+        fields = self._memory.board.fields
         child, self._standby = self._standby, None
-        if child is not None and child.has_ended():
-            child.reap()
+        if child is not None and (child.has_ended() or child.is_stopped or not child.is_ready):
+            # One that still gets ready wants more memory than one that is forked to serve at once.
+            child.kill()
+            self._dying.append(child)
             child = None
+        by_itself = child is not None and fields[Field.TAKING_OVER] == child.pid
         if child is None:
             if self._ballast is not None:
                 self._ballast.close()
                 self._ballast = None
             try:
-                child = self._fork(as_standby=False)
+                child = self._fork(Role.EMERGENCY)
             except OSError as error:
                 self._failures += 1
                 self._retry_at = time.monotonic() + min(0.1 * 2**self._failures, 10.0)
-                self._log.error(f"no worker can be forked: {error.strerror}")
+                self._fork_trouble.begin(f"no worker can be forked: {error.strerror}; it is tried again")
                 return
-        child.order()
+            self._fork_trouble.end("workers can be forked again")
         self._worker = child
-        self._promote(child)
-        fields = self._memory.board.fields
-        fields[Field.RECOVERIES] += 1
-        self._heartbeat = (fields[Field.HEARTBEAT], 0.0)
-        self._serving_since = 0.0
+        self._order(child)
+        if not by_itself:
+            fields[Field.RECOVERIES] += 1
 
-    def _watch_heartbeat(self, worker: Child) -> None:
+    def _look_at_worker(self, worker: Child) -> None:
+        """Kill a worker that hangs."""
         fields = self._memory.board.fields
-        now = time.monotonic()
         if fields[Field.SERVING] and not self._serving_since:
-            self._serving_since = now
+            self._serving_since = time.monotonic()
             self._failures = 0
-        beat, (last, silent) = fields[Field.HEARTBEAT], self._heartbeat
-        silent = silent + min(now - self._looked_at, LONGEST_LOOK_SECONDS) if beat == last else 0.0
-        self._looked_at = now
-        if silent > (HANG_SECONDS if self._serving_since else START_LIMIT_SECONDS):
-            self._log.error(f"worker {worker.pid} has not answered for {silent:.0f} s: it is killed")
-            silent = 0.0
-            worker.kill()
-        self._heartbeat = (beat, silent)
+        silent = self._pulse.look(fields[Field.HEARTBEAT])
+        if worker.is_killed:
+            return
+        if self._serving_since:
+            limit = HANG_SECONDS
+        elif worker.is_standby and fields[Field.TAKING_OVER] != worker.pid:
+            limit = ANSWER_SECONDS
+        else:
+            limit = START_LIMIT_SECONDS
+        if worker.is_stopped_for_good():
+            why = "it is stopped (SIGSTOP), and is killed"
+        elif silent > limit:
+            why = f"{silent:.0f} s of silence; it is killed"
+        else:
+            return
+        self._log.error(f"worker {worker.pid} has not answered: {why}")
+        worker.kill()
 
     def _look_after_standby(self) -> None:
-        now = time.monotonic()
+        """Have a standby, and know how it is."""
         if self._standby is not None:
             if self._standby.has_ended():
-                status = self._standby.reap()
-                self._standby = None
-                self._memory.board.fields[Field.STANDBY_READY] = self._memory.board.fields[Field.STANDBY_PID] = 0
-                why = self._memory.board.take_error() if status == FAILED else f"status {status}"
-                self._log.warning(f"the standby died ({why}); another is made")
-                self._retry_at = now + 1.0
+                self._bury_standby(self._standby)
+            else:
+                self._look_at_standby(self._standby)
             return
-        if self._worker is None or not self._serving_since or now < self._retry_at:
+        now = time.monotonic()
+        if self._worker is None or not self._serving_since or now < self._standby_retry_at:
             return
         if now - self._serving_since >= STANDBY_DELAY_SECONDS:
             try:
-                self._standby = self._fork(as_standby=True)
+                self._standby = self._fork(Role.STANDBY)
             except OSError as error:
-                self._retry_at = now + 1.0
-                self._log.warning(f"no standby can be forked: {error.strerror}")
+                self._standby_failed(
+                    error.errno or errno.EAGAIN, f"no standby can be forked: {error.strerror}; it is tried again"
+                )
                 return
+            self._standby_pulse.restart(self._memory.board.fields[Field.STANDBY_BEAT])
+            self._standby_ready_since = 0.0
             if self._ballast is None:
                 self._load_ballast()
+
+    def _look_at_standby(self, standby: Child) -> None:
+        """Say on the board whether the standby is ready, and kill one that hangs."""
+        fields = self._memory.board.fields
+        silent = self._standby_pulse.look(fields[Field.STANDBY_BEAT])
+        now = time.monotonic()
+        for_good = standby.is_stopped_for_good()
+        ready = standby.is_ready and not standby.is_stopped and not standby.is_killed
+        fields[Field.STANDBY_READY] = ready
+        if standby.is_killed:
+            return
+        if ready and not self._standby_ready_since:
+            self._standby_ready_since = now
+            fields[Field.NO_STANDBY_SINCE] = fields[Field.NO_STANDBY_FAULT] = 0
+        if ready and self._standby_failures and now - self._standby_ready_since >= STEADY_SECONDS:
+            self._standby_trouble.end(f"a standby is ready, after {self._standby_failures} failures")
+            self._standby_failures = 0
+        if for_good:
+            why = "it is stopped (SIGSTOP)"
+        elif silent > (HANG_SECONDS if standby.is_ready else START_LIMIT_SECONDS):
+            why = f"{silent:.0f} s of silence"
+        else:
+            return
+        fields[Field.STANDBY_READY] = 0
+        self._standby_trouble.begin(f"the standby has not answered: {why}; it is killed")
+        standby.kill()
+
+    def _bury_standby(self, standby: Child) -> None:
+        status = standby.reap()
+        if status is None:
+            return
+        self._standby = None
+        why = self._memory.board.take_error() if status == FAILED else f"status {status}"
+        self._standby_failed(errno.ECHILD, f"the standby died ({why}); another is made")
+
+    def _standby_failed(self, fault: int, text: str) -> None:
+        self._no_standby(fault)
+        self._standby_trouble.begin(text)
+        self._standby_retry_at = time.monotonic() + min(2.0**self._standby_failures, LONGEST_BACK_OFF_SECONDS)
+        self._standby_failures += 1
 
     # ---- as the main process of a service ----------------------------------------------------------------------------
 
     def _tell_manager(self) -> None:
         """Descriptors, and that this is up, until they were taken; signs of life while the worker gives them; a status."""
-        if not self._is_service:
+        if not self._is_service or self._predecessor is not None:  # the manager listens to its main process alone
             return
         now = time.monotonic()
         self._not_stored = [
@@ -560,7 +723,7 @@ class Keeper:
         ]
         self._told_ready = self._told_ready or self._notifier.tell("READY=1")
         # What the worker's event loop counts, and not that this loop turns: a stuck worker is a stuck service.
-        beat = self._heartbeat[0]
+        beat = self._pulse.beat
         due = self._notifier.watchdog_seconds > 0 and now >= self._tell_alive_at
         if due and beat != self._told_beat and self._notifier.tell("WATCHDOG=1"):
             self._told_beat = beat
@@ -606,105 +769,93 @@ class Keeper:
 
     # ---- handing over to a newer version -------------------------------------------------------------------------
 
-    def _serve_control(self) -> bool:
-        """Answer one order on the socket. True if another keeper has everything now."""
-        assert self._control is not None
-        connection, _ = self._control.accept()
-        with connection:
-            connection.settimeout(5.0)
-            try:
-                order = json.loads(connection.recv(1 << 16))
-                interpreter = str(order["interpreter"])
-                if order["order"] != "restart":
-                    raise ValueError("the only order is restart")
-                answer = self._restart(interpreter)
-            except Exception as error:  # whatever is sent: the keeper must not end because of it
-                answer = {"error": f"the order was not understood: {error}"}
-            with contextlib.suppress(OSError):
-                connection.sendall(json.dumps(answer).encode() + b"\n")
-            return "pid" in answer
+    def _obey(self, client: Client, data: bytes) -> None:
+        """Do what a client of the control socket has ordered, and answer it now or later."""
+        try:
+            order = json.loads(data)
+            interpreter = str(order["interpreter"])
+            if order["order"] != "restart":
+                raise ValueError("the only order is restart")
+            if "\0" in interpreter:
+                raise ValueError("a path has no NUL")
+        except Exception as error:  # whatever is sent: the keeper must not end because of it
+            client.answer({"error": f"the order was not understood: {error}"})
+            return
+        if self._handing_over is not None:
+            client.answer({"error": "a restart is under way"})
+        elif not self._directory.survives:
+            client.answer(
+                {"error": "the pool is in memory without a name, which cannot be handed over: swapoff, umount, mount"}
+            )
+        elif self._worker is None or not self._serving_since:
+            client.answer({"error": "no worker serves at the moment: try again"})
+        else:
+            self._start_handing_over(client, interpreter)
 
-    def _restart(self, interpreter: str) -> dict[str, object]:
-        """Have a fresh keeper of the version that `interpreter` has take over; the answer for whoever ordered it."""
-        if not self._directory.survives:
-            return {
-                "error": "the pool is in memory without a name, which cannot be handed over: swapoff, umount, mount"
-            }
-        fields = self._memory.board.fields
-        shared = (Field.KEEPER_PID, Field.STANDBY_PID, Field.STANDBY_READY)
-        before = [fields[field] for field in shared]
-        self._notifier.tell("WATCHDOG=1")  # nothing is told meanwhile
-        answer = self._try_restart(interpreter)
-        if "error" in answer:
-            for field, value in zip(shared, before, strict=True):
-                fields[field] = value
-        return answer
-
-    def _try_restart(self, interpreter: str) -> dict[str, object]:
-        mine, theirs = socket.socketpair()
-        arguments = [interpreter, "-I", "-m", "zbudfs.service.daemon", "--adopt-fd", str(theirs.fileno())]
+    def _start_handing_over(self, client: Client, interpreter: str) -> None:
+        arguments = [interpreter, "-I", "-m", "zbudfs.service.daemon"]
         arguments += ["--foreground"] if self._foreground else []
         arguments += ["--service"] if self._is_service else []
-        os.set_inheritable(theirs.fileno(), True)
+        message: dict[str, object] = {
+            "settings": self._settings.to_json(),
+            "folder": self._directory.path,
+            "born_ns": self._born_ns,
+        }
         try:
-            pid = os.posix_spawn(interpreter, arguments, dict(os.environ))
+            successor = Successor.start(arguments, message, list(self._descriptors.values()))
         except OSError as error:
-            return {"error": f"{interpreter} cannot be started: {error.strerror}"}
-        finally:
-            theirs.close()
-        mine.settimeout(START_LIMIT_SECONDS + 5)
-        with mine:
-            try:
-                descriptors = list(self._descriptors.values())
-                message: dict[str, object] = {
-                    "settings": self._settings.to_json(),
-                    "folder": self._directory.path,
-                    "born_ns": self._born_ns,
-                }
-                send_with_descriptors(mine, message, descriptors)
-                reply = _receive_line(mine)
-                if "ready" not in reply:
-                    os.waitpid(pid, 0)
-                    return {"error": str(reply.get("error", "the new version died before it was ready"))}
-                # From here on there is no way back: the old worker must be gone before the new one takes over.
-                for child in (self._standby, self._worker):
-                    if child is not None:
-                        child.kill()
-                        child.reap()
-                self._worker = self._standby = None
-                self._memory.board.fields[Field.SERVING] = 0
-                self._notifier.tell(f"MAINPID={pid}")
-                mine.sendall(b'{"go": true}\n')
-                return {"pid": pid, "version": reply["version"]}
-            except OSError as error:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                return {"error": f"the new version did not come up: {error}"}
+            client.answer({"error": f"{interpreter} cannot be started: {error.strerror}"})
+            return
+        self._handing_over = HandingOver(client, successor)
 
+    def _advance_handing_over(self) -> bool:
+        """Take a restart a step further. True if another keeper has everything now."""
+        handing = self._handing_over
+        if handing is None:
+            return False
+        fields = self._memory.board.fields
+        step = handing.advance(
+            well=self._worker is not None and bool(self._serving_since) and not self._worker.is_stopped,
+            taking_over=fields[Field.TAKING_OVER],
+            serving=bool(fields[Field.SERVING]),
+            connected=is_connected(self._fuse_fd),
+        )
+        if step is Step.HAND_OVER:
+            handing.end([child for child in (self._standby, self._worker) if child is not None])
+            self._worker = self._standby = None
+            fields[Field.SERVING] = fields[Field.TAKING_OVER] = 0
+        elif step is Step.DONE:
+            self._notifier.tell(f"MAINPID={handing.successor.pid}")
+            if self._told_to_end:
+                handing.successor.tell(signal.SIGTERM)
+            handing.client.answer({"pid": handing.successor.pid, "version": handing.version})
+            return True
+        elif step is Step.FAILED:
+            self._abandon_handing_over(handing.error)
+        return False
 
-def send_with_descriptors(channel: socket.socket, message: dict[str, object], descriptors: list[int]) -> None:
-    """Send a message, in one line of JSON, with open files."""
-    data = json.dumps(message).encode() + b"\n"
-    channel.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
+    def _abandon_handing_over(self, why: str) -> None:
+        handing, self._handing_over = self._handing_over, None
+        assert handing is not None
+        handing.successor.kill()
+        self._dying.append(handing.successor)
+        self._log.warning(f"the restart has failed: {why}")
+        handing.client.answer({"error": why})
+        if handing.stage is not Stage.STARTING:
+            self._memory.board.fields[Field.SERVING] = 0
+            self._take_over()
 
-
-def receive_with_descriptors(channel: socket.socket) -> tuple[dict[str, object], list[int]]:
-    """What `send_with_descriptors` sent."""
-    data, descriptors, _, _ = socket.recv_fds(channel, 65536, 8)
-    message: dict[str, object] = json.loads(data)
-    return message, descriptors
-
-
-def _receive_line(channel: socket.socket) -> dict[str, object]:
-    data = b""
-    while not data.endswith(b"\n"):
-        piece = channel.recv(4096)
-        if not piece:
-            return {}
-        data += piece
-    message: dict[str, object] = json.loads(data)
-    return message
+    def _look_after_predecessor(self) -> None:
+        """Begin once the first worker serves; wait a little for the end of the keeper that has handed over."""
+        if not self._serving_since:
+            return
+        if not self._has_begun:
+            self._begin()
+        if self._predecessor is not None:
+            gone = is_readable(self._predecessor.fileno())
+            if gone or time.monotonic() > self._serving_since + PREDECESSOR_SECONDS:
+                self._predecessor.close()
+                self._predecessor = None
 
 
 def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool, notifier: Notifier | None = None) -> int:
@@ -713,17 +864,21 @@ def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool, notifier
         handed, descriptors = receive_with_descriptors(channel)
         settings = Settings.from_json(str(handed["settings"]))
         keeper = Keeper(settings, log, foreground=foreground, notifier=notifier)
-        keeper.adopt(str(handed["folder"]), descriptors, int(str(handed["born_ns"])))
+        keeper.adopt(str(handed["folder"]), descriptors, int(str(handed["born_ns"])), channel)
+        served_by = keeper.old_processes()
         keeper.start()
     except Exception as error:
         channel.sendall(json.dumps({"error": str(error) or repr(error)}).encode() + b"\n")
         return 1
-    channel.sendall(json.dumps({"ready": True, "version": __version__}).encode() + b"\n")
-    if "go" not in _receive_line(channel):
-        return 1  # the old one is gone or has thought better of it: it is still the one that serves
-    channel.close()
+    ready = {"ready": True, "version": __version__, "worker": keeper.first_worker_pid}
     try:
-        keeper.serve_first()
-    except StartError as error:
-        log.error(f"{error}; another worker is tried")  # there is no way back: the old keeper has gone
+        channel.sendall(json.dumps(ready).encode() + b"\n")
+    except OSError:
+        return 1
+    said = receive_line(channel)
+    if not said:
+        return 1  # the old keeper is gone or has thought better of it: its worker is still the one that serves
+    if "ending" in said and not receive_line(channel):
+        keeper.end_old(served_by)  # the old keeper has died after it had killed its worker
+    keeper.order_first()
     return keeper.run()

@@ -25,6 +25,7 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Protocol
 
 RING_LINES_NR: Final = 200
@@ -33,6 +34,9 @@ RING_LINES_NR: Final = 200
 LINE_BYTES: Final = 1000
 """Longest line; what is longer is cut. Below PIPE_BUF (4096), so that a write to a pipe is whole or not at all, and
 below the 1024 bytes that old syslog services keep."""
+
+MOST_CAUSES_NR: Final = 8
+"""Causes of one lasting fault that are told. Arbitrary."""
 
 _SYSLOG_PATH: Final = "/dev/log"
 _FACILITY_DAEMON: Final = 3 << 3
@@ -142,6 +146,27 @@ class Log:
             connection.close()
             return None
         return connection
+
+
+class Lasting:
+    """A fault that lasts: each cause is told once, and so is the end."""
+
+    def __init__(self, tell: Callable[[str], None], tell_end: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._tell_end = tell_end
+        self._told: set[str] = set()
+
+    def begin(self, text: str) -> None:
+        """Tell the fault, unless it was told since it began."""
+        if text not in self._told and len(self._told) < MOST_CAUSES_NR:
+            self._told.add(text)
+            self._tell(text)
+
+    def end(self, text: str) -> None:
+        """Tell that it is over, if its begin was told."""
+        if self._told:
+            self._told.clear()
+            self._tell_end(text)
 
 
 class LogHandler(logging.Handler):

@@ -23,6 +23,7 @@ The exit status is 0 when the mount is gone, FAILED when it could not come up; a
 
 import contextlib
 import ctypes
+import errno
 import gc
 import os
 import signal
@@ -66,6 +67,9 @@ was locked is frozen, so that it takes less than a millisecond, and it allocates
 FOLLOW_SECONDS: Final = 2.0
 """How often a standby maps what the worker has populated meanwhile, and looks at the level."""
 
+KEEPER_SECONDS: Final = 1.0
+"""How long a standby whose worker has ended waits for a keeper that lives and gives no order. Guessed."""
+
 SETTLE_SECONDS: Final = 1.0
 """After a takeover in an emergency, before the worker locks its memory: what waited for swap goes first. Guessed."""
 
@@ -89,24 +93,37 @@ class Mounted:
     """What the system refused, and what follows."""
     log: Log
     pool_directory: str
+    lock_fd: int
+    """Of the pool directory's lock."""
+
+    def write_owners(self, fields: memoryview) -> None:
+        """Say on the board which keeper this is, and the numbers of the descriptors in it and in its children."""
+        fields[Field.KEEPER_PID] = self.keeper_pid
+        fields[Field.FUSE_FD] = self.fuse_fd
+        fields[Field.LOCK_FD] = self.lock_fd
+        fields[Field.BACKING_FD] = self.backing.fileno() if self.backing is not None else 0
 
 
-def work(mounted: Mounted, order_fd: int, *, emergency: bool, served_by: int | None = None) -> int:
-    """Be a worker, in a process of its own; the exit status. `order_fd` is the eventfd on which to wait.
+def work(mounted: Mounted, order_fd: int, ready_fd: int, *, emergency: bool, served_by: int | None = None) -> int:
+    """Be a worker, in a process of its own; the exit status. `order_fd` and `ready_fd` are eventfds.
 
-    In an emergency swap is dead until this worker serves. `served_by` is the pidfd of the worker that serves meanwhile.
+    It waits for the order on the one, and says on the other that it is ready. In an emergency swap is dead until this worker
+    serves. `served_by` is the pidfd of the worker that serves meanwhile.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a standby ends with its mount
+    for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-Z is for the keeper in the foreground: swap goes on
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the keeper that is coming up has some blocked
     _die_with_keeper(signal.SIGKILL)
     if os.getppid() != mounted.keeper_pid:
         return FAILED  # it died before that was set
     try:
-        trio.run(Worker(mounted, order_fd, served_by, emergency=emergency).run)
+        trio.run(Worker(mounted, order_fd, ready_fd, served_by, emergency=emergency).run)
     except BaseException as error:
         first = _first(error)
-        mounted.log.error(f"a worker failed: {first!r}")
+        if os.getppid() != mounted.keeper_pid:  # else the keeper tells it
+            mounted.log.error(f"a worker failed: {first!r}")
         mounted.memory.board.save_error(str(first) or repr(first))
         return FAILED
     return 0
@@ -126,11 +143,14 @@ def _first(error: BaseException) -> BaseException:
 class Worker:
     """One worker's life."""
 
-    def __init__(self, mounted: Mounted, order_fd: int, served_by: int | None, *, emergency: bool) -> None:
+    def __init__(
+        self, mounted: Mounted, order_fd: int, ready_fd: int, served_by: int | None, *, emergency: bool
+    ) -> None:
         self._emergency = emergency
         self._served_by = served_by
         self._mounted = mounted
         self._order_fd = order_fd
+        self._ready_fd = ready_fd
         self._board = mounted.memory.board
         self._log = mounted.log
         self._active = False
@@ -167,7 +187,7 @@ class Worker:
                     self._settle()
                 if self._served_by is not None:
                     _die_with_keeper(0)  # who has said that it is ready is there also when the keeper is not
-                self._say_ready()
+                os.eventfd_write(self._ready_fd, 1)
                 nursery.start_soon(self._heartbeat, store, steering)
                 nursery.start_soon(self._end_on_signals, signals, helper)
                 nursery.start_soon(store.tracer.run, helper)
@@ -176,6 +196,7 @@ class Worker:
                         waiting.start_soon(self._follow, helper, steering)
                     waiting.start_soon(self._outlive_keeper)
                     await trio.lowlevel.wait_readable(self._order_fd)
+                    fields[Field.TAKING_OVER] = os.getpid()
                     waiting.cancel_scope.cancel()
                 await self._take_over(store, steering, nursery)
                 urgency.begin()
@@ -186,8 +207,9 @@ class Worker:
 
     async def _take_over(self, store: PageStore, steering: Steering, nursery: trio.Nursery) -> None:
         began = time.monotonic_ns()
-        fields = self._board.fields
+        fields, mounted = self._board.fields, self._mounted
         self._active = True
+        mounted.write_owners(fields)
         fields[Field.WORKER_PID] = os.getpid()  # from the next line on it may be the only one left
         _die_with_keeper(0)
         found = store.recover()
@@ -198,7 +220,7 @@ class Worker:
             resume(first_request)
         else:
             await nursery.start(store.run)  # the first of all: the reserves come before the first request
-        fields[Field.CAN_RESEND] = 1 if resend(self._mounted.fuse_fd) else 2
+        fields[Field.CAN_RESEND] = 1 if resend(mounted.fuse_fd) else 2
         fields[Field.LAST_RECOVERY_US] = (time.monotonic_ns() - began) // 1000
         fields[Field.LOST_IN_RECOVERY] += found.lost_pages
         fields[Field.SERVING] = 1
@@ -238,13 +260,16 @@ class Worker:
     async def _outlive_keeper(self) -> None:
         """Without a keeper there is nobody to order a standby: it waits for the worker's end and orders itself.
 
-        Who is not the standby of a worker that serves, or whose mount is gone, ends instead.
+        It does so as well if the keeper lives and does nothing, because it is stopped. A process that is not the standby of
+        a worker that serves, or whose mount is gone, ends instead.
         """
         mounted = self._mounted
-        await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
         if self._served_by is None:
+            await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
             os._exit(FAILED)
         await trio.lowlevel.wait_readable(self._served_by)
+        with trio.move_on_after(KEEPER_SECONDS):
+            await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
         if not is_connected(mounted.fuse_fd):
             os._exit(0)
         fields = self._board.fields
@@ -253,16 +278,26 @@ class Worker:
         os.eventfd_write(self._order_fd, 1)
 
     async def _follow(self, helper: IoThread[None], steering: Steering) -> None:
-        """As a standby: keep up with what the worker changes and a takeover would need memory for."""
+        """As a standby: keep up with what the worker changes and a takeover would need memory for.
+
+        The order to take over waits for none of it.
+        """
+        fields = self._board.fields
+        under_way = False
+
+        def map_populated() -> None:
+            nonlocal under_way
+            self._mounted.memory.map_populated()
+            under_way = False
+
         while True:
             await trio.sleep(FOLLOW_SECONDS)
-            await helper.run(self._mounted.memory.map_populated)
+            if fields[Field.STANDBY_PID] == os.getpid():
+                fields[Field.STANDBY_BEAT] += 1
+            if not under_way:
+                under_way = True
+                helper.put(map_populated)
             steering.adopt_level()
-            self._say_ready()  # again: a restart that failed may have taken it back
-
-    def _say_ready(self) -> None:
-        if self._board.fields[Field.STANDBY_PID] == os.getpid():
-            self._board.fields[Field.STANDBY_READY] = 1
 
     @contextlib.contextmanager
     def _monitor(self, store: PageStore) -> Iterator[None]:
@@ -342,6 +377,14 @@ class Worker:
             found.append(
                 "a crash of the daemon would lose what is swapped out: the kernel does not send requests again"
                 " (FUSE_NOTIFY_RESEND, Linux 6.9 or later)"
+            )
+        since = self._board.fields[Field.NO_STANDBY_SINCE]
+        fault = self._board.fields[Field.NO_STANDBY_FAULT]
+        if keeper_lives and since and fault:
+            why = "the last one died or hung" if fault == errno.ECHILD else f"no process: {os.strerror(fault)}"
+            found.append(
+                f"there has been no standby since {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(since))} UTC ({why}): if"
+                " the worker dies now, swap stands still for longer; the log says more"
             )
         if not keeper_lives:
             found.append(

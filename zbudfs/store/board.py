@@ -83,6 +83,14 @@ class Field(IntEnum):
     """1 while requests are recorded (store/tracer.py)."""
     PACKING = 25
     """The code of the packing, which is also that of the layout of its frames."""
+    STANDBY_BEAT = 32
+    """Counted up by the standby's event loop."""
+    TAKING_OVER = 33
+    """The process that has begun to take over last."""
+    NO_STANDBY_SINCE = 34
+    """Since when there is no standby that is ready, in seconds since 1970; 0: there is one."""
+    NO_STANDBY_FAULT = 35
+    """Why: the errno of fork(2), ECHILD if the last one died, or 0 if one is on its way."""
     BORN_NS = 40
     """When the mount was made: the time of all its files."""
     FUSE_FD = 41

@@ -46,7 +46,15 @@ class IoThread(Generic[T]):
         value: T = await trio.lowlevel.wait_task_rescheduled(abort)
         return value
 
+    def put(self, function: Callable[[], T]) -> None:
+        """Call it in the thread, after what was asked before. Nobody waits for it, and nobody is told of an error."""
+        self._jobs.put(lambda: _forget(outcome.capture(function)))
+
     def close(self) -> None:
         """End the thread once it has done what was asked of it, and wait for that."""
         self._jobs.put(None)
         self._thread.join()
+
+
+def _forget(_: object) -> None:
+    """Take a result that nobody wants."""

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""The keeper's child processes, and how the keeper finds out that one of them hangs.
+
+    it has ended     its pidfd is readable (all threads are gone)
+    it is stopped    the kernel tells the parent (SIGCHLD, waitid with WSTOPPED): no polling
+    it is silent     a number on the board stands still (`Pulse`)
+
+Nothing here waits. A stopped process is told from a paused machine: the latter stops the keeper as well, and a keeper
+counts only the time in which it looked.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+LONGEST_LOOK_SECONDS: Final = 1.0
+"""Longest part of the time between two looks that counts as silence: a keeper that did not run itself, because the machine
+stood still or had no time, knows nothing of its children. Guessed."""
+STOPPED_SECONDS: Final = 0.7
+"""A child that was stopped (SIGSTOP) for so long is killed. Guessed: a terminal's fg continues all processes within
+milliseconds."""
+_LONGEST_STOPPED_LOOK_SECONDS: Final = 0.2
+
+
+class Process:
+    """A child process of any kind: a worker, a standby, or a keeper of another version."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.is_stopped = False
+        """Whether a signal has stopped it, as of the last look."""
+        self.is_killed = False
+        """Whether it was told to end at once."""
+        self._stopped_seconds = 0.0
+        self._looked_at = 0.0
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except OSError:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)  # it has just been forked, and has nothing that could hold it
+            raise
+
+    def has_ended(self) -> bool:
+        """Return whether the process, with all its threads, is gone."""
+        return is_readable(self.pidfd)
+
+    def is_stopped_for_good(self) -> bool:
+        """Return whether it has been stopped for longer than STOPPED_SECONDS while the keeper looked."""
+        with contextlib.suppress(ChildProcessError):
+            options = os.WSTOPPED | os.WCONTINUED | os.WNOHANG
+            while (found := os.waitid(os.P_PID, self.pid, options)) is not None:
+                self.is_stopped = found.si_code == os.CLD_STOPPED
+                self._stopped_seconds = 0.0
+                self._looked_at = time.monotonic()
+        if not self.is_stopped:
+            return False
+        now = time.monotonic()
+        self._stopped_seconds += min(now - self._looked_at, _LONGEST_STOPPED_LOOK_SECONDS)
+        self._looked_at = now
+        return self._stopped_seconds > STOPPED_SECONDS
+
+    def tell(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill(self) -> None:
+        """End it, without waiting for its end."""
+        self.is_killed = True
+        self.tell(signal.SIGKILL)
+
+    def reap(self) -> int | None:
+        """Return its exit status (negative: the signal) and close its descriptors; None while it lives."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            return None
+        self._close()
+        return os.waitstatus_to_exitcode(status)
+
+    def _close(self) -> None:
+        os.close(self.pidfd)
+
+
+class Child(Process):
+    """A worker or standby.
+
+    The keeper orders it through one eventfd, and hears through another that it is ready.
+    """
+
+    def __init__(self, pid: int, order_fd: int, ready_fd: int, *, is_standby: bool) -> None:
+        super().__init__(pid)
+        self.is_standby = is_standby
+        """Whether it gets ready first; otherwise it was forked to serve at once."""
+        self.ready_fd = ready_fd
+        self._order_fd = order_fd
+        self._is_ready = False
+
+    @classmethod
+    def fork(cls, work: Callable[[int, int], NoReturn], *, is_standby: bool) -> "Child":
+        """Fork a process that does `work(order_fd, ready_fd)`. OSError, and then nothing is left of it."""
+        order_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            ready_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            try:
+                pid = os.fork()
+                if not pid:
+                    work(order_fd, ready_fd)
+                return cls(pid, order_fd, ready_fd, is_standby=is_standby)
+            except OSError:
+                os.close(ready_fd)
+                raise
+        except OSError:
+            os.close(order_fd)
+            raise
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has said that it can take over at once."""
+        self._is_ready = self._is_ready or is_readable(self.ready_fd)
+        return self._is_ready
+
+    def order(self) -> None:
+        """Have it take over."""
+        os.eventfd_write(self._order_fd, 1)
+
+    def _close(self) -> None:
+        super()._close()
+        os.close(self._order_fd)
+        os.close(self.ready_fd)
+
+
+class Pulse:
+    """For how long a number that somebody counts up has stood still, as far as this process looked."""
+
+    def __init__(self) -> None:
+        self.beat = 0
+        """The number, as of the last look."""
+        self.silent_seconds = 0.0
+        self._looked_at = time.monotonic()
+
+    def look(self, beat: int) -> float:
+        """Compare with the number now: the seconds of silence."""
+        now = time.monotonic()
+        passed = min(now - self._looked_at, LONGEST_LOOK_SECONDS)
+        self.silent_seconds = self.silent_seconds + passed if beat == self.beat else 0.0
+        self.beat, self._looked_at = beat, now
+        return self.silent_seconds
+
+    def restart(self, beat: int) -> None:
+        """Count from now on: somebody else counts the number up, or for another reason."""
+        self.beat, self.silent_seconds, self._looked_at = beat, 0.0, time.monotonic()
+
+
+def is_readable(fd: int) -> bool:
+    """Return whether there is something to be read."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))

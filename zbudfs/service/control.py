@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""The keeper's control socket: a few clients at a time, and the keeper waits for none of them.
+
+    {"order": "restart", "interpreter": PATH}  ->
+                                               <-  {"pid": P, "version": V}  or  {"error": "..."}
+
+A client sends its order in one piece. A client that has not sent an order after CLIENT_SECONDS is dropped.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from typing import Final
+
+MAX_CLIENTS: Final = 4
+"""More than that wait in the socket's queue."""
+CLIENT_SECONDS: Final = 5.0
+"""How long a client may take to send its order. Arbitrary."""
+_ORDER_BYTES: Final = 1 << 16
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.expires_at = time.monotonic() + CLIENT_SECONDS
+
+    def fileno(self) -> int:
+        """Return the descriptor of the connection."""
+        return self._connection.fileno()
+
+    def take_order(self) -> bytes | None:
+        """Return what the client has sent: nothing if it has gone, None if it has sent nothing yet."""
+        try:
+            return self._connection.recv(_ORDER_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def answer(self, answer: dict[str, object]) -> None:
+        """Send the answer, if the client can take it at once, and close the connection."""
+        with self._connection, contextlib.suppress(OSError):
+            self._connection.send(json.dumps(answer).encode() + b"\n", socket.MSG_NOSIGNAL)
+
+
+class Control:
+    """The socket at `path`. OSError if it cannot be made."""
+
+    def __init__(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._clients: list[Client] = []
+        try:
+            self._socket.bind(path)
+            os.chmod(path, 0o600)  # noqa: PTH101
+            self._socket.listen(MAX_CLIENTS)
+        except OSError:
+            self._socket.close()
+            raise
+
+    def descriptors(self) -> list[int]:
+        """Return what is to be polled: a descriptor is readable when `orders` has something to do."""
+        accepting = [self._socket.fileno()] if len(self._clients) < MAX_CLIENTS else []
+        return accepting + [client.fileno() for client in self._clients]
+
+    def orders(self) -> list[tuple[Client, bytes]]:
+        """Return the orders that have come, with the clients that wait for an answer. Does not wait."""
+        while len(self._clients) < MAX_CLIENTS:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # there is none, or no descriptor for it
+                break
+            connection.setblocking(False)
+            self._clients.append(Client(connection))
+        found = []
+        for client in list(self._clients):
+            data = client.take_order()
+            if data is None and time.monotonic() < client.expires_at:
+                continue
+            self._clients.remove(client)
+            if data:
+                found.append((client, data))
+            else:
+                client.answer({"error": "no order has come"})
+        return found
+
+    def close(self) -> None:
+        """Close the socket and all connections."""
+        for client in self._clients:
+            client.answer({"error": "the keeper ends"})
+        self._clients.clear()
+        self._socket.close()
