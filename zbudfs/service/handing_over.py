@@ -153,11 +153,14 @@ class HandingOver:
                 self._pulse.restart(0)
                 self.stage = Stage.GOING
         elif self.stage is Stage.GOING:
-            if serving or (not connected and self.successor.has_ended()):
+            problem = self._problem()
+            if not connected and self.successor.has_ended():
+                return Step.DONE
+            if serving and not problem and not self.successor.is_stopped:
                 return Step.DONE
             if self._pulse.look(taking_over) > GO_SECONDS and self._worker_pid and not taking_over:
                 self._give_up(f"the new version has not begun to serve within {GO_SECONDS:g} s")
-            elif problem := self._problem():
+            elif problem:
                 self._give_up(problem)
         elif not self._old and self.successor.has_ended() and all(map(is_readable, self._strangers)):
             for pidfd in self._strangers:

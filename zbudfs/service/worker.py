@@ -67,7 +67,7 @@ was locked is frozen, so that it takes less than a millisecond, and it allocates
 FOLLOW_SECONDS: Final = 2.0
 """How often a standby maps what the worker has populated meanwhile, and looks at the level."""
 
-KEEPER_SECONDS: Final = 1.0
+KEEPER_SECONDS: Final = 0.7
 """How long a standby whose worker has ended waits for a keeper that lives and gives no order. Guessed."""
 
 SETTLE_SECONDS: Final = 1.0
