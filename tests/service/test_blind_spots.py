@@ -21,7 +21,7 @@ import pytest
 
 from scripts import faults
 from tests.cli.test_restart import version_at
-from tests.service.test_keeper import Served, compare, fill, mount, opened
+from tests.service.test_keeper import Served, compare, fill, mount, opened, watched
 from tests.service.test_service import LAUNCH, Manager, service
 from tests.support import LIMIT_SECONDS, is_running, status_of, wait_until
 from zbudfs.store.board import Field
@@ -114,17 +114,29 @@ def test_a_standby_that_runs_and_does_not_beat(tmp_path: Path) -> None:
         assert "s of silence; it is killed" in (served.mountpoint / "stats/log").read_text()
 
 
-def test_ctrl_z_stops_nobody_who_serves(mount: Callable[..., Served]) -> None:
-    """A terminal stops the processes of a daemon in the foreground: worker and standby go on."""
-    served = mount()
-    worker, standby = served.worker, served.standby
-    for pid in (worker, standby):
-        os.kill(pid, signal.SIGTSTP)
-    with opened(served.swapfile) as fd:
-        fill(fd, 0, 64)
-        compare(fd, 0, 64)
-    time.sleep(1.0)
-    assert (served.worker, served.standby) == (worker, standby)
+def test_ctrl_z_stops_nobody_who_serves(tmp_path: Path) -> None:
+    """A terminal stops the keeper of a daemon in the foreground, but not worker and standby; nobody is replaced."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    options = ["--foreground", "--size", "64M", "--pool", "8M", "--backing", "none"]
+    command = [sys.executable, "-m", "zbudfs", "mount", *options, str(mountpoint)]
+    with (
+        watched(Served(mountpoint)) as served,
+        subprocess.Popen(command, stderr=subprocess.DEVNULL, process_group=0) as process,
+    ):
+        served.wait_ready()
+        before = (served.worker, served.standby)
+        os.killpg(process.pid, signal.SIGTSTP)
+        try:
+            with opened(served.swapfile) as fd:
+                fill(fd, 0, 64)
+                compare(fd, 0, 64)
+        finally:
+            os.killpg(process.pid, signal.SIGCONT)
+        time.sleep(1.0)
+        assert (served.worker, served.standby, served.field(Field.RECOVERIES)) == (*before, 0)
+        os.kill(served.keeper, signal.SIGTERM)
+        assert process.wait(LIMIT_SECONDS) == 0
 
 
 def test_the_standby_is_still_getting_ready(mount: Callable[..., Served]) -> None:

@@ -49,7 +49,15 @@ from zbudfs.service.handing_over import (
     receive_with_descriptors,
 )
 from zbudfs.service.log import Lasting, Log
-from zbudfs.service.mountpoint import MountError, is_connected, open_and_mount, request_timeout_warnings, unmount
+from zbudfs.service.mountpoint import (
+    MountError,
+    find_mount,
+    is_connected,
+    is_mounted,
+    open_and_mount,
+    request_timeout_warnings,
+    unmount_all,
+)
 from zbudfs.service.notify import WATCHDOG_PARTS, Notifier
 from zbudfs.service.pooldir import PoolDirectory
 from zbudfs.service.settings import BACKING_FOLDER, Settings
@@ -87,6 +95,9 @@ CLOSE_SECONDS: Final = 1.0
 
 END_RETRY_SECONDS: Final = 1.0
 """How often the worker is told to end when a service ends: a loop device lets go of its file a little late. Arbitrary."""
+
+UNMOUNTED_SECONDS: Final = 0.5
+"""How long after an unmount the connection may take to end by itself, before the worker is told to end it. Guessed."""
 
 END_SECONDS: Final = 5.0
 """How long a killed standby may take to be gone when the mount has ended. Arbitrary: nothing depends on it."""
@@ -164,6 +175,9 @@ class Keeper:
         self._serving_since = 0.0
         self._has_begun = False
         self._ballast: mmap.mmap | None = None
+        self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._mounts_changed = True
+        self._unmounted_since = 0.0
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._control: Control | None = None
 
@@ -204,6 +218,8 @@ class Keeper:
         self._prepare(time.time_ns())
         fields = self._memory.board.fields
         fields[Field.BORN_NS] = self._born_ns
+        mount = find_mount(self._settings.mountpoint)
+        fields[Field.MOUNT_DEVICE] = mount.st_dev if mount is not None else 0
         self._mounted.write_owners(fields)
 
     def adopt(
@@ -385,9 +401,13 @@ class Keeper:
 
     def undo(self) -> None:
         """Take away what `make` made, after a start that failed."""
-        with contextlib.suppress(MountError):
-            unmount(self._settings.mountpoint, lazy=True)
+        self._unmount()
         self._clean_up()
+
+    def _unmount(self) -> None:
+        """Unmount what is this keeper's, and nothing that was mounted at its place since."""
+        with contextlib.suppress(MountError):
+            unmount_all(self._memory.board.fields[Field.MOUNT_DEVICE], lazy=True)
 
     def _clean_up(self) -> None:
         for name in self._descriptors:
@@ -479,6 +499,7 @@ class Keeper:
             if status is not None:
                 break
             self._look_after_standby()
+            self._look_after_mount()
             if self._told_to_end and self._end_or_leave():
                 if self._handing_over is not None:
                     self._abandon_handing_over("the keeper was told to end")
@@ -529,7 +550,10 @@ class Keeper:
             watched += self._handing_over.descriptors()
         if self._predecessor is not None:
             watched.append(self._predecessor.fileno())
-        select.select(watched, [], [], self._patience())  # poll(2) fails where few open files are allowed
+        _, _, changed = select.select(
+            watched, [], [self._mounts], self._patience()
+        )  # poll(2) fails where few files may be open
+        self._mounts_changed = bool(changed)
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake, 64)
 
@@ -539,7 +563,13 @@ class Keeper:
             return BUSY_POLL_SECONDS
         if self._handing_over is not None:
             return BUSY_POLL_SECONDS
-        if self._standby is None or not self._standby.is_ready or self._told_to_end or self._predecessor is not None:
+        if (
+            self._unmounted_since
+            or self._standby is None
+            or not self._standby.is_ready
+            or self._told_to_end
+            or self._predecessor is not None
+        ):
             return POLL_SECONDS
         return CALM_POLL_SECONDS
 
@@ -562,8 +592,7 @@ class Keeper:
                 self._log.error(
                     f"{self._failures} workers in a row did not come up: giving up, what is swapped out is lost"
                 )
-                with contextlib.suppress(MountError):
-                    unmount(self._settings.mountpoint, lazy=True)
+                self._unmount()
                 return 1
             self._take_over()
         return None
@@ -622,6 +651,23 @@ class Keeper:
         self._order(child)
         if not by_itself:
             fields[Field.RECOVERIES] += 1
+
+    def _look_after_mount(self) -> None:
+        """Have the worker end when the mount has been taken away and somebody still holds it, in another namespace perhaps."""
+        fields = self._memory.board.fields
+        now = time.monotonic()
+        if self._mounts_changed:
+            gone = fields[Field.MOUNT_DEVICE] and not is_mounted(fields[Field.MOUNT_DEVICE])
+            self._unmounted_since = (self._unmounted_since or now) if gone else 0.0
+        if (
+            self._unmounted_since
+            and now >= self._unmounted_since + UNMOUNTED_SECONDS
+            and self._worker is not None
+            and fields[Field.SERVING]
+            and not fields[Field.OPEN_SWAPFILES]
+        ):
+            self._unmounted_since = now
+            self._worker.tell(signal.SIGTERM)
 
     def _look_at_worker(self, worker: Child) -> None:
         """Kill a worker that hangs."""

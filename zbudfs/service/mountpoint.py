@@ -235,6 +235,41 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     raise MountError(f"cannot unmount {shown_path(mountpoint)}: {reason}", code)
 
 
+def places_of(device: str, mountinfo: bytes) -> list[tuple[str, bool]]:
+    """Return where a file system ("major:minor") is mounted, newest first, and whether another mount covers it there."""
+    newest: dict[str, str] = {}
+    found = []
+    for line in mountinfo.split(b"\n"):
+        words = line.split(b" ")
+        if len(words) >= 6:
+            path = os.fsdecode(unescape_octal(words[4]))
+            newest[path] = words[2].decode("ascii")
+            if newest[path] == device:
+                found.append(path)
+    return [(path, newest[path] != device) for path in reversed(found)]
+
+
+def is_mounted(st_dev: int, root: str = "/") -> bool:
+    """Return whether a file system is mounted anywhere in this mount namespace."""
+    return bool(places_of(_device(st_dev), Path(root, "proc/self/mountinfo").read_bytes()))
+
+
+def unmount_all(st_dev: int, *, lazy: bool = False) -> None:
+    """Unmount a file system wherever it is mounted in this mount namespace, and nothing else.
+
+    A path alone does not tell: somebody may have unmounted it lazily and mounted another one there. MountError, if it is in
+    use (without `lazy`) or covered by another mount.
+    """
+    for path, is_covered in places_of(_device(st_dev), Path("/proc/self/mountinfo").read_bytes()):
+        if is_covered:
+            raise MountError(f"cannot unmount {shown_path(path)}: another mount covers it; unmount that first")
+        unmount(path, lazy=lazy)
+
+
+def _device(st_dev: int) -> str:
+    return f"{os.major(st_dev)}:{os.minor(st_dev)}"
+
+
 def shown_path(path: str) -> str:
     """Return `path` for a message of one line: as it is when that is unambiguous, quoted otherwise."""
     return path if path.isprintable() and " " not in path and path else repr(path)

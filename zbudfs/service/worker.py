@@ -44,8 +44,8 @@ from zbudfs.fuse.nodes import Control, Stats, Value
 from zbudfs.fuse.operations import Operations
 from zbudfs.fuse.session import HEAP_BYTES, MAX_REQUEST_BYTES, open_session, resend, resume, serve
 from zbudfs.service import hardening
-from zbudfs.service.log import Log
-from zbudfs.service.mountpoint import MountError, is_connected, unmount
+from zbudfs.service.log import Lasting, Log
+from zbudfs.service.mountpoint import MountError, is_connected, unmount_all
 from zbudfs.service.settings import Settings
 from zbudfs.service.urgency import Urgency
 from zbudfs.store.backing import Backing
@@ -66,6 +66,9 @@ COLLECT_BEATS: Final = 20
 was locked is frozen, so that it takes less than a millisecond, and it allocates nothing."""
 FOLLOW_SECONDS: Final = 2.0
 """How often a standby maps what the worker has populated meanwhile, and looks at the level."""
+
+CUT_OFF_SECONDS: Final = 0.2
+"""How long after the unmount the kernel may take to end the connection by itself. Guessed: it is a matter of microseconds."""
 
 KEEPER_SECONDS: Final = 0.7
 """How long a standby whose worker has ended waits for a keeper that lives and gives no order. Guessed."""
@@ -154,6 +157,7 @@ class Worker:
         self._board = mounted.memory.board
         self._log = mounted.log
         self._active = False
+        self._trouble = Lasting(mounted.log.warning, mounted.log.info)
 
     async def run(self) -> None:
         """Get ready, wait for the order, take over, serve until the mount is gone."""
@@ -189,7 +193,7 @@ class Worker:
                     _die_with_keeper(0)  # who has said that it is ready is there also when the keeper is not
                 os.eventfd_write(self._ready_fd, 1)
                 nursery.start_soon(self._heartbeat, store, steering)
-                nursery.start_soon(self._end_on_signals, signals, helper)
+                nursery.start_soon(self._end_on_signals, signals, helper, nursery.cancel_scope)
                 nursery.start_soon(store.tracer.run, helper)
                 async with trio.open_nursery() as waiting:
                     if not self._emergency:
@@ -268,6 +272,8 @@ class Worker:
             await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
             os._exit(FAILED)
         await trio.lowlevel.wait_readable(self._served_by)
+        if self._board.fields[Field.ENDED]:
+            os._exit(0)
         with trio.move_on_after(KEEPER_SECONDS):
             await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
         if not is_connected(mounted.fuse_fd):
@@ -316,23 +322,35 @@ class Worker:
         finally:
             monitor.close()
 
-    async def _end_on_signals(self, signals: AsyncIterator[int], helper: IoThread[None]) -> None:
+    async def _end_on_signals(
+        self, signals: AsyncIterator[int], helper: IoThread[None], everything: trio.CancelScope
+    ) -> None:
+        """End when told to, unless the swapfile is open: unmount, and cut off whoever stays on the mount."""
+        mounted = self._mounted
+        fields = self._board.fields
         async for number in signals:
             if not self._active:
                 continue
             name = signal.Signals(number).name
-            users = self._board.fields[Field.OPEN_SWAPFILES]
+            users = fields[Field.OPEN_SWAPFILES]
             if users:
                 self._log.warning(
                     f"{name}: not ending, the swapfile is open ({users} times): zbudfs swapoff comes first"
                 )
                 continue
             try:
-                await helper.run(unmount, self._mounted.settings.mountpoint)
+                await helper.run(_unmount, fields[Field.MOUNT_DEVICE])
             except MountError as error:
-                self._log.warning(f"{name}: not ending: {error}")
-            else:
-                return  # the session sees that the mount is gone, and ends
+                self._trouble.begin(f"{name}: not ending: {error}")
+                continue
+            with trio.move_on_after(CUT_OFF_SECONDS):
+                await trio.sleep_forever()  # without other users the session sees that the mount is gone, and ends
+            if is_connected(mounted.fuse_fd) and not fields[Field.OPEN_SWAPFILES]:
+                # A process stands in it, or another mount namespace has it: nothing there is worth waiting for.
+                self._log.info(f"unmounted from {mounted.settings.mountpoint}: what still uses the mount is cut off")
+                fields[Field.ENDED] = 1
+                fields[Field.SERVING] = 0
+                everything.cancel()
 
     def _facts(self, store: PageStore) -> dict[str, Value]:
         mounted = self._mounted
@@ -392,6 +410,16 @@ class Worker:
                 " swapoff and mount anew"
             )
         return found
+
+
+def _unmount(st_dev: int) -> None:
+    """Unmount the file system, also while somebody stands in it. MountError."""
+    try:
+        unmount_all(st_dev)
+    except MountError as error:
+        if error.code != errno.EBUSY:
+            raise
+        unmount_all(st_dev, lazy=True)
 
 
 @contextlib.contextmanager

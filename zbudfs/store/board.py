@@ -91,6 +91,10 @@ class Field(IntEnum):
     """Since when there is no standby that is ready, in seconds since 1970; 0: there is one."""
     NO_STANDBY_FAULT = 35
     """Why: the errno of fork(2), ECHILD if the last one died, or 0 if one is on its way."""
+    MOUNT_DEVICE = 36
+    """st_dev of the mount; 0: it is not known."""
+    ENDED = 37
+    """1 once the worker has ended the connection on purpose: nobody takes over."""
     BORN_NS = 40
     """When the mount was made: the time of all its files."""
     FUSE_FD = 41
