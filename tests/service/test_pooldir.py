@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import socket
@@ -201,6 +202,59 @@ def test_it_can_be_handed_over(root: Path, tmp_path: Path) -> None:
     assert not in_other_process(Path(first.path))
     second.remove()
     assert not Path(first.path).exists()
+
+
+def test_several_at_the_same_moment(root: Path, tmp_path: Path) -> None:
+    """Processes that make and remove directories of one mountpoint never take each other's away."""
+    rounds, processes = 12, 4
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(processes)
+    found: multiprocessing.Queue[str] = context.Queue()
+
+    def make_and_remove() -> None:
+        for _ in range(rounds):
+            barrier.wait(LIMIT_SECONDS)
+            try:
+                directory = PoolDirectory.create(settings_for(tmp_path))
+            except Exception as error:
+                directory, result = None, repr(error)
+            barrier.wait(LIMIT_SECONDS)
+            if directory is not None:
+                result = "whole" if Path(directory.path, "settings.json").exists() else "taken away"
+            barrier.wait(LIMIT_SECONDS)
+            if directory is not None:
+                directory.remove()
+            found.put(result)
+
+    workers = [context.Process(target=make_and_remove) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    results = [found.get(timeout=LIMIT_SECONDS) for _ in range(rounds * processes)]
+    for worker in workers:
+        worker.join(LIMIT_SECONDS)
+    assert set(results) == {"whole"}
+    assert mounts_under(root) == {}
+    assert [path.name for path in root.iterdir()] == [".lock"]
+
+
+def test_a_lock_that_is_no_longer_there(root: Path, tmp_path: Path) -> None:
+    """A lock on a file that another process has replaced is worth nothing: the directory is left alone."""
+    directory = PoolDirectory.create(settings_for(tmp_path))
+    lock = Path(directory.path, "lock")
+    real = fcntl.flock
+
+    def replaced_meanwhile(fd: int, how: int) -> None:
+        real(fd, how)
+        if Path(f"/proc/self/fd/{fd}").readlink() == lock:
+            lock.unlink()
+            lock.touch()
+
+    os.close(directory.lock_fd)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", replaced_meanwhile)
+        assert remove_dead(str(tmp_path)) == []
+    assert lock.exists()
+    assert remove_dead(str(tmp_path)) == ["/b"]
 
 
 # ---- what a dead one has left ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The pool directory: /run/zbudfs/NAME, a private tmpfs that is never swapped out and outlives the processes.
 
+    /run/zbudfs/.lock   held while a directory is made or removed
     /run/zbudfs/NAME/   tmpfs, noswap, limited in size, mode 0700
         lock            flock()ed by the processes of the mount: held as long as one of them lives
         settings.json   what was mounted, for whoever has to clean up
@@ -13,11 +14,12 @@ name: it survives a worker, since the keeper has it mapped, but nothing can be h
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import os
 import shutil
 import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +33,8 @@ _MS_NOSUID: Final = 1 << 1
 _MS_NODEV: Final = 1 << 2
 _MS_NOEXEC: Final = 1 << 3
 _SLACK_BYTES: Final = 16 << 20
+_TURN_SECONDS: Final = 30.0
+"""Longest wait for another process that makes or removes a directory. Arbitrary: it has a large tmpfs to free."""
 
 
 class PoolDirectoryError(Exception):
@@ -63,18 +67,19 @@ class PoolDirectory:
     def create(cls, settings: Settings) -> "PoolDirectory":
         """Make it; PoolDirectoryError if another zbudfs has it. What a dead one has left is taken away first."""
         _private_folder(RUN_FOLDER, 0o755)
-        remove_dead(settings.mountpoint)
-        # One that is alive may still serve a mount that was taken away from here lazily.
-        base = path = path_of(settings.mountpoint)
-        number = 0
-        while os.path.lexists(path):
+        with _own_turn():
+            _remove_dead(settings.mountpoint)
+            # A live process may still serve a mount that was detached from here: its directory stays.
+            base = path = path_of(settings.mountpoint)
+            number = 0
+            while os.path.lexists(path):
+                _private_folder(path, 0o700)
+                number += 1
+                path = f"{base}@{number}"
             _private_folder(path, 0o700)
-            number += 1
-            path = f"{base}@{number}"
-        _private_folder(path, 0o700)
-        survives = _mount_tmpfs(path, settings)
-        directory = cls(path, _lock(path), survives=survives)
-        Path(path, "settings.json").write_text(settings.to_json())
+            survives = _mount_tmpfs(path, settings)
+            directory = cls(path, _lock(path), survives=survives)
+            Path(path, "settings.json").write_text(settings.to_json())
         return directory
 
     @classmethod
@@ -88,9 +93,36 @@ class PoolDirectory:
         return self.path if self.survives else None
 
     def remove(self) -> None:
-        """Take it away with all that is in it."""
-        os.close(self.lock_fd)
-        _remove(self.path)
+        """Take it away with all that is in it. The lock is held until it is gone."""
+        try:
+            _remove(self.path)
+        finally:
+            os.close(self.lock_fd)
+
+
+@contextlib.contextmanager
+def _own_turn() -> Iterator[None]:
+    """Make or remove directories while no other process does. PoolDirectoryError if it takes too long."""
+    path = f"{RUN_FOLDER}/.lock"
+    try:
+        turn_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise PoolDirectoryError(f"{path} cannot be opened: {error.strerror}") from None
+    try:
+        end = time.monotonic() + _TURN_SECONDS
+        while True:
+            try:
+                fcntl.flock(turn_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise PoolDirectoryError(
+                        f"another process has held {path} for {_TURN_SECONDS:g} s: see who does with fuser {path}"
+                    ) from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(turn_fd)
 
 
 def _private_folder(path: str, mode: int) -> None:
@@ -123,7 +155,18 @@ def _lock(path: str) -> int:
     except OSError:
         os.close(lock_fd)
         raise PoolDirectoryInUse(f"another zbudfs has {path}") from None
+    if not _is_still(lock_fd, f"{path}/lock"):
+        os.close(lock_fd)
+        raise PoolDirectoryInUse(f"another process has removed {path} meanwhile")
     return lock_fd
+
+
+def _is_still(fd: int, path: str) -> bool:
+    """Whether the open file `fd` is the one at `path`: its directory may have been removed, or covered by a mount."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except OSError:
+        return False
 
 
 def pool_directories(mountpoint: str) -> list[str]:
@@ -152,27 +195,33 @@ def remove_dead(mountpoint: str) -> list[str]:
 
     Returns the paths of the backing files that they used. One whose processes live is left alone.
     """
+    if not pool_directories(mountpoint):
+        return []
+    with _own_turn():
+        return _remove_dead(mountpoint)
+
+
+def _remove_dead(mountpoint: str) -> list[str]:
     backings = []
     for path in pool_directories(mountpoint):
         if not stat.S_ISDIR(os.lstat(path).st_mode):
-            continue  # a link is not followed: whoever makes a directory here is told
+            continue  # a link is not followed: who makes a directory here gets an error
         try:
             lock_fd = _lock(path)
         except PoolDirectoryInUse:
             continue
-        with contextlib.suppress(OSError, SettingsError):
-            backing = Settings.from_json(Path(path, "settings.json").read_bytes()).backing
-            backings += [backing] if backing is not None else []
-        os.close(lock_fd)
-        _remove(path)
+        try:
+            with contextlib.suppress(OSError, SettingsError):
+                backing = Settings.from_json(Path(path, "settings.json").read_bytes()).backing
+                backings += [backing] if backing is not None else []
+            _remove(path)
+        finally:
+            os.close(lock_fd)
     return backings
 
 
 def _remove(path: str) -> None:
-    try:
-        unmount(path)
-    except MountError as error:
-        if error.code == errno.EBUSY:
-            with contextlib.suppress(MountError):
-                unmount(path, lazy=True)
+    """Remove a directory whose lock this process holds: lazily, since the lock's file is open there."""
+    with contextlib.suppress(MountError):
+        unmount(path, lazy=True)
     shutil.rmtree(path, ignore_errors=True)
