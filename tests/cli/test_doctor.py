@@ -406,3 +406,40 @@ def test_a_configuration(healthy: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "on nfs4" in out
     assert main(["doctor", "--root", str(healthy), "bad"]) == 1
     assert capsys.readouterr().err.startswith("zbudfs: /etc/zbudfs/bad.toml: size")
+
+
+@pytest.mark.parametrize(
+    ("ram", "packing", "level", "words"),
+    [
+        (
+            256,
+            "zbud",
+            "warning",
+            "nothing can be saved; with the default size and pool not worthwhile below 400 MiB of RAM",
+        ),
+        (256, "zbud", "warning", "use --packing dense, zram if the kernel has it, or swap on a disk"),
+        (256, "dense", "ok", "which saves 99.8 MiB (47.3 MiB with the memory of usual programs)"),
+        (512, "zbud", "ok", "zbudfs itself takes 93.2 MiB (processes 80 MiB, buffers 11.1 MiB, tables 2.2 MiB)"),
+        (8192, "zbud", "ok", "and the pool 2 GiB, of this machine's 8 GiB of RAM"),
+    ],
+)
+def test_what_zbudfs_takes(
+    healthy: Path, ram: int, packing: str, level: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine with little RAM it may be more than it saves; the numbers are in JSON."""
+    put(healthy, "proc/meminfo", f"MemTotal: {ram * 1024} kB")
+    put(healthy, "etc/zbudfs/swap.toml", f'packing = "{packing}"')
+    main(["doctor", "--root", str(healthy), "--json", "swap"])
+    found = json.loads(capsys.readouterr().out)
+    (finding,) = (each for each in found["findings"] if each["check"] == "memory")
+    assert finding["level"] == level
+    assert words in f"{finding['text']} {finding['remedy']}"
+    assert found["memory"]["ram_bytes"] == ram << 20
+    assert found["memory"]["is_worthwhile"] is (level == "ok")
+
+
+def test_instances_take_more(healthy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each instance has its own processes."""
+    put(healthy, "etc/zbudfs/swap.toml", "instances = 4")
+    main(["doctor", "--root", str(healthy), "swap"])
+    assert "(processes 320 MiB, buffers" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from tests.support import (
     wait_until,
     zbudfs,
 )
+from zbudfs.cli.main import main
 from zbudfs.service.mountpoint import unmount
 from zbudfs.swap.attach import release
 from zbudfs.swap.loop import run_tool
@@ -313,3 +314,23 @@ def test_a_mount_taken_away_lazily_is_no_obstacle(tmp_path: Path) -> None:
                 assert status_of(mountpoint)["users"] == []
                 assert daemon_pid(mountpoint) != pid
         wait_until(lambda: not is_running(pid), "the first daemon's end")
+
+
+@pytest.mark.needs("root", "fuse")
+@pytest.mark.parametrize(
+    ("ram_mib", "words"), [(256, "not worthwhile below 400 MiB of RAM"), (512, "which saves"), (4096, "")]
+)
+def test_a_machine_with_little_ram(
+    ram_mib: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says what zbudfs takes of the RAM and what it saves; elsewhere nothing does."""
+    monkeypatch.setattr("zbudfs.cli.commands.ram_bytes", lambda root="/": ram_mib << 20)
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    assert main(["mount", "--size", f"{ram_mib}M", "--backing", "none", str(mountpoint)]) == 0
+    try:
+        lines = [line for line in capsys.readouterr().err.splitlines() if "zbudfs itself takes" in line]
+    finally:
+        assert main(["umount", str(mountpoint)]) == 0
+    assert len(lines) == bool(words)
+    assert all(words in line for line in lines)

@@ -83,6 +83,7 @@ def test_wrong_words_are_usage_errors(arguments: list[str], reason: str, capsys:
         (["--size", "5000000"], "the nearest are 4997120 and 5001216"),
         (["--size", "4096"], "must be 1M or more"),
         (["--size", "17T"], "16T less one page"),
+        (["--size", "16000G"], "of tables locked in RAM, more than a tenth of this machine's"),
         (["--pool", "1K"], "must be 1M or more"),
         (["--pool", "0%"], "must be 1M or more"),
         (["--pool", "1000T"], "more than this machine's RAM"),

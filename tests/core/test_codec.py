@@ -24,6 +24,7 @@ from zbudfs.core.codec import (
     WORD_CHECK,
     WORD_ZPAGE_SIZE,
     Codec,
+    CodecError,
     check_of,
     check_of_raw,
     is_word,
@@ -332,3 +333,21 @@ def test_a_word_length_is_no_zstd_length() -> None:
     }
     assert WORD_ZPAGE_SIZE not in lengths
     assert WORD_SIZE < WORD_ZPAGE_SIZE
+
+
+@pytest.mark.parametrize("broken", ["raises", "other bytes"])
+def test_a_library_that_does_not_give_pages_back(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zstandard before 0.24 cannot decompress frames without a magic number: no store is made with it."""
+
+    class Decompressor:
+        def __init__(self, **options: object) -> None:
+            pass
+
+        def decompress(self, zpage: bytes, size: int) -> bytes:
+            if broken == "raises":
+                raise zstandard.ZstdError("error determining content size from frame header")
+            return bytes(size)
+
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", Decompressor)
+    with pytest.raises(CodecError, match=r"install zstandard 0\.24 or later"):
+        Codec()

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zbudfs.cli import config as configuration
-from zbudfs.cli import config_page, stripe, tuning
+from zbudfs.cli import config_page, footprint_text, stripe, tuning
 from zbudfs.cli import exporter as exporting
 from zbudfs.cli import status as status_page
 from zbudfs.cli.arguments import Arguments
@@ -32,6 +32,7 @@ from zbudfs.cli.target import CommandError, all_mounted, find_mounted, need_root
 from zbudfs.cli.teardown import take_all_down, take_down
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.service import launch
+from zbudfs.service.footprint import check_tables
 from zbudfs.service.mountpoint import (
     Mount,
     MountError,
@@ -72,6 +73,7 @@ def mount(arguments: Arguments) -> int:
     def on_ready(ready: launch.Ready) -> None:
         print(f"zbudfs: mounted on {shown_path(mountpoint)}, pid {ready.pid}; Ctrl-C ends it", file=sys.stderr)
         _tell_refusals(ready, mountpoint)
+        _tell_footprint(parts)
 
     return launch.run_in_foreground(parts[0], on_ready)
 
@@ -264,7 +266,7 @@ def make_settings(arguments: Arguments, mountpoint: str, root: str = "/") -> Set
                 f"pool of {format_size(pool_bytes)} is more than this machine's RAM of {format_size(ram)}: frames are"
                 " locked in RAM, so they must fit into it"
             )
-    return Settings(
+    settings = Settings(
         mountpoint=mountpoint,
         size_bytes=default_size_bytes(ram) if arguments.size is None else arguments.size,
         pool_bytes=pool_bytes,
@@ -273,6 +275,8 @@ def make_settings(arguments: Arguments, mountpoint: str, root: str = "/") -> Set
         encrypt=arguments.encrypt is not False,
         packing=DEFAULT_PACKING if arguments.packing is None else arguments.packing,
     )
+    check_tables(settings, ram)
+    return settings
 
 
 def _backing(typed: str | None, mountpoint: str) -> str | None:
@@ -301,6 +305,7 @@ def start(settings: Settings) -> None:
     """Have a daemon mount in the background; return when it is up. CommandError, MountError, LaunchError."""
     prepare(settings)
     _tell_refusals(launch.start(settings), settings.mountpoint)
+    _tell_footprint([settings])
 
 
 def make_parts(arguments: Arguments, mountpoint: str, root: str = "/") -> list[Settings]:
@@ -340,6 +345,7 @@ def _start_each(parts: Sequence[Settings]) -> None:
             take_down(find_mounted(part.mountpoint))
         raise
     _tell_refusals(ready, parts[0].mountpoint)  # all of them are refused the same
+    _tell_footprint(parts)
 
 
 def _prepare_backing_folder(settings: Settings) -> None:
@@ -377,6 +383,12 @@ def _refuse_mount_options(arguments: Arguments, mountpoint: str) -> None:
     ]
     if typed:
         raise CommandError(f"{shown_path(mountpoint)} is mounted already: {', '.join(typed)} can only be set at mount")
+
+
+def _tell_footprint(parts: Sequence[Settings]) -> None:
+    """On a machine with little RAM, print what zbudfs takes of it."""
+    if (text := footprint_text.note(parts, ram_bytes())) is not None:
+        print(f"zbudfs: {text}", file=sys.stderr)
 
 
 def _tell_refusals(ready: launch.Ready, mountpoint: str) -> None:

@@ -8,23 +8,26 @@ the result for people, for programs (--json) and as a picture (--plot).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.footprint_text import REMEDY, itself
 from zbudfs.cli.plot import check_plot, save_plot
 from zbudfs.cli.progress import progress_bar
 from zbudfs.cli.target import CommandError
 from zbudfs.core.codec import DEFAULT_LEVEL
+from zbudfs.core.packing import ZBUD
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, SIZE_CLASS_BYTES, SIZE_CLASSES, pages_in
 from zbudfs.estimate.files import sample_file
-from zbudfs.estimate.measure import LevelMeasure, measure
+from zbudfs.estimate.measure import PACKINGS, LevelMeasure, measure
 from zbudfs.estimate.pagemap import Proc
 from zbudfs.estimate.processes import sample_processes
 from zbudfs.estimate.sample import Sample, SampleError
+from zbudfs.service.footprint import Footprint
 from zbudfs.service.mountpoint import shown_path
-from zbudfs.service.settings import DEFAULT_POOL, ram_bytes
+from zbudfs.service.settings import DEFAULT_POOL, Settings, default_backing, default_size_bytes, ram_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +57,9 @@ _LEFT_OUT: Final = (
 def estimate(arguments: Arguments) -> int:
     """Look at a sample, tell what would become of it, and write the picture if wanted."""
     check_plot(arguments.plot)
-    pool_bytes = parse_size_or_percent(arguments.pool or DEFAULT_POOL, ram_bytes())
+    ram = ram_bytes()
+    pool_bytes = parse_size_or_percent(arguments.pool or DEFAULT_POOL, ram)
+    footprints = {name: _footprint(name, pool_bytes, ram) for name in PACKINGS}
     try:
         sample = _take_sample(arguments)
     except SampleError as error:
@@ -66,10 +71,22 @@ def estimate(arguments: Arguments) -> int:
     if arguments.plot is not None:
         save_plot(arguments.plot, f"zbudfs estimate: {sample.source}", lambda figure: _draw(figure, measures))
     if arguments.json:
-        print(json.dumps(_as_json(sample, measures, pool_bytes, arguments.seed), indent=2))
+        print(json.dumps(_as_json(sample, measures, footprints, arguments.seed), indent=2))
     else:
-        print(_as_page(sample, measures, pool_bytes, arguments.seed))
+        print(_as_page(sample, measures, footprints, arguments.seed))
     return 0
+
+
+def _footprint(packing: str, pool_bytes: int, ram: int) -> Footprint:
+    """Return what a daemon with this pool takes besides. SettingsError for a pool that cannot be."""
+    settings = Settings(
+        mountpoint="/mnt/zswap",
+        size_bytes=default_size_bytes(ram),
+        pool_bytes=pool_bytes,
+        backing=default_backing("/mnt/zswap"),
+        packing=str(PACKINGS[packing]),
+    )
+    return Footprint.of([settings], ram)
 
 
 def _take_sample(arguments: Arguments) -> Sample:
@@ -96,7 +113,16 @@ def _held_pages(measured: LevelMeasure, packing: str, pool_bytes: int) -> int | 
     return int((pool_bytes >> PAGE_SHIFT) / taken) if taken else None
 
 
-def _as_json(sample: Sample, measures: Sequence[LevelMeasure], pool_bytes: int, seed: int) -> dict[str, Any]:
+def _net(measured: LevelMeasure, packing: str, footprint: Footprint) -> int | None:
+    """Return what a full pool of such pages saves less all that zbudfs takes; None: they take no room at all."""
+    held = _held_pages(measured, packing, footprint.pool_bytes)
+    return None if held is None else (held << PAGE_SHIFT) - footprint.pool_bytes - footprint.own_bytes
+
+
+def _as_json(
+    sample: Sample, measures: Sequence[LevelMeasure], footprints: Mapping[str, Footprint], seed: int
+) -> dict[str, Any]:
+    pool_bytes = footprints[ZBUD.name].pool_bytes
     return {
         "source": sample.source,
         "population_bytes": sample.population_pages << PAGE_SHIFT,
@@ -104,13 +130,15 @@ def _as_json(sample: Sample, measures: Sequence[LevelMeasure], pool_bytes: int, 
         "seed": seed,
         "counts": sample.counts,
         "pool_bytes": pool_bytes,
-        "levels": [_level_json(measured, sample, pool_bytes) for measured in measures],
+        "memory": {name: footprint.as_object() for name, footprint in footprints.items()},
+        "levels": [_level_json(measured, sample, footprints) for measured in measures],
     }
 
 
-def _level_json(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> dict[str, Any]:
+def _level_json(measured: LevelMeasure, sample: Sample, footprints: Mapping[str, Footprint]) -> dict[str, Any]:
     packings = {}
     for packing in measured.frames:
+        pool_bytes = footprints[packing].pool_bytes
         held = _held_pages(measured, packing, pool_bytes)
         packings[packing] = {
             "frames": measured.frames[packing],
@@ -119,6 +147,7 @@ def _level_json(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> dict
             "whole_population_bytes": round(measured.frames_per_page(packing) * sample.population_pages) << PAGE_SHIFT,
             "pool_holds_bytes": held << PAGE_SHIFT if held is not None else None,
             "pool_saves_bytes": (held << PAGE_SHIFT) - pool_bytes if held is not None else None,
+            "net_saves_bytes": _net(measured, packing, footprints[packing]),
         }
     return {
         "level": measured.level,
@@ -138,7 +167,8 @@ def _level_json(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> dict
 # ---- for people --------------------------------------------------------------------------------------------------
 
 
-def _as_page(sample: Sample, measures: Sequence[LevelMeasure], pool_bytes: int, seed: int) -> str:
+def _as_page(sample: Sample, measures: Sequence[LevelMeasure], footprints: Mapping[str, Footprint], seed: int) -> str:
+    pool_bytes = footprints[ZBUD.name].pool_bytes
     whole = format_size(sample.population_pages << PAGE_SHIFT)
     looked_at = format_size(len(sample.pages) << PAGE_SHIFT)
     lines = [f"{sample.source}: {whole}, of which {looked_at} were looked at (--seed {seed})"]
@@ -147,7 +177,7 @@ def _as_page(sample: Sample, measures: Sequence[LevelMeasure], pool_bytes: int, 
     lines += ["", *_level_lines(measures[0])]
     if len(measures) > 1:
         lines += ["", *_comparison(measures)]
-    lines += ["", *_pool_lines(measures[0], sample, pool_bytes)]
+    lines += ["", *_pool_lines(measures[0], sample, pool_bytes), *_net_lines(measures[0], footprints)]
     return "\n".join(lines)
 
 
@@ -229,6 +259,18 @@ def _pool_lines(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> list
             f" {_taken(measured, packing, sample.population_pages)}"
             + ("" if held >= sample.population_pages else ": the rest goes to the backing file")
         )
+    return lines
+
+
+def _net_lines(measured: LevelMeasure, footprints: Mapping[str, Footprint]) -> list[str]:
+    """Tell what zbudfs takes besides the pool, and whether the saving is more."""
+    lines = [f"zbudfs itself takes {itself(footprints[ZBUD.name])}"]
+    nets = {name: _net(measured, name, footprints[name]) for name in measured.frames}
+    saved = [f"{name} saves {format_size(net)}" for name, net in nets.items() if net is not None and net > 0]
+    if saved:
+        lines.append(f"  with that taken off, a full pool of {' and of '.join(saved)}")
+    elif any(net is not None for net in nets.values()):
+        lines.append(f"  that is more than such a pool saves: not worthwhile; {REMEDY}, or try a larger pool")
     return lines
 
 

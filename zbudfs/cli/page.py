@@ -85,6 +85,8 @@ class _Page:
         yield from _wrapped("stored", f"{format_size(stored)} in {pages:,} page{'s'[: pages != 1]}")
         on_disk = f", {self._size('backing_used_bytes')} on disk" if self._now.get("backing_path") else ""
         yield from _wrapped("takes", f"{self._size('pool_used_bytes')} of RAM{on_disk}")
+        if self._number("own_bytes"):
+            yield from _wrapped("itself", f"{self._size('own_bytes')} of RAM: processes, buffers, tables")
         if stored:
             yield from _wrapped(
                 "saved",

@@ -17,7 +17,9 @@ from zbudfs.cli import stripe
 from zbudfs.cli.ask import all_numbers, why_silent
 from zbudfs.cli.page import page
 from zbudfs.cli.remedies import remedies
+from zbudfs.service.footprint import Footprint
 from zbudfs.service.mountpoint import Mount
+from zbudfs.service.settings import Settings, SettingsError, ram_bytes
 from zbudfs.swap.loop import users
 
 Report = dict[str, Any]
@@ -36,9 +38,26 @@ def report(mount: Mount) -> Report:
     except (OSError, ValueError) as error:
         return {"mountpoint": mount.mountpoint, "error": why_silent(mount.mountpoint, error)}
     found["mountpoint"] = mount.mountpoint
+    if (own_bytes := _own_bytes(found)) is not None:
+        found["own_bytes"] = own_bytes
     found["users"] = users(mount.mountpoint, mount.st_dev)
     found["remedies"] = remedies(found)
     return found
+
+
+def _own_bytes(numbers: Report) -> int | None:
+    """Return the RAM that the daemon takes besides the pool; None if its version does not tell its settings."""
+    try:
+        settings = Settings(
+            mountpoint=numbers["mountpoint"],
+            size_bytes=numbers["size_bytes"],
+            pool_bytes=numbers["pool_configured_bytes"],
+            backing=numbers["backing_path"],
+            packing=numbers["packing"],
+        )
+    except (KeyError, SettingsError):
+        return None
+    return Footprint.of([settings], ram_bytes()).own_bytes
 
 
 def report_all(mountpoint: str, mounts: Sequence[Mount]) -> Report:

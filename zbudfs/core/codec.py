@@ -79,6 +79,10 @@ def check_of_raw(page: bytes | memoryview) -> int:
     return crc32(page) & _CHECKSUM_MASK
 
 
+class CodecError(RuntimeError):
+    """The zstandard library does not give back what it compressed; the text is for the user."""
+
+
 class Codec:
     """A zstd compressor at one level and the decompressor for every level.
 
@@ -108,6 +112,20 @@ class Codec:
         """From a page (4096 bytes) to its zstd frame."""
         self.decompress = zstandard.ZstdDecompressor(dict_data=tables, format=magicless).decompress
         """From a zstd frame and 4096 to the page; see `decode`."""
+        self._try()
+
+    def _try(self) -> None:
+        """Raise CodecError unless a page comes back. zstandard before 0.24 compresses to frames that it cannot decompress."""
+        page = DICTIONARY[:PAGE_SIZE].ljust(PAGE_SIZE, b"z")
+        try:
+            if self.decompress(self.compress(page), PAGE_SIZE) == page:
+                return
+            why = "it gives other bytes back"
+        except zstandard.ZstdError as error:
+            why = str(error)
+        raise CodecError(
+            f"zstandard {zstandard.__version__} cannot decompress what it compresses ({why}): install zstandard 0.24 or later"
+        )
 
     def encode(self, page: bytes | memoryview) -> bytes:
         """The zpage of a page; it may be larger than a buddy can hold, or than the page."""

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from zbudfs.service.footprint import memory_sizes
 from zbudfs.service.mountpoint import MountError, escape_path, unmount
 from zbudfs.service.settings import Settings, SettingsError
 
@@ -33,6 +34,7 @@ _MS_NOSUID: Final = 1 << 1
 _MS_NODEV: Final = 1 << 2
 _MS_NOEXEC: Final = 1 << 3
 _SLACK_BYTES: Final = 16 << 20
+"""Room for what is no table: settings, the ends of files up to a page of the kernel, and files of later versions."""
 _TURN_SECONDS: Final = 30.0
 """Longest wait for another process that makes or removes a directory. Arbitrary: it has a large tmpfs to free."""
 
@@ -136,9 +138,7 @@ def _private_folder(path: str, mode: int) -> None:
 
 
 def _mount_tmpfs(path: str, settings: Settings) -> bool:
-    # Tables are 8 bytes a page, up to 40 a frame and 1.3 a block; the frames themselves; and some room.
-    pages = settings.size_bytes >> 12
-    size = settings.pool_bytes + pages * 10 + (settings.pool_bytes >> 12) * 48 + _SLACK_BYTES
+    size = memory_sizes(settings).total_bytes + _SLACK_BYTES
     libc = ctypes.CDLL(None, use_errno=True)
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     data = f"size={size},mode=0700,noswap".encode()

@@ -16,6 +16,7 @@ that is never swapped out) these are files in it; else memory without a name, wh
 processes does.
 """
 
+from dataclasses import dataclass, fields
 from typing import Final
 
 from zbudfs.core.block_map import BlockMap
@@ -49,6 +50,58 @@ one that somebody waits for in write(2) (the file's lock lets in no more), and t
 worker and the standby share, since only one of them needs it at a time."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySizes:
+    """Bytes of each part of a store's memory. All of it is locked in RAM once the pool is full; `trace` only while used."""
+
+    board: int
+    pages: int
+    frames: int
+    """Those of the pool and the bounce frames."""
+    frame_table: int
+    free_frames: int
+    blocks: int
+    """0 without a backing file, as is `outgoing`."""
+    parking: int
+    outgoing: int
+    trace: int
+
+    @classmethod
+    def of(cls, size_bytes: int, nr_frames: int, *, backed: bool, packing: Packing) -> "MemorySizes":
+        """Return the sizes for a device of `size_bytes` over `nr_frames` frames."""
+        return cls(
+            board=BOARD_BYTES,
+            pages=(size_bytes >> PAGE_SHIFT) * ENTRY_SIZE,
+            frames=(nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT,
+            frame_table=packing.kind.table_size(nr_frames),
+            free_frames=FRAME_ENTRY_BYTES * nr_frames,
+            blocks=BlockMap.table_size(nr_segments(size_bytes)) if backed else 0,
+            parking=PARKING_SLOTS * PARKING_SLOT_BYTES,
+            outgoing=BATCH_FRAMES << PAGE_SHIFT if backed else 0,
+            trace=RING_BYTES,
+        )
+
+    @property
+    def tables_bytes(self) -> int:
+        """What grows with the device and the pool, without the frames."""
+        return self.pages + self.frame_table + self.free_frames + self.blocks
+
+    @property
+    def buffers_bytes(self) -> int:
+        """What has the same size in every store."""
+        return self.board + self.parking + self.outgoing + (BOUNCE_FRAMES << PAGE_SHIFT)
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def nr_segments(size_bytes: int) -> int:
+    """Return the segments of a backing file: a block with a live page for each page at worst, and the header."""
+    return size_bytes // SEGMENT_BYTES + 2
+
+
 class StoreMemory:
     """The memory of a device of `size_bytes` over `nr_frames` frames, with a backing file if `backed`.
 
@@ -73,17 +126,17 @@ class StoreMemory:
         )
         self.headroom: Headroom | None = None
         """What the pool must keep within; None: it takes what its limit allows."""
+        sizes = MemorySizes.of(size_bytes, nr_frames, backed=backed, packing=packing)
         self.nr_pages = size_bytes >> PAGE_SHIFT
-        self.pages = Arena("pages", self.nr_pages * ENTRY_SIZE, folder)
-        self.frames = Arena("frames", (nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT, folder)
-        self.frame_table = Arena("frametable", packing.kind.table_size(nr_frames), folder)
-        self.free_frames = Arena("freeframes", FRAME_ENTRY_BYTES * nr_frames, folder)
-        # One more than the pages need: a block with a live page for each page at worst, and the header.
-        self.nr_segments = size_bytes // SEGMENT_BYTES + 2
-        self.parking = Arena("parking", PARKING_SLOTS * PARKING_SLOT_BYTES, folder)
-        self.trace = Arena("trace", RING_BYTES, folder)
-        self.blocks = Arena("blocks", BlockMap.table_size(self.nr_segments), folder) if backed else None
-        self.outgoing = Arena("outgoing", BATCH_FRAMES << PAGE_SHIFT, folder) if backed else None
+        self.pages = Arena("pages", sizes.pages, folder)
+        self.frames = Arena("frames", sizes.frames, folder)
+        self.frame_table = Arena("frametable", sizes.frame_table, folder)
+        self.free_frames = Arena("freeframes", sizes.free_frames, folder)
+        self.nr_segments = nr_segments(size_bytes)
+        self.parking = Arena("parking", sizes.parking, folder)
+        self.trace = Arena("trace", sizes.trace, folder)
+        self.blocks = Arena("blocks", sizes.blocks, folder) if backed else None
+        self.outgoing = Arena("outgoing", sizes.outgoing, folder) if backed else None
 
     def _check_packing(self) -> None:
         """LayoutError if frames of another packing are there: nothing could be found in them."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from zbudfs.cli import config
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.commands import make_parts
 from zbudfs.cli.doctor.examine import as_json, as_page, count, examine
 from zbudfs.cli.doctor.finding import Level, Machine, warning
 
@@ -48,7 +49,7 @@ def doctor(arguments: Arguments) -> int:
         ]
     findings += examine(machine)
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(as_json(findings) if arguments.json else as_page(findings, columns))
+    print(as_json(findings, machine.footprint) if arguments.json else as_page(findings, columns))
     return 1 if count(findings, Level.PROBLEM) else 0
 
 
@@ -56,7 +57,10 @@ def machine_of(arguments: Arguments) -> Machine:
     """Return what is to be looked at: a configuration, a backing file, or the defaults. ConfigError, SettingsError."""
     if arguments.name is not None:
         found = config.load(arguments.name, arguments.root)
-        return Machine(root=arguments.root, settings=found.settings, priority=found.arguments.priority)
+        parts = make_parts(found.arguments, found.settings.mountpoint, arguments.root)
+        return Machine(
+            root=arguments.root, settings=found.settings, parts=tuple(parts), priority=found.arguments.priority
+        )
     values = {} if arguments.backing is None else {"backing": arguments.backing}
     _, settings = config.settings_of({**values}, config.default_mountpoint("swap"), arguments.root)
     return Machine(root=arguments.root, settings=settings)

@@ -11,6 +11,7 @@ from typing import Final
 
 from zbudfs.cli.doctor import disk, kernel, rights, software, swap
 from zbudfs.cli.doctor.finding import Finding, Level, Machine, warning
+from zbudfs.service.footprint import Footprint
 
 CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
     kernel.check_version,
@@ -25,6 +26,7 @@ CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
     rights.check_capabilities,
     rights.check_memlock,
     rights.check_protections,
+    rights.check_footprint,
     rights.check_cgroup,
     swap.check_zswap,
     swap.check_other_swap,
@@ -62,10 +64,11 @@ def as_page(findings: Sequence[Finding], columns: int | None = None) -> str:
     )
 
 
-def as_json(findings: Sequence[Finding]) -> str:
-    """Return the same as an object."""
+def as_json(findings: Sequence[Finding], footprint: Footprint | None = None) -> str:
+    """Return the same as an object, with the numbers of the footprint."""
     numbers = {"problems": count(findings, Level.PROBLEM), "warnings": count(findings, Level.WARNING)}
-    return json.dumps({**numbers, "findings": [asdict(finding) for finding in findings]}, indent=2)
+    memory = {} if footprint is None else {"memory": footprint.as_object()}
+    return json.dumps({**numbers, **memory, "findings": [asdict(finding) for finding in findings]}, indent=2)
 
 
 def count(findings: Sequence[Finding], level: Level) -> int:

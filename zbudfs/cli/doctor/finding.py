@@ -9,7 +9,8 @@ import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zbudfs.service.settings import Settings
+from zbudfs.service.footprint import Footprint
+from zbudfs.service.settings import Settings, ram_bytes
 
 
 class Level(enum.StrEnum):
@@ -43,10 +44,17 @@ class Machine:
     """The folder that holds proc/, sys/, dev/ and everything else."""
     settings: Settings
     """What would be mounted, or is."""
+    parts: tuple[Settings, ...] = ()
+    """The settings of each instance, if there are several."""
     priority: int | None = None
     """That of its swap; None: the kernel's choice."""
     page_bytes: int = field(default_factory=resource.getpagesize)
     """The kernel's page: 4096 bytes, or 16 or 64 KiB on some arm64, ppc64 and loong machines."""
+
+    @property
+    def footprint(self) -> Footprint:
+        """What all instances take and save. OSError, ValueError."""
+        return Footprint.of(self.parts or (self.settings,), ram_bytes(self.root))
 
     def path(self, name: str) -> Path:
         """Return where the absolute path `name` is."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Final
 
+from zbudfs.cli import footprint_text
 from zbudfs.cli.doctor.finding import Finding, Level, Machine, ok, problem, warning
 from zbudfs.core.sizes import format_size
 from zbudfs.service import hardening
@@ -23,9 +24,6 @@ CAPABILITIES: Final = {
     23: (Level.WARNING, "CAP_SYS_NICE", "real-time scheduling is refused"),
 }
 """By number in capabilities(7): how much it matters, the name, and what its absence means."""
-
-MEMORY_BESIDE_POOL_BYTES: Final = 96 << 20
-"""What the processes take besides the pool. Guessed: 90 MiB were measured, and tables come on top."""
 
 
 def check_capabilities(machine: Machine) -> Iterator[Finding]:
@@ -90,17 +88,29 @@ def in_child(step: Callable[[], str | None]) -> str | None:
     return text or None
 
 
+def check_footprint(machine: Machine) -> Iterator[Finding]:
+    """Tell what zbudfs takes of the RAM, what it saves, and whether it pays."""
+    footprint = machine.footprint
+    text = footprint_text.takes_and_saves(footprint)
+    if footprint.is_worthwhile or not footprint.is_small_machine:
+        yield ok("memory", text)
+    else:
+        clause, _, remedy = footprint_text.not_worthwhile(machine.parts or (machine.settings,)).partition(": ")
+        yield warning("memory", f"{text}; {clause}", remedy)
+
+
 def check_cgroup(machine: Machine) -> Iterator[Finding]:
     """Tell whether a memory cgroup leaves too little for pool and processes."""
     limits = [limit for limit in _cgroup_limits(machine) if limit < 1 << 62]
-    needed = machine.settings.pool_bytes + MEMORY_BESIDE_POOL_BYTES
+    footprint = machine.footprint
+    needed = footprint.pool_bytes + footprint.own_bytes
     if not limits:
         yield ok("memory cgroup", "no limit on what is started from here")
     elif min(limits) < needed:
         yield problem(
             "memory cgroup",
-            f"a limit of {format_size(min(limits))}, and a pool of {format_size(machine.settings.pool_bytes)} with the"
-            f" processes needs {format_size(needed)}: the daemon would wait for memory that only it can free",
+            f"a limit of {format_size(min(limits))}, and a pool of {format_size(footprint.pool_bytes)} with"
+            f" processes and tables needs {format_size(needed)}: the daemon would wait for memory that only it can free",
             "a smaller pool, a higher limit, or start it in system.slice with zbudfs@NAME",
         )
     else:

@@ -18,7 +18,7 @@ PROGRAMS: Final = ("losetup", "mkswap", "swapon", "swapoff")
 
 _LIMIT_SECONDS: Final = 30.0
 _LOAD: Final = (
-    "from zbudfs.fuse import shim; import pyfuse3, zstandard;"
+    "from zbudfs.fuse import shim; from zbudfs.core.codec import Codec; import pyfuse3; Codec();"
     " shim.verify(open('/proc/self/maps').read()); print(shim.libfuse_version())"
 )
 
