@@ -162,6 +162,12 @@ class Served:
                     return pid
         return 0
 
+    def signal_new_keeper(self, number: int) -> None:
+        """Send a signal to the process that a restart has started."""
+        pid = self.child_of_keeper()
+        assert pid > 1, "there is no new keeper"
+        os.kill(pid, number)
+
     def end(self) -> None:
         """Take the mount and its processes away, however they are."""
         with contextlib.suppress(OSError):
@@ -245,12 +251,12 @@ def while_starting(name: str, number: int) -> Callable[[Served], None]:
             served.wait(lambda: served.child_of_keeper() > 0, "a new keeper")
             time.sleep(0.3)
             if name == "new keeper":
-                os.kill(served.child_of_keeper(), number)
+                served.signal_new_keeper(number)
             else:
                 served.send(name, number)
             if name == "standby":
                 served.wait(lambda: served.is_well, "another standby")
-                os.kill(served.child_of_keeper(), signal.SIGKILL)
+                served.signal_new_keeper(signal.SIGKILL)
             assert b"error" in channel.recv(4096)
 
     return act
