@@ -24,7 +24,11 @@ NICE: Final = -5
 """Of the serving thread while it is an ordinary one: before the programs that wait for it. Guessed."""
 
 LOOK_SECONDS: Final = 0.1
-"""Between two looks at the free memory. A look takes some 30 us. Guessed."""
+"""Between two looks at the free memory where it is nearly short. A look takes some 30 us. Guessed."""
+
+LONGEST_LOOK_SECONDS: Final = 1.0
+FASTEST_KIB_PER_SECOND: Final = 2 << 20
+"""How fast one processor can use memory up: with more that is free, the next look is later. Guessed."""
 
 HOLD_SECONDS: Final = 5.0
 """How long the thread stays real-time after free memory was last short. Guessed."""
@@ -45,6 +49,12 @@ def is_short(free: int, min_free: int) -> bool:
     return free * SHORT_DENOMINATOR < min_free * SHORT_NUMERATOR
 
 
+def until_next_look(free: int, min_free: int, processors: int) -> float:
+    """Return the seconds in which `free` KiB cannot become short, but at least LOOK_SECONDS."""
+    spare = free - min_free * SHORT_NUMERATOR // SHORT_DENOMINATOR
+    return min(max(LOOK_SECONDS, spare / (FASTEST_KIB_PER_SECOND * processors)), LONGEST_LOOK_SECONDS)
+
+
 class Urgency:
     """Watches the free memory for one thread, `serving_tid`, from `begin` on. OSError where it cannot.
 
@@ -59,6 +69,7 @@ class Urgency:
         os.pread(self._meminfo, 4096, 0)  # the first read has the kernel allocate, later there may be nothing left
         self._begun = threading.Event()
         self._ended = threading.Event()
+        self._processors = os.cpu_count() or 1
         self._looks_left = 0
         self.raised = True
         """Whether the thread is real-time now."""
@@ -78,16 +89,19 @@ class Urgency:
 
     def _watch(self) -> None:
         self._begun.wait()
-        while not self._ended.wait(LOOK_SECONDS):
-            self.look()
+        seconds = LOOK_SECONDS
+        while not self._ended.wait(seconds):
+            seconds = self.look()
 
-    def look(self) -> None:
-        """Look at the free memory once, and do what follows."""
-        if is_short(free_kib(os.pread(self._meminfo, 4096, 0)), self._min_free_kib):
+    def look(self) -> float:
+        """Look at the free memory once, and do what follows: when to look next, in seconds."""
+        free = free_kib(os.pread(self._meminfo, 4096, 0))
+        if is_short(free, self._min_free_kib):
             self._looks_left = int(HOLD_SECONDS / LOOK_SECONDS)
         elif self._looks_left:
             self._looks_left -= 1
         self._schedule(real_time=self._looks_left > 0)
+        return LOOK_SECONDS if self.raised else until_next_look(free, self._min_free_kib, self._processors)
 
     def _schedule(self, *, real_time: bool) -> None:
         if real_time == self.raised:

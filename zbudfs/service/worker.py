@@ -51,17 +51,17 @@ from zbudfs.service.urgency import Urgency
 from zbudfs.store.backing import Backing
 from zbudfs.store.board import Field
 from zbudfs.store.iothread import IoThread
-from zbudfs.store.memory import StoreMemory
+from zbudfs.store.memory import Follower, StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pressure import PressureMonitor
+from zbudfs.store.reclaimer import next_tick
 from zbudfs.store.steering import Steering
 from zbudfs.store.wakeup import use_eventfd
 
 FAILED: Final = 3
 """Exit status of a worker that could not come up; why stands on the board."""
 
-HEARTBEAT_SECONDS: Final = 0.5
-COLLECT_BEATS: Final = 20
+COLLECT_BEATS: Final = 10
 """Heartbeats between two looks for cyclic garbage: an error that is kept somewhere often is such. What was there before memory
 was locked is frozen, so that it takes less than a millisecond, and it allocates nothing."""
 FOLLOW_SECONDS: Final = 2.0
@@ -157,6 +157,7 @@ class Worker:
         self._board = mounted.memory.board
         self._log = mounted.log
         self._active = False
+        self._follower = Follower(mounted.memory)
         self._trouble = Lasting(mounted.log.warning, mounted.log.info)
 
     async def run(self) -> None:
@@ -192,7 +193,6 @@ class Worker:
                 if self._served_by is not None:
                     _die_with_keeper(0)  # who has said that it is ready is there also when the keeper is not
                 os.eventfd_write(self._ready_fd, 1)
-                nursery.start_soon(self._heartbeat, store, steering)
                 nursery.start_soon(self._end_on_signals, signals, helper, nursery.cancel_scope)
                 nursery.start_soon(store.tracer.run, helper)
                 async with trio.open_nursery() as waiting:
@@ -217,6 +217,7 @@ class Worker:
         fields[Field.WORKER_PID] = os.getpid()  # from the next line on it may be the only one left
         _die_with_keeper(0)
         found = store.recover()
+        nursery.start_soon(self._heartbeat, store, steering)
         steering.adopt()
         first_request = self._board.init()
         if first_request:
@@ -239,7 +240,7 @@ class Worker:
     def _settle(self) -> None:
         """Have all memory present and locked that this worker will ever need. It may take a while."""
         mounted = self._mounted
-        mounted.memory.map_populated()
+        self._follower.follow()
         if mounted.backing is not None:
             mounted.backing.warm_up()
         hardening.grow_heap(HEAP_BYTES)
@@ -253,13 +254,12 @@ class Worker:
 
     async def _heartbeat(self, store: PageStore, steering: Steering) -> None:
         while True:
-            await trio.sleep(HEARTBEAT_SECONDS)
-            if self._active:
-                self._board.fields[Field.HEARTBEAT] += 1
-                if self._board.fields[Field.HEARTBEAT] % COLLECT_BEATS == 0:
-                    gc.collect()
-                store.save_counters()
-                steering.save()
+            await trio.sleep_until(next_tick())
+            self._board.fields[Field.HEARTBEAT] += 1
+            if self._board.fields[Field.HEARTBEAT] % COLLECT_BEATS == 0:
+                gc.collect()
+            store.save_counters()
+            steering.save()
 
     async def _outlive_keeper(self) -> None:
         """Without a keeper there is nobody to order a standby: it waits for the worker's end and orders itself.
@@ -291,18 +291,18 @@ class Worker:
         fields = self._board.fields
         under_way = False
 
-        def map_populated() -> None:
+        def follow() -> None:
             nonlocal under_way
-            self._mounted.memory.map_populated()
+            self._follower.follow()
             under_way = False
 
         while True:
             await trio.sleep(FOLLOW_SECONDS)
             if fields[Field.STANDBY_PID] == os.getpid():
                 fields[Field.STANDBY_BEAT] += 1
-            if not under_way:
+            if not under_way and self._follower.is_behind:
                 under_way = True
-                helper.put(map_populated)
+                helper.put(follow)
             steering.adopt_level()
 
     @contextlib.contextmanager

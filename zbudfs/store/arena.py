@@ -87,23 +87,25 @@ class Arena:
         if end > start:
             punch_hole(self._fd, start, end - start)
 
-    def populated(self) -> list[tuple[int, int]]:
-        """(offset, length) of the parts that have pages, as the kernel knows them."""
+    def populated(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """(offset, length) of the parts that have pages, as the kernel knows them; only those that begin in some bytes."""
         parts: list[tuple[int, int]] = []
-        end = 0
-        while end < self.size:
+        end, limit = offset, self.size if length is None else offset + length
+        while end < limit:
             try:
                 start = os.lseek(self._fd, end, os.SEEK_DATA)
             except OSError:  # ENXIO: nothing further
                 break
-            end = os.lseek(self._fd, start, os.SEEK_HOLE)
+            if start >= limit:
+                break
+            end = min(limit, os.lseek(self._fd, start, os.SEEK_HOLE))
             parts.append((start, end - start))
         return parts
 
-    def map_populated(self) -> None:
+    def map_populated(self, offset: int = 0, length: int | None = None) -> None:
         """Map what is populated into this process, so that a touch of it is no page fault. For memory of another's."""
-        for start, length in self.populated():
-            _libc.madvise(self.address + start, length, _MADV_POPULATE_WRITE)
+        for start, count in self.populated(offset, length):
+            _libc.madvise(self.address + start, count, _MADV_POPULATE_WRITE)
 
     @property
     def resident_bytes(self) -> int:

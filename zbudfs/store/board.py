@@ -95,6 +95,10 @@ class Field(IntEnum):
     """st_dev of the mount; 0: it is not known."""
     ENDED = 37
     """1 once the worker has ended the connection on purpose: nobody takes over."""
+    POPULATED_FRAMES = 38
+    """Frames that the worker has given memory so far, one that was given it twice counted twice."""
+    FRESH_FRAMES = 39
+    """Frames from this number on have never had memory."""
     BORN_NS = 40
     """When the mount was made: the time of all its files."""
     FUSE_FD = 41

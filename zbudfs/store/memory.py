@@ -16,6 +16,7 @@ that is never swapped out) these are files in it; else memory without a name, wh
 processes does.
 """
 
+import time
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -42,6 +43,9 @@ RESERVE_BYTES: Final = 32 << 20
 """What the pool leaves in the memory cgroup: a new standby needs more, while it gets ready, than a dead worker has left."""
 STANDBY_BYTES: Final = 48 << 20
 """And beyond that while there is no standby: 34 MiB of its own, and 13 for a while to try itself out (measured)."""
+
+REMAP_SECONDS: Final = 30.0
+"""Least time between two walks of a standby over all memory: 50 ns a page. Guessed."""
 
 PARKING_SLOTS: Final = 10
 PARKING_SLOT_BYTES: Final = (1 << 20) + (64 << 10)
@@ -175,6 +179,10 @@ class StoreMemory:
         """Give frames, as runs (first, count), memory, and their parts of the tables. MemoryError."""
         for first, count in runs:
             self.frames.populate(first << PAGE_SHIFT, count << PAGE_SHIFT)
+        self._populate_tables(runs)
+
+    def _populate_tables(self, runs: list[tuple[int, int]]) -> None:
+        for first, count in runs:
             for offset, length in self.packing.kind.table_spans(self.nr_frames, first, count):
                 self.frame_table.populate(offset, length)
             # the pool's column, and the stack of ready frames from the left and that of bare ones from the right
@@ -200,8 +208,48 @@ class StoreMemory:
         for arena in self.arenas:
             arena.map_populated()
 
+    def map_frames(self, first: int, count: int) -> None:
+        """Map those of some frames that have memory into this process, and their parts of the tables."""
+        self.frames.map_populated(first << PAGE_SHIFT, count << PAGE_SHIFT)
+        self._populate_tables([(first, count)])
+
     @property
     def arenas(self) -> list[Arena]:
         """All but the board."""
         arenas = [self.pages, self.frames, self.frame_table, self.free_frames, self.parking, self.trace]
         return arenas + [arena for arena in (self.blocks, self.outgoing) if arena is not None]
+
+
+class Follower:
+    """Keeps the mappings of one process up with the memory that the worker populates.
+
+    Only what is new is mapped, and nothing is looked at while nothing is populated: what an idle standby costs does not
+    depend on the size of the pool. Memory that was given back and populated again has its place in this process's page
+    tables already, so that it can be mapped later.
+    """
+
+    def __init__(self, memory: StoreMemory) -> None:
+        self._memory = memory
+        self._fields = memory.board.fields
+        self._known = (-1, -1)
+        self._mapped_frames = 0
+        self._mapped_at = float("-inf")
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether `follow` may have something to do."""
+        return self._known != (self._fields[Field.POPULATED_FRAMES], self._fields[Field.TRACING])
+
+    def follow(self) -> None:
+        """Map what is new since the last call; everything if that was never done, or is wanted and was done long ago."""
+        if not self.is_behind:
+            return
+        known = self._fields[Field.POPULATED_FRAMES], self._fields[Field.TRACING]
+        fresh = self._fields[Field.FRESH_FRAMES]
+        now = time.monotonic()
+        if now - self._mapped_at >= REMAP_SECONDS:
+            self._memory.map_populated()
+            self._known, self._mapped_frames, self._mapped_at = known, fresh, now
+        elif fresh > self._mapped_frames:
+            self._memory.map_frames(self._mapped_frames, fresh - self._mapped_frames)
+            self._mapped_frames = fresh

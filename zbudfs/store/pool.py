@@ -14,6 +14,7 @@ that is read when there is no frame to keep it in.
 from typing import Final
 
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
+from zbudfs.store.board import Field
 from zbudfs.store.memory import BOUNCE_FRAMES, FRAME_ENTRY_BYTES, StoreMemory
 
 RESERVE_FRAMES: Final = 1024
@@ -85,6 +86,13 @@ class Pool:
                     self._stack[self.ready_frames] = frame
                     self.ready_frames += 1
         self.used_frames_max = self.used_frames
+        self._tell_populated(self.used_frames + self.ready_frames)
+
+    def _tell_populated(self, frames: int) -> None:
+        """Put it on the board that so many more frames have got memory: a standby maps them."""
+        fields = self.memory.board.fields
+        fields[Field.FRESH_FRAMES] = self._fresh
+        fields[Field.POPULATED_FRAMES] += frames
 
     # ---- taking and giving -------------------------------------------------------------------------------------
 
@@ -144,6 +152,7 @@ class Pool:
             for frame in range(first, first + count):
                 self._stack[self.ready_frames] = frame
                 self.ready_frames += 1
+        self._tell_populated(sum(count for _, count in runs))
 
     def add_bare(self, runs: list[tuple[int, int]]) -> None:
         """The frames of `take_bare` could not be populated, or those of `take_surplus` are released."""

@@ -47,6 +47,11 @@ CALM_SECONDS: Final = 5.0
 """Without a writeback and a new zpage for so long, free blocks and frames are surplus. Guessed."""
 
 TICK_SECONDS: Final = 1.0
+"""Between two looks of the memory and the disk task. All that is periodic happens at the same moments (`next_tick`)."""
+
+FILE_LOOK_SECONDS: Final = 5.0
+"""Between two looks at what somebody may have done to the backing file: each costs a call in a thread. Arbitrary."""
+
 RETRY_SECONDS: Final = 1.0
 """After a failed writeback the next one is not tried before. Guessed: a disk that fails at once must not be flooded."""
 
@@ -71,6 +76,11 @@ REFUSE_SECONDS: Final = 30.0
 
 POPULATE_SECONDS: Final = 5.0
 """How long a write waits for the system to give the pool memory, where writing back cannot help. Guessed."""
+
+
+def next_tick() -> float:
+    """Return when the next whole TICK_SECONDS begin, on trio's clock."""
+    return (trio.current_time() // TICK_SECONDS + 1) * TICK_SECONDS
 
 
 class Reclaimer:
@@ -127,6 +137,7 @@ class Reclaimer:
         self._full = False
         self._trouble: dict[str, str] = {}
         """What was said last, by what was wanted ("write", "grow", "memory"); nothing once it was had."""
+        self._look_at_file_at = 0.0
         self._damage: list[str] = []
         """What somebody has done to the backing file."""
         self._progress_at: float | None = None
@@ -439,7 +450,7 @@ class Reclaimer:
 
     async def _keep_memory_for_ever(self) -> None:
         while True:
-            with trio.move_on_after(TICK_SECONDS):
+            with trio.move_on_at(next_tick()):
                 await self._memory_wanted.wait()
             self._memory_wanted = trio.Event()
             self.ticked_at = trio.current_time()
@@ -498,11 +509,13 @@ class Reclaimer:
 
     async def _keep_disk_for_ever(self) -> None:
         while True:
-            with trio.move_on_after(TICK_SECONDS):
+            with trio.move_on_at(next_tick()):
                 await self._disk_wanted.wait()
             self._disk_wanted = trio.Event()
             await self._grow()
-            await self._look_at_file()
+            if trio.current_time() >= self._look_at_file_at:
+                self._look_at_file_at = trio.current_time() + FILE_LOOK_SECONDS
+                await self._look_at_file()
             if self._failing:  # the disk may be well again, with nobody writing meanwhile
                 self._writeback_wanted.set()
             if self._calm():
