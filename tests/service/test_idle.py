@@ -93,12 +93,12 @@ def test_only_what_is_new_is_mapped() -> None:
     for _ in range(3):
         follower.follow()
     assert memory.mapped() == (1, [])
-    assert not follower.is_behind
+    assert [follower.is_behind] == [False]
     for first in (0, 100):
         memory.populate_frames([(first, 100)])
         fields[Field.FRESH_FRAMES] = first + 100
         fields[Field.POPULATED_FRAMES] += 100
-        assert follower.is_behind
+        assert [follower.is_behind] == [True]
         for _ in range(3):
             follower.follow()
     assert memory.mapped() == (1, [(0, 100), (100, 100)])
