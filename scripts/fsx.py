@@ -35,6 +35,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from zbudfs.core.tunables import MAX_WRITERS
+
 PAGE: Final = 4096
 STRIPE: Final = 1500
 """Bytes of one stripe: not a divisor of a page, so that hardly any page has one owner."""
@@ -358,6 +360,7 @@ def mounted(folder: Path, size: int, pool: str, packing: str) -> Iterator[Path]:
     options = ("--size", str(size), "--pool", pool, "--packing", packing, "--backing", folder / "backing")
     zbudfs("mount", *options, mountpoint)
     try:
+        (mountpoint / "control/writers").write_text(str(MAX_WRITERS))
         yield mountpoint
     finally:
         zbudfs("umount", mountpoint)

@@ -32,6 +32,7 @@ from typing import Any, Final
 from scripts.cell import Cell
 from scripts.fsx import play_all, zbudfs
 from scripts.nbd import NbdDisk, nbd_disk
+from zbudfs.core.tunables import MAX_WRITERS
 
 SIZE: Final = 24 << 20
 POOL: Final = 4 << 20
@@ -199,6 +200,7 @@ def main(arguments: list[str]) -> int:
         with nbd_disk(folder, 96 << 20) as disk:
             zbudfs("mount", "--size", str(SIZE), "--pool", str(POOL), "--backing", disk.mounted / "b", mountpoint)
             try:
+                (mountpoint / "control/writers").write_text(str(MAX_WRITERS))
                 troubles = Troubles(mountpoint, disk, random.Random(options.seed))
                 while not rounds or (not wrong and time.monotonic() - began < options.minutes * 60):
                     start = options.seed + rounds * SEEDS_A_ROUND

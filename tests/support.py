@@ -61,11 +61,16 @@ def status_of(mountpoint: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def mounted(mountpoint: Path, *options: str | Path) -> Iterator[Path]:
-    """Have a zbudfs of 64 MiB with a pool of 16 MiB and no backing file, or as `options` say, for a while."""
+def mounted(mountpoint: Path, *options: str | Path, writers: int = 1) -> Iterator[Path]:
+    """Have a zbudfs of 64 MiB with a pool of 16 MiB and no backing file, or as `options` say, for a while.
+
+    `writers` is how many files may have its swapfile open for writing at the same moment.
+    """
     mountpoint.mkdir(exist_ok=True)
     zbudfs("mount", "--size", "64M", "--pool", "16M", "--packing", PACKING, "--backing", "none", *options, mountpoint)
     try:
+        if writers > 1:
+            (mountpoint / "control/writers").write_text(str(writers))
         yield mountpoint
     finally:
         if is_mounted(mountpoint):

@@ -288,7 +288,10 @@ def place(tmp_path: Path) -> Iterator[Place]:
     """A small mount that must be as it was after the test, and still be able to punch holes."""
     outside = tmp_path / "outside"
     outside.mkdir()
-    with mounted(tmp_path / "mnt", "--size", str(SIZE), "--pool", "4M") as mnt, opened(mnt / "swapfile") as fd:
+    with (
+        mounted(tmp_path / "mnt", "--size", str(SIZE), "--pool", "4M", writers=2) as mnt,
+        opened(mnt / "swapfile") as fd,
+    ):
         os.pwrite(fd, START, 0)
         yield Place(mnt, mnt / "swapfile", fd, outside)
         assert os.pread(fd, len(START), 0) == START

@@ -209,7 +209,7 @@ def test_a_disk_that_stands_still(small_disk: Path, tmp_path: Path) -> None:
     source = random.Random(15)
     options = ("--size", str(SIZE), "--pool", "1M", "--backing", small_disk / "backing")
     with (
-        mounted(tmp_path / "mnt", *options) as mountpoint,
+        mounted(tmp_path / "mnt", *options, writers=2) as mountpoint,
         fuse_control(tmp_path / "ctl", mountpoint) as connection,
         looped(mountpoint / "swapfile") as device,
         opened(mountpoint / "swapfile") as fd,

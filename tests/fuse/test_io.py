@@ -122,7 +122,9 @@ def assert_all_well(mountpoint: Path) -> None:
 def test_several_writers(pool: int, backing: str, plain: Path, tmp_path: Path) -> None:
     """Thousands of random calls from four processes, each in its range, whose first and last pages it shares."""
     disk = backing if backing == "none" else tmp_path / backing
-    with mounted(tmp_path / "mnt", "--size", str(SIZE), "--pool", str(pool), "--backing", disk) as mountpoint:
+    with mounted(
+        tmp_path / "mnt", "--size", str(SIZE), "--pool", str(pool), "--backing", disk, writers=4
+    ) as mountpoint:
         same_in_ranges(mountpoint / "swapfile", plain, BOUNDS, unit=1, seed=100, steps=800)
         assert_same(mountpoint, plain)
         counts = all_stats(mountpoint)
@@ -161,7 +163,7 @@ def test_writers_that_race(tmp_path: Path) -> None:
     """
     pages = 656
     options = ("--size", str(SIZE), "--pool", "1M", "--backing", tmp_path / "backing")
-    with mounted(tmp_path / "mnt", *options) as mountpoint:
+    with mounted(tmp_path / "mnt", *options, writers=3) as mountpoint:
         with looped(mountpoint / "swapfile", sector_bytes=SECTOR) as device:
             targets = [*[device] * 6, *[mountpoint / "swapfile"] * 2]
             workers = [
@@ -213,7 +215,7 @@ def test_a_request_of_1_mib_arrives_whole(tmp_path: Path) -> None:
 @pytest.mark.needs("loop")
 def test_nothing_stays_in_the_page_cache(tmp_path: Path) -> None:
     """Neither a program's reads and writes nor those of a loop device leave a page of the device in the cache."""
-    with mounted(tmp_path / "mnt") as mountpoint, opened(mountpoint / "swapfile") as fd:
+    with mounted(tmp_path / "mnt", writers=2) as mountpoint, opened(mountpoint / "swapfile") as fd:
         os.pwrite(fd, b"cached?" * MIB, 1000)
         assert os.pread(fd, 7, 1000) == b"cached?"
         assert len(read_everything(fd, 16 * MIB)) == 16 * MIB

@@ -316,7 +316,7 @@ def test_reads_first(tmp_path: Path) -> None:
         answered.append("read")
 
     with (
-        mounted(tmp_path / "mnt") as mountpoint,
+        mounted(tmp_path / "mnt", writers=2) as mountpoint,
         fuse_control(tmp_path / "ctl", mountpoint) as connection,
         looped(mountpoint / "swapfile") as device,  # two writes at once on one file are the loop driver's to make
         opened(device, os.O_RDWR | os.O_DIRECT) as disk,

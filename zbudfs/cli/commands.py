@@ -25,6 +25,7 @@ from zbudfs.cli import config as configuration
 from zbudfs.cli import config_page, footprint_text, stripe, tuning
 from zbudfs.cli import exporter as exporting
 from zbudfs.cli import status as status_page
+from zbudfs.cli.alone import alone
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.ask import all_numbers, why_silent
 from zbudfs.cli.restart import order_restart, wait_served
@@ -55,34 +56,39 @@ from zbudfs.service.settings import (
     ram_bytes,
 )
 from zbudfs.swap.attach import attach
-from zbudfs.swap.detach import detach
+from zbudfs.swap.detach import detach, free_leftovers
+from zbudfs.swap.loop import swaps_on
 
 
 def mount(arguments: Arguments) -> int:
     """Mount and return when it is up; in the foreground, when it has ended."""
     need_root("mount")
     mountpoint = resolve(arguments.mountpoint)
-    if not arguments.foreground:
-        _start(arguments, mountpoint)
-        return 0
-    parts = make_parts(arguments, mountpoint)
-    if len(parts) > 1:
-        raise SettingsError("--foreground is for one instance: leave it out, or --instances")
-    _prepare(mountpoint, parts)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone("mount", mountpoint))
+        if not arguments.foreground:
+            _start(arguments, mountpoint)
+            return 0
+        parts = make_parts(arguments, mountpoint)
+        if len(parts) > 1:
+            raise SettingsError("--foreground is for one instance: leave it out, or --instances")
+        _prepare(mountpoint, parts)
 
-    def on_ready(ready: launch.Ready) -> None:
-        print(f"zbudfs: mounted on {shown_path(mountpoint)}, pid {ready.pid}; Ctrl-C ends it", file=sys.stderr)
-        _tell_refusals(ready, mountpoint)
-        _tell_footprint(parts)
+        def on_ready(ready: launch.Ready) -> None:
+            stack.close()  # others may work on it from now on
+            print(f"zbudfs: mounted on {shown_path(mountpoint)}, pid {ready.pid}; Ctrl-C ends it", file=sys.stderr)
+            _tell_refusals(ready, mountpoint)
+            _tell_footprint(parts)
 
-    return launch.run_in_foreground(parts[0], on_ready)
+        return launch.run_in_foreground(parts[0], on_ready)
 
 
 def umount(arguments: Arguments) -> int:
     """Unmount, if no swap is on it, and return when the daemon has ended."""
     need_root("umount")
     mountpoint = resolve(arguments.mountpoint)
-    take_all_down(mountpoint, all_mounted(mountpoint))
+    with alone("umount", mountpoint):
+        take_all_down(mountpoint, all_mounted(mountpoint))
     return 0
 
 
@@ -90,26 +96,39 @@ def swapon(arguments: Arguments) -> int:
     """Mount if need be, then make it active swap; print the device, or devices."""
     need_root("swapon")
     mountpoint = resolve(arguments.mountpoint)
+    with alone("swapon", mountpoint):
+        return make_swap(arguments, mountpoint)
+
+
+def make_swap(arguments: Arguments, mountpoint: str) -> int:
+    """As `swapon`, for a caller that is `alone` on the mountpoint.
+
+    What an earlier swapon that was killed has left is taken over, and so is a loop device whose swap was turned off.
+    """
     mounts = stripe.mounts_of(mountpoint)
     mounted_here = not mounts
     if mounted_here:
         mounts = _start(arguments, mountpoint)
     else:
         _refuse_mount_options(arguments, mountpoint)
-        refuse_users(mountpoint, mounts, "is in use already: {}")
+        if all(swaps_on(mounted.mountpoint, mounted.st_dev) for mounted in mounts):
+            refuse_users(mountpoint, mounts, "is in use already: {}")
+    missing = [mounted for mounted in mounts if not swaps_on(mounted.mountpoint, mounted.st_dev)]
     priority = arguments.priority
     if priority is None and len(mounts) > 1:
         priority = stripe.STRIPE_PRIORITY
-    devices: list[str] = []
+    done: list[tuple[str, int | None]] = []
     try:
-        for mounted in mounts:
-            devices.append(attach(mounted.mountpoint, priority))
+        for mounted in missing:
+            free_leftovers(mounted.mountpoint, mounted.st_dev)
+            attach(mounted.mountpoint, priority)
+            done.append((mounted.mountpoint, mounted.st_dev))
     except BaseException:
-        detach([(mounted.mountpoint, mounted.st_dev) for mounted in mounts[: len(devices)]], force=True)
+        detach(done, force=True)
         if mounted_here:
             take_all_down(mountpoint, mounts)
         raise
-    print("\n".join(devices))
+    print("\n".join(swap.path for mounted in mounts for swap in swaps_on(mounted.mountpoint, mounted.st_dev)))
     return 0
 
 
@@ -117,6 +136,12 @@ def swapoff(arguments: Arguments) -> int:
     """Take swap and loop device away, and the mount as well if wanted."""
     need_root("swapoff")
     mountpoint = resolve(arguments.mountpoint)
+    with alone("swapoff", mountpoint):
+        return end_swap(arguments, mountpoint)
+
+
+def end_swap(arguments: Arguments, mountpoint: str) -> int:
+    """As `swapoff`, for a caller that is `alone` on the mountpoint."""
     mounts = all_mounted(mountpoint)
     devices = detach([(mounted.mountpoint, mounted.st_dev) for mounted in mounts], force=arguments.force)
     if arguments.umount:
@@ -129,10 +154,12 @@ def swapoff(arguments: Arguments) -> int:
 def restart(arguments: Arguments) -> int:
     """Hand a mount over to the version of zbudfs that runs this command; swap stays on."""
     need_root("restart")
-    for mounted in all_mounted(resolve(arguments.mountpoint)):
-        answer = order_restart(mounted.mountpoint)
-        wait_served(mounted.mountpoint, answer["pid"])
-        print(f"zbudfs {answer['version']} serves {shown_path(mounted.mountpoint)} now, pid {answer['pid']}")
+    mountpoint = resolve(arguments.mountpoint)
+    with alone("restart", mountpoint):
+        for mounted in all_mounted(mountpoint):
+            answer = order_restart(mounted.mountpoint)
+            wait_served(mounted.mountpoint, answer["pid"])
+            print(f"zbudfs {answer['version']} serves {shown_path(mounted.mountpoint)} now, pid {answer['pid']}")
     return 0
 
 

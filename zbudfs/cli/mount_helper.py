@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import Final
 
 from zbudfs.cli import config
+from zbudfs.cli.alone import alone
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.commands import start
 from zbudfs.cli.keys import BY_NAME, KEYS, Value
@@ -30,7 +31,7 @@ from zbudfs.cli.main import USAGE, guarded
 from zbudfs.cli.options import OneLineParser
 from zbudfs.cli.target import CommandError, need_root, resolve
 from zbudfs.cli.teardown import take_down
-from zbudfs.service.mountpoint import find_mount, shown_path, unmount
+from zbudfs.service.mountpoint import Mount, find_mount, shown_path, unmount
 from zbudfs.service.settings import Settings, SettingsError, ram_bytes
 
 MOUNT_USAGE: Final = 1
@@ -123,21 +124,27 @@ def _mount(arguments: HelperArguments) -> int:
         print(settings.to_json())
     if not arguments.fake:
         need_root("mount")
-        start(settings)
+        with alone("mount", settings.mountpoint):
+            start(settings)
     return 0
 
 
 def _umount(arguments: HelperArguments) -> int:
     need_root("umount")
     mountpoint = resolve(arguments.directory)
-    mounted = find_mount(mountpoint)
-    if mounted is None:
-        raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
-    if arguments.lazy:
+    if arguments.lazy:  # the last resort where a command hangs: it waits for none
+        _find(mountpoint)
         unmount(mountpoint, lazy=True)
-    else:
-        take_down(mounted)
+        return 0
+    with alone("umount", mountpoint):
+        take_down(_find(mountpoint))
     return 0
+
+
+def _find(mountpoint: str) -> Mount:
+    if (mounted := find_mount(mountpoint)) is None:
+        raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
+    return mounted
 
 
 def settings_for(source: str, directory: str, values: dict[str, Value], root: str = "/") -> Settings:

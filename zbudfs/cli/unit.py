@@ -20,6 +20,7 @@ from typing import Final
 
 from zbudfs.cli import commands, leader, stripe
 from zbudfs.cli import config as configuration
+from zbudfs.cli.alone import NO_LIMIT, alone
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.target import CommandError, need_root
 from zbudfs.cli.teardown import take_down
@@ -29,7 +30,7 @@ from zbudfs.service.mountpoint import find_mount, shown_path
 from zbudfs.service.notify import Notifier, take_stored
 from zbudfs.service.pooldir import is_held
 from zbudfs.service.settings import Settings
-from zbudfs.swap.loop import users
+from zbudfs.swap.loop import swaps_on, users
 
 WHOLE: Final = -1
 """The number of an instance that is the only one."""
@@ -99,16 +100,25 @@ def _prepare(config: configuration.Config, parts: Sequence[Settings]) -> None:
         mountpoint = part.mountpoint
         mounted = find_mount(mountpoint)
         if mounted is not None and is_held(mountpoint):
-            continue  # a worker serves on; asking the mount might have to wait
-        if mounted is not None:
-            if here := users(mountpoint, mounted.st_dev):
-                raise CommandError(
-                    f"a zbudfs whose daemon has died is still mounted on {shown_path(mountpoint)}, with {', '.join(here)}:"
-                    f" run zbudfs umount {shown_path(mountpoint)}; what is swapped out there is lost"
-                )
-            take_down(mounted)
-            stripe.make_folders(parts)
-        commands.prepare(part)
+            continue  # a worker serves on; asking the mount might have to wait, and so might a command that works on it
+        with alone("serve", mountpoint):
+            _make_room(part, parts)
+            commands.prepare(part)
+
+
+def _make_room(part: Settings, parts: Sequence[Settings]) -> None:
+    """Take a dead mount without swap away from where a part is to be mounted."""
+    mountpoint = part.mountpoint
+    mounted = find_mount(mountpoint)
+    if mounted is None:
+        return
+    if here := users(mountpoint, mounted.st_dev):
+        raise CommandError(
+            f"a zbudfs whose daemon has died is still mounted on {shown_path(mountpoint)}, with {', '.join(here)}:"
+            f" run zbudfs umount {shown_path(mountpoint)}; what is swapped out there is lost"
+        )
+    take_down(mounted)
+    stripe.make_folders(parts)
 
 
 def _pipe_with(settings: Settings) -> int:
@@ -125,25 +135,28 @@ def swapon(arguments: Arguments) -> int:
     config = configuration.load(str(arguments.config))
     if not config.swap:
         raise CommandError(f"{config.files[-1]} says swap = false: {config.name} is not wanted as swap")
-    mounts = stripe.mounts_of(config.settings.mountpoint)
-    if mounts:
-        here = [user for mounted in mounts for user in users(mounted.mountpoint, mounted.st_dev)]
-        if devices := [user.removeprefix("swap on ") for user in here if user.startswith("swap on ")]:
-            print("\n".join(devices))
+    mountpoint = config.settings.mountpoint
+    with alone("swapon", mountpoint):
+        mounts = stripe.mounts_of(mountpoint)
+        if not mounts:
+            configuration.make_mountpoint(config)
+            return commands.make_swap(config.arguments, mountpoint)
+        active = [swaps_on(mounted.mountpoint, mounted.st_dev) for mounted in mounts]
+        if all(active):
+            print("\n".join(swap.path for swaps in active for swap in swaps))
             return 0
-        wanted = Arguments(**{**vars(arguments), "mountpoint": config.settings.mountpoint})
+        wanted = Arguments(**{**vars(arguments), "mountpoint": mountpoint})
         wanted.priority = config.arguments.priority
-        return commands.swapon(wanted)
-    configuration.make_mountpoint(config)
-    return commands.swapon(config.arguments)
+        return commands.make_swap(wanted, mountpoint)
 
 
 def swapoff(arguments: Arguments) -> int:
     """End the swap on a configuration's zbudfs, if there is any."""
     config = configuration.load(str(arguments.config))
     mountpoint = config.settings.mountpoint
-    mounts = stripe.mounts_of(mountpoint)
-    used = any(users(mounted.mountpoint, mounted.st_dev) for mounted in mounts)
-    if not mounts or (not used and not arguments.umount):
-        return 0
-    return commands.swapoff(Arguments(**{**vars(arguments), "mountpoint": mountpoint, "config": None}))
+    with alone("swapoff", mountpoint, NO_LIMIT):  # another swapoff takes as long as it takes, and so does this one
+        mounts = stripe.mounts_of(mountpoint)
+        used = any(users(mounted.mountpoint, mounted.st_dev) for mounted in mounts)
+        if not mounts or (not used and not arguments.umount):
+            return 0
+        return commands.end_swap(Arguments(**{**vars(arguments), "mountpoint": mountpoint, "config": None}), mountpoint)

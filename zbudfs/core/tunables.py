@@ -20,6 +20,7 @@ ALL: Final = "all"
 
 MAX_SECONDS: Final = 10 * 366 * 86400
 MAX_BYTES: Final = 1 << 60
+MAX_WRITERS: Final = 64
 _LONGEST: Final = 64
 """Longest text that is looked at, in characters."""
 
@@ -46,6 +47,11 @@ TUNABLES: Final = (
     Tunable("writeback_budget_bytes_per_day", "bytes a day", "most that is written to the backing file; 0 is no limit"),
     Tunable("age_seconds", "seconds", "frames to which nothing was added for so long are written back; 0 is never"),
     Tunable("trace", "0 or 1", "whether requests are recorded for zbudfs trace; off again when nobody reads them"),
+    Tunable(
+        "writers",
+        "open files",
+        f"how many may have swapfile open for writing: 1 keeps a second loop device off it; up to {MAX_WRITERS}",
+    ),
     Tunable("writeback", "frames", "write N or all of the coldest frames now; reads as what is left of it", order=True),
     Tunable(
         "drop_ephemeral", "frames", "write 1 to drop clean copies of blocks; reads as how many there are", order=True
@@ -167,6 +173,10 @@ def _trace(name: str, text: str, limits: Limits) -> int:
     return _whole_number(name, text, 0, 1)
 
 
+def _writers(name: str, text: str, limits: Limits) -> int:
+    return _whole_number(name, text, 1, MAX_WRITERS)
+
+
 def _drop(name: str, text: str, limits: Limits) -> int:
     return _whole_number(name, text, 1, 1)
 
@@ -180,6 +190,7 @@ _PARSERS: Final = {
     "writeback_budget_bytes_per_day": _budget,
     "age_seconds": _age,
     "trace": _trace,
+    "writers": _writers,
     "writeback": _writeback,
     "drop_ephemeral": _drop,
 }

@@ -27,8 +27,8 @@ from zbudfs.fuse.nodes import (
     Folder,
     Stats,
 )
+from zbudfs.fuse.openings import OPENED, Openings
 from zbudfs.fuse.traced import traced
-from zbudfs.store.board import Field
 from zbudfs.store.page_store import PageStore
 
 ERRNO_OF: Final[Mapping[type[ZbudfsError], int]] = {
@@ -77,6 +77,7 @@ class Operations(pyfuse3.Operations):
         self._born_ns = born_ns
         self.started = trio.Event()
         self._board = store.memory.board
+        self._openings = Openings(self._board.fields)
         self._snapshots: dict[int, bytes] = {}
         """By file handle: what a file of stats/ or control/ held when it was opened, or written last."""
         self._controls: dict[int, str] = {}
@@ -211,8 +212,11 @@ class Operations(pyfuse3.Operations):
             if flags & os.O_TRUNC:
                 # The kernel would take a success for a file of no bytes, and a loop device on it would read nothing.
                 raise pyfuse3.FUSEError(errno.EPERM)
-            self._board.fields[Field.OPEN_SWAPFILES] += 1
-            return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(SWAPFILE), direct_io=True)
+            try:
+                opened = self._openings.open(shim.open_request(), writing=flags & os.O_ACCMODE != os.O_RDONLY)
+            except OSError as error:
+                raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+            return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(opened), direct_io=True)
         handle = pyfuse3.FileHandleT(self._next_handle)
         if (name := self._control.name(inode)) is not None:
             self._snapshots[handle] = self._control.content(name)
@@ -228,9 +232,8 @@ class Operations(pyfuse3.Operations):
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """The last user of an open file is gone."""
-        if fh == SWAPFILE:
-            # A release that a dead worker had counted already may come again.
-            self._board.fields[Field.OPEN_SWAPFILES] = max(0, self._board.fields[Field.OPEN_SWAPFILES] - 1)
+        if fh & OPENED:
+            self._openings.release(fh)
         else:
             self._snapshots.pop(fh, None)
             self._controls.pop(fh, None)

@@ -32,6 +32,9 @@
    9. Time. Each request for the served file is entered in a histogram when it is answered, at once or later, in memory that
       is given (core/latency.py has the layout): two looks at the clock. What Python knows a request by is a `struct work`.
 
+   10. The number of the request that opens the served file. It stays the same when the kernel sends the request again, so that the
+      open file is counted once.
+
    Whatever happens, fallocate is never answered with ENOSYS: the kernel would not ask again on this connection.
 
    libfuse 3.14 (Debian 12) exports fuse_session_new; from 3.17 on (Debian 13) headers turn it into
@@ -56,6 +59,7 @@ enum {
     MAX_WRITE = 1 << 20,
     RECEIVE_BYTES = MAX_WRITE + (64 << 10),
     MAX_INIT = 1024,
+    OPCODE_OPEN = 14,
     OPCODE_READ = 15,
     OPCODE_WRITE = 16,
     OPCODE_FSYNC = 20,
@@ -84,6 +88,12 @@ enum { READ, WRITE, FALLOCATE, FSYNC, NR_HANDLERS };
 enum { MAX_ARGUMENTS = 4 };
 
 struct libfuse_version;
+
+/* How each request begins. */
+struct header {
+    uint32_t length, opcode;
+    uint64_t unique, inode;
+};
 
 /* A request for the served file that is not answered yet. */
 struct work {
@@ -117,6 +127,7 @@ static int answered_by_shim;  /* the request just processed was for the served f
 static struct fuse_session *the_session;
 static char init_request[MAX_INIT];
 static size_t init_length;
+static uint64_t open_unique; /* the number of the last request to open the served file */
 static void *arenas[MAX_ARENAS];
 static Py_buffer slots_buffer;
 static char *free_slots[MAX_SLOTS], *in_process; /* the buffer of the request that is being processed */
@@ -328,6 +339,8 @@ static void process(struct fuse_session *session, struct fuse_buf *buf, long lon
     answered_by_shim = 0;
     received_ns = since_ns;
     in_process = buf->mem;
+    const struct header *header = buf->mem;
+    if (buf->size >= sizeof *header && header->opcode == OPCODE_OPEN && header->inode == served_inode) open_unique = header->unique;
     real(session, buf);
     if (in_process) give_buffer(in_process);
     buf->mem = NULL;
@@ -395,10 +408,7 @@ static int linger(struct fuse_session *session) {
 
 /* What of the served file is asked for, 0 if it is about anything else. */
 static unsigned wanted(const struct fuse_buf *buf) {
-    const struct {
-        uint32_t length, opcode;
-        uint64_t unique, inode;
-    } *header = buf->mem;
+    const struct header *header = buf->mem;
     return is_slot(buf->mem) && buf->size >= sizeof *header && header->inode == served_inode ? header->opcode : 0;
 }
 
@@ -548,6 +558,11 @@ static PyObject *py_first_request(PyObject *self, PyObject *unused) {
     return PyBytes_FromStringAndSize(init_request, (Py_ssize_t)init_length);
 }
 
+static PyObject *py_open_request(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyLong_FromUnsignedLongLong(open_unique);
+}
+
 static PyObject *py_replay(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer request;
@@ -624,6 +639,7 @@ static PyMethodDef methods[] = {
     {"reply", py_reply, METH_VARARGS, "reply(request, errno, written=-1) -> errno: answer a request; a write with its length"},
     {"reply_data", py_reply_data, METH_VARARGS, "reply_data(request, data) -> errno: answer a read"},
     {"first_request", py_first_request, METH_NOARGS, "first_request() -> bytes: FUSE_INIT as it came, empty if it has not"},
+    {"open_request", py_open_request, METH_NOARGS, "open_request() -> int: the number of the last request to open the served file"},
     {"replay", py_replay, METH_VARARGS, "replay(request) -> bool: have libfuse process FUSE_INIT; whether it has"},
     {"take_arenas_from_malloc", py_take_arenas_from_malloc, METH_NOARGS, "Python's object arenas come from malloc from now on"},
     {"libfuse_version", py_libfuse_version, METH_NOARGS, "libfuse_version() -> str"},

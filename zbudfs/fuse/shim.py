@@ -31,6 +31,7 @@ set_make_ready = _shim.set_make_ready
 reply = _shim.reply
 reply_data = _shim.reply_data
 first_request = _shim.first_request
+open_request = _shim.open_request
 replay = _shim.replay
 take_arenas_from_malloc = _shim.take_arenas_from_malloc
 libfuse_version = _shim.libfuse_version

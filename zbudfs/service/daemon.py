@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from zbudfs.core.errors import ZbudfsError
 from zbudfs.fuse.shim import ShimError
 from zbudfs.service.keeper import ENDING, Keeper, StartError, keep_adopted
+from zbudfs.service.locks import coming_up
 from zbudfs.service.log import Log, route_logging
 from zbudfs.service.mountpoint import MountError
 from zbudfs.service.notify import Notifier, take_stored
@@ -46,7 +47,8 @@ def _say(ready_fd: int, message: dict[str, object]) -> None:
 def _mount(settings: Settings, log: Log, say: Callable[[dict[str, object]], None], keeper: Keeper) -> int:
     made = False
     try:
-        keeper.make()
+        with coming_up(settings.mountpoint):
+            keeper.make()
         made = True
         keeper.start()
         keeper.serve_first()

@@ -68,17 +68,17 @@ class PoolDirectory:
     @classmethod
     def create(cls, settings: Settings) -> "PoolDirectory":
         """Make it; PoolDirectoryError if another zbudfs has it. What a dead one has left is taken away first."""
-        _private_folder(RUN_FOLDER, 0o755)
+        private_folder(RUN_FOLDER, 0o755)
         with _own_turn():
             _remove_dead(settings.mountpoint)
             # A live process may still serve a mount that was detached from here: its directory stays.
             base = path = path_of(settings.mountpoint)
             number = 0
             while os.path.lexists(path):
-                _private_folder(path, 0o700)
+                private_folder(path, 0o700)
                 number += 1
                 path = f"{base}@{number}"
-            _private_folder(path, 0o700)
+            private_folder(path, 0o700)
             survives = _mount_tmpfs(path, settings)
             directory = cls(path, _lock(path), survives=survives)
             Path(path, "settings.json").write_text(settings.to_json())
@@ -127,7 +127,8 @@ def _own_turn() -> Iterator[None]:
         os.close(turn_fd)
 
 
-def _private_folder(path: str, mode: int) -> None:
+def private_folder(path: str, mode: int) -> None:
+    """Make a folder of root's that nobody else may write to, or see that it is one. PoolDirectoryError."""
     try:
         Path(path).mkdir(mode=mode, parents=True, exist_ok=True)
         status = os.lstat(path)

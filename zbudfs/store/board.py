@@ -22,7 +22,7 @@ from zbudfs.core.errors import LayoutError
 from zbudfs.core.latency import WORDS, Latencies
 from zbudfs.store.arena import Arena
 
-LAYOUT: Final = 0x7A627564_0007
+LAYOUT: Final = 0x7A627564_0008
 """Of everything that outlives a worker: tables, frames, blocks, this board, and what zpages mean (core/dictionary.py).
 Changed when any of them changes."""
 
@@ -36,6 +36,11 @@ LOG_LINES: Final = 128
 LOG_LINE_BYTES: Final = 512
 assert _LATENCIES + 8 * WORDS <= _LOG
 BOARD_BYTES: Final = _LOG + 8 + LOG_LINES * LOG_LINE_BYTES
+
+
+FIRST_OPENING: Final = 64
+OPENINGS: Final = 64
+"""The fields in which the open files of the swapfile stand (fuse/openings.py); no `Field` lies there."""
 
 
 class Field(IntEnum):
@@ -110,6 +115,8 @@ class Field(IntEnum):
     """As of the last heartbeat, like the next two."""
     USED_FRAMES = 45
     WRITTEN_BACK_PAGES = 46
+    WRITERS = 50
+    """How many open files of the swapfile may be for writing; 0: one."""
 
 
 class Board:

@@ -49,6 +49,7 @@ class Steering:
             "writeback_budget_bytes_per_day": reclaimer.budget.bytes_per_day,
             "age_seconds": reclaimer.age_seconds,
             "trace": int(self._store.tracer.active),
+            "writers": self._fields[Field.WRITERS] or 1,
             "writeback": reclaimer.ordered_frames,
             "drop_ephemeral": self._store.zbud_counters()["eph_pageframes"],
         }[name]
@@ -80,6 +81,8 @@ class Steering:
             reclaimer.budget.set(value, trio.current_time())
             fields[Field.WRITEBACK_BUDGET] = value
             self.save()
+        elif name == "writers":
+            fields[Field.WRITERS] = value
         else:  # age_seconds: there is no other name
             fields[Field.AGE_SECONDS] = value
         self._apply()

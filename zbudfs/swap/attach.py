@@ -20,6 +20,7 @@ No write-back throttling: it holds back just those writes that free memory (a gu
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -33,6 +34,9 @@ _STEP_LIMIT_SECONDS: Final = 60.0
 
 _RELEASE_LIMIT_SECONDS: Final = 10.0
 """Longest wait for a loop device to let go of its file, while udev or blkid look at it. Arbitrary."""
+
+_CLOSE_LIMIT_SECONDS: Final = 2.0
+"""How long a busy `swapfile` is waited for: closing the last file of a loop device is finished a little later. Arbitrary."""
 
 _AS_SWAP: Final = {"rq_affinity": "2", "wbt_lat_usec": "0"}
 """Attributes of a loop device's queue while it is swap."""
@@ -57,6 +61,7 @@ def attach(mountpoint: str, priority: int | None = None, root: str = "/") -> str
         regular = False
     if not regular:
         raise SwapError(f"there is no {SWAPFILE} in {mountpoint!r}: nothing is mounted there, or its daemon has died")
+    _check_alone(swapfile)
     command: list[str | bytes] = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096"]
     device = run_tool([*command, os.fsencode(swapfile)], limit_seconds=_STEP_LIMIT_SECONDS)
     try:
@@ -70,6 +75,27 @@ def attach(mountpoint: str, priority: int | None = None, root: str = "/") -> str
             _undo(device, root)
         raise
     return device
+
+
+def _check_alone(swapfile: Path) -> None:
+    """Raise SwapError if a program has `swapfile` open for writing: a loop device must be the only writer.
+
+    losetup itself would try again and again, and say 13 seconds later that the device is busy.
+    """
+    end = time.monotonic() + _CLOSE_LIMIT_SECONDS
+    while True:
+        try:
+            os.close(os.open(swapfile, os.O_RDWR | os.O_CLOEXEC))
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        if time.monotonic() > end:
+            raise SwapError(
+                f"{str(swapfile)!r} is open for writing: end the program that has it open (see fuser -v), since a loop device"
+                " has it alone"
+            )
+        time.sleep(0.05)
 
 
 def _undo(device: str, root: str) -> None:

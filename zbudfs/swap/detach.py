@@ -13,6 +13,8 @@ The count is on the safe side: the pool's own frames, which become free on the w
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,9 @@ from typing import Final
 from zbudfs.core.sizes import format_size
 from zbudfs.swap.attach import release
 from zbudfs.swap.loop import Swap, SwapError, ToolKilled, loop_devices_on, run_tool, swaps
+
+LOOK_SECONDS: Final = 30.0
+"""Longest time to look at what a device holds. Arbitrary."""
 
 MARGIN_BYTES: Final = 64 << 20
 """Memory that must be left over after swapoff. Guessed, not measured: page tables, and what else runs meanwhile."""
@@ -36,25 +41,67 @@ def detach(mounts: Sequence[tuple[str, int | None]], *, force: bool = False, roo
     Raises SwapError: where memory is short or swapoff fails, everything is left as it was and keeps running.
     """
     loops = [loop for mountpoint, st_dev in mounts for loop in loop_devices_on(mountpoint, st_dev, root)]
-    devices = {loop.path for loop in loops}
+    devices = [loop.path for loop in loops]
     active = swaps(root)
     mine = [swap for swap in active if swap.path in devices]
+    on = [swap.path for swap in mine]
+    claimed = [device for device in devices if device not in on and is_claimed(device, root)]
     if not force:
+        if claimed:
+            raise SwapError(
+                f"{claimed[0]} is in use, and /proc/swaps does not list it: unmount what is on it; if it is swap that a"
+                " container does not show, run this outside, or with --force, which does not count the memory"
+            )
         check_room(mine, [swap for swap in active if swap.path not in devices], available_bytes(root))
-    for swap in mine:
-        with _interrupts_ignored():
-            try:
-                run_tool(["swapoff", swap.path], limit_seconds=None, own_session=True)
-            except ToolKilled as error:
-                if error.number != signal.SIGKILL:
-                    raise
-                raise SwapError(
-                    f"{error}, for want of memory: swap is still on, and nothing was lost; end some programs, or run this"
-                    " outside of a memory cgroup that is too small for what comes back"
-                ) from None
-    for loop in loops:
-        release(loop.path, root)
-    return [loop.path for loop in loops]
+    for device in [*on, *claimed]:
+        _swap_off(device)
+    for device in devices:
+        release(device, root)
+    return devices
+
+
+def free_leftovers(mountpoint: str, st_dev: int | None, root: str = "/") -> None:
+    """Detach the loop devices of the mount that are no active swap: `attach` makes a new one with the right properties.
+
+    Such a device is what a killed `attach` leaves, or a swapoff by another program. Raises SwapError, with nothing changed,
+    for a device that is in use, or that holds something other than swap.
+    """
+    active = {swap.path for swap in swaps(root)}
+    left = [loop.path for loop in loop_devices_on(mountpoint, st_dev, root) if loop.path not in active]
+    for device in left:
+        if is_claimed(device, root):
+            raise SwapError(f"{device} is in use, but is no swap that /proc/swaps lists: unmount what is on it first")
+        types = run_tool(["wipefs", "--no-act", "--noheadings", "--output", "TYPE", device], limit_seconds=LOOK_SECONDS)
+        if foreign := sorted(set(types.split()) - {"swap"}):
+            raise SwapError(
+                f"{device} holds {', '.join(foreign)}, which would be lost: detach it with losetup --detach {device} if"
+                " it is of no use any more"
+            )
+    for device in left:
+        release(device, root)
+
+
+def is_claimed(device: str, root: str = "/") -> bool:
+    """Whether a program or the kernel has a block device for itself: as swap, or as a file system that is mounted."""
+    try:
+        os.close(os.open(Path(root, device.lstrip("/")), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+def _swap_off(device: str) -> None:
+    """Read everything on a device back. SwapError, with swap still on."""
+    with _interrupts_ignored():
+        try:
+            run_tool(["swapoff", device], limit_seconds=None, own_session=True)
+        except ToolKilled as error:
+            if error.number != signal.SIGKILL:
+                raise
+            raise SwapError(
+                f"{error}, for want of memory: swap is still on, and nothing was lost; end some programs, or run this"
+                " outside of a memory cgroup that is too small for what comes back"
+            ) from None
 
 
 def check_room(mine: list[Swap], others: list[Swap], available: int) -> None:

@@ -27,6 +27,9 @@ from typing import Final
 SWAPFILE: Final = "swapfile"
 """Name of the one file that a zbudfs is for."""
 
+SYSTEM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where programs are looked for that run as root."""
+
 _LOOP_GET_STATUS64: Final = 0x4C05
 _LOOP_INFO64_BYTES: Final = 232
 _DELETED: Final = " (deleted)"
@@ -134,15 +137,21 @@ def users(mountpoint: str, st_dev: int | None = None, root: str = "/") -> list[s
     ]
 
 
+def swaps_on(mountpoint: str, st_dev: int | None = None, root: str = "/") -> list[Swap]:
+    """Return the active swaps on the mount at `mountpoint`; `st_dev` as in `loop_devices_on`."""
+    devices = {loop.path for loop in loop_devices_on(mountpoint, st_dev, root)}
+    return [swap for swap in swaps(root) if swap.path in devices]
+
+
 def run_tool(command: Sequence[str | bytes], *, limit_seconds: float | None, own_session: bool = False) -> str:
     """Run a program of util-linux and return what it prints.
 
     Raises SwapError with the program's own words when it fails, is missing, is killed (ToolKilled), or takes longer than
-    `limit_seconds` (None: no limit). With `own_session` a Ctrl-C at the terminal does not reach it.
+    `limit_seconds` (None: no limit). With `own_session` a Ctrl-C at the terminal does not reach it. The program is looked for
+    in the folders of the system alone: root's PATH may be empty, or name a folder that others can write to.
     """
     name = os.fsdecode(command[0])
-    # A root shell made by su often has no sbin in its path; messages are read by people who may ask others: English.
-    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin", "LC_ALL": "C"}
+    environment = {**os.environ, "PATH": SYSTEM_PATH, "LC_ALL": "C"}  # messages may be shown to others: in English
     try:
         run = subprocess.run(
             command,
@@ -152,6 +161,7 @@ def run_tool(command: Sequence[str | bytes], *, limit_seconds: float | None, own
             timeout=limit_seconds,
             env=environment,
             start_new_session=own_session,
+            close_fds=False,  # it inherits the command's lock (cli/alone.py), and nothing else
         )
     except FileNotFoundError:
         raise SwapError(f"the program {name} is missing: install util-linux (apt-get install util-linux)") from None

@@ -12,6 +12,7 @@ from typing import Final
 
 from zbudfs.cli.doctor.finding import Finding, Machine, ok, problem, warning
 from zbudfs.core import hot
+from zbudfs.swap.loop import SYSTEM_PATH
 
 LIBRARIES: Final = ("pyfuse3", "trio", "zstandard")
 PROGRAMS: Final = ("losetup", "mkswap", "swapon", "swapoff")
@@ -46,8 +47,7 @@ def check_hot_path(machine: Machine) -> Iterator[Finding]:
 
 def check_programs(machine: Machine) -> Iterator[Finding]:
     """Look for the programs of util-linux."""
-    folders = ("/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/local/bin")
-    path = ":".join(str(machine.path(folder)) for folder in folders)
+    path = ":".join(str(machine.path(folder)) for folder in SYSTEM_PATH.split(":"))
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
         yield problem("programs", f"{', '.join(missing)}: missing", "apt-get install util-linux mount")

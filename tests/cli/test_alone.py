@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: MIT
+"""Two commands on one mountpoint: one waits for the other, whatever the two are, and nothing is mixed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, zbudfs
+from zbudfs.cli.alone import alone
+from zbudfs.cli.target import CommandError
+from zbudfs.service.locks import COMMANDS, LockHeld, MountpointLock, coming_up
+from zbudfs.service.mountpoint import MountError
+from zbudfs.service.pooldir import RUN_FOLDER, path_of
+from zbudfs.swap.loop import loop_devices, swaps
+
+pytestmark = pytest.mark.needs("root", "fuse", "loop", "swap")
+
+OPTIONS = ("--size", "64M", "--pool", "8M", "--backing", "none")
+
+
+def started(*words: str | Path) -> subprocess.Popen[str]:
+    """Start a command of zbudfs."""
+    command = [sys.executable, "-m", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a command; return its exit status and what it said on stderr."""
+    try:
+        _, err = process.communicate(timeout=2 * LIMIT_SECONDS)
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+def locks_left(mountpoint: Path) -> list[str]:
+    """Return the files of locks on a mountpoint."""
+    return [str(path) for path in Path(RUN_FOLDER).glob(".*/*") if path.name == Path(path_of(str(mountpoint))).name]
+
+
+@pytest.mark.parametrize("command", ["mount", "umount", "swapon", "swapoff", "restart"])
+def test_every_command_takes_the_lock(command: str, tmp_path: Path) -> None:
+    """It waits until the lock is free, tells for whom, and then does or refuses what it was asked for."""
+    place = tmp_path / "not there"
+    with alone("made-up", str(place)):
+        process = started("zbudfs", command, place)
+        try:
+            assert process.stderr is not None
+            first = process.stderr.readline()
+        except BaseException:
+            process.kill()
+            raise
+        assert first.startswith(
+            f"zbudfs: waiting for another zbudfs command (made-up, pid {os.getpid()}), which works on"
+        )
+    status, err = ended(process)
+    assert status == 1
+    assert "no zbudfs is mounted" in err or "does not exist" in err
+
+
+def test_a_wait_has_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command that waits in vain says who is at work and what to do."""
+    with (
+        alone("swapoff", str(tmp_path)),
+        pytest.raises(
+            CommandError, match=rf"another zbudfs command \(swapoff, pid {os.getpid()}\) works on .*: run this again"
+        ),
+        alone("swapon", str(tmp_path), 0.1),
+    ):
+        pass
+    with alone("swapon", str(tmp_path), 0.0):
+        assert len(locks_left(tmp_path)) == 1
+    assert locks_left(tmp_path) == []
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "meet"),
+    [("", "/1", True), ("/1", "", True), ("/1", "/1", True), ("/1", "/2", False), ("/99", "", False), ("", "x", False)],
+)
+def test_instances_and_the_whole(first: str, second: str, meet: bool, tmp_path: Path) -> None:
+    """A command on all instances keeps those on one of them off, and the other way round; two instances do not meet."""
+    with alone("first", f"{tmp_path}/z{first}"), contextlib.ExitStack() as stack:
+        if meet:
+            with pytest.raises(CommandError, match="first, pid"):
+                stack.enter_context(alone("second", f"{tmp_path}/z{second}", 0.0))
+        else:
+            stack.enter_context(alone("second", f"{tmp_path}/z{second}", 0.0))
+
+
+def test_a_killed_holder_and_the_program_it_started(tmp_path: Path) -> None:
+    """The lock is free when both have ended, not before: what the dead command began is still going on."""
+    code = (
+        "import sys; from zbudfs.cli.alone import alone; from zbudfs.swap.loop import run_tool\n"
+        "with alone('swapon', sys.argv[1]): print('has it', flush=True); run_tool(['sleep', '60'], limit_seconds=None)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "has it\n"
+            children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children")
+            end = time.monotonic() + LIMIT_SECONDS
+            while not children.read_text():
+                assert time.monotonic() < end
+            holder.kill()
+            holder.wait()
+            with pytest.raises(LockHeld, match=f"swapon, pid {holder.pid}"):
+                MountpointLock.take(COMMANDS, str(tmp_path), "test")
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+    with alone("test", str(tmp_path), LIMIT_SECONDS):
+        pass
+
+
+def test_two_daemons_that_come_up(tmp_path: Path) -> None:
+    """The second is refused, whoever starts it."""
+    place = tmp_path / "mnt"
+    place.mkdir()
+    with coming_up(str(place)):
+        with pytest.raises(MountError, match=f"another zbudfs .pid {os.getpid()}. is being"), coming_up(str(place)):
+            pass
+        run = run_zbudfs("mount", *OPTIONS, place)
+    assert run.returncode == 1
+    assert "is being mounted" in run.stderr
+    assert not is_mounted(place)
+    with coming_up(str(place)):
+        pass
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Iterator[Path]:
+    """A directory to mount on, with nothing on it afterwards."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    yield folder
+    if is_mounted(folder):
+        zbudfs("swapoff", "--umount", folder)
+
+
+def state_of(mountpoint: Path) -> tuple[int, int, int]:
+    """Return how many mounts, loop devices and swaps there are."""
+    mounts = sum(f" {mountpoint} " in line for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    loops = [loop.path for loop in loop_devices() if loop.backing_file == f"{mountpoint}/swapfile"]
+    return mounts, len(loops), len([swap for swap in swaps() if swap.path in loops])
+
+
+@pytest.mark.parametrize(
+    ("before", "first", "second", "possible"),
+    [
+        ("mounted", "swapon", "swapon", {(1, 1, 1)}),
+        ("mounted", "swapon", "umount", {(1, 1, 1), (0, 0, 0)}),
+        ("", "mount", "mount", {(1, 0, 0)}),
+        ("swap", "swapoff", "swapon", {(1, 0, 0), (1, 1, 1)}),
+        ("mounted", "swapon", "restart", {(1, 1, 1)}),
+        ("mounted", "umount", "mount", {(1, 0, 0), (0, 0, 0)}),
+    ],
+)
+def test_a_race(before: str, first: str, second: str, possible: set[tuple[int, int, int]], mountpoint: Path) -> None:
+    """Both at the same moment: what is there afterwards is what one after the other makes, and who lost says why."""
+    if before:
+        zbudfs("mount", *OPTIONS, mountpoint)
+    if before == "swap":
+        zbudfs("swapon", mountpoint)
+    options = {"mount": OPTIONS}
+    both = [started("zbudfs", command, *options.get(command, ()), mountpoint) for command in (first, second)]
+    said = [ended(process) for process in both]
+    assert state_of(mountpoint) in possible, said
+    statuses = sorted(status for status, _ in said)
+    assert statuses in ([0, 0], [0, 1]), said
+    assert first != second or statuses == [0, 1], said
+    for status, err in said:
+        if status:
+            assert err.splitlines()[-1].startswith("zbudfs: ")
+            assert str(mountpoint) in err
+    if is_mounted(mountpoint):
+        assert status_of(mountpoint)["recoveries"] <= 1
+    assert locks_left(mountpoint) == []

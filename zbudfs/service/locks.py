@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""Locks on a mountpoint that are free when their holder has ended, however it ended: files that are flock()ed.
+
+    /run/zbudfs/.commands/NAME     one command at a time works on a mountpoint (cli/alone.py)
+    /run/zbudfs/.mounting/NAME     one daemon at a time comes up on it (service/daemon.py)
+
+NAME is that of the pool directory. No pool directory has a name that begins with a dot, so no lock is taken for one. A file
+holds a few words about its holder, for messages, and is removed by its last holder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from typing import Final
+
+from zbudfs.service.mountpoint import MountError, shown_path
+from zbudfs.service.pooldir import RUN_FOLDER, path_of, private_folder
+
+COMMANDS: Final = ".commands"
+MOUNTING: Final = ".mounting"
+_LONGEST_WORDS: Final = 200
+
+
+class LockHeld(Exception):
+    """Another process has the lock; `holder` tells which, as far as that is known."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+class MountpointLock:
+    """A lock that this process holds."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path = path
+        self.fd = fd
+
+    @classmethod
+    def take(cls, kind: str, mountpoint: str, holder: str, *, shared: bool = False) -> MountpointLock:
+        """Take a lock without waiting. `kind` is COMMANDS or MOUNTING, `holder` is told to others.
+
+        Raises LockHeld, and PoolDirectoryError where the folder cannot be used.
+        """
+        private_folder(RUN_FOLDER, 0o755)
+        private_folder(f"{RUN_FOLDER}/{kind}", 0o700)
+        path = f"{RUN_FOLDER}/{kind}/{os.path.basename(path_of(mountpoint))}"  # noqa: PTH119
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                words = os.pread(fd, _LONGEST_WORDS, 0).decode("utf-8", "replace")
+                os.close(fd)
+                raise LockHeld(words) from None
+            if _is_at(path, fd):
+                break
+            os.close(fd)  # its last holder has removed it just now
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, holder.encode("utf-8", "replace"), 0)
+        return cls(path, fd)
+
+    def release(self) -> None:
+        """Free the lock, and remove its file unless another process shares it."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(self._path, self.fd):
+                os.unlink(self._path)  # noqa: PTH108
+        os.close(self.fd)
+
+
+def _is_at(path: str, fd: int) -> bool:
+    """Whether the open file `fd` is the one that has the name `path`."""
+    try:
+        there = os.stat(path, follow_symlinks=False)  # noqa: PTH116
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(fd))
+
+
+@contextlib.contextmanager
+def coming_up(mountpoint: str) -> Iterator[None]:
+    """Keep other daemons from coming up on `mountpoint` meanwhile. Raises MountError if one does already."""
+    try:
+        lock = MountpointLock.take(MOUNTING, mountpoint, f"pid {os.getpid()}")
+    except LockHeld as error:
+        raise MountError(
+            f"another zbudfs ({error.holder}) is being mounted on {shown_path(mountpoint)}: see zbudfs status"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
