@@ -64,6 +64,7 @@ def test_values_of_a_fresh_store(tmp_path: Path) -> None:
                 "writeback_budget_bytes_per_day": 0,
                 "age_seconds": 0,
                 "trace": 0,
+                "writers": 1,
                 "writeback": 0,
                 "drop_ephemeral": 0,
             }

@@ -127,3 +127,17 @@ def test_a_tools_own_words_are_passed_on(tmp_path: Path) -> None:
     ):
         with pytest.raises(SwapError, match=reason):
             run_tool(command, limit_seconds=limit_seconds)
+
+
+@pytest.mark.parametrize("path", [None, "", "."])
+def test_programs_are_those_of_the_system(path: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an empty PATH nor one that names other folders has root run a program from the current folder."""
+    program = tmp_path / "losetup"
+    program.write_text("#!/bin/sh\necho another program\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    if path is None:
+        monkeypatch.delenv("PATH")
+    else:
+        monkeypatch.setenv("PATH", path)
+    assert "util-linux" in run_tool(["losetup", "--version"], limit_seconds=LIMIT_SECONDS)
