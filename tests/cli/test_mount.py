@@ -200,6 +200,26 @@ def test_an_open_file_keeps_it_mounted(tmp_path: Path) -> None:
         assert file.read(4) == b"kept"
 
 
+def test_umount_from_another_pid_namespace(tmp_path: Path) -> None:
+    """A daemon whose pid means nothing here is alive: its mount is left alone while it is in use, and waited for after that."""
+    command = ["unshare", "--pid", "--fork", sys.executable, "-m", "zbudfs", "umount"]
+    with mounted(tmp_path / "mnt") as mountpoint:
+        pid = daemon_pid(mountpoint)
+        with (mountpoint / "swapfile").open("r+b", buffering=0) as file:
+            file.write(b"kept")
+            run = subprocess.run(
+                [*command, mountpoint], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+            )
+            assert run.returncode == 1
+            assert "it is in use" in run.stderr
+            assert is_mounted(mountpoint)
+            file.seek(0)
+            assert file.read(4) == b"kept"
+        subprocess.run([*command, mountpoint], check=True, timeout=LIMIT_SECONDS)
+        assert not is_mounted(mountpoint)
+        wait_until(lambda: not is_running(pid), "the keeper's end")
+
+
 def test_umount_of_the_system_is_understood(tmp_path: Path) -> None:
     """umount(8) ends the daemon as well."""
     with mounted(tmp_path / "mnt") as mountpoint:

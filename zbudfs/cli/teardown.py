@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -12,13 +11,14 @@ import signal
 import stat
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from zbudfs.cli import stripe
 from zbudfs.cli.ask import once_more_if_stale
 from zbudfs.cli.target import CommandError, refuse_users
-from zbudfs.service.mountpoint import Mount, MountError, shown_path, unmount
+from zbudfs.service.mountpoint import Mount, MountError, is_dead, shown_path, unmount
 from zbudfs.service.pooldir import pool_directories, remove_dead
 from zbudfs.service.settings import default_backing
 from zbudfs.store.backing import MAGIC
@@ -30,6 +30,8 @@ END_LIMIT_SECONDS: Final = 60.0
 
 _TELL_AFTER_SECONDS: Final = 2.0
 """How long the daemon may take to notice the unmount, before it is told. Arbitrary."""
+
+_LOOK_SECONDS: Final = 0.02
 
 _BUSY_LIMIT_SECONDS: Final = 2.0
 """How long "busy" is not believed. Arbitrary: closing the last file of a loop device is finished a little later."""
@@ -53,31 +55,100 @@ def take_down(mounted: Mount) -> None:
     """
     mountpoint = mounted.mountpoint
     shown = shown_path(mountpoint)
-    pidfd = _open_daemon(mountpoint)
-    if pidfd is None:
+    if is_dead(mountpoint):
         _clean_up_dead(mounted)
         return
-    if here := users(mountpoint, mounted.st_dev):
-        os.close(pidfd)
-        raise CommandError(f"{shown} is in use: {', '.join(here)}; run zbudfs swapoff {shown} first")
+    daemon = _Daemon(mountpoint)
     try:
+        if here := users(mountpoint, mounted.st_dev):
+            raise CommandError(f"{shown} is in use: {', '.join(here)}; run zbudfs swapoff {shown} first")
         _unmount_when_idle(mountpoint)
-        _wait_for_end(pidfd, shown)
+        daemon.wait_for_end()
     finally:
-        os.close(pidfd)
+        daemon.close()
     _remove_remains(mountpoint)  # there are none, unless the keeper had died before its worker
 
 
-def _open_daemon(mountpoint: str) -> int | None:
-    """Return a file descriptor that becomes readable when the daemon ends; None if it has ended."""
+class _Daemon:
+    """The processes of a mount that is alive, seen by two signs of their end.
+
+    The keeper's pid is of use in its own PID namespace only: a process that cannot be seen from here has not ended. The lock of
+    the pool directory is free when all of them have ended, wherever they run.
+    """
+
+    def __init__(self, mountpoint: str) -> None:
+        """Open what will tell the end. Raises CommandError where neither sign can be seen from here."""
+        self._shown = shown_path(mountpoint)
+        pid = int(once_more_if_stale(Path(mountpoint, "stats/pid").read_text))
+        folder = once_more_if_stale(Path(mountpoint, "stats/pool_directory").read_text).removesuffix("\n")
+        self._pidfd = _open_process(pid)
+        self._lock_fd: int | None = None
+        with suppress(OSError):
+            self._lock_fd = os.open(f"{folder}/lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if self._pidfd is None and self._lock_fd is None:
+            raise CommandError(
+                f"the daemon of {self._shown} runs in another container or namespace, and its end cannot be seen from"
+                " here: run this command where the mount was made"
+            )
+
+    def wait_for_end(self) -> None:
+        """Wait until the daemon has ended. Raises CommandError after END_LIMIT_SECONDS.
+
+        A worker without a keeper does not see the unmount while another mount namespace holds the mount: it is told.
+        """
+        began = time.monotonic()
+        told = False
+        while (waited := time.monotonic() - began) < END_LIMIT_SECONDS:
+            if self._has_ended(_LOOK_SECONDS):
+                return
+            if self._pidfd is not None and waited > _TELL_AFTER_SECONDS and not told:
+                told = True
+                if _shares_mounts(self._pidfd):
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            if self._lock_is_free():
+                self._has_ended(_BUSY_LIMIT_SECONDS)  # the keeper itself ends a little later
+                return
+        raise CommandError(
+            f"{self._shown} is unmounted, but its daemon has not ended within {END_LIMIT_SECONDS:g} s:"
+            " its backing file may not be empty yet"
+        )
+
+    def _has_ended(self, limit_seconds: float) -> bool:
+        if self._pidfd is None:
+            time.sleep(min(limit_seconds, _LOOK_SECONDS))
+            return False
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(limit_seconds * 1000))
+
+    def _lock_is_free(self) -> bool:
+        if self._lock_fd is None:
+            return False
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in (self._pidfd, self._lock_fd):
+            if fd is not None:
+                os.close(fd)
+
+
+def _open_process(pid: int) -> int | None:
+    """Return a pidfd of the daemon's process `pid`; None where that pid is of no process here, or of another program's."""
     try:
-        return os.pidfd_open(int(once_more_if_stale(Path(mountpoint, "stats/pid").read_text)))
+        pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-    except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            return None
-        raise
+    with suppress(OSError):
+        if b"zbudfs.service.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            return pidfd
+    os.close(pidfd)
+    return None
 
 
 def _unmount_when_idle(mountpoint: str) -> None:
@@ -98,25 +169,9 @@ def _unmount_when_idle(mountpoint: str) -> None:
         time.sleep(0.05)
 
 
-def _wait_for_end(pidfd: int, shown: str) -> None:
-    """Wait for the daemon's end; a worker without a keeper does not see the unmount while somebody holds the mount."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    if poll.poll(_TELL_AFTER_SECONDS * 1000):
-        return
-    if _shares_mounts(pidfd):
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    if not poll.poll(END_LIMIT_SECONDS * 1000):
-        raise CommandError(
-            f"{shown} is unmounted, but its daemon has not ended within {END_LIMIT_SECONDS:g} s:"
-            " its backing file may not be empty yet"
-        )
-
-
 def _shares_mounts(pidfd: int) -> bool:
     """Return whether a process is in this process's mount namespace: what is unmounted here is unmounted there."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         facts = Path(f"/proc/self/fdinfo/{pidfd}").read_text().split()
         pid = int(facts[facts.index("Pid:") + 1])
         return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")  # noqa: PTH115
