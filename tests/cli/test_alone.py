@@ -17,9 +17,11 @@ import pytest
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, zbudfs
 from zbudfs.cli.alone import alone
 from zbudfs.cli.target import CommandError
+from zbudfs.service.launch import LaunchError, start
 from zbudfs.service.locks import COMMANDS, LockHeld, MountpointLock, coming_up
 from zbudfs.service.mountpoint import MountError
 from zbudfs.service.pooldir import RUN_FOLDER, path_of
+from zbudfs.service.settings import Settings
 from zbudfs.swap.loop import loop_devices, swaps
 
 pytestmark = pytest.mark.needs("root", "fuse", "loop", "swap")
@@ -129,9 +131,10 @@ def test_two_daemons_that_come_up(tmp_path: Path) -> None:
     with coming_up(str(place)):
         with pytest.raises(MountError, match=f"another zbudfs .pid {os.getpid()}. is being"), coming_up(str(place)):
             pass
-        run = run_zbudfs("mount", *OPTIONS, place)
-    assert run.returncode == 1
-    assert "is being mounted" in run.stderr
+        with pytest.raises(LaunchError, match="is being mounted"):
+            start(Settings(mountpoint=str(place), size_bytes=4 << 20, pool_bytes=1 << 20, backing=None))
+        with pytest.raises(CommandError, match="a daemon that comes up"), alone("mount", str(place), 0.1):
+            pass
     assert not is_mounted(place)
     with coming_up(str(place)):
         pass
@@ -185,3 +188,16 @@ def test_a_race(before: str, first: str, second: str, possible: set[tuple[int, i
     if is_mounted(mountpoint):
         assert status_of(mountpoint)["recoveries"] <= 1
     assert locks_left(mountpoint) == []
+
+
+def test_swapon_that_is_killed(mountpoint: Path) -> None:
+    """At any moment: the next swapon takes over what the dead one left, and all of it is there once."""
+    for step in range(8):
+        first = started("zbudfs", "swapon", *OPTIONS, mountpoint)
+        time.sleep(0.15 + 0.08 * step)
+        first.kill()
+        ended(first)
+        second = run_zbudfs("swapon", mountpoint)
+        assert second.returncode == 0 or "is in use already: swap on" in second.stderr, second.stderr
+        assert state_of(mountpoint) == (1, 1, 1), f"at step {step}"
+        zbudfs("swapoff", "--umount", mountpoint)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Starting a daemon: made-up daemons that are up, refuse, die, talk nonsense, or say nothing."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,3 +140,44 @@ def test_in_the_foreground_errors_are_told() -> None:
     """A daemon that refuses is the same error as in the background."""
     with pytest.raises(LaunchError, match=r"^no$"):
         run_in_foreground(SETTINGS, lambda _: None, command=daemon('say(\'{"error": "no"}\\n\')'))
+
+
+def test_a_daemon_that_ignores_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed, and so is the process that it has forked: a worker serves on without its keeper."""
+    monkeypatch.setattr("zbudfs.service.launch._STOP_LIMIT_SECONDS", 0.1)
+    file = tmp_path / "pid"
+    code = f"""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if not os.fork():
+    open({str(file)!r}, "w").write(str(os.getpid()))
+time.sleep(600)
+"""
+    with pytest.raises(LaunchError, match="not up within 1 s"):
+        start(SETTINGS, command=daemon(code), limit_seconds=1)
+    pid = int(file.read_text())
+    try:
+        wait_until(lambda: not is_running(pid), "the worker's end")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_ctrl_c_while_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the very moment when the daemon is there it is stopped like at any other."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(SETTINGS, command=daemon("time.sleep(60)"))
+    (process,) = started
+    try:
+        assert process.poll() is not None
+    finally:
+        process.kill()
+        process.wait()

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
-from zbudfs.cli.stripe import MAX_INSTANCES
+from zbudfs.cli.stripe import MAX_INSTANCES, instance_of
 from zbudfs.cli.target import CommandError
-from zbudfs.service.locks import COMMANDS, LockHeld, MountpointLock
+from zbudfs.service.locks import COMMANDS, LockHeld, MountpointLock, who_comes_up
 from zbudfs.service.mountpoint import shown_path
 
 WAIT_SECONDS: Final = 30.0
@@ -44,29 +44,48 @@ def alone(command: str, mountpoint: str, limit_seconds: float = WAIT_SECONDS) ->
     """
     above, _, name = mountpoint.rpartition("/")
     may_be_instance = above and name.isdecimal() and len(name) <= 2 and int(name) < MAX_INSTANCES
+    wait = _Wait(limit_seconds)
     with ExitStack() as stack:
         for path, shared in ((above, True), (mountpoint, False)) if may_be_instance else ((mountpoint, False),):
-            lock = _wait(command, path, limit_seconds, shared=shared)
+            lock = wait.until_taken(command, path, shared=shared)
             stack.callback(lock.release)
             os.set_inheritable(lock.fd, True)
+        for path in (mountpoint, *(instance_of(mountpoint, number) for number in range(MAX_INSTANCES))):
+            wait.until_up(path)
         yield
 
 
-def _wait(command: str, mountpoint: str, limit_seconds: float, *, shared: bool) -> MountpointLock:
-    began = time.monotonic()
-    told = False
-    while True:
-        try:
-            return MountpointLock.take(COMMANDS, mountpoint, f"{command}, pid {os.getpid()}", shared=shared)
-        except LockHeld as error:
-            other = f"another zbudfs command ({error.holder})" if error.holder else "another zbudfs command"
-        waited = time.monotonic() - began
-        if waited >= limit_seconds:
+class _Wait:
+    """A wait with a limit, of which the user is told once."""
+
+    def __init__(self, limit_seconds: float) -> None:
+        self._limit_seconds = limit_seconds
+        self._began = time.monotonic()
+        self._told = False
+
+    def until_taken(self, command: str, mountpoint: str, *, shared: bool) -> MountpointLock:
+        """Take the lock of a mountpoint as soon as other commands leave it."""
+        while True:
+            try:
+                return MountpointLock.take(COMMANDS, mountpoint, f"{command}, pid {os.getpid()}", shared=shared)
+            except LockHeld as error:
+                other = f"another zbudfs command ({error.holder})" if error.holder else "another zbudfs command"
+            self._go_on(other, mountpoint)
+
+    def until_up(self, mountpoint: str) -> None:
+        """Let a daemon come up that a command has started which was killed meanwhile."""
+        while (holder := who_comes_up(mountpoint)) is not None:
+            self._go_on(f"a daemon that comes up ({holder})", mountpoint)
+
+    def _go_on(self, other: str, mountpoint: str) -> None:
+        """Sleep for a moment; raise CommandError at the end of the limit."""
+        waited = time.monotonic() - self._began
+        shown = shown_path(mountpoint)
+        if waited >= self._limit_seconds:
             raise CommandError(
-                f"{other} works on {shown_path(mountpoint)} and has not ended within {limit_seconds:g} s:"
-                " run this again when it has"
+                f"{other} works on {shown} and has not ended within {self._limit_seconds:g} s: run this again when it has"
             )
-        if waited >= _SILENT_SECONDS and not told:
-            told = True
-            print(f"zbudfs: waiting for {other}, which works on {shown_path(mountpoint)}", file=sys.stderr, flush=True)
+        if waited >= _SILENT_SECONDS and not self._told:
+            self._told = True
+            print(f"zbudfs: waiting for {other}, which works on {shown}", file=sys.stderr, flush=True)
         time.sleep(_LOOK_SECONDS)

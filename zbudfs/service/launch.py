@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -75,8 +75,10 @@ def start(
     when it reports an error, dies, or is not up within `limit_seconds`; the same holds for KeyboardInterrupt.
     """
     mounts_before = zbudfs_mounts()
-    daemon, ready_fd = _spawn(command, settings, foreground=False)
+    daemon: subprocess.Popen[bytes] | None = None
     try:
+        with _blocked({signal.SIGINT}):  # a daemon that is there, and not known here yet, could not be stopped
+            daemon, ready_fd = _spawn(command, settings, foreground=False)
         ready, last_words = _wait_ready(daemon, ready_fd, limit_seconds)
         if isinstance(ready, Ready):
             daemon.returncode = 0  # it lives on and outlives us: there is nothing to wait for
@@ -84,13 +86,16 @@ def start(
         _stop(daemon)
         raise LaunchError(_why(ready, daemon.returncode, last_words))
     except BaseException:
-        _stop(daemon)
-        _clear_mount(settings.mountpoint, mounts_before)
+        if daemon is not None:
+            with _handling({signal.SIGINT: lambda number, frame: None}):  # a second Ctrl-C must not leave it behind
+                _stop(daemon)
+                _clear_mount(settings.mountpoint, mounts_before)
         raise
     finally:
-        os.close(ready_fd)
-        if daemon.stderr is not None:
-            daemon.stderr.close()
+        if daemon is not None:
+            os.close(ready_fd)
+            if daemon.stderr is not None:
+                daemon.stderr.close()
 
 
 def run_in_foreground(
@@ -120,11 +125,8 @@ def run_in_foreground(
     # Handlers rather than SIG_IGN: those are reset in the new program, an ignored signal would stay ignored in it.
     with _handling({signal.SIGINT: pass_on, signal.SIGTERM: pass_on, signal.SIGHUP: pass_on}):
         # The daemon is started with these blocked, and takes what came meanwhile when it can.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
-        try:
+        with _blocked(_PASSED_ON):
             daemon, ready_fd = _spawn(command, settings, foreground=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         try:
             ready, last_words = _wait_ready(daemon, ready_fd, limit_seconds)
             if not isinstance(ready, Ready):
@@ -141,6 +143,16 @@ def run_in_foreground(
         finally:
             os.close(ready_fd)
     return status if status >= 0 else 128 - status
+
+
+@contextmanager
+def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Have signals wait for a while."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 @contextmanager
@@ -259,16 +271,27 @@ def _death(status: int | None, last_words: bytes) -> str:
 
 
 def _stop(daemon: subprocess.Popen[bytes]) -> None:
-    """End a daemon that is of no use, with limits: it may have just died, be about to, or hang."""
-    try:
-        daemon.wait(0.5)  # most have gone already: then this is their own exit status
-    except subprocess.TimeoutExpired:
-        daemon.terminate()
+    """End a daemon that is of no use, with limits: it may have just died, be about to, or hang.
+
+    SIGTERM is sent again and again: a worker ignores it until it serves, and while a program looks at the mount. The last
+    resort is for all of the daemon's processes, since a worker lives on without its keeper.
+    """
+    end = time.monotonic() + _STOP_LIMIT_SECONDS
+    limit_seconds = 0.5  # most have gone already: then this is their own exit status
+    while True:
         try:
-            daemon.wait(_STOP_LIMIT_SECONDS)
+            daemon.wait(limit_seconds)
+            return
         except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
+            if time.monotonic() > end:
+                break
+        daemon.terminate()
+        limit_seconds = 1.0
+    with suppress(ProcessLookupError):
+        if os.getpgid(daemon.pid) == daemon.pid:
+            os.killpg(daemon.pid, signal.SIGKILL)
+    daemon.kill()
+    daemon.wait()
 
 
 def _clear_mount(mountpoint: str, before: list[Mount]) -> None:

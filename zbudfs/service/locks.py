@@ -47,7 +47,7 @@ class MountpointLock:
         """
         private_folder(RUN_FOLDER, 0o755)
         private_folder(f"{RUN_FOLDER}/{kind}", 0o700)
-        path = f"{RUN_FOLDER}/{kind}/{os.path.basename(path_of(mountpoint))}"  # noqa: PTH119
+        path = _path(kind, mountpoint)
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
@@ -70,6 +70,21 @@ class MountpointLock:
             if _is_at(self._path, self.fd):
                 os.unlink(self._path)  # noqa: PTH108
         os.close(self.fd)
+
+
+def who_comes_up(mountpoint: str) -> str | None:
+    """Return a word about the daemon that comes up on `mountpoint`; None if there is none."""
+    if not os.path.lexists(_path(MOUNTING, mountpoint)):
+        return None
+    try:
+        MountpointLock.take(MOUNTING, mountpoint, "", shared=True).release()
+    except LockHeld as error:
+        return error.holder
+    return None
+
+
+def _path(kind: str, mountpoint: str) -> str:
+    return f"{RUN_FOLDER}/{kind}/{os.path.basename(path_of(mountpoint))}"  # noqa: PTH119
 
 
 def _is_at(path: str, fd: int) -> bool:
