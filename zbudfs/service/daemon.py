@@ -14,6 +14,7 @@ from zbudfs.service import slim as slim  # isort: skip  before anything imports 
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -44,10 +45,26 @@ def _say(ready_fd: int, message: dict[str, object]) -> None:
     os.close(ready_fd)
 
 
-def _mount(settings: Settings, log: Log, say: Callable[[dict[str, object]], None], keeper: Keeper) -> int:
+def _is_awaited(ready_fd: int) -> bool:
+    """Whether the command that started this daemon still has the other end of the pipe open."""
+    poll = select.poll()
+    poll.register(ready_fd, 0)
+    return not poll.poll(0)
+
+
+def _mount(
+    settings: Settings,
+    log: Log,
+    say: Callable[[dict[str, object]], None],
+    keeper: Keeper,
+    is_awaited: Callable[[], bool] = lambda: True,
+) -> int:
     made = False
     try:
         with coming_up(settings.mountpoint):
+            # If it ends later, the next command finds this daemon coming up, and waits for it (cli/alone.py).
+            if not is_awaited():
+                raise StartError("the command that started this daemon has ended: nothing is mounted")
             keeper.make()
         made = True
         keeper.start()
@@ -141,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
     ready_fd = int(named["--ready-fd"])
     os.set_inheritable(ready_fd, False)
     keeper = Keeper(settings, log, foreground=foreground)
-    return _mount(settings, log, lambda message: _say(ready_fd, message), keeper)
+    return _mount(settings, log, lambda message: _say(ready_fd, message), keeper, lambda: _is_awaited(ready_fd))
 
 
 if __name__ == "__main__":
