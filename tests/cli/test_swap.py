@@ -12,7 +12,8 @@ import pytest
 
 from scripts.cell import Cell
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
-from zbudfs.swap.loop import loop_devices, swaps
+from zbudfs.cli.main import main
+from zbudfs.swap.loop import SYSTEM_PATH, loop_devices, swaps
 
 pytestmark = pytest.mark.needs("root", "fuse", "loop", "swap", "cell")
 
@@ -83,17 +84,16 @@ def test_step_by_step(mountpoint: Path) -> None:
 
 
 def test_a_step_that_fails_undoes_those_before(
-    mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """When swapon itself fails there is no loop device, no mount and no daemon."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "swapon").write_text("#!/bin/sh\necho swapon: not today >&2\nexit 255\n")
     (tools / "swapon").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tools), prepend=":")
-    run = run_zbudfs("swapon", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == "zbudfs: swapon: not today"
+    monkeypatch.setattr("zbudfs.swap.loop.SYSTEM_PATH", f"{tools}:{SYSTEM_PATH}")
+    assert main(["swapon", "--size", "64M", "--pool", "16M", "--backing", "none", str(mountpoint)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "zbudfs: swapon: not today"
     assert not is_mounted(mountpoint)
     assert not [loop for loop in loop_devices() if loop.backing_file.startswith(str(mountpoint))]
 
