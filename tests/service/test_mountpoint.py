@@ -26,10 +26,10 @@ from zbudfs.service.mountpoint import (
 
 MOUNTINFO = rb"""22 1 253:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 40 22 0:51 / /mnt/one rw,nosuid,nodev,noexec,noatime shared:7 master:3 - fuse.zbudfs zbudfs rw,user_id=0,group_id=0
-41 22 0:52 / /mnt/a\040b\012c\134d\011 rw - fuse.zbudfs zbudfs rw
+41 22 0:52 / /mnt/a\040b\012c\134d\011 rw - fuse.zbudfs zbudfs rw,user_id=0
 42 22 0:53 / /mnt/other rw - fuse.sshfs fuse.zbudfs rw
-43 22 0:54 / /mnt/\344 rw - fuse.zbudfs zbudfs rw
-44 22 0:55 / /mnt/one rw - fuse.zbudfs zbudfs rw
+43 22 0:54 / /mnt/\344 rw - fuse.zbudfs zbudfs rw,user_id=0
+44 22 0:55 / /mnt/one rw - fuse.zbudfs zbudfs rw,user_id=0
 """
 
 

@@ -41,7 +41,7 @@ _SO_ANYWAY: Final = frozenset(
     {
         *("rw", "nosuid", "nodev", "noexec", "noatime", "nodiratime", "norelatime", "nolazytime", "nostrictatime"),
         *("async", "nomand", "noiversion", "silent", "loud", "nouser", "noowner", "nogroup"),
-        *("defaults", "auto", "noauto", "nofail", "_netdev", "allow_other", "default_permissions"),
+        *("defaults", "auto", "noauto", "nofail", "_netdev", "default_permissions"),
     }
 )
 """What is the case, or is for mount(8) and the service manager alone."""
@@ -52,6 +52,7 @@ _IGNORED: Final = {
     **dict.fromkeys(("sync", "dirsync"), "a page that was written is stored, and nothing outlives the mount"),
     **dict.fromkeys(("user", "users", "owner", "group"), "only root may mount and unmount it"),
     **dict.fromkeys(("mand", "iversion"), "it has nothing of the kind"),
+    "allow_other": "only root may use it; zbudfs status shows other users the public statistics",
 }
 """What asks for something that will not be, and does no harm; and why."""
 

@@ -16,9 +16,19 @@ class CommandError(Exception):
 
 
 def need_root(command: str) -> None:
-    """CommandError for those who are not root."""
+    """CommandError for those who are not root. All ids of this process are 0 afterwards.
+
+    The kernel lets a process into a FUSE mount of root only if they are (see `service/mountpoint.py`): not after newgrp, for
+    example, or in a program that is setuid root.
+    """
     if os.geteuid() != 0:
         raise CommandError(f"{command} needs root: run it with sudo")
+    if any(os.getresuid()) or any(os.getresgid()):
+        try:
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
+        except OSError as error:
+            raise CommandError(f"{command} needs user id 0 and group id 0: {error.strerror}") from None
 
 
 def all_mounted(mountpoint: str) -> list[Mount]:

@@ -3,7 +3,7 @@
 
 /              1
 /swapfile      2    0600, the device
-/stats         3    one value a file, and all.json; 0444, for everybody
+/stats         3    one value a file, and all.json; 0444
 /control       4    0700, what can be changed (core/tunables.py): one value a file, 0600
 /stats/...          made from the name: the kernel keeps names for ever, and a newer version that takes over has
 /control/...        other names, but must not give the number of one file to another
@@ -11,7 +11,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from typing import Final
 from zlib import crc32
 
@@ -85,7 +84,7 @@ class Stats(Folder):
     def snapshot(self) -> dict[str, Value]:
         """Everything by name, of one moment."""
         values: dict[str, Value] = dict(self._facts())
-        values.update(asdict(self._store.statistics()))
+        values.update(self._store.statistics().by_name())
         values.update(self._store.causes())
         values.update(self._store.zbud_counters())
         values["unbuddied_lists"] = self._store.unbuddied_lists()

@@ -27,6 +27,7 @@ from zbudfs.fuse.nodes import (
     Folder,
     Stats,
 )
+from zbudfs.fuse.openfiles import OpenFiles
 from zbudfs.fuse.openings import OPENED, Openings
 from zbudfs.fuse.traced import traced
 from zbudfs.store.page_store import PageStore
@@ -78,12 +79,8 @@ class Operations(pyfuse3.Operations):
         self.started = trio.Event()
         self._board = store.memory.board
         self._openings = Openings(self._board.fields)
-        self._snapshots: dict[int, bytes] = {}
-        """By file handle: what a file of stats/ or control/ held when it was opened, or written last."""
-        self._controls: dict[int, str] = {}
-        """By file handle: the name in control/."""
         # Not from the start again after a takeover: an old handle must not read another file's content.
-        self._next_handle = (os.getpid() << 32) + SWAPFILE + 1
+        self._open_files = OpenFiles((os.getpid() << 32) + SWAPFILE + 1)
         store.tracer.on_change = self._serve
         store.between = shim.serve_reads
         shim.set_make_ready(store.make_ready)
@@ -179,13 +176,11 @@ class Operations(pyfuse3.Operations):
                 break
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """The device as a full file system of one file."""
+        """No blocks and no inodes, as pseudo filesystems say: df and monitoring leave such a mount out."""
         answer = pyfuse3.StatvfsData()
         answer.f_bsize = answer.f_frsize = PAGE_SIZE
-        answer.f_blocks = self._store.size_bytes // PAGE_SIZE
-        answer.f_bfree = answer.f_bavail = 0
-        answer.f_files = 2 + sum(1 + len(folder.names) for folder in self._folders.values())
-        answer.f_ffree = answer.f_favail = 0
+        answer.f_blocks = answer.f_bfree = answer.f_bavail = 0
+        answer.f_files = answer.f_ffree = answer.f_favail = 0
         answer.f_namemax = 255
         return answer
 
@@ -217,44 +212,40 @@ class Operations(pyfuse3.Operations):
             except OSError as error:
                 raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
             return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(opened), direct_io=True)
-        handle = pyfuse3.FileHandleT(self._next_handle)
         if (name := self._control.name(inode)) is not None:
-            self._snapshots[handle] = self._control.content(name)
-            self._controls[handle] = name
+            handle = self._open_files.add(self._control.content(name), name)
         elif (name := self._stats.name(inode)) is not None:
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 raise pyfuse3.FUSEError(errno.EACCES)
-            self._snapshots[handle] = self._stats.content(name)
+            handle = self._open_files.add(self._stats.content(name))
         else:
             raise pyfuse3.FUSEError(errno.EISDIR)
-        self._next_handle += 1
-        return pyfuse3.FileInfo(fh=handle, direct_io=True)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=True)
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         """The last user of an open file is gone."""
         if fh & OPENED:
             self._openings.release(fh)
         else:
-            self._snapshots.pop(fh, None)
-            self._controls.pop(fh, None)
+            self._open_files.remove(fh)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """Bytes of a file of stats/ or control/; those of the swapfile do not come this way."""
-        snapshot = self._snapshots.get(fh)
-        if snapshot is None:
-            raise pyfuse3.FUSEError(errno.ESTALE)  # opened before a new worker took over
-        return snapshot[off : off + size]
+        file = self._open_files.find(fh)
+        if file is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)  # opened before a new worker took over, or before too many others
+        return file.content[off : off + size]
 
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
         """Set a value of control/: each write is a whole value, wherever in the file it goes, as in sysfs."""
-        name = self._controls.get(fh)
-        if name is None:
+        file = self._open_files.find(fh)
+        if file is None or file.key is None:
             raise pyfuse3.FUSEError(errno.ESTALE)
         try:
-            self._control.set(name, bytes(buf))
+            self._control.set(file.key, bytes(buf))
         except ValueError:
             raise pyfuse3.FUSEError(errno.EINVAL) from None
-        self._snapshots[fh] = self._control.content(name)
+        self._open_files.rewrite(fh, self._control.content(file.key))
         return len(buf)
 
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:

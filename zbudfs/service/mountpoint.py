@@ -10,6 +10,10 @@ a daemon that locks memory and serves swap needs anyway.
 What is mounted is read from /proc/self/mountinfo and never from stat(2): a mount whose daemon has died, or hangs,
 answers every stat with an error, or not at all, and those are just the mounts that somebody wants to clean up.
 
+Only root may use the mount: without `allow_other` the kernel refuses every other user before the daemon hears of the
+request, so that no request of theirs stands in the queue that swap uses. Processes of root count as root only if all
+their user and group ids are 0. Kernel threads, such as those of a loop device, are root's.
+
 Mountpoints are absolute, resolved `str` paths here; bytes that are no UTF-8 are carried as surrogate escapes.
 """
 
@@ -67,6 +71,9 @@ class Mount:
     device: str
     """st_dev of everything on it, as "major:minor"; no two live mounts share one."""
 
+    admits_others: bool = False
+    """Whether the kernel lets other users in (`allow_other`), as it does where an old version has mounted."""
+
     @property
     def st_dev(self) -> int:
         """The same number as `os.stat_result.st_dev` has it."""
@@ -107,14 +114,20 @@ def is_connected(fuse_fd: int) -> bool:
 
 
 def parse_mountinfo(text: bytes) -> list[Mount]:
-    """Return the zbudfs mounts in `text`, the contents of a mountinfo file; other lines are passed over."""
+    """Return the zbudfs mounts of root in `text`, the contents of a mountinfo file; other lines are passed over.
+
+    Any user may mount a FUSE filesystem of any subtype with fusermount3. The kernel shows who did as `user_id`.
+    """
     mounts = []
     for line in text.split(b"\n"):
         # id parent major:minor root mountpoint options [tags...] - fstype source superoptions
         fields, separator, rest = line.partition(b" - ")
         words = fields.split(b" ")
-        if separator and len(words) >= 6 and rest.split(b" ")[0] == FSTYPE.encode():
-            mounts.append(Mount(os.fsdecode(unescape_octal(words[4])), words[2].decode("ascii")))
+        fstype, _, source_and_options = rest.partition(b" ")
+        options = source_and_options.rpartition(b" ")[2].split(b",")
+        if separator and len(words) >= 6 and fstype == FSTYPE.encode() and b"user_id=0" in options:
+            path = os.fsdecode(unescape_octal(words[4]))
+            mounts.append(Mount(path, words[2].decode("ascii"), b"allow_other" in options))
     return mounts
 
 
@@ -203,7 +216,7 @@ def open_and_mount(mountpoint: str, source: str = SOURCE) -> int:
 def _mount(fd: int, mountpoint: str, source: str) -> None:
     """Call mount(2) for the connection `fd`; raise MountError where it refuses."""
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME
-    data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_READ_BYTES}"
+    data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,max_read={MAX_READ_BYTES}"
     libc = ctypes.CDLL(None, use_errno=True)
     target = os.fsencode(mountpoint)
     if libc.mount(os.fsencode(source), target, FSTYPE.encode(), ctypes.c_ulong(flags), data.encode()) != 0:
