@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_zbudfs_trace_subparsers=(record show replay)
-_shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set exporter serve config doctor estimate trace top)
+_shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set exporter serve hibernate config doctor estimate trace top)
 
 _shtab_zbudfs_mount_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --instances --foreground)
 _shtab_zbudfs_umount_option_strings=(-h --help)
@@ -17,6 +17,7 @@ _shtab_zbudfs_status_option_strings=(-h --help --watch --json)
 _shtab_zbudfs_set_option_strings=(-h --help --json)
 _shtab_zbudfs_exporter_option_strings=(-h --help --listen --textfile --interval)
 _shtab_zbudfs_serve_option_strings=(-h --help)
+_shtab_zbudfs_hibernate_option_strings=(-h --help)
 _shtab_zbudfs_config_option_strings=(-h --help --check --json --root)
 _shtab_zbudfs_doctor_option_strings=(-h --help --json --backing --root)
 _shtab_zbudfs_estimate_option_strings=(-h --help --all --file --sample --seed --levels --pool --json --plot)
@@ -50,8 +51,9 @@ _shtab_zbudfs_trace_show___plot_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_trace_replay_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_top_pos_0_COMPGEN=_shtab_compgen_dirs
 
+_shtab_zbudfs_hibernate_pos_0_choices=(prepare finish)
 _shtab_zbudfs_trace_pos_0_choices=(record show replay)
-_shtab_zbudfs_pos_0_choices=(mount umount swapon swapoff restart status set exporter serve config doctor estimate trace top)
+_shtab_zbudfs_pos_0_choices=(mount umount swapon swapoff restart status set exporter serve hibernate config doctor estimate trace top)
 
 _shtab_zbudfs_mount__h_nargs=0
 _shtab_zbudfs_mount___help_nargs=0
@@ -79,6 +81,8 @@ _shtab_zbudfs_exporter__h_nargs=0
 _shtab_zbudfs_exporter___help_nargs=0
 _shtab_zbudfs_serve__h_nargs=0
 _shtab_zbudfs_serve___help_nargs=0
+_shtab_zbudfs_hibernate__h_nargs=0
+_shtab_zbudfs_hibernate___help_nargs=0
 _shtab_zbudfs_config__h_nargs=0
 _shtab_zbudfs_config___help_nargs=0
 _shtab_zbudfs_config___check_nargs=0

@@ -50,7 +50,7 @@ function _shtab_zbudfs_using
   test "$_shtab_zbudfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set exporter serve config doctor estimate trace 'trace record' 'trace show' 'trace replay' top
+set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set exporter serve hibernate config doctor estimate trace 'trace record' 'trace show' 'trace replay' top
 set -g _shtab_zbudfs_opts_with_value --after --backing --config --encrypt --file --instances --interval --level --levels --listen --max --output --packing --picture --plot --pool --priority --root --sample --seconds --seed --size --textfile --watch --watermark -o
 
 complete -c zbudfs -e
@@ -109,6 +109,9 @@ complete -c zbudfs -n '_shtab_zbudfs_using exporter' -l interval -x -d 'write FI
 complete -c zbudfs -n '_shtab_zbudfs_using exporter; and test $_shtab_zbudfs_npos -ge 0' -ka "(__fish_complete_directories)" -d 'directory (default: every zbudfs)'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a serve -d 'Become the daemon of a configuration, for a service manager.'
 complete -c zbudfs -n '_shtab_zbudfs_using serve' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a hibernate -d 'Take swap off before the machine hibernates, and put it back.'
+complete -c zbudfs -n '_shtab_zbudfs_using hibernate' -s h -l help -d 'show this help message and exit'
+complete -c zbudfs -n '_shtab_zbudfs_using hibernate; and test $_shtab_zbudfs_npos -eq 0' -ka "prepare finish" -d 'before, and afterwards'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a config -d 'Tell what is configured, and where each value comes from.'
 complete -c zbudfs -n '_shtab_zbudfs_using config' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using config' -l check -d 'tell only what is wrong; exit status 1 if anything is'

@@ -14,6 +14,7 @@ _shtab_zbudfs_commands() {
     doctor:'Tell whether this machine is ready for zbudfs, and what to do if it is not.'
     estimate:'Tell how memory would compress and pair, before anything is installed or changed.'
     exporter:'Give the numbers of all mounts to Prometheus.'
+    hibernate:'Take swap off before the machine hibernates, and put it back.'
     mount:'Mount a zbudfs and return when it is up.'
     restart:'Have this version of zbudfs take over a running mount; swap stays on.'
     serve:'Become the daemon of a configuration, for a service manager.'
@@ -93,6 +94,14 @@ _shtab_zbudfs_exporter_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_zbudfs_exporter_defaults_added=0
+
+_shtab_zbudfs_hibernate_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  ":before, and afterwards:(prepare finish)"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_zbudfs_hibernate_defaults_added=0
 
 _shtab_zbudfs_mount_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -258,6 +267,7 @@ _shtab_zbudfs() {
         doctor) _arguments -C -s $_shtab_zbudfs_doctor_options ;;
         estimate) _arguments -C -s $_shtab_zbudfs_estimate_options ;;
         exporter) _arguments -C -s $_shtab_zbudfs_exporter_options ;;
+        hibernate) _arguments -C -s $_shtab_zbudfs_hibernate_options ;;
         mount) _arguments -C -s $_shtab_zbudfs_mount_options ;;
         restart) _arguments -C -s $_shtab_zbudfs_restart_options ;;
         serve) _arguments -C -s $_shtab_zbudfs_serve_options ;;

@@ -6,10 +6,11 @@
 #   PREFIX      /usr/local            what all the following start with, where they do not say otherwise
 #   DESTDIR                           put it all below this folder, to be moved to / later (a package)
 #   LIBDIR      PREFIX/lib/zbudfs     the program, in a virtual environment of its own
-#   BINDIR      PREFIX/bin            a link to the command
-#   HELPERDIR   /sbin                 links for mount(8) and umount(8), which look nowhere else
-#   SYSCONFDIR  /etc                  zbudfs/swap.toml, if there is none
+#   BINDIR      PREFIX/bin            the command: a script that starts the program
+#   HELPERDIR   /sbin                 the same for mount(8) and umount(8), which look nowhere else
+#   SYSCONFDIR  /etc                  zbudfs/swap.toml, if there is none; files for needrestart and initramfs-tools
 #   UNITDIR     PREFIX/lib/systemd/system
+#   SLEEPDIR    /usr/lib/systemd/system-sleep    the hook of systemd-sleep(8), which looks nowhere else
 #   DATADIR     PREFIX/share          man/, doc/zbudfs/, and completions for bash, zsh and fish
 #   WHEELHOUSE                        a folder with wheels: nothing is looked for on the network
 #   PYTHON      python3               3.11 or later; the program depends on this interpreter from then on
@@ -29,6 +30,7 @@ BINDIR=${BINDIR:-$PREFIX/bin}
 HELPERDIR=${HELPERDIR:-$(readlink -f /sbin)}
 SYSCONFDIR=${SYSCONFDIR:-/etc}
 UNITDIR=${UNITDIR:-$PREFIX/lib/systemd/system}
+SLEEPDIR=${SLEEPDIR:-/usr/lib/systemd/system-sleep}
 DATADIR=${DATADIR:-$PREFIX/share}
 WHEELHOUSE=${WHEELHOUSE:-}
 PYTHON=${PYTHON:-python3}
@@ -37,7 +39,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_INPUT=
 
 fail() { echo "install: $*" >&2; exit 1; }
 
-for folder in "$PREFIX" "$LIBDIR" "$BINDIR" "$HELPERDIR" "$SYSCONFDIR" "$UNITDIR" "$DATADIR" "${DESTDIR:-/}"; do
+for folder in "$PREFIX" "$LIBDIR" "$BINDIR" "$HELPERDIR" "$SYSCONFDIR" "$UNITDIR" "$SLEEPDIR" "$DATADIR" "${DESTDIR:-/}"; do
     [[ $folder = /* && $folder != *$'\n'* ]] || fail "'$folder' is not an absolute path: write one that starts with /"
 done
 
@@ -85,18 +87,21 @@ make_folder() {
     entries+=("dir"$'\t'"$1")
 }
 
-# The place for a file is made free first: writing through a link of the user's would be a surprise.
+# Replaces what has that name in one step: a link of the user's is not written through, and a command is never missing.
 put_file() {
     make_folder "$(dirname "$2")"
-    rm -f "$DESTDIR$2"
-    install -m "${3:-0644}" "$1" "$DESTDIR$2"
+    install -m "${3:-0644}" "$1" "$DESTDIR$2.new"
+    mv -fT "$DESTDIR$2.new" "$DESTDIR$2"
     entries+=("file"$'\t'"$2")
 }
 
-put_link() {
-    make_folder "$(dirname "$2")"
-    ln -sfn "$1" "$DESTDIR$2"
-    entries+=("file"$'\t'"$2")
+# A file with the real places in it.
+with_places() { sed "s|/usr/local/bin/zbudfs|$BINDIR/zbudfs|g; s|/usr/local/lib/zbudfs|$LIBDIR|g" "$1"; }
+
+# A command: a script that starts the program, or says why it cannot.
+put_command() {
+    with_places systemd/libexec/launcher | sed "s|COMMAND\"|$1\"|" >"$scratch/command"
+    put_file "$scratch/command" "$2" 0755
 }
 
 put_config() {
@@ -107,13 +112,31 @@ put_config() {
         return 0
     fi
     make_folder "$(dirname "$2")"
-    install -m 0644 "$1" "$DESTDIR$2"
+    install -m "${3:-0644}" "$1" "$DESTDIR$2"
     entries+=("config"$'\t'"$2"$'\t'"$(checksum "$1")")
 }
 
 old_entries() { [ ! -e "$LIST" ] || grep "^$1"$'\t' "$LIST" || true; }
 
 # ---- install ---------------------------------------------------------------------------------------------------------
+
+# pip's own scripts show a traceback when the interpreter is another version than the one that zbudfs was installed for.
+make_script() {
+    cat >"$1" <<EOF
+#!$LIBDIR/bin/python -I
+import os
+import sys
+
+try:
+    from zbudfs.cli.entry import $2
+except ImportError as error:
+    python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+    print(f"zbudfs: cannot start with {python}: {error}; install zbudfs again (make install)", file=sys.stderr)
+    sys.exit(127 if os.environ.get("LISTEN_FDS", "0") in ("", "0") else 1)
+sys.exit($2())
+EOF
+    chmod 0755 "$1"
+}
 
 make_environment() {
     local new=$1 scratch=$2 options=() what=. pip=("$PYTHON" -m pip)
@@ -138,6 +161,9 @@ make_environment() {
     # Scripts and compiled files name the place where all this will be, not where it is made.
     rm -f "$new"/bin/activate* "$new"/bin/Activate*
     grep -rlIF "$new/bin/python" "$new/bin" | xargs -r sed -i "1s|^#!.*|#!$LIBDIR/bin/python -I|"
+    make_script "$new/bin/zbudfs" main
+    make_script "$new/bin/mount.fuse.zbudfs" mount_main
+    make_script "$new/bin/umount.fuse.zbudfs" umount_main
     sed -i "/^command = /d" "$new/pyvenv.cfg"
     rm -f "$new"/lib/*/site-packages/zbudfs-*.dist-info/direct_url.json
     "$new/bin/python" -I -m compileall -q -s "$new" -p "$LIBDIR" "$new/lib"
@@ -155,16 +181,25 @@ install_all() {
     make_folder "$(dirname "$LIBDIR")"
     make_environment "$new" "$scratch"
 
-    put_link "$LIBDIR/bin/zbudfs" "$BINDIR/zbudfs"
-    local helper page unit suffix
-    for helper in "$new"/bin/{u,}mount.fuse.zbudfs; do
-        [ ! -e "$helper" ] || put_link "$LIBDIR/bin/${helper##*/}" "$HELPERDIR/${helper##*/}"
+    put_command zbudfs "$BINDIR/zbudfs"
+    local helper page unit
+    for helper in {u,}mount.fuse.zbudfs; do
+        put_command "$helper" "$HELPERDIR/$helper"
+    done
+    mkdir "$new/libexec"
+    for helper in systemd/libexec/*; do
+        [ "${helper##*/}" = launcher ] || with_places "$helper" >"$new/libexec/${helper##*/}"
     done
     for unit in systemd/*.*; do
         [ -f "$unit" ] || continue
-        sed "s|@BINDIR@|$BINDIR|g; s|/usr/local/bin/zbudfs|$BINDIR/zbudfs|g" "$unit" >"$scratch/unit"
+        with_places "$unit" >"$scratch/unit"
         put_file "$scratch/unit" "$UNITDIR/${unit##*/}"
     done
+    for unit in systemd/*.d/*.conf; do
+        put_file "$unit" "$UNITDIR/${unit#systemd/}"
+    done
+    with_places systemd/libexec/sleep >"$scratch/hook"
+    put_file "$scratch/hook" "$SLEEPDIR/zbudfs" 0755
     for page in docs/man/*.[1-9]; do
         [ ! -f "$page" ] || put_file "$page" "$DATADIR/man/man${page##*.}/${page##*/}"
     done
@@ -175,6 +210,8 @@ install_all() {
     put_file completion/zbudfs.zsh "$DATADIR/zsh/site-functions/_zbudfs"
     put_file completion/zbudfs.fish "$DATADIR/fish/vendor_completions.d/zbudfs.fish"
     put_config docs/zbudfs.toml.example "$SYSCONFDIR/zbudfs/swap.toml"
+    put_config systemd/other/needrestart.conf "$SYSCONFDIR/needrestart/conf.d/zbudfs.conf"
+    put_config systemd/other/initramfs-hook "$SYSCONFDIR/initramfs-tools/hooks/zbudfs" 0755
 
     # What the version before had and this one has not.
     while IFS=$'\t' read -r _ entry; do
@@ -226,5 +263,5 @@ reload_units() {
 case ${1:-} in
 install) install_all ;;
 uninstall) uninstall_all ;;
-*) sed -n '3,20s/^# \{0,1\}//p' "$0"; exit 2 ;;
+*) sed -n '3,21s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -14,6 +14,11 @@
     stop        `systemctl stop` without room in RAM
     reboot      reboot and power-off with swap in use, within a minute each
     full        a disk that fills up under the backing file
+    broken      what cannot start at boot: backing files, a file with an error, no /dev/fuse, another Python
+    late        a backing file on a disk that is mounted late, or not at all
+    session     a daemon that a shell has started outlives the login session
+    sleep       suspend to RAM and to idle, 20 times each, under that pressure; the helpers are killed meanwhile
+    hibernate   refused without room, and without other swap; with room the machine goes on from the image
 
 It is Debian 13; with ZBUDFS_VM_SUITE=bookworm in the environment it is Debian 12, whose kernel cannot hand a mount over after
 a kill (`install`, `boot`, `acceptance`, `pressure`, `dense` and `restart` are for both).
@@ -55,9 +60,14 @@ LIMIT_SECONDS: Final[dict[str, float]] = {
     "reboot": 2400,
     "pressure": 7200,
     "dense": 7200,
+    "broken": 1800,
+    "late": 1500,
+    "session": 1500,
 }
 """Longest time for a scenario. Arbitrary and generous: a machine that hangs is ended by it."""
 DEFAULT_LIMIT_SECONDS: Final = 3600.0
+SECOND_DISK_MIB: Final = {"late": 256, "hibernate": 512}
+"""Size of a second disk, /dev/vdc, of these scenarios; it is empty at first."""
 END_LIMIT_SECONDS: Final = 60.0
 """Longest time for a reboot or a power-off with swap in use: the promise, not a guess."""
 END_PATIENCE_SECONDS: Final = 240.0
@@ -82,7 +92,7 @@ class Outcome:
 class Machine:
     """A virtual machine that runs; its disk stays what it made of it."""
 
-    def __init__(self, disk: Path, payload: Path, folder: Path, *, memory_mib: int, cpus: int) -> None:
+    def __init__(self, disks: list[Path], payload: Path, folder: Path, *, memory_mib: int, cpus: int) -> None:
         image = vm_image.disk()
         self.console = folder / "console.log"
         arguments = [
@@ -90,9 +100,10 @@ class Machine:
             *("-nodefaults", "-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"),
             *("-kernel", str(image / "vmlinuz"), "-initrd", str(image / "initrd"), "-append"),
             "root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off systemd.show_status=yes systemd.getty_auto=no"
-            " modprobe.blacklist=ahci,kvm_amd,kvm_intel,kvm",
-            *("-drive", f"file={disk},if=virtio,format=raw,cache=unsafe,discard=unmap"),
+            f" modprobe.blacklist=ahci,kvm_amd,kvm_intel,kvm{' resume=/dev/vdc' if len(disks) > 1 else ''}",
+            *("-drive", f"file={disks[0]},if=virtio,format=raw,cache=unsafe,discard=unmap"),
             *("-drive", f"file={payload},if=virtio,format=raw,readonly=on"),
+            *(word for disk in disks[1:] for word in ("-drive", f"file={disk},if=virtio,format=raw,cache=unsafe")),
             *("-serial", f"file:{self.console}", "-device", "virtio-serial-pci"),
             *("-chardev", "stdio,id=out,signal=off", "-device", "virtconsole,chardev=out"),
             *("-object", "rng-random,id=r,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=r"),
@@ -160,10 +171,15 @@ def play(name: str, disk: Path, folder: Path, options: argparse.Namespace) -> Ou
     outcome = Outcome(name)
     began = time.monotonic()
     image = payload(folder, name)
+    disks = [disk]
+    if name in SECOND_DISK_MIB:
+        disks.append(folder / "second.img")
+        disks[1].unlink(missing_ok=True)
+        vm_image.run("truncate", "-s", f"{SECOND_DISK_MIB[name]}M", disks[1])
     again = True
     while again:
         again = False
-        machine = Machine(disk, image, folder, memory_mib=options.memory, cpus=options.cpus)
+        machine = Machine(disks, image, folder, memory_mib=options.memory, cpus=options.cpus)
         leaving: tuple[str, float] | None = None
         for message in machine.messages(LIMIT_SECONDS.get(name, DEFAULT_LIMIT_SECONDS)):
             if "kernel" in message:
@@ -172,6 +188,7 @@ def play(name: str, disk: Path, folder: Path, options: argparse.Namespace) -> Ou
                 note(outcome, message["check"], message["ok"], message["seen"])
             elif "ends" in message:
                 leaving, again = (message["ends"], time.monotonic()), message["again"]
+                with_what = message.get("with", "swap in use")
                 patience = threading.Timer(END_PATIENCE_SECONDS, machine.process.kill)
                 patience.daemon = True
                 patience.start()
@@ -182,11 +199,13 @@ def play(name: str, disk: Path, folder: Path, options: argparse.Namespace) -> Ou
             took = time.monotonic() - leaving[1]
             patience.cancel()
             done = "reboot: Restarting system" if leaving[0] == "reboot" else "reboot: Power down"
+            if leaving[0] == "hibernation":
+                done = "PM: hibernation: "
             orderly = done in machine.console.read_text(errors="replace")
             ok = orderly and took < END_LIMIT_SECONDS
             note(
                 outcome,
-                f"{leaving[0]} with swap in use in under a minute",
+                f"{leaving[0]} with {with_what} in under a minute",
                 ok,
                 f"{took:.1f} s{'' if orderly else ', not in order'}",
             )

@@ -131,6 +131,7 @@ def board(number: int) -> int:
 
 
 KEEPER, WORKER, STANDBY, STANDBY_READY, SERVING, HEARTBEAT, RECOVERIES = 4, 5, 6, 7, 8, 9, 10
+BACKING_FD = 43
 
 
 def show(unit: str, name: str) -> str:
@@ -661,6 +662,461 @@ def full() -> None:
     must("losetup", "--detach", device)
 
 
+# ---- what cannot start at boot -----------------------------------------------------------------------------------------
+
+EARLY_UNIT: Final = """\
+[Unit]
+DefaultDependencies=no
+After=local-fs.target
+RequiresMountsFor=/vm
+Conflicts=shutdown.target
+Before=shutdown.target
+[Service]
+Type=exec
+ExecStart=/usr/bin/python3 -u /vm/vm_guest.py
+StandardOutput=file:/dev/hvc0
+StandardError=inherit
+KillMode=mixed
+OOMScoreAdjust=-1000
+Environment=LC_ALL=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+[Install]
+WantedBy=multi-user.target
+"""
+"""The scenario's own unit where the boot itself is looked at: it waits for nothing."""
+BOOT_LIMIT_SECONDS: Final = 600.0
+"""How long this waits for multi-user.target. Longer than the time that is allowed, so that there is a figure."""
+ALLOWED_BOOTS: Final = 4.0
+"""How much longer a boot may take with what cannot start, in boots without zbudfs. Arbitrary: starting several Pythons takes
+long on an emulated processor that others use as well. A boot that is held up does not end."""
+LIBRARY: Final = Path("/usr/local/lib/zbudfs/lib")
+
+
+def boot_seconds() -> float:
+    """Wait for multi-user.target, and return when it was reached, in seconds from the kernel's start. Failed."""
+    wait_for(lambda: show("multi-user.target", "ActiveState") == "active", "multi-user.target", BOOT_LIMIT_SECONDS)
+    return int(show("multi-user.target", "ActiveEnterTimestampMonotonic")) / 1e6
+
+
+def boot_again(phase: str) -> None:
+    """Reboot; the scenario goes on with this phase."""
+    (STATE / "phase").write_text(phase)
+    os.sync()
+    report(ends="reboot", again=True, **{"with": "no swap"})
+    must("systemctl", "--no-block", "reboot")
+    time.sleep(LIMIT_SECONDS)
+
+
+def phase_now() -> str:
+    """Return the phase that the scenario is in: "first" before it reboots."""
+    STATE.mkdir(exist_ok=True)
+    return (STATE / "phase").read_text() if (STATE / "phase").exists() else "first"
+
+
+def write_configuration(name: str, **keys: object) -> None:
+    """Have a configuration of that name, and its swap from the next boot on; keys as for `configure`, `text` as it is."""
+    text = str(keys.pop("text", "")) + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+    Path("/etc/zbudfs", f"{name}.toml").write_text(text)
+    must("systemctl", "enable", f"zbudfs-swap@{name}.service")
+
+
+def check_failed(name: str, words: str) -> None:
+    """The unit of this configuration has failed, and is listed; the log has one line of zbudfs that says why."""
+    unit = f"zbudfs@{name}.service"
+    failed = must("systemctl", "--failed", "--plain", "--no-legend")
+    state, restarts = show(unit, "ActiveState"), show(unit, "NRestarts")
+    check(f"{unit} is failed, and listed so", state == "failed" and unit in failed, f"{state}, {restarts} restarts")
+    log = must("journalctl", "-b", "-o", "cat", "-u", unit)
+    said = [line for line in log.splitlines() if words in line]
+    check(f"{unit} says why, once", len(said) == 1 and "Traceback" not in log, said or log.splitlines()[-5:])
+
+
+def broken() -> None:
+    """What cannot start at boot costs swap and nothing else; a mount that holds pages is tried for ever."""
+    phase = phase_now()
+    if phase == "first":
+        Path("/etc/systemd/system/vm-guest.service").write_text(EARLY_UNIT)
+        must("systemctl", "disable", SWAP_UNIT)
+        boot_again("plain")
+    try:
+        took = boot_seconds()
+    except Failed as error:
+        check(f"the boot ({phase}) is not held up", False, f"{error}; {must('systemctl', 'list-jobs')}")
+        raise
+    if phase == "plain":
+        (STATE / "plain").write_text(f"{took}")
+        check("a boot without zbudfs reaches multi-user.target", True, f"after {took:.1f} s")
+        _break_backings()
+        boot_again("backings")
+    plain = float((STATE / "plain").read_text())
+    seen = f"after {took:.1f} s, without zbudfs after {plain:.1f} s"
+    check(f"multi-user.target is reached ({phase})", took < (1 + ALLOWED_BOOTS) * plain, seen)
+    if phase == "backings":
+        check_failed("missing", "/mnt/not-there")
+        check_failed("full", "No space left")
+        check_failed("foreign", "/var/foreign")
+        check_failed("syntax", "syntax.toml")
+        for name in ("missing", "full", "foreign", "syntax"):
+            must("systemctl", "disable", f"zbudfs-swap@{name}.service")
+            Path("/etc/zbudfs", f"{name}.toml").unlink()
+        check("the file of somebody else is as it was", Path("/var/foreign").read_text() == "not ours\n", "unchanged")
+        Path("/etc/systemd/system/no-fuse.service").write_text(
+            "[Unit]\nDefaultDependencies=no\nAfter=local-fs.target\nBefore=zbudfs@swap.service zbudfs@two.service\n"
+            "[Service]\nType=oneshot\nExecStart=rm /dev/fuse\n[Install]\nWantedBy=sysinit.target\n"
+        )
+        must("systemctl", "enable", "no-fuse.service", SWAP_UNIT)
+        write_configuration("two", size="64M", pool="16M", instances=2)
+        boot_again("no /dev/fuse")
+    if phase == "no /dev/fuse":
+        check_failed("swap", "/dev/fuse")
+        state = show("zbudfs@two.service", "ActiveState")
+        check("a service of two instances is failed as well", state == "failed", state)
+        must("systemctl", "disable", "no-fuse.service", "zbudfs-swap@two.service")
+        Path("/etc/zbudfs/two.toml").unlink()
+        _break_python()
+        boot_again("another Python")
+    check_failed("swap", "cannot start")
+    done = run("zbudfs", "status")
+    check("a command says in one line what to do", len(done.stdout.splitlines()) == 1, done.stdout.strip())
+    _mend_python()
+    must("systemctl", "reset-failed")
+    must("systemctl", "start", SWAP_UNIT)
+    wait_for(lambda: swaps() and stats()["standby_ready"], "swap and a standby")
+    check("with the right Python it starts", len(swaps()) == 1, "swap is on")
+    _break_python()
+    os.kill(board(KEEPER), signal.SIGKILL)
+    wait_for(lambda: int(show(UNIT, "NRestarts")) >= 5, "restarts")
+    kept = show(UNIT, "ActiveState") == "activating" and show(UNIT, "NFileDescriptorStore") == "3"
+    check("a mount that holds pages is tried again", kept, f"{show(UNIT, 'NRestarts')} restarts")
+    _mend_python()
+    took = wait_for(lambda: show(UNIT, "ActiveState") == "active" and is_alive(board(KEEPER)), "the keeper")
+    check("and goes on when the program starts again", len(swaps()) == 1, f"after {took:.1f} s")
+    _break_python()
+    must("systemctl", "stop", UNIT)
+    check("a stop turns swap off without the program", not swaps() and not MOUNTPOINT.is_mount(), "no swap, no mount")
+    check_kernel()
+
+
+def _break_backings() -> None:
+    image = Path("/var/full.img")
+    must("truncate", "-s", "16M", str(image))
+    must("mkfs.ext4", "-q", "-m", "0", str(image))
+    place = Path("/mnt/full")
+    place.mkdir(exist_ok=True)
+    with Path("/etc/fstab").open("a") as fstab:
+        fstab.write(f"{image} {place} ext4 loop 0 0\n")
+    must("mount", str(place))
+    with contextlib.suppress(OSError), (place / "ballast").open("wb", buffering=0) as ballast:
+        while ballast.write(bytes(PAGE)):
+            pass
+    Path("/var/foreign").write_text("not ours\n")
+    write_configuration("missing", size="64M", pool="8M", backing="/mnt/not-there/z")
+    write_configuration("full", size="64M", pool="8M", backing=f"{place}/z")
+    write_configuration("foreign", size="64M", pool="8M", backing="/var/foreign")
+    write_configuration("syntax", text="size = \n")
+
+
+def _break_python() -> None:
+    """Do what an upgrade of the distribution does: the interpreter looks for its packages in another folder."""
+    (found,) = LIBRARY.glob("python3.*")
+    found.rename(LIBRARY / "python3.0")
+
+
+def _mend_python() -> None:
+    version = must("/usr/bin/python3", "-I", "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
+    (LIBRARY / "python3.0").rename(LIBRARY / f"python{version.strip()}")
+
+
+# ---- a disk that is mounted late ---------------------------------------------------------------------------------------
+
+
+def late() -> None:
+    """A backing file on a disk with `nofail` waits for the disk, and is never made below its empty mountpoint."""
+    phase, place = phase_now(), Path("/mnt/ssd")
+    backing = place / "z"
+    if phase == "first":
+        Path("/etc/systemd/system/vm-guest.service").write_text(EARLY_UNIT)
+        must("systemctl", "stop", UNIT)
+        must("mkfs.ext4", "-q", "/dev/vdc")
+        place.mkdir(exist_ok=True)
+        _fstab("/dev/vdc", place)
+        configure(size="128M", pool="8M", backing=str(backing))
+        boot_again("with the disk")
+    took = boot_seconds()
+    if phase == "with the disk":
+        found = swaps()
+        check("swap is on after boot", len(found) == 1, f"multi-user.target after {took:.1f} s")
+        wait_for(place.is_mount, "the disk")
+        fd = int(board(BACKING_FD))
+        held = os.readlink(f"/proc/{board(WORKER)}/fd/{fd}")  # noqa: PTH115
+        device = os.stat(f"/proc/{board(WORKER)}/fd/{fd}").st_dev  # noqa: PTH116
+        check("the backing file is on that disk", device == os.stat(place).st_dev != os.stat("/").st_dev, held)  # noqa: PTH116
+        _fstab("/dev/disk/by-uuid/0000-0000", place)
+        boot_again("without the disk")
+    check("the boot goes on without the disk", took < BOOT_LIMIT_SECONDS, f"multi-user.target after {took:.1f} s")
+    check("no backing file below the empty mountpoint", not backing.exists(), list(place.iterdir()) or "nothing")
+    check_failed("swap", str(place))
+    _fstab("/dev/vdc", place)
+    must("systemctl", "daemon-reload")
+    must("systemctl", "reset-failed")
+    must("systemctl", "start", SWAP_UNIT)
+    check("started by hand it mounts the disk first", place.is_mount() and backing.exists(), "swap is on")
+    check_kernel()
+
+
+def _fstab(device: str, place: Path) -> None:
+    """Have the disk mounted late, and nothing else at that place."""
+    file = Path("/etc/fstab")
+    lines = [line for line in file.read_text().splitlines() if f" {place} " not in line]
+    file.write_text("\n".join([*lines, f"{device} {place} ext4 nofail 0 0", ""]))
+
+
+# ---- login sessions ----------------------------------------------------------------------------------------------------
+
+
+def session() -> None:
+    """A daemon that a shell starts outlives the session: its scope is stopped, runs out of memory, is frozen."""
+    must("systemctl", "stop", UNIT)
+    place = Path("/mnt/z")
+    place.mkdir(exist_ok=True)
+    load = Storm(int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10)
+    wait_for(lambda: load.state()[0] > 1000, "the storm's begin")
+    load.kill()
+    options = ["--size", "1400M", "--pool", "64M", str(place)]
+    scope = ["systemd-run", "--scope", "--quiet", "--unit=s.scope", "--slice=user.slice", "-p", "MemorySwapMax=0"]
+    must(*scope, "zbudfs", "swapon", *options)
+    pids = [int((place / f"stats/{name}_pid").read_text()) for name in ("keeper", "worker", "standby")]
+    groups = {Path(f"/proc/{pid}/cgroup").read_text().strip() for pid in pids}
+    ok = len(groups) == 1 and re.search(r"^0::/system\.slice/zbudfs-[^/]+\.scope$", min(groups))
+    check("all processes of the daemon are in a scope of their own", bool(ok), groups)
+    warnings = json.loads((place / "stats/all.json").read_text())["warnings"]
+    check("and there is no warning of a session", not any("session" in text for text in warnings), warnings or "none")
+    load = Storm(int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10)
+    try:
+        load.wait_filled()
+        check("a storm of the RAM is in swap", swap_used_mib() > 0, f"{swap_used_mib()} MiB")
+        limits = ["-p", "MemoryMax=100M", "-p", "MemorySwapMax=0"]
+        done = run(
+            "systemd-run",
+            "--scope",
+            "--quiet",
+            "--slice=user.slice",
+            *limits,
+            "choom",
+            "-n",
+            "0",
+            "--",
+            "python3",
+            "-c",
+            "x = bytearray(300 << 20)",
+        )
+        check("a program of a session is killed for want of memory", done.returncode != 0, done.returncode)
+        run("systemctl", "stop", "s.scope")
+        freeze = Path("/sys/fs/cgroup/user.slice/cgroup.freeze")
+        freeze.write_text("1")
+        took = load.wait_progress()
+        freeze.write_text("0")
+        check("user.slice is frozen: swap is served", True, f"2000 more pages within {took:.1f} s")
+        check("swap is on, and all three processes live", all(map(is_alive, pids)) and len(swaps()) == 1, pids)
+        checked, wrong = load.end()
+        check("no wrong page", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+    finally:
+        load.kill()
+    must("zbudfs", "swapoff", "--umount", str(place), limit=900)
+    listed = must("systemctl", "list-units", "--all", "--plain", "--no-legend", "zbudfs-*.scope")
+    check("the scope is gone with the mount", not listed.strip(), listed.strip() or "gone")
+    check_kernel(allowed=r"python3|oom|Killed process|Out of memory|Memory cgroup")
+
+
+# ---- sleep -------------------------------------------------------------------------------------------------------------
+
+WAKE_SECONDS: Final = 8
+"""From the alarm's setting to the alarm: freezing takes a part of that. Arbitrary: an emulated processor."""
+WAKE_HOOK: Final = f"""\
+#!/bin/sh
+case $1 in
+pre) rtcwake -m no -s {WAKE_SECONDS} ;;
+esac
+"""
+
+
+def suspend_counts() -> tuple[int, int]:
+    """Return how often the machine has slept, and how often it could not."""
+    folder = Path("/sys/power/suspend_stats")
+    return int((folder / "success").read_text()), int((folder / "fail").read_text())
+
+
+def frozen_groups() -> list[str]:
+    """Return the cgroups that are frozen now."""
+    return [
+        str(path.parent) for path in Path("/sys/fs/cgroup").rglob("cgroup.freeze") if path.read_text().strip() == "1"
+    ]
+
+
+def suspend_once() -> bool:
+    """Suspend the machine as a user does, and return whether it slept. Failed, if it neither slept nor said so."""
+    before = suspend_counts()
+    wait_for(lambda: show("sleep.target", "ActiveState") == "inactive", "the end of the last sleep")
+    must("systemctl", "suspend")
+    wait_for(lambda: suspend_counts() != before or show("systemd-suspend.service", "Result") != "success", "sleep")
+    wait_for(lambda: show("systemd-suspend.service", "ActiveState") in ("inactive", "failed"), "the end of sleep")
+    return suspend_counts() == (before[0] + 1, before[1])
+
+
+def sleep_() -> None:
+    """Suspend to RAM and to idle under a storm, 20 times each; the hook and systemd-sleep are killed in the middle."""
+    hook = Path("/usr/lib/systemd/system-sleep/wake")
+    hook.write_text(WAKE_HOOK)
+    hook.chmod(0o755)
+    modes = [mode for mode in ("deep", "s2idle") if mode in Path("/sys/power/mem_sleep").read_text()]
+    print(Path("/sys/power/mem_sleep").read_text(), flush=True)
+    with storm_of(1, size="1900M") as load:
+        for mode in modes:
+            Path("/sys/power/mem_sleep").write_text(mode)
+            slept, stalls = 0, []
+            for _ in range(20):
+                slept += suspend_once()
+                stalls.append(load.wait_progress(1000))
+            check(
+                f"systemctl suspend ({mode}) under a storm",
+                slept == 20,
+                f"{slept} of 20; longest stall after it {max(stalls):.1f} s",
+            )
+            wait_for(lambda: not frozen_groups(), "the thaw", 30)
+        refusing = [line for line in must("dmesg", "--notime").splitlines() if "refusing to freeze" in line]
+        check("no task refused to freeze", not refusing, refusing[:3] or "none")
+        slept = 0
+        for _ in range(3):
+            done = run("/usr/local/lib/zbudfs/libexec/sleep", "run", "rtcwake", "-m", "mem", "-s", str(WAKE_SECONDS))
+            slept += done.returncode == 0
+        check("sleep run rtcwake -m mem", slept == 3, f"{slept} of 3")
+        for victim in ("libexec/sleep\0pre", "system-sleep/zbudfs\0pre", "systemd-sleep\0suspend"):
+            _kill_while_frozen(victim)
+            wait_for(lambda: not frozen_groups() and show("sleep.target", "ActiveState") == "inactive", "the thaw")
+            check(f"kill -9 of {victim.replace(chr(0), ' ')}: all is thawed", not frozen_groups(), "nothing is frozen")
+            load.wait_progress()
+    hook.unlink()
+    check_kernel(allowed=r"refusing to freeze|Freezing")
+
+
+KILLER: Final = """
+import os, signal, sys, time
+from pathlib import Path
+victim, end = sys.argv[1].encode().replace(b"|", b"\\0"), time.monotonic() + 60
+while time.monotonic() < end and not Path("/run/zbudfs.frozen").exists():
+    time.sleep(0.005)
+for path in Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+        if victim in path.read_bytes() and int(path.parent.name) != os.getpid():
+            os.kill(int(path.parent.name), signal.SIGKILL)
+            print("killed", path.parent.name, flush=True)
+    except OSError:
+        pass
+"""
+"""Kills a process as soon as the first cgroup is frozen; its own is not, by the unit's name."""
+
+
+def _kill_while_frozen(victim: str) -> None:
+    unit = f"zbudfs-killer{time.monotonic_ns()}.service"
+    words = ["systemd-run", "--quiet", f"--unit={unit}", "--slice=system.slice", "-p", "RemainAfterExit=yes"]
+    must(*words, "python3", "-c", KILLER, victim.replace("\0", "|"))
+    time.sleep(3)
+    if victim.startswith("libexec"):
+        run("/usr/local/lib/zbudfs/libexec/sleep", "run", "sleep", "3")
+    else:
+        run("systemctl", "suspend")
+    wait_for(lambda: "killed" in must("journalctl", "-b", "-o", "cat", "-u", unit), f"the end of {victim!r}")
+    run("systemctl", "stop", unit)
+
+
+# ---- hibernation -------------------------------------------------------------------------------------------------------
+
+
+def hibernate() -> None:
+    """Hibernation: refused where swap on zbudfs cannot go off; else it is off before and on afterwards."""
+    phase = phase_now()
+    if phase != "first":
+        raise Failed("the machine has started afresh: the image was not used")
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    start_swap(size="1900M", pool="96M")
+    _refused("there is no swap for the image", "without other swap")
+    must("update-initramfs", "-u")
+    check("the initramfs does not resume from zbudfs", "loop" not in _resume_device(), _resume_device() or "no device")
+    must("mkswap", "/dev/vdc")
+    must("swapon", "--priority", "0", "/dev/vdc")
+    uuid = must("blkid", "-s", "UUID", "-o", "value", "/dev/vdc").strip()
+    must("update-initramfs", "-u")
+    check("but from the disk, which is smaller", uuid in _resume_device(), _resume_device())
+    must("swapoff", "/dev/vdc")
+    load = Storm(2 * ram)
+    try:
+        load.wait_filled()
+        must("swapon", "--priority", "0", "/dev/vdc")
+        _refused("not enough memory for swapoff", "without room")
+        load.wait_progress()
+        check("the swap of before is on", any("loop" in words[0] for words in swaps()), swaps())
+        checked, wrong = load.end()
+        check("no wrong page", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+    finally:
+        load.kill()
+    must("swapoff", "/dev/vdc")
+    load = Storm(ram * 6 // 10)
+    load.wait_filled()
+    must("swapon", "--priority", "0", "/dev/vdc")
+    before = swaps()
+    loops = [words for words in before if "loop" in words[0]]
+    (STATE / "phase").write_text("hibernated")
+    os.sync()
+    began = time.clock_gettime(time.CLOCK_BOOTTIME)
+    report(ends="hibernation", again=True, **{"with": "swap in use"})
+    must("systemctl", "hibernate")
+    wait_for(
+        lambda: (
+            show("systemd-hibernate.service", "ActiveState") in ("inactive", "failed")
+            and show("zbudfs-hibernate.service", "ActiveState") in ("inactive", "failed")
+            and time.clock_gettime(time.CLOCK_BOOTTIME) > began + 20
+        ),
+        "the end of hibernation",
+        600,
+    )
+    kernel = must("dmesg", "--notime")
+    check(
+        "the machine went on from the image",
+        "PM: hibernation: hibernation exit" in kernel,
+        must("journalctl", "-b", "-o", "cat", "-u", "systemd-hibernate.service")[-300:],
+    )
+    now = [words for words in swaps() if "loop" in words[0]]
+    check(
+        "swap on zbudfs is on again, with the priority of before", len(now) == 1 and now[0][4] == loops[0][4], swaps()
+    )
+    load.wait_progress()
+    checked, wrong = load.end()
+    check("no wrong page", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+    must("swapoff", "/dev/vdc")
+    check_kernel()
+
+
+def _refused(words: str, why: str) -> None:
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    run("systemctl", "start", "systemd-hibernate.service")
+    said = must("journalctl", "-b", "-o", "cat", "--since", began, "-u", "zbudfs-hibernate.service")
+    found = [line for line in said.splitlines() if words in line]
+    check(f"hibernation {why} is refused, with the reason", len(found) == 1, found or said.splitlines()[-3:])
+    check("and the machine goes on, with swap on", any("loop" in words[0] for words in swaps()), swaps())
+
+
+def _resume_device() -> str:
+    """Return what the initramfs resumes from; empty: nothing."""
+    (image,) = Path("/boot").glob("initrd.img-*")
+    must("rm", "-rf", "/run/initramfs-look")
+    must("unmkinitramfs", str(image), "/run/initramfs-look")
+    return " ".join(
+        line
+        for file in Path("/run/initramfs-look").rglob("conf/conf.d/*")
+        for line in file.read_text().splitlines()
+        if line.startswith("RESUME=")
+    )
+
+
 SCENARIOS: Final[dict[str, Callable[[], None]]] = {
     "install": install,
     "boot": boot,
@@ -673,6 +1129,11 @@ SCENARIOS: Final[dict[str, Callable[[], None]]] = {
     "stop": stop,
     "reboot": reboot,
     "full": full,
+    "broken": broken,
+    "late": late,
+    "session": session,
+    "sleep": sleep_,
+    "hibernate": hibernate,
 }
 
 
@@ -702,7 +1163,7 @@ def main() -> None:
     kernel, version = os.uname().release, must("systemctl", "--version").splitlines()[0]
     report(kernel=kernel, systemd=version, uptime=time.clock_gettime(time.CLOCK_BOOTTIME))
     with _told():
-        if name != "install":
+        if name not in ("install", "broken", "late"):
             run("systemctl", "is-system-running", "--wait", limit=240)
         SCENARIOS[name]()
     report(end=True)

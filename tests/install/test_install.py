@@ -4,6 +4,7 @@
 import email
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -73,6 +74,9 @@ def test_the_wheel_holds_the_program_alone(wheelhouse: Path) -> None:
     assert "zbudfs/py.typed" in names
 
 
+SLEEP_HOOK = "usr/lib/systemd/system-sleep/zbudfs"
+
+
 def make(target: str, **variables: str | Path) -> subprocess.CompletedProcess[str]:
     """Run make with variables."""
     words = [f"{name}={value}" for name, value in variables.items()]
@@ -94,7 +98,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def places(prefix: Path) -> dict[str, Path]:
     """Return variables that keep an installation inside one folder."""
-    return {"PREFIX": prefix, "SYSCONFDIR": prefix / "etc", "HELPERDIR": prefix / "sbin"}
+    return {"PREFIX": prefix, "SYSCONFDIR": prefix / "etc", "HELPERDIR": prefix / "sbin", "SLEEPDIR": prefix / "sleep"}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,33 @@ def test_what_is_installed_mounts(installed: tuple[Path, dict[str, str]], tmp_pa
     assert not is_mounted(tmp_path)
 
 
+@pytest.mark.parametrize("broken", ["another version", "no interpreter"])
+def test_a_program_that_cannot_start_says_what_to_do(
+    broken: str, installed: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """After an upgrade of Python: one line and status 127; with descriptors of a service in the store, status 1."""
+    prefix, _ = installed
+    library = prefix / "lib/zbudfs"
+    if broken == "another version":
+        (python,) = library.glob("lib/python3.*")
+        there, away = python, python.with_name("python3.0")
+    else:
+        there, away = library / "bin/python", library / "bin/away"
+    there.rename(away)
+    try:
+        for command in (prefix / "bin/zbudfs", prefix / "sbin/mount.fuse.zbudfs"):
+            for stored, status in (("", 127), ("0", 127), ("3", 1)):
+                environment = {"PATH": "/usr/bin:/bin", "LISTEN_FDS": stored}
+                run = subprocess.run(
+                    [command, "status"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+                )
+                assert (run.returncode, run.stdout) == (status, "")
+                assert len(run.stderr.splitlines()) == 1, run.stderr
+                assert "make install" in run.stderr
+    finally:
+        away.rename(there)
+
+
 def test_installing_and_uninstalling_leaves_nothing(wheelhouse: Path, tmp_path: Path) -> None:
     """Twice over itself and away: just what was there before is there again, except a configuration that was edited."""
     prefix = tmp_path.resolve() / "prefix"
@@ -173,7 +204,16 @@ def test_below_a_destdir(wheelhouse: Path, tmp_path: Path) -> None:
     assert [path for path in files if os.fsencode(destdir) in path.read_bytes()] == []
     script = destdir / "opt/zbudfs-test/lib/zbudfs/bin/zbudfs"
     assert script.read_text().startswith("#!/opt/zbudfs-test/lib/zbudfs/bin/python -I\n")
-    assert (destdir / "opt/zbudfs-test/bin/zbudfs").readlink() == Path("/opt/zbudfs-test/lib/zbudfs/bin/zbudfs")
+    assert "/opt/zbudfs-test/lib/zbudfs/bin/zbudfs" in (destdir / "opt/zbudfs-test/bin/zbudfs").read_text()
+    units = destdir / "opt/zbudfs-test/lib/systemd/system"
+    text = "".join(path.read_text() for path in [*units.rglob("*"), destdir / SLEEP_HOOK] if path.is_file())
+    assert "ExecStart=/opt/zbudfs-test/bin/zbudfs serve" in text
+    assert "/usr/local/" not in text
+    named = set(re.findall(r"/opt/zbudfs-test/lib/zbudfs/libexec/[\w-]+", text))
+    assert len(named) >= 2
+    assert [path for path in named if not (destdir / path[1:]).is_file()] == []
+    assert (units / "sleep.target.d/zbudfs.conf").is_file()
+    assert os.access(destdir / SLEEP_HOOK, os.X_OK)
     (destdir / "etc/zbudfs/swap.toml").write_text("level = 3\n")
     run = make("uninstall", DESTDIR=destdir, PREFIX="/opt/zbudfs-test")
     assert "kept: " in run.stdout

@@ -54,6 +54,8 @@ class Arguments(argparse.Namespace):
     """Whether JSON is printed."""
     name: str | None
     """Of a configuration; None: all of them."""
+    step: str
+    """Of hibernate: prepare or finish."""
     config: str | None
     """Name of a configuration that says the rest; None: the mountpoint is typed."""
     check: bool

@@ -18,6 +18,9 @@ from typing import Final
 INTERRUPTED: Final = 130
 """Exit status after a Ctrl-C that came just before the command could tell of it, or just after."""
 
+CANNOT_START: Final = 127
+"""Exit status where a part of the program is missing. systemd does not try a service again after it."""
+
 
 def main() -> int:
     """Be `zbudfs`; return the exit status."""
@@ -53,6 +56,19 @@ def umount_main() -> int:
 
 
 def _run(load: Callable[[], Callable[[], int]]) -> int:
+    """Run a command and return its exit status. One line where a part of the program cannot be imported."""
+    try:
+        return _loaded(load)
+    except ImportError as error:
+        import os
+        import sys
+
+        print(f"zbudfs: cannot start: {error}; install zbudfs again, for example with make install", file=sys.stderr)
+        held = os.environ.get("LISTEN_FDS", "0") not in ("", "0")  # a service whose mount holds pages is tried again
+        return 1 if held else CANNOT_START
+
+
+def _loaded(load: Callable[[], Callable[[], int]]) -> int:
     """Import a command, run it, and return its exit status."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is not signal.default_int_handler:

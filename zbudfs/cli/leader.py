@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from zbudfs.service import verdict
 from zbudfs.service.launch import DAEMON_COMMAND
 from zbudfs.service.notify import FIRST_STORED_FD, WATCHDOG_PARTS, Notifier
 from zbudfs.service.pooldir import RUN_FOLDER
@@ -54,6 +55,8 @@ class Member:
         """Of its keeper; 0: there is none now."""
         self.ended = False
         """Its mount is gone, and nobody is to be started again."""
+        self.failed = False
+        """Its last keeper has given up: it held no pages and could not start."""
         self.ready = False
         self.status = "starting"
         self.heard_at = 0.0
@@ -106,6 +109,7 @@ class Member:
         self.pid = 0
         self.ready = False
         self.ended = ending or status == 0
+        self.failed = status == verdict.GIVE_UP
         self.status = "ended" if self.ended else f"the keeper ended with status {status}"
         self.start_at = time.monotonic() + self._delay
         self._delay = min(2 * self._delay, LONGEST_DELAY_SECONDS)
@@ -198,6 +202,8 @@ class _Leader:
         self._told_status = ""
         self._alive_at = 0.0
         self._ending = False
+        self._held = any(member.stored for member in members)
+        """The mounts of an earlier leader go on, and may hold pages."""
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def run(self) -> int:
@@ -205,6 +211,7 @@ class _Leader:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        failed = False  # an instance cannot start, and the leader ends the others
         while not all(member.ended for member in self._members):
             now = time.monotonic()
             for member in self._members:
@@ -218,7 +225,10 @@ class _Leader:
                 member.hear(self._notifier)
             self._reap()
             self._tell(time.monotonic())
-        return 0
+            if not (self._held or self._told_ready or self._ending) and any(member.failed for member in self._members):
+                failed = True
+                self._end(0, None)
+        return verdict.GIVE_UP if failed else 0
 
     def _end(self, number: int, frame: object) -> None:
         """Have all keepers end: they know whether there is swap on their mounts."""

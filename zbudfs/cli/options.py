@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 from zbudfs import __version__
-from zbudfs.cli import commands, unit, values
+from zbudfs.cli import commands, hibernate, unit, values
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.config import FOLDER
 from zbudfs.cli.doctor.command import add_doctor
@@ -98,6 +98,14 @@ _SERVE_EPILOG: Final = """\
 The process that was started becomes the daemon, and tells the service manager how things stand (sd_notify). Started again
 after a crash, or after SIGTERM while the swap file is open, it takes over what is still there: the mount, what is
 stored, and the worker that served meanwhile. zbudfs@.service runs this; by hand, zbudfs mount is what you want.
+"""
+
+_HIBERNATE_EPILOG: Final = """\
+prepare takes the swap on every zbudfs off. It fails, with nothing changed, where memory has no room for what comes back, and
+where no other swap can hold the image. finish turns the same swap on again. Under systemd, zbudfs-hibernate.service runs both.
+
+examples:
+  zbudfs hibernate prepare && echo disk > /sys/power/state; zbudfs hibernate finish     without systemd
 """
 
 
@@ -237,6 +245,14 @@ def build_parser() -> argparse.ArgumentParser:
         _SERVE_EPILOG,
     )
     sub.add_argument("name", metavar="NAME", help=f"of the configuration, {FOLDER}/NAME.toml")
+
+    sub = command(
+        "hibernate",
+        hibernate.hibernate,
+        "take swap off before the machine hibernates, and put it back",
+        _HIBERNATE_EPILOG,
+    )
+    sub.add_argument("step", choices=("prepare", "finish"), help="before, and afterwards")
 
     sub = command(
         "config",

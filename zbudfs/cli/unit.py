@@ -13,6 +13,7 @@ needs no configuration: one that has become unusable meanwhile must not be what 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -24,36 +25,51 @@ from zbudfs.cli.alone import NO_LIMIT, alone
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.target import CommandError, need_root
 from zbudfs.cli.teardown import take_down
-from zbudfs.service import hardening
+from zbudfs.service import hardening, verdict
+from zbudfs.service.fstab import unmounted_above
 from zbudfs.service.launch import DAEMON_COMMAND
-from zbudfs.service.mountpoint import find_mount, shown_path
+from zbudfs.service.mountpoint import escape_path, find_mount, shown_path
 from zbudfs.service.notify import Notifier, take_stored
 from zbudfs.service.pooldir import is_held
 from zbudfs.service.settings import Settings
-from zbudfs.swap.loop import swaps_on, users
+from zbudfs.swap.loop import SwapError, run_tool, swaps_on, users
+
+DISK_LIMIT_SECONDS: Final = 30.0
+"""Longest wait for the disk of a backing file at boot. Arbitrary: as long as the boot may reasonably be held up."""
 
 WHOLE: Final = -1
 """The number of an instance that is the only one."""
 
-UNUSABLE: Final = 2
-"""Exit status where the configuration cannot be used: trying again would not help."""
-
 
 def serve(arguments: Arguments) -> int:
-    """Become the daemon of a configuration, for a service manager; does not return. Of several instances: their leader."""
+    """Become the daemon of a configuration, for a service manager; does not return. Of several instances: their leader.
+
+    An error while nothing is held ends the service for good (`verdict`); any other is for systemd to try again.
+    """
     need_root("serve")
     hardening.before_exec()
-    name = str(arguments.name)
+    try:
+        return _serve(str(arguments.name))
+    except Exception as error:
+        if verdict.has_stored() or _is_served(str(arguments.name)):
+            raise
+        problems = error.problems if isinstance(error, configuration.ConfigError) else [error]
+        for problem in problems:
+            print(f"zbudfs: {' '.join(str(problem).split())}", file=sys.stderr)
+        return verdict.GIVE_UP
+
+
+def _serve(name: str) -> int:
     kept = os.environ.get("LISTEN_FDNAMES", "").split(":")
     stored = any(each.partition(leader.SEPARATOR)[0] == "fuse" for each in kept)
     config = None
     try:
         config = configuration.load(name)
     except configuration.ConfigError as error:
+        if not stored:
+            raise
         for problem in error.problems:
             print(f"zbudfs: {problem}", file=sys.stderr)
-        if not stored:
-            return UNUSABLE
     else:
         for warning in config.warnings:
             print(f"zbudfs: {warning}", file=sys.stderr)
@@ -69,6 +85,15 @@ def serve(arguments: Arguments) -> int:
     if (settings := parts[WHOLE]) is not None:
         command += ["--settings-fd", str(_pipe_with(settings))]
     return os.execv(command[0], command)
+
+
+def _is_served(name: str) -> bool:
+    """Return whether a worker serves a mount of this configuration, so that the mount may hold pages."""
+    try:
+        mountpoint = configuration.load(name).settings.mountpoint
+    except configuration.ConfigError:
+        mountpoint = configuration.default_mountpoint(name)
+    return any(is_held(mounted.mountpoint) for mounted in stripe.mounts_of(mountpoint))
 
 
 def _parts(config: configuration.Config | None, kept: Sequence[str]) -> dict[int, Settings | None]:
@@ -97,6 +122,8 @@ def _prepare(config: configuration.Config, parts: Sequence[Settings]) -> None:
     configuration.make_mountpoint(config)
     stripe.make_folders(parts)
     for part in parts:
+        if part.backing is not None and (point := unmounted_above(part.backing)) is not None:
+            _wait_for_disk(point)
         mountpoint = part.mountpoint
         mounted = find_mount(mountpoint)
         if mounted is not None and is_held(mountpoint):
@@ -119,6 +146,17 @@ def _make_room(part: Settings, parts: Sequence[Settings]) -> None:
         )
     take_down(mounted)
     stripe.make_folders(parts)
+
+
+def _wait_for_disk(point: str) -> None:
+    """Have the service manager mount what fstab has for `point`, and wait for it; it may be on its way at boot.
+
+    The time is limited, since the boot waits for this service. Whether the disk is there is looked at afterwards. The units
+    have no dependency on the mount: one on a mount that itself waits for sysinit.target would be a cycle, in which systemd
+    drops a unit of its choice.
+    """
+    with contextlib.suppress(SwapError):
+        run_tool(["systemctl", "start", f"{escape_path(point)}.mount"], limit_seconds=DISK_LIMIT_SECONDS)
 
 
 def _pipe_with(settings: Settings) -> int:

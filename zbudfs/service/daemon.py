@@ -9,6 +9,7 @@
 What runs here is the keeper (service/keeper.py), which forks the workers.
 """
 
+from zbudfs.service import verdict  # isort: skip  before anything that may fail to be imported
 from zbudfs.service import slim as slim  # isort: skip  before anything imports trio
 
 import contextlib
@@ -33,9 +34,6 @@ from zbudfs.service.settings import Settings, SettingsError
 
 EXPECTED = (ZbudfsError, MountError, PoolDirectoryError, SettingsError, ShimError, StartError, MemoryError, OSError)
 """What can go wrong at the start without being a bug: told in one line."""
-
-SERVED = 2
-"""Exit status of a service that finds its mountpoint served by processes which it cannot replace; not to be tried again."""
 
 
 def _say(ready_fd: int, message: dict[str, object]) -> None:
@@ -75,7 +73,8 @@ def _mount(
         text = str(error) or type(error).__name__
         log.error(text)
         say({"error": text})
-        return 1
+        return verdict.GIVE_UP
+    verdict.GUARD.held = True
     say({"ready": True, "pid": os.getpid(), "warnings": keeper.warnings})
     return keeper.run()
 
@@ -93,12 +92,12 @@ def _serve(settings: Settings | None, log: Log) -> int:
         )
         log.error(text)
         notifier.tell(f"STATUS={text}")
-        return SERVED
+        return verdict.GIVE_UP
     for name in NAMES:
         notifier.forget(name)
     if settings is None:
         log.error("there is nothing to go on with, and no settings to mount with")
-        return 1
+        return verdict.GIVE_UP
 
     def say(message: dict[str, object]) -> None:
         if "error" in message:
@@ -110,6 +109,7 @@ def _serve(settings: Settings | None, log: Log) -> int:
 def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notifier) -> int:
     """Go on with a mount that has lost its keeper, and perhaps its worker."""
     settings = remains.settings
+    verdict.GUARD.held = True
     keeper = Keeper(settings, log, foreground=False, notifier=notifier)
     try:
         keeper.adopt(remains.folder, remains.descriptors, remains.born_ns)
@@ -121,13 +121,13 @@ def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notif
         text = f"{settings.mountpoint} cannot be taken over: {error or type(error).__name__}"
         log.error(text)
         notifier.tell(f"STATUS={text}")
-        return 1
+        return verdict.RETRY
     # From here on there is no way back: whoever served must be gone before the new worker does.
     try:
         remains.end()
     except TimeoutError as error:
         log.error(str(error))
-        return 1
+        return verdict.RETRY
     keeper.forget_served()
     if wanted is not None and wanted != settings:
         log.warning(f"the configuration has changed: it takes effect when {settings.mountpoint} is mounted anew")
@@ -137,6 +137,7 @@ def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notif
 
 def main(arguments: Sequence[str]) -> int:
     """Run the daemon; the exit status."""
+    verdict.GUARD.loading = False
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the keeper is up
     foreground = "--foreground" in arguments
     service = "--service" in arguments

@@ -60,6 +60,7 @@ from zbudfs.service.mountpoint import (
 )
 from zbudfs.service.notify import WATCHDOG_PARTS, Notifier
 from zbudfs.service.pooldir import PoolDirectory
+from zbudfs.service.session import session_warnings
 from zbudfs.service.settings import BACKING_FOLDER, Settings
 from zbudfs.service.worker import FAILED, Mounted, work
 from zbudfs.store.backing import Backing
@@ -201,6 +202,7 @@ class Keeper:
                 self._memory.populate()
                 self._encrypt()
                 self._warnings += request_timeout_warnings()
+                self._warnings += session_warnings()
                 if not self._directory.survives:
                     self._warnings.append(
                         "the pool is in memory without a name: `zbudfs restart` cannot hand it to a newer version (it"

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Final
 
-from zbudfs.service.mountpoint import Mount, MountError, is_dead, unmount, zbudfs_mounts
+from zbudfs.service.mountpoint import Mount, MountError, escape_path, is_dead, unmount, zbudfs_mounts
+from zbudfs.service.session import scope_command
 from zbudfs.service.settings import Settings
 
 DAEMON_COMMAND: Final = (sys.executable, "-I", "-m", "zbudfs.service.daemon")
@@ -52,8 +53,16 @@ _NO_MEMORY: Final = ("Cannot allocate memory", "MemoryError", "failed to map seg
 """What the text of an error for want of memory has in it."""
 
 
+_SCOPE_REFUSED: Final = (b"Failed to ", b"Unknown assignment", b"systemd-run: ", b"Running scope as unit failed")
+"""How the error of systemd-run begins."""
+
+
 class LaunchError(Exception):
     """A daemon that did not come up; the text is for the user."""
+
+
+class _NoScope(Exception):
+    """systemd did not make the scope in which the daemon was to run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +80,19 @@ def start(
 ) -> Ready:
     """Start a daemon in the background and return when it is up.
 
-    It runs in a session of its own, in /, with nothing open but its pipes. Raises LaunchError, with the daemon gone,
+    It runs in a session of its own, in /, with nothing open but its pipes; under systemd also in a scope of its own, if this
+    process is part of a login session (`session`). Raises LaunchError, with the daemon gone,
     when it reports an error, dies, or is not up within `limit_seconds`; the same holds for KeyboardInterrupt.
     """
+    name = escape_path(settings.mountpoint)
+    for prefix in (scope_command(name), scope_command(name, every=False)):
+        if prefix:
+            with suppress(_NoScope):
+                return _start([*prefix, *command], settings, limit_seconds)
+    return _start(command, settings, limit_seconds)
+
+
+def _start(command: Sequence[str], settings: Settings, limit_seconds: float) -> Ready:
     mounts_before = zbudfs_mounts()
     daemon: subprocess.Popen[bytes] | None = None
     try:
@@ -84,6 +103,8 @@ def start(
             daemon.returncode = 0  # it lives on and outlives us: there is nothing to wait for
             return ready
         _stop(daemon)
+        if ready is None and last_words.startswith(_SCOPE_REFUSED):
+            raise _NoScope(last_words)
         raise LaunchError(_why(ready, daemon.returncode, last_words))
     except BaseException:
         if daemon is not None:

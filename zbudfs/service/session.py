@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""Whose life the daemon shares: that of a login session, or its own.
+
+A daemon that a shell starts is in the cgroup of the login session. It ends with it; an out-of-memory kill in the session
+may end it; systemd freezes user.slice before the machine sleeps. Under systemd the daemon therefore gets a scope of its own:
+
+    systemd-run --scope --slice=system.slice --unit=zbudfs-NAME-PID.scope    registers itself and becomes the daemon
+
+Children of the daemon are in the same cgroup. A service of the system, such as zbudfs@NAME, is left as it is.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+SESSIONS: Final = re.compile(
+    r"/(user|machine)\.slice(/|$)|\.scope$|/(getty|serial-getty|console-getty|sshd?|cron|atd)[@.]"
+)
+"""What the cgroup of a login session looks like, or of a service whose processes are sessions."""
+
+OWN: Final = re.compile(r"/zbudfs-[^/]*\.scope$")
+"""The cgroup of a daemon in a scope of its own."""
+
+PROPERTIES: Final = (
+    "DefaultDependencies=no",  # no stop at shutdown: swap may still be on
+    "SurviveFinalKillSignal=yes",
+    "OOMPolicy=continue",
+    "ManagedOOMPreference=omit",
+    "MemorySwapMax=0",
+    "CPUWeight=1000",
+    "IOWeight=1000",
+)
+NEW_PROPERTIES: Final = ("SurviveFinalKillSignal=yes", "OOMPolicy=continue")
+"""Those that systemd 252 refuses for a scope."""
+
+_LONGEST_NAME: Final = 80
+
+
+def cgroup_of(pid: int | str, root: str = "/") -> str:
+    """Return the cgroup of a process for systemd, such as "/user.slice/x.scope"; empty if it cannot be read."""
+    try:
+        lines = Path(root, "proc", str(pid), "cgroup").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    named = {
+        controllers: path for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1)
+    }
+    return named.get("name=systemd", named.get("", ""))
+
+
+def ends_with_session(cgroup: str) -> bool:
+    """Return whether a process in this cgroup ends with a login session, or is frozen with it."""
+    return bool(SESSIONS.search(cgroup)) and not OWN.search(cgroup)
+
+
+def session_warnings(root: str = "/") -> list[str]:
+    """Return a sentence if this process shares the life of a login session."""
+    cgroup = cgroup_of("self", root)
+    if not ends_with_session(cgroup):
+        return []
+    return [
+        f"the daemon is in the cgroup {cgroup} of a login session: it may end, or be frozen, with that session, and swap"
+        " with it; start it as a service: zbudfs@NAME"
+    ]
+
+
+def scope_command(name: str, *, every: bool = True, root: str = "/") -> list[str]:
+    """Return the words before a command that give it a scope of its own; none where that is not wanted, or not possible.
+
+    `name` is part of the scope's name. `every` False leaves out what old versions of systemd refuse.
+    """
+    if not Path(root, "run/systemd/system").is_dir() or not ends_with_session(cgroup_of("self", root)):
+        return []
+    program = shutil.which("systemd-run", path="/usr/bin:/bin")
+    if program is None:
+        return []
+    unit = f"zbudfs-{name[:_LONGEST_NAME]}-{os.getpid()}.scope"
+    properties = [text for text in PROPERTIES if every or text not in NEW_PROPERTIES]
+    options: Sequence[str] = ["--scope", "--quiet", "--collect", "--slice=system.slice", f"--unit={unit}"]
+    return [program, *options, *(f"--property={text}" for text in properties), "--"]
