@@ -100,6 +100,7 @@ def stop_swap(machine: MadeUp, *, status: int, jobs: str = "", swapoff: str = ""
     """Run stop-swap where zbudfs ends with this status, and systemd has these jobs."""
     machine.program("systemctl", f'case $1 in list-jobs) echo "{jobs}" ;; esac')
     machine.program("swapoff", swapoff)
+    machine.program("losetup")
     command = machine.program("zbudfs", f"exit {status}")
     text = (LIBEXEC / "stop-swap").read_text()
     assert "/usr/local/bin/zbudfs" in text
@@ -134,13 +135,14 @@ def test_a_stop_without_room_is_taken_back(machine: MadeUp) -> None:
 def test_without_the_program_swap_goes_off_all_the_same(
     files: dict[str, str], expected: list[str], status: int, machine: MadeUp
 ) -> None:
-    """By swapoff(8), and nothing but the swap of zbudfs."""
+    """By swapoff(8) and losetup(8), and nothing but the swap of zbudfs."""
     lines = "".join(f"/dev/{name} partition 1024 0 100\n" for name in files)
     machine.file("proc/swaps", f"Filename Type Size Used Priority\n/dev/sda2 partition 1024 0 -2\n{lines}")
     for name, file in files.items():
         machine.file(f"sys/block/{name}/loop/backing_file", f"{file}\n")
     assert stop_swap(machine, status=status).returncode == 0
-    assert machine.called()[2:] == [f"swapoff /dev/{name}" for name in expected]
+    wanted = [f"{step} /dev/{name}" for name in expected for step in ("swapoff", "losetup --detach")]
+    assert machine.called()[2:] == wanted
 
 
 def test_a_swapoff_that_fails_is_taken_back_too(machine: MadeUp) -> None:
