@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+from zbudfs.cli.alone import alone
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.target import CommandError, need_root
 from zbudfs.service.mountpoint import Mount, shown_path, zbudfs_mounts
@@ -30,7 +32,10 @@ NOTE: Final = "run/zbudfs.hibernate"
 def hibernate(arguments: Arguments) -> int:
     """Do one of the two steps; the exit status."""
     need_root("hibernate")
-    return prepare() if arguments.step == "prepare" else finish()
+    with ExitStack() as stack:
+        for mountpoint in sorted({mount.mountpoint for mount in zbudfs_mounts()}):
+            stack.enter_context(alone(f"hibernate {arguments.step}", mountpoint))
+        return prepare() if arguments.step == "prepare" else finish()
 
 
 def prepare() -> int:
