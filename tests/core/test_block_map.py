@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from zbudfs.core.block_map import HEADER_BLOCK, NO_SEGMENT, SEGMENT_BLOCKS, BlockMap
+from zbudfs.core.block_map import BEAT_SEGMENTS, HEADER_BLOCK, NO_SEGMENT, SEGMENT_BLOCKS, BlockMap
 
 SEGMENTS = 5
 
@@ -234,3 +234,11 @@ def test_check_sees_a_wrong_counter(damage: str) -> None:
     setattr(blocks, damage, getattr(blocks, damage) + 1)
     with pytest.raises(AssertionError, match="a recount gives"):
         blocks.check()
+
+
+def test_a_long_reset_gives_signs_of_life() -> None:
+    """A beat for each BEAT_SEGMENTS segments."""
+    blocks = BlockMap(memoryview(bytearray(BlockMap.table_size(2 * BEAT_SEGMENTS + 1))), 2 * BEAT_SEGMENTS + 1)
+    beats: list[int] = []
+    blocks.reset(lambda: beats.append(1))
+    assert len(beats) == 3

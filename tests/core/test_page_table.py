@@ -214,3 +214,14 @@ def test_next_stored_sees_the_last_byte_of_an_entry() -> None:
     table = make(1024)
     table.entries[700] = 1 << 62
     assert table.next_stored(0, 1024) == 700
+
+
+def test_a_long_look_gives_signs_of_life() -> None:
+    """A beat for each stretch of the table, also where nothing is stored."""
+    table = PageTable(memoryview(bytearray(8 * 5000)), 5000)
+    table.store(4999, 1 << 3 | 1)
+    beats: list[int] = []
+    assert len(list(table.stretches(lambda: beats.append(1)))) == 1
+    assert len(beats) == 10
+    table.recount(lambda: beats.append(1))
+    assert (len(beats), table.stored_pages) == (20, 1)

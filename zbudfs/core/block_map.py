@@ -13,6 +13,7 @@ A block is in use from `alloc` until its last live zpage is freed; which are liv
 for each zpage that a frame can hold.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from zbudfs.core.lists import IndexLists
@@ -22,6 +23,8 @@ NO_SEGMENT: Final = -1
 _ALL_FREE: Final = (1 << SEGMENT_BLOCKS) - 1
 _HOLES: Final = SEGMENT_BLOCKS + 1
 _LISTS: Final = SEGMENT_BLOCKS + 2
+BEAT_SEGMENTS: Final = 4096
+"""Segments between two signs of life in a long loop: some milliseconds."""
 HEADER_BLOCK: Final = 0
 """The file's own: never free."""
 
@@ -69,12 +72,14 @@ class BlockMap:
         """With a live zpage, or being written."""
         self.ready_segments = 0
 
-    def reset(self) -> None:
-        """No block is in use. Segments are ready or holes as the table says."""
+    def reset(self, beat: Callable[[], None] | None = None) -> None:
+        """No block is in use. Segments are ready or holes as the table says. `beat` is called every BEAT_SEGMENTS."""
         self._zero_counters()
         self._lists.clear()
         self._live[:] = bytes(len(self._live))
         for segment in range(self.nr_segments):
+            if beat is not None and not segment % BEAT_SEGMENTS:
+                beat()
             if self._ready[segment]:
                 self.add_ready(segment, 1)
             else:

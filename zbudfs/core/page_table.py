@@ -14,7 +14,7 @@ repeated 32-bit words go in as they are; what is left over (a double such as 0.1
 which the highest bit of its check tells from others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from zbudfs.core.codec import CHECK_BITS
@@ -120,18 +120,23 @@ class PageTable:
             numbers[_WORD_ZPAGES] += is_word_zpage(entry) - is_word_zpage(old)
         return old
 
-    def stretches(self) -> Iterator[tuple[int, list[int]]]:
-        """(first page, entries) of each stretch of pages in which something is stored, absent ones among them."""
+    def stretches(self, beat: Callable[[], None] | None = None) -> Iterator[tuple[int, list[int]]]:
+        """(first page, entries) of each stretch of pages in which something is stored, absent ones among them.
+
+        `beat` is called for each stretch, also for an empty one.
+        """
         for first in range(0, self.nr_pages, _SCAN_PAGES):
+            if beat is not None:
+                beat()
             stretch = self.entries[first : first + _SCAN_PAGES]
             if bytes(stretch) != _EMPTY_SCAN[: len(stretch) * ENTRY_SIZE]:
                 yield first, stretch.tolist()
 
-    def recount(self) -> None:
-        """Make `counts` and `word_zpages` say what the entries are."""
+    def recount(self, beat: Callable[[], None] | None = None) -> None:
+        """Make `counts` and `word_zpages` say what the entries are; `beat` as for `stretches`."""
         counts = [0] * (KIND_MASK + 1)
         word_zpages = 0
-        for _, values in self.stretches():
+        for _, values in self.stretches(beat):
             for value in values:
                 counts[value & KIND_MASK] += 1
                 if value >> 63:

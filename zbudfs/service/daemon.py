@@ -29,7 +29,7 @@ from zbudfs.service.log import Log, route_logging
 from zbudfs.service.mountpoint import MountError
 from zbudfs.service.notify import Notifier, take_stored
 from zbudfs.service.pooldir import PoolDirectoryError
-from zbudfs.service.predecessors import NAMES, Remains, find, is_served
+from zbudfs.service.predecessors import NAMES, Held, Remains, find
 from zbudfs.service.settings import Settings, SettingsError
 
 EXPECTED = (ZbudfsError, MountError, PoolDirectoryError, SettingsError, ShimError, StartError, MemoryError, OSError)
@@ -82,17 +82,12 @@ def _mount(
 def _serve(settings: Settings | None, log: Log) -> int:
     """Be the main process of a service: the exit status."""
     notifier = Notifier.from_environment()
-    remains = find(take_stored(), settings.mountpoint if settings is not None else None)
+    try:
+        remains = find(take_stored(), settings.mountpoint if settings is not None else None)
+    except Held as held:
+        return _leave(held, settings.mountpoint if settings is not None else "the mount", log, notifier)
     if remains is not None:
         return _resume(remains, settings, log, notifier)
-    if settings is not None and is_served(settings.mountpoint):
-        text = (
-            f"{settings.mountpoint} is served by another zbudfs, which this one cannot take over from: it serves on. To start"
-            f" anew, end it first: zbudfs swapoff --umount {settings.mountpoint}"
-        )
-        log.error(text)
-        notifier.tell(f"STATUS={text}")
-        return verdict.GIVE_UP
     for name in NAMES:
         notifier.forget(name)
     if settings is None:
@@ -106,14 +101,27 @@ def _serve(settings: Settings | None, log: Log) -> int:
     return _mount(settings, log, say, Keeper(settings, log, foreground=False, notifier=notifier))
 
 
+def _leave(held: Held, mountpoint: str, log: Log, notifier: Notifier) -> int:
+    """Leave a mount to the processes that serve it: the exit status."""
+    remedy = (
+        f"it serves on. To start anew, end it first: zbudfs swapoff --umount {mountpoint}"
+        if held.for_good
+        else "it is tried again"
+    )
+    text = f"{mountpoint} is served by another zbudfs, which this one cannot take over from: {held}; {remedy}"
+    log.error(text)
+    notifier.tell(f"STATUS={text}")
+    return verdict.GIVE_UP if held.for_good else verdict.RETRY
+
+
 def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notifier) -> int:
     """Go on with a mount that has lost its keeper, and perhaps its worker."""
     settings = remains.settings
     verdict.GUARD.held = True
     keeper = Keeper(settings, log, foreground=False, notifier=notifier)
     try:
-        keeper.adopt(remains.folder, remains.descriptors, remains.born_ns)
-        if remains.pidfds:
+        keeper.adopt(remains.directory, remains.descriptors, remains.born_ns)
+        if remains.are_working:
             keeper.start()
         else:
             keeper.start_at_once()
@@ -122,13 +130,8 @@ def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notif
         log.error(text)
         notifier.tell(f"STATUS={text}")
         return verdict.RETRY
-    # From here on there is no way back: whoever served must be gone before the new worker does.
-    try:
-        remains.end()
-    except TimeoutError as error:
-        log.error(str(error))
-        return verdict.RETRY
-    keeper.forget_served()
+    # From here on there is no way back. The new worker waits for the end of the old one (service/roster.py).
+    keeper.end_others()
     if wanted is not None and wanted != settings:
         log.warning(f"the configuration has changed: it takes effect when {settings.mountpoint} is mounted anew")
     keeper.order_first()

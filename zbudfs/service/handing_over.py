@@ -22,7 +22,6 @@ import json
 import os
 import signal
 import socket
-import time
 from array import array
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -32,7 +31,7 @@ from zbudfs.service.child import Child, Process, Pulse, is_readable
 from zbudfs.service.control import Client
 
 START_SECONDS: Final = 50.0
-"""How long a new keeper may take until its worker is ready. Arbitrary."""
+"""A new keeper that gives no sign of life for so long is given up. Its worker may take any time to get ready. Arbitrary."""
 GO_SECONDS: Final = 3.0
 """How long a new keeper may take from the order to go until its worker begins to take over. Guessed."""
 
@@ -126,7 +125,6 @@ class HandingOver:
         self.stage = Stage.STARTING
         self.version = ""
         self.error = ""
-        self._began = time.monotonic()
         self._worker_pid = 0
         self._old: list[Child] = []
         self._strangers: list[int] = []
@@ -137,13 +135,13 @@ class HandingOver:
         found = [self.successor.pidfd, *(child.pidfd for child in self._old)]
         return [*found, self.successor.channel.fileno()] if self.stage is Stage.STARTING else found
 
-    def advance(self, *, well: bool, taking_over: int, serving: bool, connected: bool) -> Step:
+    def advance(self, *, well: bool, getting_ready: int, taking_over: int, serving: bool, connected: bool) -> Step:
         """Take the next step, if it can be taken. `well`: the old worker serves.
 
-        `taking_over` and `serving` are what the board says; `connected`: the mount is there.
+        `getting_ready`, `taking_over` and `serving` are what the board says; `connected`: the mount is there.
         """
         if self.stage is Stage.STARTING:
-            return self._start(well=well)
+            return self._start(well=well, silent_seconds=self._pulse.look(getting_ready))
         self._old = [child for child in self._old if child.reap() is None]
         if self.stage is Stage.ENDING:
             if problem := self._problem():
@@ -169,14 +167,14 @@ class HandingOver:
             return Step.FAILED
         return Step.NOTHING
 
-    def _start(self, *, well: bool) -> Step:
+    def _start(self, *, well: bool, silent_seconds: float) -> Step:
         if not well:
             return self._fail("the worker died meanwhile")
         if problem := self._problem():
             said = self.successor.next_message() or {}  # its last word may say why
             return self._fail(str(said.get("error", problem)))
-        if time.monotonic() > self._began + START_SECONDS:
-            return self._fail(f"the new version was not ready within {START_SECONDS:g} s")
+        if silent_seconds > START_SECONDS:
+            return self._fail(f"the new version has given no sign of life for {START_SECONDS:g} s")
         said_now = self.successor.next_message()
         if said_now is None:
             return Step.NOTHING

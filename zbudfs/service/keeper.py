@@ -86,7 +86,10 @@ STANDBY_DELAY_SECONDS: Final = 0.2
 """After a worker has begun to serve, before the next standby is forked: what waited for swap goes first. Guessed."""
 
 START_LIMIT_SECONDS: Final = 45.0
-"""How long the first worker may take to come up. Arbitrary."""
+"""A worker or standby that comes up and gives no sign of life for so long is killed. It may take any time. Arbitrary."""
+
+START_EXTENSION_SECONDS: Final = 60
+"""By so much the manager's limit on a start is extended with each sign of life. As long as the unit's watchdog."""
 
 STATUS_SECONDS: Final = 5.0
 """How often the line of status is renewed, if it has changed. Arbitrary."""
@@ -217,6 +220,7 @@ class Keeper:
             self._directory.remove()
             raise
         os.set_blocking(self._fuse_fd, False)
+        self._directory.roster.keep()
         self._prepare(time.time_ns())
         fields = self._memory.board.fields
         fields[Field.BORN_NS] = self._born_ns
@@ -225,7 +229,11 @@ class Keeper:
         self._mounted.write_owners(fields)
 
     def adopt(
-        self, folder: str, descriptors: list[int], born_ns: int, predecessor: socket.socket | None = None
+        self,
+        directory: PoolDirectory,
+        descriptors: list[int],
+        born_ns: int,
+        predecessor: socket.socket | None = None,
     ) -> None:
         """Take over memory, backing file and mount, whose descriptors another keeper has handed over.
 
@@ -234,8 +242,8 @@ class Keeper:
         self._predecessor = predecessor
         self._warnings += hardening.before_threads(0)
         shim.take_arenas_from_malloc()
-        self._fuse_fd, lock_fd = descriptors[0], descriptors[1]
-        self._directory = PoolDirectory.adopt(folder, lock_fd)
+        self._fuse_fd = descriptors[0]
+        self._directory = directory
         backing = self._settings.backing
         self._backing = Backing(backing, adopted_fd=descriptors[2]) if backing is not None else None
         self._memory = self._make_memory()
@@ -244,6 +252,7 @@ class Keeper:
 
     def _prepare(self, born_ns: int) -> None:
         self._born_ns = born_ns
+        self._directory.roster.join()
         self._descriptors = {"fuse": self._fuse_fd, "lock": self._directory.lock_fd}
         if self._backing is not None:
             self._descriptors["backing"] = self._backing.fileno()
@@ -262,6 +271,7 @@ class Keeper:
             self._log,
             self._directory.path,
             self._directory.lock_fd,
+            self._directory.roster,
         )
 
     def _make_memory(self) -> StoreMemory:
@@ -303,7 +313,9 @@ class Keeper:
         Nothing on the board changes: somebody else may serve.
         """
         worker = self._fork(Role.FIRST)
-        end = time.monotonic() + START_LIMIT_SECONDS
+        fields = self._memory.board.fields
+        pulse = Pulse()
+        pulse.restart(fields[Field.READY_BEAT])
         while not worker.is_ready:
             why = ""
             if worker.has_ended():
@@ -312,11 +324,12 @@ class Keeper:
                 why = "it was told to end before it was up"
             elif worker.is_stopped_for_good():
                 why = "the worker was stopped (SIGSTOP) before it was ready"
-            elif time.monotonic() > end:
-                why = f"the worker was not ready within {START_LIMIT_SECONDS:g} s"
+            elif pulse.look(fields[Field.READY_BEAT]) > START_LIMIT_SECONDS:
+                why = f"the worker has given no sign of life for {START_LIMIT_SECONDS:g} s while it got ready"
             if why:
                 self._end_first(worker)
                 raise StartError(why)
+            self._tell_alive(pulse.beat)
             time.sleep(0.005)
         self._worker = worker
         return self._warnings
@@ -338,27 +351,12 @@ class Keeper:
         """The process that `start` has forked."""
         return self._worker.pid if self._worker is not None else 0
 
-    def old_processes(self) -> list[int]:
-        """Return pidfds of the worker that serves now, and of its standby."""
-        fields = self._memory.board.fields
-        found = []
-        for field in (Field.STANDBY_PID, Field.WORKER_PID):
-            with contextlib.suppress(OSError, ValueError):
-                found.append(os.pidfd_open(fields[field]))
-        return found
+    def end_others(self) -> None:
+        """Kill all other processes of this mount but the first worker.
 
-    def end_old(self, pidfds: list[int]) -> None:
-        """Kill processes and wait until they are gone: a write to a disk may be under way."""
-        for pidfd in pidfds:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        for pidfd in pidfds:
-            select.select([pidfd], [], [])
-            os.close(pidfd)
-        self.forget_served()
-
-    def forget_served(self) -> None:
-        """Whoever served before is gone."""
+        It does not wait for their end: the first worker does that, before it touches the memory.
+        """
+        self._directory.roster.end_others(self.first_worker_pid)
         self._memory.board.fields[Field.SERVING] = 0
 
     def order_first(self) -> None:
@@ -378,6 +376,7 @@ class Keeper:
                 self._end_first(self._worker)
                 raise StartError(self._memory.board.take_error() or "the worker died before it served")
             self._look_at_worker(self._worker)
+            self._tell_alive(self._pulse.beat)
             time.sleep(0.005)
         self._begin()
 
@@ -769,18 +768,25 @@ class Keeper:
         self._not_stored = [
             name for name in self._not_stored if not self._notifier.store(name, self._descriptors[name])
         ]
-        self._told_ready = self._told_ready or self._notifier.tell("READY=1")
-        # What the worker's event loop counts, and not that this loop turns: a stuck worker is a stuck service.
-        beat = self._pulse.beat
-        due = self._notifier.watchdog_seconds > 0 and now >= self._tell_alive_at
-        if due and beat != self._told_beat and self._notifier.tell("WATCHDOG=1"):
-            self._told_beat = beat
-            self._tell_alive_at = now + self._notifier.watchdog_seconds / WATCHDOG_PARTS
+        self._told_ready = self._told_ready or (self._has_begun and self._notifier.tell("READY=1"))
+        # What the worker counts, and not that this loop turns: a stuck worker is a stuck service.
+        self._tell_alive(self._pulse.beat)
         if now >= self._tell_status_at:
             self._tell_status_at = now + STATUS_SECONDS
             status = self._status()
             if status != self._told_status and self._notifier.tell(f"STATUS={status}"):
                 self._told_status = status
+
+    def _tell_alive(self, beat: int) -> None:
+        """Give the manager a sign of life if a child has given one; a start or a rebuild may take any time then."""
+        now = time.monotonic()
+        if beat == self._told_beat or now < self._tell_alive_at:
+            return
+        words = ["WATCHDOG=1"] if self._notifier.watchdog_seconds > 0 else []
+        words += [] if self._told_ready else [f"EXTEND_TIMEOUT_USEC={START_EXTENSION_SECONDS * 1_000_000}"]
+        if not words or self._notifier.tell(*words):
+            self._told_beat = beat
+            self._tell_alive_at = now + (self._notifier.watchdog_seconds or START_EXTENSION_SECONDS) / WATCHDOG_PARTS
 
     def _status(self) -> str:
         fields = self._memory.board.fields
@@ -864,6 +870,7 @@ class Keeper:
         fields = self._memory.board.fields
         step = handing.advance(
             well=self._worker is not None and bool(self._serving_since) and not self._worker.is_stopped,
+            getting_ready=fields[Field.READY_BEAT],
             taking_over=fields[Field.TAKING_OVER],
             serving=bool(fields[Field.SERVING]),
             connected=is_connected(self._fuse_fd),
@@ -904,6 +911,7 @@ class Keeper:
             if gone or time.monotonic() > self._serving_since + PREDECESSOR_SECONDS:
                 self._predecessor.close()
                 self._predecessor = None
+                self._directory.roster.keep()
 
 
 def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool, notifier: Notifier | None = None) -> int:
@@ -912,8 +920,8 @@ def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool, notifier
         handed, descriptors = receive_with_descriptors(channel)
         settings = Settings.from_json(str(handed["settings"]))
         keeper = Keeper(settings, log, foreground=foreground, notifier=notifier)
-        keeper.adopt(str(handed["folder"]), descriptors, int(str(handed["born_ns"])), channel)
-        served_by = keeper.old_processes()
+        directory = PoolDirectory.adopt(str(handed["folder"]), descriptors[1])
+        keeper.adopt(directory, descriptors, int(str(handed["born_ns"])), channel)
         keeper.start()
     except Exception as error:
         channel.sendall(json.dumps({"error": str(error) or repr(error)}).encode() + b"\n")
@@ -927,6 +935,6 @@ def keep_adopted(channel: socket.socket, log: Log, *, foreground: bool, notifier
     if not said:
         return 1  # the old keeper is gone or has thought better of it: its worker is still the one that serves
     if "ending" in said and not receive_line(channel):
-        keeper.end_old(served_by)  # the old keeper has died after it had killed its worker
+        keeper.end_others()  # the old keeper has died after it had killed its worker
     keeper.order_first()
     return keeper.run()

@@ -4,6 +4,7 @@
     /run/zbudfs/.lock   held while a directory is made or removed
     /run/zbudfs/NAME/   tmpfs, noswap, limited in size, mode 0700
         lock            flock()ed by the processes of the mount: held as long as one of them lives
+        serving         record locks: who is alive, and who serves (service/roster.py)
         settings.json   what was mounted, for whoever has to clean up
         control         the keeper's socket
         pages frames frametable freeframes blocks board
@@ -25,6 +26,7 @@ from typing import Final
 
 from zbudfs.service.footprint import memory_sizes
 from zbudfs.service.mountpoint import MountError, escape_path, unmount
+from zbudfs.service.roster import FILE_NAME, Roster
 from zbudfs.service.settings import Settings, SettingsError
 
 RUN_FOLDER: Final = "/run/zbudfs"
@@ -60,14 +62,15 @@ class PoolDirectoryInUse(PoolDirectoryError):
 class PoolDirectory:
     """The directory of one mount. `survives` tells whether it is a tmpfs of its own."""
 
-    def __init__(self, path: str, lock_fd: int, *, survives: bool) -> None:
+    def __init__(self, path: str, lock_fd: int, roster: Roster, *, survives: bool) -> None:
         self.path = path
         self.survives = survives
         self.lock_fd = lock_fd
+        self.roster = roster
 
     @classmethod
     def create(cls, settings: Settings) -> "PoolDirectory":
-        """Make it; PoolDirectoryError if another zbudfs has it. What a dead one has left is taken away first."""
+        """Make it; PoolDirectoryError if another zbudfs has it. The remains of a dead one are taken away first."""
         private_folder(RUN_FOLDER, 0o755)
         with _own_turn():
             _remove_dead(settings.mountpoint)
@@ -80,14 +83,14 @@ class PoolDirectory:
                 path = f"{base}@{number}"
             private_folder(path, 0o700)
             survives = _mount_tmpfs(path, settings)
-            directory = cls(path, _lock(path), survives=survives)
+            lock_fd = _lock(path)
             Path(path, "settings.json").write_text(settings.to_json())
-        return directory
+        return cls(path, lock_fd, _roster(path), survives=survives)
 
     @classmethod
     def adopt(cls, path: str, lock_fd: int) -> "PoolDirectory":
-        """The directory of a mount that runs, whose lock was handed over."""
-        return cls(path, lock_fd, survives=True)
+        """The directory of a mount that runs, whose lock was handed over. PoolDirectoryError."""
+        return cls(path, lock_fd, _roster(path), survives=True)
 
     @property
     def memory_folder(self) -> str | None:
@@ -100,6 +103,7 @@ class PoolDirectory:
             _remove(self.path)
         finally:
             os.close(self.lock_fd)
+            self.roster.close()
 
 
 @contextlib.contextmanager
@@ -125,6 +129,13 @@ def _own_turn() -> Iterator[None]:
         yield
     finally:
         os.close(turn_fd)
+
+
+def _roster(path: str) -> Roster:
+    try:
+        return Roster(path)
+    except OSError as error:
+        raise PoolDirectoryError(f"{path}/{FILE_NAME} cannot be opened: {error.strerror}") from None
 
 
 def private_folder(path: str, mode: int) -> None:
@@ -183,11 +194,15 @@ def pool_directories(mountpoint: str) -> list[str]:
 
 def is_held(mountpoint: str) -> bool:
     """Whether a process, or a service manager's store, has the lock of a pool directory of this mountpoint."""
-    for path in pool_directories(mountpoint):
-        try:
-            os.close(_lock(path))
-        except PoolDirectoryInUse:
-            return True
+    return any(map(is_locked, pool_directories(mountpoint)))
+
+
+def is_locked(path: str) -> bool:
+    """Whether a process, or a service manager's store, has the lock of the pool directory `path`."""
+    try:
+        os.close(_lock(path))
+    except PoolDirectoryInUse:
+        return True
     return False
 
 

@@ -44,8 +44,10 @@ from zbudfs.fuse.nodes import Control, Stats, Value
 from zbudfs.fuse.operations import Operations
 from zbudfs.fuse.session import HEAP_BYTES, MAX_REQUEST_BYTES, open_session, resend, resume, serve
 from zbudfs.service import hardening
+from zbudfs.service.child import is_readable
 from zbudfs.service.log import Lasting, Log
 from zbudfs.service.mountpoint import MountError, is_connected, unmount_all
+from zbudfs.service.roster import Roster
 from zbudfs.service.settings import Settings
 from zbudfs.service.urgency import Urgency
 from zbudfs.store.backing import Backing
@@ -61,6 +63,8 @@ from zbudfs.store.wakeup import use_eventfd
 FAILED: Final = 3
 """Exit status of a worker that could not come up; why stands on the board."""
 
+READY_BEAT_SECONDS: Final = 0.5
+"""Between two signs of life of a process that gets ready, which takes a second or two."""
 COLLECT_BEATS: Final = 10
 """Heartbeats between two looks for cyclic garbage: an error that is kept somewhere often is such. What was there before memory
 was locked is frozen, so that it takes less than a millisecond, and it allocates nothing."""
@@ -72,6 +76,11 @@ CUT_OFF_SECONDS: Final = 0.2
 
 KEEPER_SECONDS: Final = 0.7
 """How long a standby whose worker has ended waits for a keeper that lives and gives no order. Guessed."""
+
+WAIT_SECONDS: Final = 0.01
+"""How often a worker tries to become the one that serves, while another process still is. Guessed."""
+WAIT_TOLD_SECONDS: Final = 1.0
+"""A longer wait is logged."""
 
 SETTLE_SECONDS: Final = 1.0
 """After a takeover in an emergency, before the worker locks its memory: what waited for swap goes first. Guessed."""
@@ -98,6 +107,7 @@ class Mounted:
     pool_directory: str
     lock_fd: int
     """Of the pool directory's lock."""
+    roster: Roster
 
     def write_owners(self, fields: memoryview) -> None:
         """Say on the board which keeper this is, and the numbers of the descriptors in it and in its children."""
@@ -122,6 +132,7 @@ def work(mounted: Mounted, order_fd: int, ready_fd: int, *, emergency: bool, ser
     if os.getppid() != mounted.keeper_pid:
         return FAILED  # it died before that was set
     try:
+        mounted.roster.join()
         trio.run(Worker(mounted, order_fd, ready_fd, served_by, emergency=emergency).run)
     except BaseException as error:
         first = _first(error)
@@ -156,7 +167,10 @@ class Worker:
         self._ready_fd = ready_fd
         self._board = mounted.memory.board
         self._log = mounted.log
+        self._by_itself = False
+        """Whether this standby has ordered itself."""
         self._active = False
+        """Whether this process serves, or is about to: it has the lock of the roster."""
         self._follower = Follower(mounted.memory)
         self._trouble = Lasting(mounted.log.warning, mounted.log.info)
 
@@ -166,14 +180,15 @@ class Worker:
         mounted = self._mounted
         settings = mounted.settings
         fields = self._board.fields
-        if not self._emergency:
-            await _warm_up(settings.level, mounted.memory.packing)
-        store = PageStore(
-            settings.size_bytes, mounted.memory.nr_frames, mounted.backing, Codec(settings.level), mounted.memory
-        )
-        store.reclaimer.log = self._log.warning
         helper = IoThread[None]("helper")
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._beat_until_ready)
+            if not self._emergency:
+                await _warm_up(settings.level, mounted.memory.packing)
+            store = PageStore(
+                settings.size_bytes, mounted.memory.nr_frames, mounted.backing, Codec(settings.level), mounted.memory
+            )
+            store.reclaimer.log = self._log.warning
             shim.use_metrics(self._board.latencies.words)
             steering = Steering(store)
             steering.adopt_level()
@@ -189,7 +204,7 @@ class Worker:
                 if self._emergency:
                     nursery.start_soon(self._settle_later, helper)
                 else:
-                    self._settle()
+                    await helper.run(self._settle)
                 if self._served_by is not None:
                     _die_with_keeper(0)  # who has said that it is ready is there also when the keeper is not
                 os.eventfd_write(self._ready_fd, 1)
@@ -202,6 +217,7 @@ class Worker:
                     await trio.lowlevel.wait_readable(self._order_fd)
                     fields[Field.TAKING_OVER] = os.getpid()
                     waiting.cancel_scope.cancel()
+                nursery.start_soon(self._heartbeat, store, steering)
                 await self._take_over(store, steering, nursery)
                 urgency.begin()
                 await serve()
@@ -210,14 +226,18 @@ class Worker:
                 nursery.cancel_scope.cancel()
 
     async def _take_over(self, store: PageStore, steering: Steering, nursery: trio.Nursery) -> None:
-        began = time.monotonic_ns()
         fields, mounted = self._board.fields, self._mounted
+        _die_with_keeper(0)  # from here on it may be the only one left
+        await self._become_server()
+        began = time.monotonic_ns()
         self._active = True
         mounted.write_owners(fields)
-        fields[Field.WORKER_PID] = os.getpid()  # from the next line on it may be the only one left
-        _die_with_keeper(0)
+        fields[Field.WORKER_PID] = os.getpid()
+        fields[Field.SERVING] = 0
+        if fields[Field.STANDBY_PID] == os.getpid():
+            fields[Field.STANDBY_PID] = fields[Field.STANDBY_READY] = 0
+        fields[Field.RECOVERIES] += self._by_itself
         found = store.recover()
-        nursery.start_soon(self._heartbeat, store, steering)
         steering.adopt()
         first_request = self._board.init()
         if first_request:
@@ -237,6 +257,23 @@ class Worker:
         if found.lost_pages:
             self._log.error(f"{found.lost_pages} pages were lost: their frames did not confirm the page table")
 
+    async def _become_server(self) -> None:
+        """Wait until no other process serves.
+
+        A killed worker serves until its last disk write has ended: the write would land in a block with a new owner.
+        Nothing that outlives a worker is read or changed before.
+        """
+        began = time.monotonic()
+        told = False
+        while not self._mounted.roster.serve():
+            if not told and time.monotonic() - began > WAIT_TOLD_SECONDS:
+                told = True
+                self._log.warning(
+                    f"worker {os.getpid()} waits for the end of worker {self._mounted.roster.server()}, which waits in the"
+                    " kernel, for a disk as a rule: see that the disk of the backing file answers"
+                )
+            await trio.sleep(WAIT_SECONDS)
+
     def _settle(self) -> None:
         """Have all memory present and locked that this worker will ever need. It may take a while."""
         mounted = self._mounted
@@ -252,14 +289,25 @@ class Worker:
         await trio.sleep(SETTLE_SECONDS)
         await helper.run(self._settle)
 
+    async def _beat_until_ready(self) -> None:
+        """Give signs of life of a process that gets ready."""
+        fields = self._board.fields
+        while not is_readable(self._ready_fd):
+            fields[Field.READY_BEAT] += 1
+            if fields[Field.STANDBY_PID] == os.getpid():
+                fields[Field.STANDBY_BEAT] += 1
+            await trio.sleep(READY_BEAT_SECONDS)
+
     async def _heartbeat(self, store: PageStore, steering: Steering) -> None:
+        """Give signs of life of a worker that waits for its turn; once it serves, keep what its successor cannot rebuild."""
         while True:
-            await trio.sleep_until(next_tick())
-            self._board.fields[Field.HEARTBEAT] += 1
+            self._board.beat()
             if self._board.fields[Field.HEARTBEAT] % COLLECT_BEATS == 0:
                 gc.collect()
-            store.save_counters()
-            steering.save()
+            if self._active:
+                store.save_counters()
+                steering.save()
+            await trio.sleep_until(next_tick())
 
     async def _outlive_keeper(self) -> None:
         """Without a keeper there is nobody to order a standby: it waits for the worker's end and orders itself.
@@ -278,9 +326,7 @@ class Worker:
             await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
         if not is_connected(mounted.fuse_fd):
             os._exit(0)
-        fields = self._board.fields
-        fields[Field.SERVING] = fields[Field.STANDBY_PID] = fields[Field.STANDBY_READY] = 0
-        fields[Field.RECOVERIES] += 1
+        self._by_itself = True
         os.eventfd_write(self._order_fd, 1)
 
     async def _follow(self, helper: IoThread[None], steering: Steering) -> None:

@@ -59,7 +59,7 @@ class Field(IntEnum):
     SERVING = 8
     """1 once the worker answers requests."""
     HEARTBEAT = 9
-    """Counted up by the worker's event loop."""
+    """Counted up by the worker: by its event loop, and while it rebuilds or waits for the end of the former worker."""
     RECOVERIES = 10
     """Workers that have taken over from a dead one."""
     OPEN_SWAPFILES = 11
@@ -88,6 +88,8 @@ class Field(IntEnum):
     """1 while requests are recorded (store/tracer.py)."""
     PACKING = 25
     """The code of the packing, which is also that of the layout of its frames."""
+    READY_BEAT = 26
+    """Counted up by the event loop of each process that gets ready to serve."""
     STANDBY_BEAT = 32
     """Counted up by the standby's event loop."""
     TAKING_OVER = 33
@@ -146,6 +148,10 @@ class Board:
                     f"the running zbudfs has another layout in memory ({field.name.lower()} {self.fields[field]:#x}, this"
                     f" version wants {value:#x}): restart it with the version that runs, or unmount it and mount it anew"
                 )
+
+    def beat(self) -> None:
+        """Give a sign of life of the worker."""
+        self.fields[Field.HEARTBEAT] += 1
 
     # ---- cumulative counters -----------------------------------------------------------------------------------
 

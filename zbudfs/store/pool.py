@@ -26,6 +26,9 @@ ACTIVE_RESERVE_FRAMES: Final = 4096
 POPULATE_FRAMES: Final = 512
 """Frames populated with one call: 2 MiB, about 1 ms."""
 
+BEAT_FRAMES: Final = 8192
+"""Frames between two signs of life in a rebuild: 32 MiB, some 20 ms."""
+
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     """Neighbours joined: [(first, count), ...] in ascending order."""
@@ -72,13 +75,16 @@ class Pool:
         `populated` are the frames that have memory, as runs (first, count).
         """
         self.used_frames = self.ready_frames = self._trimmed = self._fresh = 0
-        self.memory.populate_frames(populated)
         restore_done = self.allocator.restore_done
+        beat = self.memory.board.beat
         for first, count in populated:
             if first > self._fresh:
                 self.add_bare([(self._fresh, first - self._fresh)])
             self._fresh = first + count
             for frame in range(first, first + count):
+                if not (frame - first) % BEAT_FRAMES:
+                    beat()
+                    self.memory.populate_frames([(frame, min(BEAT_FRAMES, first + count - frame))])
                 if restore_done(frame):
                     self.used_frames += 1
                     self.stored_at[frame] = 0  # the order of the LRU is lost as well: ages begin anew

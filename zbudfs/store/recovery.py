@@ -42,17 +42,21 @@ class Recovery:
 
 
 def rebuild(state: State) -> Recovery:
-    """Bring frames, lists, blocks and counters in line with the page table. O(stored pages + populated frames)."""
+    """Bring frames, lists, blocks and counters in line with the page table. O(stored pages + populated frames).
+
+    That may take minutes. The heartbeat on the board goes on meanwhile: the keeper tells a long rebuild from a hang.
+    """
     table, pool, blocks = state.table, state.pool, state.blocks
+    beat = pool.memory.board.beat
     allocator = pool.allocator
     populated = pool.memory.populated_frames()
     allocator.reset(populated)
     if blocks is not None:
-        blocks.reset()
+        blocks.reset(beat)
     restore = allocator.restore
     entries = table.entries
     lost = 0
-    for first, values in table.stretches():
+    for first, values in table.stretches(beat):
         for page, entry in enumerate(values, first):
             kind = entry & KIND_MASK
             if kind < FRAME or entry == LOST:
@@ -72,7 +76,7 @@ def rebuild(state: State) -> Recovery:
             if not right:
                 entries[page] = LOST
                 lost += 1
-    table.recount()
+    table.recount(beat)
     pool.restore(populated)
     return Recovery(table.stored_pages, lost, pool.used_frames, blocks.used_blocks if blocks is not None else 0)
 
