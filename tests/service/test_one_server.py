@@ -76,7 +76,7 @@ def test_the_next_keeper_may_not_look(number: signal.Signals, tmp_path: Path) ->
         assert not capabilities >> CAP_SYS_PTRACE & 1
         fill(fd, 0, 4096)
         old = [served.worker, served.standby]
-        with steady_reader(served):
+        with steady_reader(fd):
             os.kill(served.keeper, number)
             manager.wait()
             manager.start()

@@ -157,24 +157,23 @@ def service(tmp_path: Path) -> Iterator[tuple[Manager, Served]]:
 
 
 @contextlib.contextmanager
-def steady_reader(served: Served) -> Iterator[None]:
-    """Read and write pages all the while; nothing may fail."""
+def steady_reader(fd: int) -> Iterator[None]:
+    """Read and write pages of the swapfile all the while; nothing may fail."""
     failures: list[str] = []
     end = threading.Event()
 
     def read() -> None:
-        with opened(served.swapfile) as fd:
-            number = 0
-            while not end.is_set():
-                page = bytes([number & 255]) * 8 + os.urandom(8) * 511
-                try:
-                    os.pwrite(fd, page, (8192 + number % 64) * PAGE)
-                    if os.pread(fd, PAGE, (8192 + number % 64) * PAGE) != page:
-                        failures.append(f"wrong page {number}")
-                except OSError as error:
-                    failures.append(str(error))
-                number += 1
-                time.sleep(0.001)
+        number = 0
+        while not end.is_set():
+            page = bytes([number & 255]) * 8 + os.urandom(8) * 511
+            try:
+                os.pwrite(fd, page, (8192 + number % 64) * PAGE)
+                if os.pread(fd, PAGE, (8192 + number % 64) * PAGE) != page:
+                    failures.append(f"wrong page {number}")
+            except OSError as error:
+                failures.append(str(error))
+            number += 1
+            time.sleep(0.001)
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -223,7 +222,7 @@ def test_the_keeper_is_replaced(number: signal.Signals, kept: bool, service: tup
     with opened(served.swapfile) as fd:
         fill(fd, 0, 4096)
         old = [served.worker, served.standby]
-        with steady_reader(served):
+        with steady_reader(fd):
             os.kill(served.keeper, number)
             assert manager.wait() == (0 if number == signal.SIGTERM else -number)
             compare(fd, 0, 512)
@@ -244,7 +243,7 @@ def test_keeper_and_worker_are_killed(service: tuple[Manager, Served]) -> None:
     with opened(served.swapfile) as fd:
         fill(fd, 0, 4096)
         standby = served.standby
-        with steady_reader(served):
+        with steady_reader(fd):
             served.kill(served.keeper, served.worker)
             manager.wait()
             compare(fd, 0, 512)
