@@ -8,9 +8,9 @@
 _shtab_zbudfs_trace_subparsers=(record show replay)
 _shtab_zbudfs_subparsers=(mount umount swapon swapoff restart status set exporter serve hibernate config doctor estimate trace top)
 
-_shtab_zbudfs_mount_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --instances --foreground)
+_shtab_zbudfs_mount_option_strings=(-h --help --size --pool --backing --force-backing --level --encrypt --packing --instances --foreground)
 _shtab_zbudfs_umount_option_strings=(-h --help)
-_shtab_zbudfs_swapon_option_strings=(-h --help --size --pool --backing --level --encrypt --packing --instances --priority --config)
+_shtab_zbudfs_swapon_option_strings=(-h --help --size --pool --backing --force-backing --level --encrypt --packing --instances --priority --config)
 _shtab_zbudfs_swapoff_option_strings=(-h --help --umount --force --config)
 _shtab_zbudfs_restart_option_strings=(-h --help)
 _shtab_zbudfs_status_option_strings=(-h --help --watch --json)
@@ -29,10 +29,8 @@ _shtab_zbudfs_top_option_strings=(-h --help --interval --picture --after)
 _shtab_zbudfs_option_strings=(-h --help --version)
 
 _shtab_zbudfs_mount_pos_0_COMPGEN=_shtab_compgen_dirs
-_shtab_zbudfs_mount___backing_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_umount_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_zbudfs_swapon_pos_0_COMPGEN=_shtab_compgen_dirs
-_shtab_zbudfs_swapon___backing_COMPGEN=_shtab_compgen_files
 _shtab_zbudfs_swapoff_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_zbudfs_restart_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_zbudfs_status_pos_0_COMPGEN=_shtab_compgen_dirs

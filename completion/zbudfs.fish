@@ -51,7 +51,7 @@ function _shtab_zbudfs_using
 end
 
 set -g _shtab_zbudfs_commands mount umount swapon swapoff restart status set exporter serve hibernate config doctor estimate trace 'trace record' 'trace show' 'trace replay' top
-set -g _shtab_zbudfs_opts_with_value --after --backing --config --encrypt --file --instances --interval --level --levels --listen --max --output --packing --picture --plot --pool --priority --root --sample --seconds --seed --size --textfile --watch --watermark -o
+set -g _shtab_zbudfs_opts_with_value --after --backing --config --encrypt --file --force-backing --instances --interval --level --levels --listen --max --output --packing --picture --plot --pool --priority --root --sample --seconds --seed --size --textfile --watch --watermark -o
 
 complete -c zbudfs -e
 complete -c zbudfs -f
@@ -62,7 +62,8 @@ complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' 
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l size -x -d 'size of the swap file, in whole pages of 4096 bytes (default: RAM)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l pool -x -d 'most RAM for what is stored; a percentage is one of RAM (default: 25%)'
-complete -c zbudfs -n '_shtab_zbudfs_using mount' -l backing -xka "(__fish_complete_path (commandline -ct))" -d 'where cold frames are written (default: a file in /var/lib/zbudfs, named after the mountpoint)'
+complete -c zbudfs -n '_shtab_zbudfs_using mount' -l backing -x -d 'where cold frames are written (default: a file in /var/lib/zbudfs, named after the mountpoint)'
+complete -c zbudfs -n '_shtab_zbudfs_using mount' -l force-backing -x -d 'take a backing that is refused otherwise: one that others could change, that holds foreign data, which is destroyed, or that lies on FUSE or a network (default: no)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l level -x -d 'zstd level, -7 (fast) to 19 (small), not 0 (default: -1)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l encrypt -x -d 'encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)'
 complete -c zbudfs -n '_shtab_zbudfs_using mount' -l packing -x -d 'zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM where pages are small (default: zbud; dense alone is dense:7)'
@@ -76,7 +77,8 @@ complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' 
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -s h -l help -d 'show this help message and exit'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l size -x -d 'size of the swap file, in whole pages of 4096 bytes (default: RAM)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l pool -x -d 'most RAM for what is stored; a percentage is one of RAM (default: 25%)'
-complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l backing -xka "(__fish_complete_path (commandline -ct))" -d 'where cold frames are written (default: a file in /var/lib/zbudfs, named after the mountpoint)'
+complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l backing -x -d 'where cold frames are written (default: a file in /var/lib/zbudfs, named after the mountpoint)'
+complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l force-backing -x -d 'take a backing that is refused otherwise: one that others could change, that holds foreign data, which is destroyed, or that lies on FUSE or a network (default: no)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l level -x -d 'zstd level, -7 (fast) to 19 (small), not 0 (default: -1)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l encrypt -x -d 'encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l packing -x -d 'zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM where pages are small (default: zbud; dense alone is dense:7)'

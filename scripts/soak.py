@@ -198,7 +198,10 @@ def main(arguments: list[str]) -> int:
     mountpoint.mkdir()
     try:
         with nbd_disk(folder, 96 << 20) as disk:
-            zbudfs("mount", "--size", str(SIZE), "--pool", str(POOL), "--backing", disk.mounted / "b", mountpoint)
+            sizes_and_disk = ("--size", str(SIZE), "--pool", str(POOL), "--backing", disk.mounted / "b")
+            zbudfs(
+                "mount", *sizes_and_disk, "--force-backing", "yes", mountpoint
+            )  # its disk is FUSE, which makes the faults
             try:
                 (mountpoint / "control/writers").write_text(str(MAX_WRITERS))
                 troubles = Troubles(mountpoint, disk, random.Random(options.seed))

@@ -108,7 +108,7 @@ def test_every_option_of_a_mount_is_a_key() -> None:
     parser = build_parser()
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     options = {action.dest for action in commands.choices["swapon"]._actions} - {"help", "config"}
-    assert options | {"swap"} == {key.name for key in KEYS}
+    assert options | {"swap"} == {key.field for key in KEYS}
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "a b", "../etc", "x" * 65, "a\n", "ä", ".a"])

@@ -84,7 +84,7 @@ def test_what_is_ignored_is_told(option: str, reason: str) -> None:
         ("backing=x", "write an absolute path"),
         ("sise=1G", "'sise=1G' is unknown: did you mean size"),
         ("nofial", "did you mean nofail"),
-        ("zzz", "known are size, pool, backing, level"),
+        ("zzz", "known are size, pool, backing, force-backing, level"),
     ],
 )
 def test_what_is_refused_is_told(option: str, reason: str) -> None:

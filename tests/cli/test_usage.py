@@ -223,6 +223,7 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "backing": str(tmp_path.resolve() / "some file"),
         "level": -7,
         "encrypt": False,
+        "force_backing": False,
         "source": "zbudfs",
         "packing": "dense:7",
     }

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.needs("root", "fuse")
 
 SIZE: Final = 8 * MIB
 POOL: Final = MIB
+SIZES: Final = ("--size", str(SIZE), "--pool", str(POOL))
 PAGES: Final = SIZE // PAGE // 2
 """Pages that are written first: twice as many bytes as the pool even if every two of them share a frame."""
 
@@ -90,9 +91,9 @@ class Device:
 
 @contextlib.contextmanager
 def device_on(backing: Path, mountpoint: Path, *options: str) -> Iterator[Device]:
-    """Have a mount with a small pool and this backing file."""
+    """Have a mount with a small pool and this backing file. It may lie on FUSE, which makes the faults."""
     with (
-        mounted(mountpoint, "--size", str(SIZE), "--pool", str(POOL), "--backing", backing, *options) as where,
+        mounted(mountpoint, *SIZES, "--backing", backing, "--force-backing", "yes", *options) as where,
         opened(where / "swapfile") as fd,
     ):
         yield Device(where, fd)

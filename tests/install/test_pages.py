@@ -31,7 +31,7 @@ def test_what_is_generated_is_current() -> None:
 
 def test_every_key_is_documented() -> None:
     """With what a value looks like and with its default, in these very words, and in the same order."""
-    found = re.findall(r"^\*\*(\w+)\*\*\n    (.*)$", MANUAL, re.MULTILINE)
+    found = re.findall(r"^\*\*([\w-]+)\*\*\n    (.*)$", MANUAL, re.MULTILINE)
     assert found == [(key.name, f"{key.kind}; default: {key.default}") for key in KEYS]
 
 
@@ -46,7 +46,7 @@ def test_the_example_of_the_manual_works(tmp_path: Path) -> None:
 def test_the_example_file_shows_the_defaults(tmp_path: Path) -> None:
     """As it is it says nothing; with its comment signs taken away every key is there and, but for one, as by default."""
     assert tomllib.loads(EXAMPLE) == {}
-    said = re.sub(r"^# (\w+ = )", r"\1", EXAMPLE, flags=re.MULTILINE)
+    said = re.sub(r"^# ([\w-]+ = )", r"\1", EXAMPLE, flags=re.MULTILINE)
     assert set(tomllib.loads(said)) == {key.name for key in KEYS}
     without = config.load("swap", make_root(tmp_path / "without", {"swap.toml": EXAMPLE}))
     with_all = config.load("swap", make_root(tmp_path / "all", {"swap.toml": said}))

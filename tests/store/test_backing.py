@@ -159,11 +159,9 @@ def test_reading_beyond_the_end_is_an_error(place: Path, make: Make) -> None:
 def test_growing_keeps_what_is_there(place: Path, make: Make) -> None:
     """Segments that are made ready are zeros; the header and other segments stay as they are, and bytes are counted."""
     with opened(make, place / "backing") as backing:
-        assert backing.ready_bytes == 0
         backing.make_ready(0, 1)
         write(backing, 1, page(1, BIG))
         backing.make_ready(4, 2)
-        assert backing.ready_bytes == 3 * SEGMENT_BYTES
         assert read(backing, 1, 1) == page(1, BIG)
         assert read(backing, 4 * SEGMENT_BLOCKS, 2 * SEGMENT_BLOCKS) == bytes(2 * SEGMENT_BYTES)
         assert read(backing, 0, 1).startswith(MAGIC)
@@ -184,7 +182,6 @@ def test_what_cannot_be_done_is_a_backing_error(tmp_path: Path, make: Make) -> N
             backing.make_ready(1, 1)
         with pytest.raises(BackingFull, match="cannot be written: File too large"):
             write(backing, SEGMENT_BLOCKS, page(1, BIG))
-        assert backing.ready_bytes == SEGMENT_BYTES
         write(backing, 1, page(1, BIG))
         assert read(backing, 1, 1) == page(1, BIG)
 
@@ -343,7 +340,6 @@ def test_growing_allocates_and_punching_gives_back(tmp_path: Path) -> None:
         assert path.stat().st_blocks * 512 == allocated
         backing.punch(1, 4)
         assert path.stat().st_blocks * 512 == allocated - 4 * SEGMENT_BYTES
-        assert backing.ready_bytes == 4 * SEGMENT_BYTES
         assert path.stat().st_size == 8 * SEGMENT_BYTES
         assert read(backing, 100, 64) == bytes(64 * PAGE_SIZE)
         assert read(backing, 7 * SEGMENT_BLOCKS, 1) == page(7, BIG)
@@ -445,7 +441,6 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         assert 16 <= first <= 32
         with pytest.raises(BackingFull, match="No space left on device"):
             backing.make_ready(first, 1)
-        assert backing.ready_bytes == first * SEGMENT_BYTES
         assert (folder / "backing").stat().st_blocks * 512 <= (first + 1) * SEGMENT_BYTES
         with pytest.raises(BackingFull):
             backing.make_ready(first, 4)

@@ -20,6 +20,7 @@ from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.arena import punch_hole
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pool import ACTIVE_RESERVE_FRAMES, POPULATE_FRAMES, RESERVE_FRAMES
+from zbudfs.store.reclaimer import GROW_RETRY_MOST_SECONDS, GROW_RETRY_SECONDS, TICK_SECONDS
 
 
 def memory_of(store: PageStore) -> int:
@@ -294,7 +295,7 @@ def test_a_limit_of_a_few_frames_without_a_backing_file(limit: int) -> None:
 
 
 def test_a_disk_that_cannot_grow_is_tried_again(tmp_path: Path) -> None:
-    """A file that did not grow is told once, and grows when there is room again, without anybody asking."""
+    """A file that did not grow is told when that begins and when it ends, is asked for less and less often, and grows again."""
 
     async def main() -> None:
         told: list[str] = []
@@ -304,14 +305,19 @@ def test_a_disk_that_cannot_grow_is_tried_again(tmp_path: Path) -> None:
         backing.fail("make_ready")
         async with running(store):
             assert store.statistics().backing_ready_bytes == 0
-            for _ in range(3):
+            for back_off in (GROW_RETRY_SECONDS, 2 * GROW_RETRY_SECONDS, 4 * GROW_RETRY_SECONDS):
                 tries = len(backing.calls_of("make_ready"))
-                push(1.5)
+                assert backing.calls_of("make_ready")[-1].count == 1
+                push(back_off - 2 * TICK_SECONDS)
+                await trio.testing.wait_all_tasks_blocked()
+                assert len(backing.calls_of("make_ready")) == tries
+                push(3 * TICK_SECONDS)
                 await until(lambda tries=tries: len(backing.calls_of("make_ready")) > tries, "another try")  # type: ignore[misc]
             assert len(told) == 1
             backing.recover()
-            push(1.5)
+            push(GROW_RETRY_MOST_SECONDS + TICK_SECONDS)
             await until(lambda: store.statistics().backing_ready_bytes > 0, "the file has grown")
+            assert "grows again" in told[-1]
             for number in range(500):
                 await put(store, number, page(number, BIG))
             assert await get(store, 0, 500) == pages(500, BIG)

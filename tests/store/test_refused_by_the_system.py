@@ -49,7 +49,13 @@ from zbudfs.store.cipher import KEY_BYTES, BlockCipher, LibraryXts, best_xts
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pressure import PressureMonitor
-from zbudfs.store.reclaimer import CALM_SECONDS, REFUSE_SECONDS, REFUSED_SECONDS, STALL_SECONDS
+from zbudfs.store.reclaimer import (
+    CALM_SECONDS,
+    GROW_RETRY_MOST_SECONDS,
+    REFUSE_SECONDS,
+    REFUSED_SECONDS,
+    STALL_SECONDS,
+)
 from zbudfs.store.steering import Steering
 
 
@@ -414,6 +420,7 @@ def test_a_file_that_cannot_grow_is_warned_of(tmp_path: Path) -> None:
             store.reclaimer.order_writeback(5)
             await until(lambda: store.reclaimer.ordered_frames == 0, "the order has ended: there is no block")
             backing.recover()
+            push(GROW_RETRY_MOST_SECONDS)
             store.reclaimer.order_writeback(5)
             await until(lambda: store.statistics().written_back_pages > 0, "it is written when blocks come")
 

@@ -26,6 +26,8 @@ class Arguments(argparse.Namespace):
     """zstd level; None: the default."""
     encrypt: bool | None
     """Whether to encrypt what is written back; None: the default."""
+    force_backing: bool | None
+    """Whether to take a backing that is refused otherwise; None: the default."""
     packing: str | None
     """As core/packing.py writes it; None: the default."""
     instances: int | None

@@ -301,6 +301,7 @@ def make_settings(arguments: Arguments, mountpoint: str, root: str = "/") -> Set
         backing=_backing(arguments.backing, mountpoint),
         level=DEFAULT_LEVEL if arguments.level is None else arguments.level,
         encrypt=arguments.encrypt is not False,
+        force_backing=arguments.force_backing is True,
         packing=DEFAULT_PACKING if arguments.packing is None else arguments.packing,
     )
     check_tables(settings, ram)
@@ -410,8 +411,8 @@ def _check_free(mountpoint: str) -> None:
 def _refuse_mount_options(arguments: Arguments, mountpoint: str) -> None:
     """What is mounted has its size and pool: silently ignoring others would be a lie."""
     typed = [
-        f"--{name}"
-        for name in ("size", "pool", "backing", "level", "encrypt", "packing", "instances")
+        f"--{name.replace('_', '-')}"
+        for name in ("size", "pool", "backing", "force_backing", "level", "encrypt", "packing", "instances")
         if getattr(arguments, name) is not None
     ]
     if typed:

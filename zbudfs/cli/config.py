@@ -197,7 +197,7 @@ def settings_of(values: Mapping[str, Value], mountpoint: str, root: str = "/") -
     mountpoint = str(values.get("mountpoint", mountpoint))
     arguments = build_parser().parse_args(["swapon", "--", mountpoint], Arguments())
     for key, value in values.items():
-        setattr(arguments, key, value)
+        setattr(arguments, BY_NAME[key].field, value)
     arguments.mountpoint = resolve(mountpoint)
     make_parts(arguments, arguments.mountpoint, root)  # raises where an instance's part would be too small
     return arguments, make_settings(arguments, arguments.mountpoint, root)

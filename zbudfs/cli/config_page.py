@@ -26,8 +26,8 @@ def effective(config: Config) -> dict[str, Value]:
     }
     for key in KEYS:
         if key.name not in known:
-            own = getattr(settings, key.name, None)
-            known[key.name] = getattr(config.arguments, key.name, None) if own is None else own
+            own = getattr(settings, key.field, None)
+            known[key.name] = getattr(config.arguments, key.field, None) if own is None else own
     return {key.name: known[key.name] for key in KEYS}
 
 

@@ -29,7 +29,7 @@ class Key:
     """One thing that can be configured."""
 
     name: str
-    """In files; also the name of the field in `Arguments`."""
+    """In files and mount options, and behind `--` on the command line."""
     read: Callable[[object, int], Value]
     """From (value, RAM in bytes) to what the option of this name would give; ValueError says what would be right."""
     kind: str
@@ -40,6 +40,11 @@ class Key:
     """What it is for: one sentence without a full stop."""
     mount_option: bool = True
     """Whether `mount -t fuse.zbudfs -o NAME=VALUE` knows it as well."""
+
+    @property
+    def field(self) -> str:
+        """The name of the field in `Arguments` and, if it has one, in `Settings`."""
+        return self.name.replace("-", "_")
 
 
 def _path(value: object, ram: int) -> str:
@@ -122,9 +127,16 @@ KEYS: Final = (
     Key(
         name="backing",
         read=_backing,
-        kind='absolute path of a file, or "none"',
+        kind='absolute path of a file or block device, or "none"',
         default=f"a file in {BACKING_FOLDER}, named after the mountpoint",
         summary="where cold frames are written",
+    ),
+    Key(
+        name="force-backing",
+        read=switch,
+        kind="true or false",
+        default="false",
+        summary="whether a backing is taken that zbudfs refuses: of others, with foreign data, on FUSE or a network",
     ),
     Key(
         name="level",

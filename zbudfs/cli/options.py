@@ -330,11 +330,11 @@ def _mountpoint_or_config(
             raise SettingsError("write either MOUNTPOINT or --config NAME")
         given = [
             name
-            for name in ("size", "pool", "backing", "packing", "level", "encrypt", "priority")
+            for name in ("size", "pool", "backing", "force_backing", "packing", "level", "encrypt", "priority")
             if getattr(arguments, name, None) is not None
         ]
         if arguments.config is not None and given:
-            raise SettingsError(f"--{given[0]} does not go with --config: write it into the file")
+            raise SettingsError(f"--{given[0].replace('_', '-')} does not go with --config: write it into the file")
         return typed(arguments) if arguments.config is None else configured(arguments)
 
     return run
@@ -356,8 +356,15 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backing",
-        metavar="FILE|none",
+        metavar="FILE|DEVICE|none",
         help=f"where cold frames are written (default: a file in {BACKING_FOLDER}, named after the mountpoint)",
+    )
+    parser.add_argument(
+        "--force-backing",
+        type=_switch,
+        metavar="yes|no",
+        help="take a backing that is refused otherwise: one that others could change, that holds foreign data, which is"
+        " destroyed, or that lies on FUSE or a network (default: no)",
     )
     parser.add_argument(
         "--level",

@@ -63,6 +63,8 @@ def divided(whole: Settings, instances: int, backing: str | None) -> list[Settin
 def _backing(whole: Settings, typed: str | None, mountpoint: str, number: int) -> str | None:
     if whole.backing is None:
         return None
+    if Path(whole.backing).is_block_device():
+        raise SettingsError(f"backing {shown_path(whole.backing)} is one device, which is not divided: write a file")
     return default_backing(mountpoint) if typed is None else f"{whole.backing}.{number}"
 
 

@@ -8,7 +8,6 @@ import fcntl
 import os
 import select
 import signal
-import stat
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from zbudfs.cli.target import CommandError, refuse_users
 from zbudfs.service.mountpoint import Mount, MountError, is_dead, shown_path, unmount
 from zbudfs.service.pooldir import pool_directories, remove_dead
 from zbudfs.service.settings import default_backing
-from zbudfs.store.backing import MAGIC
+from zbudfs.store.claim import empty_left
 from zbudfs.swap.detach import detach
 from zbudfs.swap.loop import users
 
@@ -206,17 +205,11 @@ def _remove_remains(mountpoint: str) -> bool:
 
 
 def _empty(backing: str) -> None:
-    """Empty a backing file that nobody has locked. What is not one is left alone, whatever the remains call it."""
+    """Empty a backing that nobody has claimed. What is not one is left alone, whatever the remains call it."""
     try:
-        fd = os.open(backing, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        empty_left(backing)
     except FileNotFoundError:
         return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or os.pread(fd, len(MAGIC), 0) not in (MAGIC, b""):
-            return
-        os.ftruncate(fd, 0)
-    except BlockingIOError:
-        pass  # a new daemon's by now, which empties what it finds
-    finally:
-        os.close(fd)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ELOOP):  # a new daemon's by now, which empties what it finds; a link
+            raise

@@ -37,7 +37,8 @@ def _lowest_bit(mask: int) -> int:
 class BlockMap:
     """The map of a backing file of at most `nr_segments` segments; all of them holes where the table is zeros.
 
-    buffer: a zeroed writable memoryview of `table_size(nr_segments)` bytes.
+    buffer: a zeroed writable memoryview of `table_size(nr_segments)` bytes. `limit`: segments that the disk has; those
+    beyond are neither holes nor ready.
 
     I1: a block is free iff its bit in the segment's mask is set; then nothing of it is live.
     I2: a ready segment with n free blocks is on list n; a hole is on the list of holes.
@@ -45,10 +46,11 @@ class BlockMap:
     With `attach` nothing is written, and nothing may be asked, before `reset`.
     """
 
-    def __init__(self, buffer: memoryview, nr_segments: int, *, attach: bool = False) -> None:
+    def __init__(self, buffer: memoryview, nr_segments: int, *, attach: bool = False, limit: int | None = None) -> None:
         if len(buffer) < self.table_size(nr_segments):
             raise ValueError(f"a table of {len(buffer)} bytes is too small for {nr_segments} segments")
         self.nr_segments = nr_segments
+        self._limit = nr_segments if limit is None else limit
         nodes = nr_segments + _LISTS
         masks_end = 8 * nr_segments
         next_end = masks_end + 4 * nodes
@@ -84,7 +86,8 @@ class BlockMap:
                 self.add_ready(segment, 1)
             else:
                 self._masks[segment] = 0
-                self._link(segment, _HOLES)
+                if segment < self._limit:
+                    self._link(segment, _HOLES)
 
     def restore(self, block: int, index: int) -> bool:
         """After `reset`: zpage `index` of the block is live. False if that cannot be, or it is already."""
@@ -161,9 +164,15 @@ class BlockMap:
             return NO_SEGMENT
         self._unlink(segment, SEGMENT_BLOCKS)
         self._ready[segment] = 0
+        self._masks[segment] = 0
         self.free_blocks -= SEGMENT_BLOCKS
         self.ready_segments -= 1
         return segment
+
+    def are_holes(self, first: int, count: int) -> bool:
+        """Whether so many segments from `first` on are holes, or were taken by `take_free`."""
+        end = min(first + count, self.nr_segments)
+        return not any(self._ready[first:end]) and not any(self._masks[first:end])
 
     # ---- blocks --------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,12 @@ class Budget:
             self._refill(now)
             self._left = max(0.0, self._left - size_bytes)
 
+    def give_back(self, size_bytes: int, now: float) -> None:
+        """So much of what was spent was not written after all."""
+        if self.bytes_per_day:
+            self._refill(now)
+            self._left = min(float(self.bytes_per_day), self._left + size_bytes)
+
     def _refill(self, now: float) -> None:
         if now > self._at:
             self._left = min(

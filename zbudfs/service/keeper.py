@@ -37,7 +37,7 @@ from zbudfs.core import hot
 from zbudfs.core.packing import Packing
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.fuse import shim
-from zbudfs.service import hardening
+from zbudfs.service import disks, hardening
 from zbudfs.service.child import Child, Process, Pulse, is_readable
 from zbudfs.service.control import Client, Control
 from zbudfs.service.handing_over import (
@@ -299,7 +299,10 @@ class Keeper:
             return None
         if os.path.dirname(path) == BACKING_FOLDER:  # noqa: PTH120  the path may hold any bytes
             os.makedirs(BACKING_FOLDER, mode=0o700, exist_ok=True)  # noqa: PTH103
-        backing = Backing(path)
+        force = self._settings.force_backing
+        self._warnings += disks.check(path, force=force)
+        backing = Backing(path, force=force)
+        self._warnings += backing.warnings
         if not backing.direct:
             self._warnings.append(
                 f"the file system of {path} refuses direct I/O: writeback goes through the page cache, which needs"

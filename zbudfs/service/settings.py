@@ -58,6 +58,8 @@ class Settings:
     """zstd compression level: -7 (fast) to 19 (small), not 0."""
     encrypt: bool = True
     """Whether what is written to the backing file is encrypted."""
+    force_backing: bool = False
+    """Whether a backing is used that others could change, that holds foreign data, or that another program serves."""
     source: str = SOURCE
     """What stands for the device in mount tables: `mount -a` knows by it that a line of fstab is mounted already."""
     packing: str = DEFAULT_PACKING
@@ -75,8 +77,9 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise SettingsError(f"{name} is {value!r}: it must be of type {kind.__name__}")
-        if not isinstance(self.encrypt, bool):
-            raise SettingsError(f"encrypt is {self.encrypt!r}: it must be of type bool")
+        for name in ("encrypt", "force_backing"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"{name} is {getattr(self, name)!r}: it must be of type bool")
         _check_path("mountpoint", self.mountpoint)
         _check_size(self.size_bytes)
         if self.pool_bytes < MIN_POOL_BYTES:

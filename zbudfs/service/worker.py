@@ -422,7 +422,7 @@ class Worker:
             "packing": settings.packing,
             "backing_path": settings.backing,
             "encrypted": settings.encrypt and settings.backing is not None,
-            "backing_size_bytes": settings.size_bytes if settings.backing is not None else 0,
+            "backing_size_bytes": mounted.backing.size_bytes(settings.size_bytes) if mounted.backing is not None else 0,
             "open_swapfiles": fields[Field.OPEN_SWAPFILES],
             "log_dropped": mounted.log.dropped,
             "warnings": [

@@ -42,6 +42,15 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
 
 
+def file_system_number(fd: int) -> int:
+    """Return what statfs(2) calls the type of an open file's file system; OSError."""
+    found = (ctypes.c_long * 32)()
+    if _libc.fstatfs(fd, found):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return found[0]
+
+
 class Arena:
     """`size` bytes of shared memory called `name`: the file of that name in `folder`, or a file without a name.
 

@@ -206,7 +206,8 @@ class PageStore:
         self._pool = Pool(memory, attach=attach)
         blocks = None
         if memory.blocks is not None:
-            blocks = BlockMap(memory.blocks.view, memory.nr_segments, attach=attach)
+            limit = backing.nr_segments if backing is not None else None
+            blocks = BlockMap(memory.blocks.view, memory.nr_segments, attach=attach, limit=limit)
         self._allocator = self._pool.allocator
         self._hot = None if pure else self._allocator.hot(self._table, self._pool.stored_at)
         self.state = State(self._table, self._pool, blocks, self._hot)
@@ -245,8 +246,6 @@ class PageStore:
     def recover(self) -> Recovery:
         """Take over what is in the memory, from whoever worked with it before. Nobody else may be."""
         found = rebuild(self.state)
-        if self.backing is not None and self.state.blocks is not None:
-            self.backing.ready_bytes = self.state.blocks.ready_segments * SEGMENT_BYTES
         values = self.memory.board.counters(len(CUMULATIVE) + CUMULATIVE_COUNTERS)
         for (owner, name), value in zip(CUMULATIVE, values, strict=False):
             self._owner(owner)[name] = value
@@ -760,7 +759,7 @@ class PageStore:
             compressed_bytes=counters["pers_zbytes"] + counters["eph_zbytes"],
             written_back_pages=counts[BLOCK] + counts[RAW_BLOCK],
             backing_used_bytes=blocks.used_blocks << PAGE_SHIFT if blocks is not None else 0,
-            backing_ready_bytes=self.backing.ready_bytes if self.backing is not None else 0,
+            backing_ready_bytes=blocks.ready_segments * SEGMENT_BYTES if blocks is not None else 0,
             cumul_writeback_bytes=self.state.cumul_writeback_frames << PAGE_SHIFT,
             cumul_writeback_pages=self.state.cumul_writeback_pages,
             cumul_writeback_frames=self.state.cumul_writeback_frames,

@@ -21,7 +21,7 @@ writes back frames that are older than `age_seconds`. All of it keeps to the bud
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -33,6 +33,7 @@ from zbudfs.core.latency import Timed
 from zbudfs.core.reclaim import BATCH_FRAMES, PressureGovernor, Watermarks
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
+from zbudfs.store.faults import Faults
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.pool import ACTIVE_RESERVE_FRAMES, POPULATE_FRAMES, RESERVE_FRAMES
 from zbudfs.store.state import Eviction, State
@@ -54,6 +55,10 @@ FILE_LOOK_SECONDS: Final = 5.0
 
 RETRY_SECONDS: Final = 1.0
 """After a failed writeback the next one is not tried before. Guessed: a disk that fails at once must not be flooded."""
+
+GROW_RETRY_SECONDS: Final = 10.0
+GROW_RETRY_MOST_SECONDS: Final = 60.0
+"""After the disk has refused to let the file grow it is not tried again before, for twice as long each time. Guessed."""
 
 PATIENCE_SECONDS: Final = 0.05
 """How long a write waits for memory that is on its way before it has something written back instead.
@@ -111,7 +116,7 @@ class Reclaimer:
         self.cumul_grown_bytes = 0
         self.cumul_aged_frames = 0
         self._writer = IoThread[None]("writeback") if backing is not None else None
-        self._grower = IoThread[list[str] | None]("grow") if backing is not None else None
+        self._grower = IoThread[Any]("grow") if backing is not None else None
         self._populator = IoThread[None]("populate")
         self._writeback_wanted = trio.Event()
         self._memory_wanted = trio.Event()
@@ -133,38 +138,40 @@ class Reclaimer:
         self._last_writeback = self._last_added = float("-inf")
         self._added = False
         """Something was stored since the memory task looked last."""
-        self._failing = False
-        self._full = False
-        self._trouble: dict[str, str] = {}
-        """What was said last, by what was wanted ("write", "grow", "memory"); nothing once it was had."""
+        self._grow_at = float("-inf")
+        """Before that the backing is not grown again."""
+        self._grow_failures = 0
+        """Times in a row that the disk has refused to let it grow."""
+        self._faults = Faults(lambda text: self.log(text))
+        """Kinds: "write", "grow", "full" (the disk has no room for more), "memory", "stalled"."""
         self._look_at_file_at = 0.0
         self._damage: list[str] = []
         """What somebody has done to the backing file."""
         self._progress_at: float | None = None
         """When the writeback that is under way last got somewhere."""
-        self._said_stalled: float | None = None
-        """The same, when it was told last that it had got nowhere for too long."""
         self._budget_told = False
 
     @property
     def failing(self) -> bool:
         """The backing file did not take what was written last."""
-        return self._failing
+        return "write" in self._faults
 
     @property
     def full(self) -> bool:
-        """The backing file could not grow when it had to."""
-        return self._full
+        """The backing could not grow when it had to."""
+        return "grow" in self._faults or "full" in self._faults
 
     def warnings(self) -> list[str]:
         """What is wrong with the backing file or the memory now, and what that means; nothing while all is well."""
         found = list(self._damage)
-        if "memory" in self._trouble:
-            found.append(f"{self._trouble['memory']}: the pool cannot grow to its limit")
-        if "write" in self._trouble:
-            found.append(f"{self._trouble['write']}: pages stay in RAM while there is room, and it is tried again")
-        if "grow" in self._trouble:
-            found.append(f"{self._trouble['grow']}: what it has is used, then pages stay in RAM; it is tried again")
+        for kind, then in (
+            ("memory", "the pool cannot grow to its limit"),
+            ("write", "pages stay in RAM while there is room, and it is tried again"),
+            ("grow", "what it has is used, then pages stay in RAM; it is tried again"),
+            ("full", "what it has is used, then pages stay in RAM"),
+        ):
+            if kind in self._faults:
+                found.append(f"{self._faults.text(kind)}: {then}")
         if self._progress_at is not None and trio.current_time() - self._progress_at >= STALL_SECONDS:
             seconds = trio.current_time() - self._progress_at
             then = "wait" if seconds < REFUSE_SECONDS else "fail"
@@ -235,9 +242,8 @@ class Reclaimer:
                 await self._waiting.park()  # CHECKPOINT
 
     def _say_stalled(self) -> None:
-        if self._said_stalled != self._progress_at:
-            self._said_stalled = self._progress_at
-            self.log(f"the backing file has not answered for {REFUSE_SECONDS:.0f} s: until it does, pages stay in RAM")
+        text = f"the backing file has not answered for {REFUSE_SECONDS:.0f} s"
+        self._faults.begin("stalled", text, trio.current_time(), f"{text}: until it does, pages stay in RAM")
 
     def filling(self, frames: int) -> None:
         """So many more frames are being read into, or fewer: then they can be had."""
@@ -362,8 +368,9 @@ class Reclaimer:
         return Refusal.BACKING_FULL if self._may_grow() else Refusal.BUDGET
 
     def _may_grow(self) -> bool:
-        """Whether the budget allows to write a new segment of the backing file over."""
-        return self.budget.allows(SEGMENT_BYTES, trio.current_time())
+        """Whether the budget allows to make a new segment of the backing ready."""
+        cost = self._backing.zeros_per_segment if self._backing is not None else 0
+        return not cost or self.budget.allows(cost, trio.current_time())
 
     async def _drop_ordered(self) -> None:
         """Drop the ephemeral frames that were ordered to be dropped."""
@@ -396,9 +403,6 @@ class Reclaimer:
         if blocks is None or blocks.free_blocks:
             return False  # there are blocks, so it is frames that lack: all are being filled or written
         await self._grow()
-        if not blocks.free_blocks and not self._full and self._may_grow():  # pragma: no cover  more blocks than pages
-            self._full = True
-            self.log("the backing file is full: from now on pages stay in RAM, and writes beyond the pool fail")
         return bool(blocks.free_blocks)
 
     async def _write(self, batch: list[Eviction]) -> bool:
@@ -406,29 +410,27 @@ class Reclaimer:
         backing, writer = self._backing, self._writer
         assert backing is not None and writer is not None
         self.budget.spend(len(batch) << PAGE_SHIFT, trio.current_time())
+        written_before = backing.written_bytes
         began = time.perf_counter_ns()
         try:
             await writer.run(_write_runs, backing, self._runs_of(batch))  # CHECKPOINT, not cancelled
         except BackingError as error:
             self._state.fail_writeback(batch)
             self.writeback_failures += 1
-            self._retry_at = trio.current_time() + RETRY_SECONDS
-            self._trouble["write"] = str(error)
-            if not self._failing:
-                self._failing = True
-                self.log(f"{error}; the pages stay in RAM, and it is tried again")
+            now = trio.current_time()
+            self._retry_at = now + RETRY_SECONDS
+            self.budget.give_back((len(batch) << PAGE_SHIFT) - (backing.written_bytes - written_before), now)
+            self._faults.begin("write", str(error), now, f"{error}; the pages stay in RAM, and it is tried again")
             return False
         except BaseException:
             self._state.fail_writeback(batch)
             raise
         self._latencies.record(Timed.WRITEBACK, time.perf_counter_ns() - began)
         self._state.finish_writeback(batch)
-        self._trouble.pop("write", None)
+        self._faults.end("write", f"{backing.name} takes pages again")
+        self._faults.end("stalled", f"{backing.name} answers again")
         self._last_writeback = self._progress_at = trio.current_time()
         self.ordered_frames = max(0, self.ordered_frames - len(batch))
-        if self._failing:
-            self._failing = False
-            self.log("the backing file takes pages again")
         if self._state.blocks is not None and self._state.blocks.free_blocks < self._blocks_wanted() >> 1:
             self._disk_wanted.set()
         self._waiting.unpark_all()
@@ -481,10 +483,9 @@ class Reclaimer:
             try:
                 await self._populator.run(self._pool.populate, runs)  # CHECKPOINT, not cancelled
             except MemoryError as error:
-                if "memory" not in self._trouble:
-                    self.log(f"the pool cannot grow: {error}")
-                self._trouble["memory"] = str(error)
-                self._populate_at = trio.current_time() + REFUSED_SECONDS
+                now = trio.current_time()
+                self._faults.begin("memory", str(error), now, f"the pool cannot grow: {error}")
+                self._populate_at = now + REFUSED_SECONDS
                 self._pool.add_bare(runs)
                 self._memory_refused = True
                 self._waiting.unpark_all()
@@ -496,7 +497,7 @@ class Reclaimer:
                 self._populating_since = None
             self._pool.add_ready(runs)
             self._memory_refused = False
-            self._trouble.pop("memory", None)
+            self._faults.end("memory", "the pool gets memory again")
             self._waiting.unpark_all()
 
     async def _trim_frames(self) -> None:
@@ -516,7 +517,7 @@ class Reclaimer:
             if trio.current_time() >= self._look_at_file_at:
                 self._look_at_file_at = trio.current_time() + FILE_LOOK_SECONDS
                 await self._look_at_file()
-            if self._failing:  # the disk may be well again, with nobody writing meanwhile
+            if self.failing:  # the disk may be well again, with nobody writing meanwhile
                 self._writeback_wanted.set()
             if self._calm():
                 await self._trim_blocks()
@@ -534,48 +535,85 @@ class Reclaimer:
         return min(GROW_AHEAD_BLOCKS, self._pool.nr_frames)
 
     async def _grow(self) -> None:
-        """Make segments of the backing file ready until there are enough free blocks."""
+        """Make segments of the backing ready until there are enough free blocks.
+
+        A disk that refuses is asked for a single segment, then left alone for a while: what is left is for others.
+        """
         blocks, backing, grower = self._state.blocks, self._backing, self._grower
         if blocks is None or backing is None or grower is None:
             return
         async with self._grow_lock:
+            most = 1 if self._grow_failures else GROW_SEGMENTS
             while blocks.free_blocks < self._blocks_wanted():
                 now = trio.current_time()
-                if not self._may_grow():
+                if now < self._grow_at or not self._may_grow():
                     return
-                whole = self.budget.allows(GROW_SEGMENTS * SEGMENT_BYTES, now)
-                first, count = blocks.take_holes(GROW_SEGMENTS if whole else 1)
+                cost = backing.zeros_per_segment
+                first, count = blocks.take_holes(most if self.budget.allows(most * cost, now) else 1)
                 if not count:
+                    if blocks.free_blocks:
+                        self._faults.end("full", f"{backing.name} has free blocks again")
+                    else:
+                        size = blocks.ready_segments * SEGMENT_BYTES >> 20
+                        self._faults.begin("full", f"{backing.name} is full: all of its {size} MiB are in use", now)
                     return
-                self.budget.spend(count * SEGMENT_BYTES, now)
+                self.budget.spend(count * cost, now)
+                zeros_before = backing.zeros_written
+                failure = ""
                 try:
-                    await grower.run(backing.make_ready, first, count)  # CHECKPOINT, not cancelled
+                    grown = await grower.run(_make_ready, backing, first, count)  # CHECKPOINT, not cancelled
                 except BackingError as error:
-                    blocks.return_holes(first, count)
-                    self._trouble["grow"] = str(error)
-                    if not self._full:
-                        self._full = True
-                        self.log(str(error))
-                    return
+                    grown, failure = False, str(error)
                 except BaseException:
                     blocks.return_holes(first, count)
                     raise
-                self._full = False
-                self._trouble.pop("grow", None)
-                blocks.add_ready(first, count)
-                self.cumul_grown_bytes += count * SEGMENT_BLOCKS << PAGE_SHIFT
+                now = trio.current_time()
+                if grown:
+                    self._grow_failures = 0
+                    self._faults.end("grow", f"{backing.name} grows again")
+                    blocks.add_ready(first, count)
+                    self.cumul_grown_bytes += backing.zeros_written - zeros_before
+                    continue
+                blocks.return_holes(first, count)
+                self.budget.give_back(count * cost - (backing.zeros_written - zeros_before), now)
+                if count > 1:
+                    most = 1
+                    continue
+                if not failure:
+                    self._grow_at = now + TICK_SECONDS  # to look costs nothing
+                    text = f"{backing.name} cannot grow: what its file system has left is kept for other programs"
+                else:
+                    self._grow_at = now + min(GROW_RETRY_SECONDS * 2**self._grow_failures, GROW_RETRY_MOST_SECONDS)
+                    self._grow_failures = min(self._grow_failures + 1, 8)
+                    text = failure
+                self._faults.begin("grow", text, now)
+                return
+            self._faults.end("full", f"{backing.name} has free blocks again")
 
     async def _trim_blocks(self) -> None:
-        """Give wholly free segments beyond the reserve back to the file system."""
+        """Give wholly free segments beyond the reserve back to the disk."""
         blocks, backing, grower = self._state.blocks, self._backing, self._grower
         assert blocks is not None and backing is not None and grower is not None
-        while (segment := blocks.take_free(2 * self._blocks_wanted())) != NO_SEGMENT:
-            try:
-                await grower.run(backing.punch, segment, 1)  # CHECKPOINT, not cancelled
-            except BackingError:
-                blocks.add_ready(segment, 1)  # it still has its room
-                return
-            blocks.return_holes(segment, 1)
+        group = backing.trim_segments
+        async with self._grow_lock:  # nothing that is being given back must be made ready meanwhile
+            while group and (segment := blocks.take_free(2 * self._blocks_wanted())) != NO_SEGMENT:
+                first = segment // group * group
+                count = min(group, backing.nr_segments - first)
+                try:
+                    if blocks.are_holes(first, count):
+                        await grower.run(backing.punch, first, count)  # CHECKPOINT, not cancelled
+                except BackingError:
+                    blocks.add_ready(segment, 1)  # it still has its room
+                    return
+                blocks.return_holes(segment, 1)
+
+
+def _make_ready(backing: Backing, first: int, count: int) -> bool:
+    """Make segments ready; False if the disk has no room for them beside its reserve. For a worker thread."""
+    if not backing.has_room(count):
+        return False
+    backing.make_ready(first, count)
+    return True
 
 
 def _write_runs(backing: Backing, runs: Sequence[tuple[int, Sequence[memoryview]]]) -> None:

@@ -11,23 +11,15 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from zbudfs.cli.doctor.finding import Finding, Machine, ok, problem, warning
 from zbudfs.core.sizes import format_size
-from zbudfs.service.mountpoint import shown_path, unescape_octal
-
-NETWORK: Final = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "afs", "lustre", "gfs2", "ocfs2", "orangefs"}
-)
-"""File systems whose writes need memory for packets, or another machine."""
-
-MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
-ALLOCATING: Final = frozenset({"btrfs", "zfs", "bcachefs", "overlay", "f2fs"})
-"""File systems that write elsewhere than they wrote before, or through another one: every write allocates."""
+from zbudfs.service import disks
+from zbudfs.service.mountpoint import shown_path
+from zbudfs.store.space import DEVICE_END, DEVICE_START
 
 _BLOCK_BYTES: Final = 4096
 _REMEDY: Final = "put it on ext4 or xfs on a disk of this machine: backing = FILE, or --backing FILE"
@@ -41,28 +33,37 @@ def check_backing(machine: Machine) -> Iterator[Finding]:
         return
     shown = shown_path(backing)
     path = machine.path(backing)
-    if path.is_symlink():
+    if path.is_symlink() and not path.is_block_device():
         yield problem("backing file", f"{shown} is a symbolic link, which the daemon refuses", "name the file itself")
         return
     device = path.is_block_device()
     folder = path if device else next(each for each in path.parents if each.is_dir())
-    yield from _file_system(machine, backing, folder, device=device)
-    if not device:
-        yield _room(machine, path, folder)
+    yield from _file_system(machine, backing)
+    yield _room(machine, path, folder, device=device)
     yield _direct_io(path if device else folder, shown, device=device)
 
 
-def _room(machine: Machine, path: Path, folder: Path) -> Finding:
-    """Compare the free room with what the file may grow to."""
-    system = os.statvfs(folder)
-    free = system.f_bavail * system.f_frsize
-    with contextlib.suppress(OSError):
-        free += path.stat().st_blocks * 512
+def _room(machine: Machine, path: Path, folder: Path, *, device: bool) -> Finding:
+    """Compare the room that there is with what is wanted at most."""
     wanted = machine.settings.size_bytes
-    text = f"{format_size(free)} of room, and the file may grow to {format_size(wanted)}"
+    if device:
+        try:
+            with path.open("rb") as file:
+                free = max(0, file.seek(0, os.SEEK_END) - DEVICE_START - DEVICE_END)
+        except OSError as error:
+            return warning("backing room", f"the device cannot be opened: {error.strerror}", "run this as root")
+        text = f"the device has room for {format_size(free)}, and up to {format_size(wanted)} is wanted"
+        remedy = "take a larger device, or size smaller"
+    else:
+        system = os.statvfs(folder)
+        free = system.f_bavail * system.f_frsize
+        with contextlib.suppress(OSError):
+            free += path.stat().st_blocks * 512
+        text = f"{format_size(free)} of room, and the file may grow to {format_size(wanted)}"
+        remedy = "make room, or size smaller"
     if free >= wanted:
         return ok("backing room", text)
-    return warning("backing room", f"{text}: when the disk is full, pages stay in RAM", "make room, or size smaller")
+    return warning("backing room", f"{text}: when the disk is full, pages stay in RAM", remedy)
 
 
 def _direct_io(path: Path, shown: str, *, device: bool) -> Finding:
@@ -94,58 +95,22 @@ def _aligned_block() -> memoryview:
     return memoryview(room)[start : start + _BLOCK_BYTES]
 
 
-def _file_system(machine: Machine, backing: str, folder: Path, *, device: bool) -> Iterator[Finding]:
-    """Look at what the backing file lies on, down to the disk."""
-    if device:
-        number = f"{os.major(folder.stat().st_rdev)}:{os.minor(folder.stat().st_rdev)}"
-        fstype = "block device"
-    else:
-        fstype, number = mount_of(machine.read("/proc/self/mountinfo"), os.path.realpath(backing))
-    if fstype.startswith("fuse") and fstype != "fusectl":
-        text = f"on {fstype}: another program, which may need memory, would have to write what frees memory"
+def _file_system(machine: Machine, backing: str) -> Iterator[Finding]:
+    """Look at what the backing lies on, down to the disk."""
+    names = disks.layers(backing, machine.root)
+    top = names[0] if names else "a disk"
+    if missing := disks.missing_mount(backing, machine.root):
+        yield problem("backing file", missing, "mount it before zbudfs is mounted")
+    elif (name := disks.is_served(names)) is not None:
+        text = f"on {name}: another program or machine, which may need memory, would have to write what frees memory"
         yield problem("backing file", text, _REMEDY)
-    elif fstype in NETWORK:
-        text = f"on {fstype}: writing over a network needs memory when there is none, and the machine may hang"
+    elif (name := disks.is_memory(names)) is not None:
+        yield problem("backing file", f"on {name}, which is memory: nothing is gained by writing there", _REMEDY)
+    elif below := [name for name in names if disks.LOOP_DEVICE.match(name) or disks.NETWORK_DEVICE.match(name)]:
+        text = f"on {', '.join(below)}: that is a network, or another file system in disguise"
         yield problem("backing file", text, _REMEDY)
-    elif fstype in MEMORY:
-        yield problem("backing file", f"on {fstype}, which is memory: nothing is gained by writing there", _REMEDY)
-    elif fstype in ALLOCATING:
-        text = f"on {fstype}, which allocates memory and changes metadata whenever it writes"
+    elif top in disks.ALLOCATING:
+        text = f"on {top}, which allocates memory and changes metadata whenever it writes"
         yield warning("backing file", text, _REMEDY)
-    elif below := virtual_devices(machine, number):
-        text = f"on {', '.join(below)}: that is memory, a network, or another file system in disguise"
-        yield problem("backing file", text, _REMEDY)
     else:
-        yield ok("backing file", f"{shown_path(backing)} on {fstype}")
-
-
-def mount_of(mountinfo: str, path: str) -> tuple[str, str]:
-    """Return (file system type, device as "major:minor") of the mount that a resolved path is on."""
-    best, found = -1, ("unknown", "0:0")
-    for line in mountinfo.split("\n"):
-        fields, separator, rest = line.partition(" - ")
-        words = fields.split(" ")
-        if not separator or len(words) < 5:
-            continue
-        top = os.fsdecode(unescape_octal(os.fsencode(words[4])))
-        inside = path == top or path.startswith(f"{top.rstrip('/')}/")
-        if inside and len(top) >= best:  # the last of several at one place hides the others
-            best, found = len(top), (rest.split(" ")[0], words[2])
-    return found
-
-
-def virtual_devices(machine: Machine, number: str) -> list[str]:
-    """Return what is no disk among the block device "major:minor" and those below it: loop, zram, network devices."""
-    link = machine.path(f"/sys/dev/block/{number}")
-    if not link.exists():
-        return []
-    device = link.resolve()
-    if (device / "partition").exists():
-        device = device.parent
-    names = sorted(_names_of(device))
-    return [f"/dev/{name}" for name in names if re.match(r"(loop|zram|ram|nbd|rbd|drbd)\d", name)]
-
-
-def _names_of(device: Path) -> set[str]:
-    """Return the names of a block device and of all that it is made of; `device` is its folder in /sys."""
-    return {device.name}.union(*(_names_of(slave.resolve()) for slave in device.glob("slaves/*")))
+        yield ok("backing file", f"{shown_path(backing)} on {top}")

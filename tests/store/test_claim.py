@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: MIT
+"""Whose a backing is, who uses it and what it holds: refused and left as it is, or ours alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.core.samples import BIG, pages
+from tests.store.disks import ramfs, run_tool, small_ext4
+from tests.store.test_backing import opened, read, write
+from zbudfs.core.block_map import SEGMENT_BLOCKS
+from zbudfs.core.errors import BackingError, BackingFull, LayoutError
+from zbudfs.core.units import PAGE_SIZE
+from zbudfs.store import claim as claiming
+from zbudfs.store import foreign
+from zbudfs.store.backing import MAGIC, SEGMENT_BYTES, Backing
+from zbudfs.store.claim import empty_left
+from zbudfs.store.space import DEVICE_END, DEVICE_START
+
+MIB: Final = 1 << 20
+NOBODY: Final = 65534
+as_root: Final = pytest.mark.needs("root")
+on_loop: Final = pytest.mark.needs("root", "loop")
+
+
+def fallocated(path: Path, size: int = 8 * MIB) -> Path:
+    """Make a file with room and without content."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    return path
+
+
+def refused(path: Path, words: str, error: type[Exception] = BackingError) -> None:
+    """The path is refused with these words, twice: nothing stays locked or open, and nothing is changed."""
+    before = path.lstat() if path.exists() else None
+    descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            Backing(str(path))
+    after = path.lstat() if path.exists() else None
+    assert (before is None) == (after is None)
+    if before is not None and after is not None:
+        assert (after.st_ino, after.st_size, after.st_mode) == (before.st_ino, before.st_size, before.st_mode)
+    assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
+
+
+# ---- whose it is -------------------------------------------------------------------------------------------------------
+
+
+@as_root
+def test_a_file_that_another_user_owns(tmp_path: Path) -> None:
+    """Its owner could read and change what is stored: it is refused, but for one who insists, and is ours then."""
+    path = tmp_path / "backing"
+    path.touch()
+    os.chown(path, NOBODY, NOBODY)
+    refused(path, f"belongs to user {NOBODY}.*--force-backing")
+    with contextlib.closing(Backing(str(path), force=True)):
+        assert path.stat().st_uid == 0
+
+
+def test_a_file_with_two_names(tmp_path: Path) -> None:
+    """The other name may be another user's."""
+    path = tmp_path / "backing"
+    path.touch()
+    os.link(path, tmp_path / "other")
+    refused(path, "2 names")
+
+
+@as_root
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "mode", "words"), [(NOBODY, 0o755, "belongs to user"), (0, 0o777, "others may write")]
+)
+def test_a_folder_of_others(tmp_path: Path, owner: int, mode: int, words: str, above: bool) -> None:
+    """Who may rename can put another file there, also from further up; nothing is created."""
+    folder = tmp_path / "folder"
+    inner = folder / "inner" if above else folder
+    inner.mkdir(parents=True)
+    os.chown(folder, owner, 1000)
+    folder.chmod(mode)
+    refused(inner / "backing", f"{words}.*put another file in its place")
+    assert list(inner.iterdir()) == []
+    folder.chmod(0o775 if owner == 0 else mode)
+    refused(inner / "backing", words)
+    with contextlib.closing(Backing(str(inner / "backing"), force=True)):
+        pass
+
+
+def test_a_sticky_folder(tmp_path: Path) -> None:
+    """There only the owner of a file may rename it."""
+    tmp_path.chmod(0o1777)
+    with opened(Backing, tmp_path / "backing"):
+        pass
+
+
+def test_a_file_that_was_open_before(tmp_path: Path) -> None:
+    """Whoever has an old file open has no part in the new one, which has its name."""
+    path = tmp_path / "backing"
+    path.write_bytes(MAGIC)
+    path.chmod(0o666)
+    with path.open("r+b") as stranger, opened(Backing, path) as backing:
+        backing.make_ready(0, 1)
+        write(backing, 1, pages(4, BIG))
+        assert os.fstat(stranger.fileno()).st_nlink == 0
+        stranger.seek(0)
+        stranger.write(b"x" * SEGMENT_BYTES)
+        stranger.flush()
+        assert read(backing, 1, 4) == pages(4, BIG)
+
+
+# ---- what it holds -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blkid", [True, False])
+def test_an_old_swap_file(tmp_path: Path, blkid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, where there is something to name it with; one who insists gets a file of that size."""
+    if blkid and not any(os.access(each, os.X_OK) for each in foreign.BLKID):
+        pytest.skip("needs blkid (apt-get install util-linux)")
+    if not blkid:
+        monkeypatch.setattr(foreign, "BLKID", ())
+    path = tmp_path / "swap"
+    path.write_bytes(bytes(4 * MIB))
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(PAGE_SIZE - 10)
+        file.write(b"SWAPSPACE2")
+        file.seek(1024)
+        file.write((1).to_bytes(4, "little") + (1023).to_bytes(4, "little"))
+    before = path.read_bytes()
+    refused(path, "swap .an old swap file" if blkid else "blkid, which could name it, is not installed", LayoutError)
+    assert path.read_bytes() == before
+    with contextlib.closing(Backing(str(path), force=True)) as backing:
+        assert backing.nr_segments == 16
+        assert b"SWAPSPACE2" not in path.read_bytes()
+
+
+def test_a_preallocated_file_keeps_its_size(tmp_path: Path) -> None:
+    """It is taken as it is, holds what fits, is not given back in parts, and has its room and no content afterwards."""
+    path = fallocated(tmp_path / "backing")
+    for _ in range(2):
+        backing = Backing(str(path))
+        assert (backing.nr_segments, backing.trim_segments) == (32, 0)
+        assert backing.size_bytes(1 << 40) == 8 * MIB
+        assert backing.has_room(1000)
+        backing.make_ready(0, 32)
+        write(backing, 32 * SEGMENT_BLOCKS - 8, pages(8, BIG))
+        assert read(backing, 32 * SEGMENT_BLOCKS - 8, 8) == pages(8, BIG)
+        second = Backing(str(path), os.dup(backing.fileno()))  # as in a takeover
+        assert second.nr_segments == 32
+        os.close(second.fileno())
+        backing.close()
+        status = path.stat()
+        assert (status.st_size, status.st_blocks * 512 >= 8 * MIB) == (8 * MIB, True)
+        with path.open("rb") as file:
+            assert file.read().count(0) == 8 * MIB
+
+
+def test_a_preallocated_file_after_a_crash(tmp_path: Path) -> None:
+    """Its header tells that it keeps its size; what cleans up leaves no content and all the room."""
+    path = fallocated(tmp_path / "backing")
+    backing = Backing(str(path))
+    backing.make_ready(0, 1)
+    write(backing, 1, pages(4, BIG))
+    os.close(backing.fileno())
+    with contextlib.closing(Backing(str(path))) as again:
+        assert again.nr_segments == 32
+        again.make_ready(0, 1)
+        write(again, 1, pages(4, BIG))
+        empty_left(str(path))  # in use: it is left alone
+        assert read(again, 1, 4) == pages(4, BIG)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), again.fileno())  # as killed
+    empty_left(str(path))
+    assert path.read_bytes() == bytes(8 * MIB)
+    for other in (tmp_path, Path("/dev/null")):
+        empty_left(str(other))
+
+
+def test_a_file_that_is_too_small(tmp_path: Path) -> None:
+    """A fixed size must be worth something."""
+    refused(fallocated(tmp_path / "backing", 64 << 10), "keeps that size: make it 1 MiB or more")
+
+
+@as_root
+def test_room_that_a_file_system_cannot_preallocate(tmp_path: Path) -> None:
+    """A sparse file on a file system without fallocate keeps its size as well."""
+    with ramfs(tmp_path) as folder:
+        path = folder / "backing"
+        with path.open("wb") as file:
+            file.truncate(2 * MIB)
+        with pytest.raises(LayoutError):  # it cannot be told from data there
+            Backing(str(path))
+        with contextlib.closing(Backing(str(path), force=True)) as backing:
+            backing.make_ready(0, 8)
+            write(backing, 100, pages(4, BIG))
+        assert path.read_bytes() == bytes(2 * MIB)
+
+
+@on_loop
+def test_a_disk_without_any_room(tmp_path: Path) -> None:
+    """The error names the file, and no empty file stays behind."""
+    with small_ext4(tmp_path, 4 * MIB) as folder:
+        with (folder / "other").open("wb", buffering=0) as other, contextlib.suppress(OSError):
+            while True:
+                other.write(bytes(1024))
+        with pytest.raises(BackingFull, match=f"backing file {folder}/backing cannot be prepared: No space left"):
+            Backing(str(folder / "backing"))
+        assert not (folder / "backing").exists()
+
+
+def test_a_file_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is a mount of its own, for example, is used in place."""
+    path = tmp_path / "backing"
+    path.write_bytes(MAGIC + b"old" * 9999)
+    inode = path.stat().st_ino
+
+    def refuse(_: str) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with opened(Backing, path):
+        assert (path.stat().st_ino, path.stat().st_size) == (inode, PAGE_SIZE)
+
+
+def test_active_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused even to one who insists."""
+    path = fallocated(tmp_path / "swap")
+    swaps = tmp_path / "swaps"
+    swaps.write_text(f"Filename Type Size Used Priority\n/gone file 1 0 -2\n{path} file 8188 0 -2\n")
+    monkeypatch.setattr(claiming, "SWAPS", str(swaps))
+    for force in (False, True):
+        with pytest.raises(BackingError, match="is active swap: swapoff it first"):
+            Backing(str(path), force=force)
+
+
+# ---- block devices -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def loop(image: Path, size: int, sector: int = 512) -> Iterator[Path]:
+    """Have a loop device of `size` bytes, whose image takes discards."""
+    with image.open("wb") as file:
+        file.truncate(size)
+    device = run_tool("losetup", "--find", "--show", "--direct-io=on", "--sector-size", str(sector), image)
+    try:
+        yield Path(device)
+    finally:
+        run_tool("losetup", "--detach", device)
+
+
+@on_loop
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_a_device(tmp_path: Path, sector: int) -> None:
+    """All that it holds can be used, to the last block; both ends stay zeros; at the end it is as if nothing had been."""
+    image = tmp_path / "image"
+    with loop(image, 32 * MIB + 5 * 4096, sector) as device:
+        with opened(Backing, device) as backing:
+            assert backing.direct
+            assert backing.name == f"the backing device {device}"
+            assert backing.nr_segments == (27 * MIB) // SEGMENT_BYTES
+            assert backing.size_bytes(8 * MIB) == 8 * MIB
+            assert backing.has_room(1)
+            backing.make_ready(0, backing.nr_segments)
+            assert backing.zeros_written == backing.zeros_per_segment == 0
+            last = backing.nr_segments * SEGMENT_BLOCKS - 16
+            for block in (1, 70, last):
+                write(backing, block, pages(16, BIG, block))
+            for block in (1, 70, last):
+                assert read(backing, block, 16) == pages(16, BIG, block)
+            content = image.read_bytes()
+            assert content.startswith(MAGIC)
+            assert not any(content[PAGE_SIZE:DEVICE_START]) and not any(content[-DEVICE_END:])
+            used = image.stat().st_blocks
+            assert backing.trim_segments == 1
+            backing.punch(1, 1)
+            assert image.stat().st_blocks < used
+            assert read(backing, 1, 16) == pages(16, BIG, 1)
+            assert backing.damage() == []
+            refused(device, "cannot be used: it is in use: another zbudfs")
+            second = Backing(str(device), os.dup(backing.fileno()))
+            assert read(second, 1, 16) == pages(16, BIG, 1)
+            os.close(second.fileno())
+        assert not any(image.read_bytes())
+        assert image.stat().st_blocks * 512 < MIB
+        with opened(Backing, device):
+            pass
+
+
+@on_loop
+def test_an_own_device_after_a_crash(tmp_path: Path) -> None:
+    """Its header is known again; but not if another program has labelled it since."""
+    image = tmp_path / "image"
+    with loop(image, 16 * MIB) as device:
+        for _ in range(2):
+            backing = Backing(str(device))
+            backing.make_ready(0, 1)
+            write(backing, 1, pages(4, BIG))
+            os.close(backing.fileno())
+        empty_left(str(device))
+        assert not any(image.read_bytes())
+        os.close(Backing(str(device)).fileno())
+        run_tool("mkfs.ext4", "-q", "-F", "-E", "nodiscard", device)
+        with device.open("r+b") as file:
+            file.write(MAGIC)
+        refused(device, "holds a file system .ext4", LayoutError)
+
+
+@on_loop
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (("mkswap", "--label", "old"), "swap .an old swap partition, 'old'"),
+        (("mkfs.ext4", "-q"), "a file system .ext4"),
+        (None, "data of a kind that blkid does not know"),
+    ],
+)
+def test_a_device_with_foreign_data(tmp_path: Path, program: tuple[str, ...] | None, words: str) -> None:
+    """It is named and left as it is; one who insists destroys it, and nothing finds it afterwards."""
+    image = tmp_path / "image"
+    with loop(image, 16 * MIB) as device:
+        if program is None:
+            with device.open("r+b") as file:
+                file.seek(2 * MIB)
+                file.write(b"the books of a firm")
+        else:
+            run_tool(*program, device)
+        before = image.read_bytes()
+        refused(device, f"holds {words}.*--force-backing", LayoutError)
+        assert image.read_bytes() == before
+        with contextlib.closing(Backing(str(device), force=True)) as backing:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), backing.fileno())  # killed: the label is gone all the same
+        if program is not None:
+            assert foreign.describe(str(device), device=True) == "data of a kind that blkid does not know"
+        with opened(Backing, device):
+            pass
+
+
+@on_loop
+def test_a_device_that_is_mounted(tmp_path: Path) -> None:
+    """It says where; insisting is no help."""
+    with small_ext4(tmp_path, 16 * MIB) as folder:
+        device = Path(run_tool("findmnt", "--noheadings", "--output", "SOURCE", folder))
+        refused(device, f"it is mounted on {folder}")
+        with pytest.raises(BackingError, match="is mounted"):
+            Backing(str(device), force=True)
+
+
+@on_loop
+def test_a_link_to_a_device(tmp_path: Path) -> None:
+    """The names that stay the same are links; those in a folder of others are not followed."""
+    with loop(tmp_path / "image", 16 * MIB) as device:
+        link = tmp_path / "by-name"
+        link.symlink_to(device)
+        with opened(Backing, link) as backing:
+            assert backing.nr_segments == 44
+        os.chown(tmp_path, NOBODY, 0)
+        with pytest.raises(BackingError, match="belongs to user"):
+            Backing(str(link))
+        os.chown(tmp_path, 0, 0)
+
+
+@on_loop
+def test_devices_that_will_not_do(tmp_path: Path) -> None:
+    """One that is too small, one that everybody may write to."""
+    with loop(tmp_path / "image", 5 * MIB) as device:
+        refused(device, "has 5 MiB: it must have 6 or more")
+        mode = stat.S_IMODE(device.stat().st_mode)
+        try:
+            device.chmod(0o666)
+            refused(device, "everybody may write to the device")
+        finally:
+            device.chmod(mode)
+    run_tool("losetup", "--all")
+
+
+@on_loop
+def test_a_device_that_shrinks(tmp_path: Path) -> None:
+    """It is told; what is behind its end is an error."""
+    image = tmp_path / "image"
+    with loop(image, 16 * MIB) as device, opened(Backing, device) as backing:
+        backing.make_ready(0, 44)
+        write(backing, 40 * SEGMENT_BLOCKS, pages(4, BIG))
+        os.truncate(image, 8 * MIB)
+        run_tool("losetup", "--set-capacity", device)
+        assert backing.damage() == [f"the backing device {device} has been cut short: pages that were there are lost"]
+        with pytest.raises(BackingError, match="backing device"):
+            read(backing, 40 * SEGMENT_BLOCKS, 4)
+        with pytest.raises(BackingError, match=r"backing device .* cannot be written"):
+            write(backing, 40 * SEGMENT_BLOCKS, pages(4, BIG))
+
+
+def test_what_blkid_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind in words; one that hangs, or cannot be started, is nothing to wait for."""
+    program = tmp_path / "blkid"
+    monkeypatch.setattr(foreign, "BLKID", (str(program),))
+    monkeypatch.setattr(foreign, "LIMIT_SECONDS", 0.2)
+    for text, words in (
+        ("echo TYPE=LVM2_member", "a physical volume of LVM"),
+        ("echo TYPE=crypto_LUKS; echo LABEL=x", "an encrypted volume (LUKS), 'x'"),
+        ("echo PTTYPE=gpt", "a partition table (gpt)"),
+        ("exec sleep 9", "data of a kind that blkid does not know"),
+    ):
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+        assert foreign.describe("/x", device=True) == words
+    program.write_text("not a program")
+    assert foreign.describe("/x", device=True) == "data of a kind that blkid does not know"
+
+
+# ---- btrfs -------------------------------------------------------------------------------------------------------------
+
+
+@on_loop
+def test_btrfs_writes_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has the attribute C; where that is refused there is a warning."""
+    if shutil.which("mkfs.btrfs", path="/usr/sbin:/sbin:/usr/bin:/bin") is None:
+        pytest.skip("needs mkfs.btrfs (apt-get install btrfs-progs)")
+    where = tmp_path / "btrfs"
+    where.mkdir()
+    with loop(tmp_path / "image", 128 * MIB) as device:
+        run_tool("mkfs.btrfs", "-q", device)
+        run_tool("mount", device, where)
+        try:
+            with opened(Backing, where / "backing") as backing:
+                assert "C" in run_tool("lsattr", where / "backing").split()[0]
+                assert backing.warnings == []
+                backing.make_ready(0, 4)
+                write(backing, 64, pages(64, BIG))
+                assert read(backing, 64, 64) == pages(64, BIG)
+            monkeypatch.setattr(claiming, "_FS_IOC_SETFLAGS", 0x40086699)
+            with opened(Backing, where / "backing") as backing:
+                assert "NOCOW" in backing.warnings[0]
+        finally:
+            run_tool("umount", where)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: MIT
+"""What a backing lies on: file systems, devices, and what is below those, down to the disk or to something that is none.
+
+What writes back must not wait for memory. A file system in memory gives nothing; one that another program or another
+machine serves needs memory just when there is none; a loop device is another file in disguise.
+
+The daemon refuses such places before it creates anything (`check`), and `zbudfs doctor` names them. Every function takes
+`root`, the folder that holds `proc/`, `sys/` and `etc/`; paths are those of a system whose / is `root`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from zbudfs.core.errors import BackingError
+from zbudfs.service.mountpoint import FSTYPE, escape_path, shown_path, unescape_octal
+from zbudfs.store.arena import file_system_number
+from zbudfs.store.claim import INSIST
+
+NETWORK: Final = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "afs", "lustre", "gfs2", "ocfs2", "orangefs"}
+)
+"""File systems whose writes need memory for packets, or another machine."""
+MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
+ALLOCATING: Final = frozenset({"btrfs", "zfs", "bcachefs", "overlay", "f2fs"})
+"""File systems that write elsewhere than they wrote before, or through another one: every write allocates."""
+NUMBERS: Final = {
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x958458F6: "hugetlbfs",
+    0x65735546: "fuse",
+    0x6969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb3",
+    0x01021997: "9p",
+    0x00C36400: "ceph",
+    0x794C7630: "overlay",
+    0x9123683E: "btrfs",
+    0x2FC12FC1: "zfs",
+    0xCA451A4E: "bcachefs",
+    0xF2F52010: "f2fs",
+    0xEF53: "ext4",
+}
+"""Of statfs(2), for a mount that is not in the table, as in a chroot."""
+
+MEMORY_DEVICE: Final = re.compile(r"/dev/(zram|ram)\d")
+NETWORK_DEVICE: Final = re.compile(r"/dev/(nbd|rbd|drbd)\d")
+LOOP_DEVICE: Final = re.compile(r"/dev/loop\d")
+_DEEPEST: Final = 8
+"""Loop devices on files on loop devices ... that are followed."""
+_UNIT_FOLDERS: Final = (
+    *("etc/systemd/system", "run/systemd/system", "run/systemd/transient"),
+    *("run/systemd/generator", "run/systemd/generator.late"),
+)
+_FIEMAP: Final = 0xC020660B
+
+
+@dataclass(frozen=True, slots=True)
+class MountRow:
+    """One line of mountinfo."""
+
+    mountpoint: str
+    fstype: str
+    device: str
+    """As "major:minor"."""
+    source: str
+    options: dict[str, str]
+    """Those of the file system."""
+
+
+def mounts(root: str = "/") -> Iterator[MountRow]:
+    """Yield what is mounted, in the order of the table."""
+    for line in Path(root, "proc/self/mountinfo").read_bytes().split(b"\n"):
+        fields, separator, rest = line.partition(b" - ")
+        words, behind = fields.split(b" "), rest.split(b" ")
+        if separator and len(words) >= 5 and len(behind) >= 1:
+            told = [os.fsdecode(unescape_octal(word)) for word in [*behind, b"", b""]]
+            pairs = (each.partition("=") for each in told[2].split(","))
+            options = {name: value for name, _, value in pairs}
+            yield MountRow(os.fsdecode(unescape_octal(words[4])), told[0], words[2].decode(), told[1], options)
+
+
+def mount_of(path: str, root: str = "/") -> MountRow:
+    """Return the mount that a resolved path is on. The last of several at one place hides the others."""
+    found = MountRow("", "unknown", "0:0", "", {})
+    for row in mounts(root):
+        if _is_inside(path, row.mountpoint) and len(row.mountpoint) >= len(found.mountpoint):
+            found = row
+    return found
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+
+
+# ---- layers ------------------------------------------------------------------------------------------------------------
+
+
+def layers(path: str, root: str = "/", depth: int = _DEEPEST) -> list[str]:
+    """Return what is below a path, from the top: file systems by their type, devices as "/dev/NAME".
+
+    The path is that of a file, which need not be there, or of a block device.
+    """
+    if depth == 0:
+        return []
+    inside = Path(root, path.lstrip("/"))
+    if inside.is_block_device():
+        return _below_device(_number(inside.stat().st_rdev), root, depth)
+    row = mount_of(os.path.realpath(path) if root == "/" else path, root)
+    names = [row.fstype if row.fstype != "unknown" else _type_by_number(path, root)]
+    if names == ["overlay"]:
+        return names + _below_overlay(path, row, root, depth)
+    number = row.device
+    source = Path(root, row.source.lstrip("/"))
+    if number.startswith("0:") and row.source.startswith("/dev/") and source.is_block_device():
+        number = _number(source.stat().st_rdev)  # btrfs, whose own number is made up
+    return names + _below_device(number, root, depth)
+
+
+def _number(device: int) -> str:
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def _type_by_number(path: str, root: str) -> str:
+    """Return the type of the file system that the nearest folder that exists is on."""
+    if root != "/":
+        return "unknown"
+    there = next(each for each in (path, *map(str, Path(path).parents)) if os.path.exists(each))  # noqa: PTH110
+    with contextlib.suppress(OSError):
+        fd = os.open(there, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return NUMBERS.get(file_system_number(fd) & 0xFFFFFFFF, "unknown")
+        finally:
+            os.close(fd)
+    return "unknown"
+
+
+def _below_device(number: str, root: str, depth: int) -> list[str]:
+    link = Path(root, f"sys/dev/block/{number}")
+    if not link.exists():
+        return []
+    device = link.resolve()
+    if (device / "partition").exists():
+        device = device.parent
+    found = []
+    for each in sorted(_parts_of(device)):
+        found.append(f"/dev/{each.name}")
+        with contextlib.suppress(OSError):
+            file = (each / "loop/backing_file").read_text().rstrip("\n").removesuffix(" (deleted)")
+            found += layers(file, root, depth - 1)
+    return found
+
+
+def _parts_of(device: Path) -> set[Path]:
+    """Return a block device and all that it is made of, as folders of sysfs."""
+    return {device}.union(*(_parts_of(slave.resolve()) for slave in device.glob("slaves/*")))
+
+
+def _below_overlay(path: str, row: MountRow, root: str, depth: int) -> list[str]:
+    """Return what is below the upper layer of an overlay: what is written goes there."""
+    upper = row.options.get("upperdir", "")
+    if upper and Path(root, upper.lstrip("/")).is_dir():
+        return layers(upper, root, depth - 1)
+    # In a container the path means nothing: ask for a file's extents, which a file system in memory does not have.
+    return ["tmpfs"] if root == "/" and _without_extents(os.path.dirname(path)) else []  # noqa: PTH120
+
+
+def _without_extents(folder: str) -> bool:
+    try:
+        fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return False
+    try:
+        fcntl.ioctl(fd, _FIEMAP, (0).to_bytes(8, "little") + (4096).to_bytes(8, "little") + bytes(16))
+    except OSError as error:
+        return error.errno in (errno.EOPNOTSUPP, errno.ENOTTY)
+    finally:
+        os.close(fd)
+    return False
+
+
+# ---- verdict -----------------------------------------------------------------------------------------------------------
+
+
+def is_memory(names: list[str]) -> str | None:
+    """Return what of these layers is memory."""
+    return next((name for name in names if name in MEMORY or MEMORY_DEVICE.match(name)), None)
+
+
+def is_served(names: list[str]) -> str | None:
+    """Return what of these layers another program, or another machine, serves."""
+    return next(
+        (name for name in names if name in NETWORK or name == "fuse" or name.startswith(("fuse.", "fuseblk"))), None
+    )
+
+
+def check(path: str, *, force: bool, root: str = "/") -> list[str]:
+    """Raise BackingError unless a backing can lie at `path`; return a sentence for each thing that is wrong with the place."""
+    shown = f"the backing {shown_path(path)}"
+    if (missing := missing_mount(path, root)) and not force:
+        raise BackingError(f"{shown} is refused: {missing}; mount it first, or {INSIST}")
+    names = layers(path, root)
+    if FSTYPE in names:
+        raise BackingError(f"{shown} is refused: it lies on a zbudfs itself, which would wait for itself")
+    if (name := is_memory(names)) is not None:
+        raise BackingError(f"{shown} is refused: it lies on {name}, which is memory; put it on a disk, or use none")
+    warnings = []
+    if (name := is_served(names)) is not None:
+        text = f"lies on {name}: writing there needs memory when there is none, and the machine may hang"
+        if not force:
+            raise BackingError(f"{shown} is refused: it {text}; put it on a disk of this machine, or {INSIST}")
+        warnings.append(f"{shown} {text}")
+    if remote := [name for name in names if NETWORK_DEVICE.match(name)]:
+        warnings.append(
+            f"{shown} lies on {remote[0]}, a device of a network: writing there needs memory when there is none"
+        )
+    if names and names[0] == "zfs" and _zfs_version(root) < (2, 3):
+        warnings.append(
+            f"{shown} is on ZFS before 2.3, which takes direct I/O and does not do it: use another file system"
+        )
+    return warnings
+
+
+def _zfs_version(root: str) -> tuple[int, int]:
+    with contextlib.suppress(OSError, ValueError):
+        major, minor = Path(root, "sys/module/zfs/version").read_text().split("-")[0].split(".")[:2]
+        return int(major), int(minor)
+    return 0, 0
+
+
+# ---- mounts that come late -----------------------------------------------------------------------------------------------
+
+
+def path_to_mount(backing: str) -> str:
+    """Return the path that must be mounted before the daemon starts: what RequiresMountsFor= of a unit is to name."""
+    return os.path.dirname(backing)  # noqa: PTH120
+
+
+def missing_mount(path: str, root: str = "/") -> str | None:
+    """Return, in words, which mount a path is on that the system is to have and does not have now; None if there is none.
+
+    Looking at the path makes an automount mount what it stands for.
+    """
+    folder = path_to_mount(path)
+    with contextlib.suppress(OSError):
+        Path(root, folder.lstrip("/")).stat()
+    above = [each for each in (folder, *map(str, Path(folder).parents)) if each != "/"]
+    there = {row.mountpoint for row in mounts(root) if row.fstype != "autofs"}
+    for mountpoint, source in _wanted_mounts(above, root):
+        if mountpoint not in there:
+            return f"{shown_path(mountpoint)} is in {source} and not mounted"
+    return None
+
+
+def _wanted_mounts(folders: list[str], root: str) -> Iterator[tuple[str, str]]:
+    """Yield those of some folders on which something is to be mounted, and the file that says so."""
+    with contextlib.suppress(OSError):
+        for line in Path(root, "etc/fstab").read_bytes().split(b"\n"):
+            words = line.split()
+            if len(words) < 3 or words[0].startswith(b"#"):
+                continue
+            target = os.fsdecode(unescape_octal(words[1]))
+            if target.startswith("/"):
+                target = os.path.realpath(target) if root == "/" else target.rstrip("/")
+                if target in folders:
+                    yield target, "/etc/fstab"
+    for folder in folders:
+        for place in _UNIT_FOLDERS:
+            unit = Path(root, place, f"{escape_path(folder)}.mount")
+            with contextlib.suppress(OSError):
+                if not stat.S_ISREG(unit.stat().st_mode):  # masked: a link to /dev/null
+                    break
+                yield folder, f"/{place}/{unit.name}"
