@@ -83,7 +83,7 @@ complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l level -x -d 'zstd level, -
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l encrypt -x -d 'encrypt what is written to the backing file, with a key that nobody ever sees (default: yes)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l packing -x -d 'zbud: two pages to a frame, fast; dense: up to N, from 2 to 7, for half the RAM where pages are small (default: zbud; dense alone is dense:7)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l instances -x -d 'divide size and pool among N daemons, mounted on MOUNTPOINT/0, MOUNTPOINT/1 ..., whose swap the kernel fills in turns (default: 1, mounted on MOUNTPOINT itself)'
-complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l priority -x -d '0 to 32767, the highest is used first (default: the kernel'"'"'s choice, after all other swap; with several instances 0)'
+complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l priority -x -d '0 to 32767, the highest is filled first (default: 50, or what lies above all other swap and below zram)'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon' -l config -x -d 'what /etc/zbudfs/NAME.toml says, instead of MOUNTPOINT and options'
 complete -c zbudfs -n '_shtab_zbudfs_using swapon; and test $_shtab_zbudfs_npos -eq 0' -ka "(__fish_complete_directories)" -d 'directory that it is, or will be, mounted on'
 complete -c zbudfs -n '_shtab_zbudfs_using; and test $_shtab_zbudfs_npos -eq 0' -a swapoff -d 'Read everything back to RAM and end the swap on a zbudfs.'

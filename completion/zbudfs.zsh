@@ -176,7 +176,7 @@ _shtab_zbudfs_swapon_options=(
   "--encrypt[encrypt what is written to the backing file, with a key that nobody ever sees (default\: yes)]:yes|no:"
   "--packing[zbud\: two pages to a frame, fast\; dense\: up to N, from 2 to 7, for half the RAM where pages are small (default\: zbud\; dense alone is dense\:7)]:zbud|dense[:N]:"
   "--instances[divide size and pool among N daemons, mounted on MOUNTPOINT\/0, MOUNTPOINT\/1 ..., whose swap the kernel fills in turns (default\: 1, mounted on MOUNTPOINT itself)]:N:"
-  "--priority[0 to 32767, the highest is used first (default\: the kernel\'s choice, after all other swap\; with several instances 0)]:N:"
+  "--priority[0 to 32767, the highest is filled first (default\: 50, or what lies above all other swap and below zram)]:N:"
   "--config[what \/etc\/zbudfs\/NAME.toml says, instead of MOUNTPOINT and options]:NAME:"
   ":directory that it is, or will be, mounted on:_files -/"
 )

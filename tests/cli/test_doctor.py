@@ -196,7 +196,8 @@ def test_why_there_is_no_pressure(healthy: Path, code: int, options: str, remedy
     ("swaps", "priority", "level", "words"),
     [
         ("", None, "ok", "none"),
-        ("/dev/sda5 partition 1048576 0 -2", None, "warning", "set priority = 0 or higher"),
+        ("/dev/sda5 partition 1048576 0 -2", None, "ok", "is filled after this one, whose priority is 50"),
+        ("/dev/sda5 partition 1048576 0 70", None, "ok", "is filled after this one, whose priority is 71"),
         ("/dev/sda5 partition 1048576 0 -2", 5, "ok", "is filled after this one, whose priority is 5"),
         ("/dev/sda5 partition 1048576 0 10", 5, "warning", "set priority = 11 or higher"),
         ("/dev/sda5 partition 1048576 0 5", 5, "warning", "the same priority"),
@@ -265,6 +266,31 @@ def test_the_page_of_the_kernel(healthy: Path, page_bytes: int, words: str) -> N
     finding = only(kernel.check_page_size(replace(machine(healthy), page_bytes=page_bytes)))
     assert finding.level is Level.OK
     assert words in finding.text
+
+
+def test_swap_that_was_turned_off(healthy: Path) -> None:
+    """A mount whose loop device was swap is told, and so is one that a configuration wants as swap."""
+    put(healthy, "proc/self/mountinfo", "50 27 0:99 / /mnt/z rw - fuse.zbudfs zbudfs rw")
+    here = machine(healthy)
+    assert list(swap.check_swap_is_on(here)) == []
+    wanted = only(swap.check_swap_is_on(replace(here, swap=True)))
+    assert (wanted.level, wanted.remedy) == (Level.WARNING, "turn it on again with zbudfs swapon /mnt/z")
+    put(healthy, "sys/block/loop7/loop/backing_file", "/mnt/z/swapfile")
+    put(healthy, "sys/block/loop7/loop/dio", "1")
+    assert list(swap.check_swap_is_on(here)) == []
+    put(healthy, "sys/block/loop7/queue/rq_affinity", "2")
+    found = only(swap.check_swap_is_on(here))
+    assert "its swap is off, though /dev/loop7 is still attached" in found.text
+    assert "zbudfs swapoff /mnt/z" in found.remedy
+    put(healthy, "proc/swaps", "Filename Type Size Used Priority\n/dev/loop7 partition 1048576 0 50")
+    assert list(swap.check_swap_is_on(replace(here, swap=True))) == []
+
+
+def test_figures_of_a_container(healthy: Path) -> None:
+    """Where lxcfs stands in front of /proc nothing can be said about swap."""
+    assert list(swap.check_container(machine(healthy))) == []
+    put(healthy, "proc/self/mountinfo", "60 22 0:77 /proc/swaps /proc/swaps rw - fuse.lxcfs lxcfs rw")
+    assert "/proc/swaps is the container's own" in only(swap.check_container(machine(healthy))).text
 
 
 def test_no_backing_file(healthy: Path) -> None:

@@ -200,6 +200,19 @@ def test_an_open_file_keeps_it_mounted(tmp_path: Path) -> None:
         assert file.read(4) == b"kept"
 
 
+def test_a_mountpoint_that_is_not_empty(tmp_path: Path) -> None:
+    """It is taken, as mount(8) takes it, and told."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    for entries in (0, 1):
+        if entries:
+            (mountpoint / "file").touch()
+        run = run_zbudfs("mount", "--size", "4M", "--pool", "1M", "--backing", "none", mountpoint)
+        assert run.returncode == 0
+        assert ("is not empty: the mount hides what is in it" in run.stderr) == bool(entries)
+        zbudfs("umount", mountpoint)
+
+
 def test_umount_from_another_pid_namespace(tmp_path: Path) -> None:
     """A daemon whose pid means nothing here is alive: its mount is left alone while it is in use, and waited for after that."""
     command = ["unshare", "--pid", "--fork", sys.executable, "-m", "zbudfs", "umount"]

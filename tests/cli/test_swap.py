@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from scripts.cell import Cell
+from tests.fuse.calls import require_tools
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
 from zbudfs.cli.main import main
-from zbudfs.swap.loop import SYSTEM_PATH, loop_devices, swaps
+from zbudfs.swap.detach import detach
+from zbudfs.swap.loop import SYSTEM_PATH, SwapError, loop_devices, run_tool, swaps
+from zbudfs.swap.priority import choose_priority
 
 pytestmark = pytest.mark.needs("root", "fuse", "loop", "swap", "cell")
 
@@ -96,6 +99,75 @@ def test_a_step_that_fails_undoes_those_before(
     assert capsys.readouterr().err.splitlines()[-1] == "zbudfs: swapon: not today"
     assert not is_mounted(mountpoint)
     assert not [loop for loop in loop_devices() if loop.backing_file.startswith(str(mountpoint))]
+
+
+def test_swap_that_another_program_turns_off(mountpoint: Path) -> None:
+    """After swapoff by hand status says what to do; swapon turns it on again, and swapoff detaches what is left."""
+    options = ("--size", "64M", "--pool", "16M", "--backing", "none")
+    device = zbudfs("swapon", *options, mountpoint).strip()
+    (mine,) = [swap for swap in swaps() if swap.path == device]
+    assert mine.priority == choose_priority([swap for swap in swaps() if swap.path != device])
+    for command in ("swapon", "swapoff"):
+        run_tool(["swapoff", device], limit_seconds=LIMIT_SECONDS)
+        found = status_of(mountpoint)
+        assert found["swap_off"] == [device]
+        assert f"zbudfs swapon {mountpoint} turns it on again" in found["remedies"][0]
+        assert f"{mountpoint} is mounted, and its swap is off" in run_zbudfs("doctor").stdout
+        refused = run_zbudfs("umount", mountpoint)
+        assert (refused.returncode, f"loop device {device}" in refused.stderr) == (1, True)
+        zbudfs(command, mountpoint)
+        found = status_of(mountpoint)
+        assert (found["swap_off"], len(found["users"])) == ([], int(command == "swapon"))
+        device = (found["users"] or [device])[0].removeprefix("swap on ")
+    assert run_zbudfs("swapoff", mountpoint).returncode == 1
+
+
+def test_a_loop_device_with_something_else_on_it(mountpoint: Path) -> None:
+    """swapon refuses to overwrite it, and swapoff to detach it while it is mounted."""
+    require_tools("mkfs.ext4")
+    zbudfs("mount", "--size", "64M", "--pool", "64M", "--backing", "none", mountpoint)
+    words = ["losetup", "--find", "--show", str(mountpoint / "swapfile")]
+    device = run_tool(words, limit_seconds=LIMIT_SECONDS)
+    disk = mountpoint.parent / "disk"
+    disk.mkdir()
+    run_tool(["mkfs.ext4", "-q", device], limit_seconds=LIMIT_SECONDS)
+    run = run_zbudfs("swapon", mountpoint)
+    assert (run.returncode, f"{device} holds ext4, which would be lost" in run.stderr) == (1, True), run.stderr
+    run_tool(["mount", device, str(disk)], limit_seconds=LIMIT_SECONDS)
+    try:
+        for command in ("swapon", "swapoff"):
+            run = run_zbudfs(command, mountpoint)
+            assert (run.returncode, f"{device} is in use" in run.stderr) == (1, True), run.stderr
+    finally:
+        run_tool(["umount", str(disk)], limit_seconds=LIMIT_SECONDS)
+    zbudfs("swapoff", mountpoint)
+
+
+def test_a_program_that_has_the_swapfile_open(mountpoint: Path) -> None:
+    """swapon says who is in the way, and leaves nothing."""
+    zbudfs("mount", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint)
+    with (mountpoint / "swapfile").open("r+b"):
+        run = run_zbudfs("swapon", mountpoint)
+    assert run.returncode == 1
+    assert "is open for writing: end the program" in run.stderr
+    assert status_of(mountpoint)["users"] == []
+
+
+def test_swap_that_proc_does_not_show(mountpoint: Path, tmp_path: Path) -> None:
+    """Where a container's /proc/swaps is empty, swapoff refuses to guess the memory that it takes, and --force does it."""
+    device = zbudfs("swapon", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint).strip()
+    root = tmp_path / "root"
+    (root / "proc").mkdir(parents=True)
+    (root / "proc/swaps").write_text("Filename Type Size Used Priority\n")
+    (root / "proc/meminfo").write_text("MemAvailable: 1 kB\n")
+    for name in ("dev", "sys"):
+        (root / name).symlink_to(f"/{name}")
+    mounts = [(str(mountpoint), mountpoint.stat().st_dev)]
+    with pytest.raises(SwapError, match=f"{device} is in use, and /proc/swaps does not list it"):
+        detach(mounts, root=str(root))
+    assert device in [swap.path for swap in swaps()]
+    assert detach(mounts, force=True, root=str(root)) == [device]
+    assert device not in [swap.path for swap in swaps()]
 
 
 def test_every_byte_comes_back(mountpoint: Path, tmp_path: Path) -> None:

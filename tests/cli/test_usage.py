@@ -61,6 +61,10 @@ COMMANDS = (
         (["swapon"], "write either MOUNTPOINT or --config NAME"),
         (["swapoff", "--config", "swap", "/x"], "write either MOUNTPOINT or --config NAME"),
         (["swapon", "--config", "swap", "--size", "4G"], "--size does not go with --config: write it into the file"),
+        *(
+            (["swapon", "--config", "swap", f"--{name}", value], f"--{name} does not go with --config: write it into")
+            for name, value in (("instances", "4"), ("level", "3"), ("backing", "none"), ("priority", "5"))
+        ),
         (["serve"], "required: NAME"),
         (["status", "/x", "/y"], "unrecognized arguments: /y"),
     ],
@@ -116,7 +120,7 @@ def test_values_that_cannot_work_are_usage_errors(
         (["swapon", "none"], "does not exist: create the directory first"),
         (["status", "."], "no zbudfs is mounted on"),
         (["umount", "--", "-x"], "no zbudfs is mounted on"),
-        (["status", "new\nline"], r"new\nline"),
+        (["status", "new\nline"], r"$'/"),
     ],
 )
 def test_what_cannot_be_done_is_a_failure(arguments: list[str], reason: str, tmp_path: Path) -> None:

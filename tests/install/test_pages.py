@@ -51,7 +51,7 @@ def test_the_example_file_shows_the_defaults(tmp_path: Path) -> None:
     without = config.load("swap", make_root(tmp_path / "without", {"swap.toml": EXAMPLE}))
     with_all = config.load("swap", make_root(tmp_path / "all", {"swap.toml": said}))
     assert without.settings == with_all.settings
-    assert {**effective(without), "priority": 100} == effective(with_all)
+    assert {**effective(without), "priority": 50} == effective(with_all)
 
 
 def test_manual_pages_have_no_mistakes() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.support import LIMIT_SECONDS
 from zbudfs.service.mountpoint import (
     Mount,
     MountError,
@@ -162,4 +163,15 @@ def test_paths_are_shown_on_one_line() -> None:
     """A path with anything odd in it is quoted."""
     assert shown_path("/mnt/swäp") == "/mnt/swäp"
     assert shown_path("/a b") == "'/a b'"
-    assert shown_path("/a\nb\udce4") == r"'/a\nb\udce4'"
+    assert shown_path("/a\nb\udce4") == r"$'/a\nb\xe4'"
+
+
+@pytest.mark.parametrize(
+    "path", [b"/a b", b"/it's", b"/x\ny\tz", b"/latin \xe4'\\", b"/$HOME`id`;*", "/sw\u00e4p".encode(), b"/\xff\x01f"]
+)
+def test_a_shown_path_can_be_pasted(path: bytes) -> None:
+    """A shell makes of it just the bytes that it stands for, and a message of it stays on one line."""
+    shown = shown_path(os.fsdecode(path))
+    assert shown.isprintable()
+    run = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, timeout=LIMIT_SECONDS, check=True)
+    assert run.stdout == path

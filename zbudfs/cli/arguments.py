@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Final
+
+MOUNT_OPTIONS: Final = ("size", "pool", "backing", "force_backing", "level", "encrypt", "packing", "instances")
+"""The options that say what is mounted. They mean nothing for a mount that is there, and a configuration says them itself."""
 
 
 class Arguments(argparse.Namespace):

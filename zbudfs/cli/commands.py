@@ -26,7 +26,7 @@ from zbudfs.cli import config_page, footprint_text, stripe, tuning
 from zbudfs.cli import exporter as exporting
 from zbudfs.cli import status as status_page
 from zbudfs.cli.alone import alone
-from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.arguments import MOUNT_OPTIONS, Arguments
 from zbudfs.cli.ask import all_numbers, why_silent
 from zbudfs.cli.restart import order_restart, wait_served
 from zbudfs.cli.target import CommandError, all_mounted, find_mounted, need_root, refuse_users, resolve
@@ -58,7 +58,8 @@ from zbudfs.service.settings import (
 )
 from zbudfs.swap.attach import attach
 from zbudfs.swap.detach import detach, free_leftovers
-from zbudfs.swap.loop import swaps_on
+from zbudfs.swap.loop import Swap, swaps, swaps_on
+from zbudfs.swap.priority import choose_priority, filling_order
 
 
 def mount(arguments: Arguments) -> int:
@@ -114,10 +115,15 @@ def make_swap(arguments: Arguments, mountpoint: str) -> int:
         _refuse_mount_options(arguments, mountpoint)
         if all(swaps_on(mounted.mountpoint, mounted.st_dev) for mounted in mounts):
             refuse_users(mountpoint, mounts, "is in use already: {}")
+    there = _swaps_of(mounts)
     missing = [mounted for mounted in mounts if not swaps_on(mounted.mountpoint, mounted.st_dev)]
     priority = arguments.priority
-    if priority is None and len(mounts) > 1:
-        priority = stripe.STRIPE_PRIORITY
+    if priority is None and there:
+        priority = max(0, there[0].priority)  # the kernel fills instances in turns only if theirs are equal
+    elif priority is None:
+        priority = choose_priority(swaps())
+        if priority is None and len(mounts) > 1:
+            priority = 0  # those that the kernel chooses are never equal
     done: list[tuple[str, int | None]] = []
     try:
         for mounted in missing:
@@ -129,8 +135,15 @@ def make_swap(arguments: Arguments, mountpoint: str) -> int:
         if mounted_here:
             take_all_down(mountpoint, mounts)
         raise
-    print("\n".join(swap.path for mounted in mounts for swap in swaps_on(mounted.mountpoint, mounted.st_dev)))
+    devices = [swap.path for swap in _swaps_of(mounts)]
+    if order := filling_order(swaps(), devices, "zbudfs"):
+        print(f"zbudfs: the kernel fills {order}", file=sys.stderr)
+    print("\n".join(devices))
     return 0
+
+
+def _swaps_of(mounts: Sequence[Mount]) -> list[Swap]:
+    return [swap for mounted in mounts for swap in swaps_on(mounted.mountpoint, mounted.st_dev)]
 
 
 def swapoff(arguments: Arguments) -> int:
@@ -328,6 +341,7 @@ def prepare(settings: Settings) -> None:
     """See that a daemon can be started: a free mountpoint, a folder for the backing file. CommandError, MountError."""
     _check_free(settings.mountpoint)
     _prepare_backing_folder(settings)
+    _tell_hidden(settings.mountpoint)
 
 
 def start(settings: Settings) -> None:
@@ -408,13 +422,19 @@ def _check_free(mountpoint: str) -> None:
         raise MountError(f"zbudfs is mounted on {shown_path(below[0].mountpoint)} already")
 
 
+def _tell_hidden(mountpoint: str) -> None:
+    """Tell that the mount hides what is in the directory: mount(8) allows that, and it is seldom meant."""
+    with contextlib.suppress(OSError), os.scandir(mountpoint) as entries:
+        if next(entries, None) is not None:
+            print(
+                f"zbudfs: {shown_path(mountpoint)} is not empty: the mount hides what is in it until the umount",
+                file=sys.stderr,
+            )
+
+
 def _refuse_mount_options(arguments: Arguments, mountpoint: str) -> None:
     """What is mounted has its size and pool: silently ignoring others would be a lie."""
-    typed = [
-        f"--{name.replace('_', '-')}"
-        for name in ("size", "pool", "backing", "force_backing", "level", "encrypt", "packing", "instances")
-        if getattr(arguments, name) is not None
-    ]
+    typed = [f"--{name.replace('_', '-')}" for name in MOUNT_OPTIONS if getattr(arguments, name) is not None]
     if typed:
         raise CommandError(f"{shown_path(mountpoint)} is mounted already: {', '.join(typed)} can only be set at mount")
 

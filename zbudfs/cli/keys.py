@@ -18,7 +18,7 @@ from zbudfs.cli.expression import EXPRESSION_GRAMMAR, parse_amount
 from zbudfs.cli.stripe import MAX_INSTANCES
 from zbudfs.core.packing import GRAMMAR, Packing
 from zbudfs.service.settings import BACKING_FOLDER, DEFAULT_LEVEL, DEFAULT_PACKING, DEFAULT_POOL, MAX_LEVEL, MIN_LEVEL
-from zbudfs.swap.attach import MAX_PRIORITY
+from zbudfs.swap.priority import DEFAULT_PRIORITY, MAX_PRIORITY
 
 Value = str | int | bool | None
 """What a key comes to; None where nothing else is said."""
@@ -179,8 +179,8 @@ KEYS: Final = (
         name="priority",
         read=_number("a priority", 0, MAX_PRIORITY),
         kind=f"whole number, 0 to {MAX_PRIORITY}",
-        default="the kernel's choice, after all other swap",
-        summary="priority of the swap: the highest is used first",
+        default=f"{DEFAULT_PRIORITY}, or what lies above all other swap and below zram",
+        summary="priority of the swap: the highest is filled first",
         mount_option=False,
     ),
 )

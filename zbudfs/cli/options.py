@@ -15,13 +15,13 @@ from typing import Any, Final, NoReturn
 
 from zbudfs import __version__
 from zbudfs.cli import commands, hibernate, unit, values
-from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.arguments import MOUNT_OPTIONS, Arguments
 from zbudfs.cli.config import FOLDER
 from zbudfs.cli.doctor.command import add_doctor
 from zbudfs.cli.exporter import listen_address
 from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
-from zbudfs.cli.stripe import MAX_INSTANCES, STRIPE_PRIORITY
+from zbudfs.cli.stripe import MAX_INSTANCES
 from zbudfs.cli.study_options import add_estimate, add_top, add_trace
 from zbudfs.core.packing import DENSE, Packing
 from zbudfs.core.sizes import GRAMMAR
@@ -35,7 +35,7 @@ from zbudfs.service.settings import (
     MIN_LEVEL,
     SettingsError,
 )
-from zbudfs.swap.attach import MAX_PRIORITY
+from zbudfs.swap.priority import DEFAULT_PRIORITY, MAX_PRIORITY
 
 _EPILOG: Final = """\
 examples:
@@ -158,8 +158,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--priority",
         type=_priority,
         metavar="N",
-        help=f"0 to {MAX_PRIORITY}, the highest is used first (default: the kernel's choice, after all other swap;"
-        f" with several instances {STRIPE_PRIORITY})",
+        help=f"0 to {MAX_PRIORITY}, the highest is filled first (default: {DEFAULT_PRIORITY}, or what lies above all other swap"
+        " and below zram)",
     )
     _add_mountpoint_or_config(sub)
 
@@ -328,11 +328,7 @@ def _mountpoint_or_config(
     def run(arguments: Arguments) -> int:
         if (arguments.mountpoint is None) == (arguments.config is None):
             raise SettingsError("write either MOUNTPOINT or --config NAME")
-        given = [
-            name
-            for name in ("size", "pool", "backing", "force_backing", "packing", "level", "encrypt", "priority")
-            if getattr(arguments, name, None) is not None
-        ]
+        given = [name for name in (*MOUNT_OPTIONS, "priority") if getattr(arguments, name, None) is not None]
         if arguments.config is not None and given:
             raise SettingsError(f"--{given[0].replace('_', '-')} does not go with --config: write it into the file")
         return typed(arguments) if arguments.config is None else configured(arguments)

@@ -16,6 +16,7 @@ from zbudfs.cli.remedies import remedies
 from zbudfs.core.sizes import format_size
 from zbudfs.service.mountpoint import shown_path
 from zbudfs.swap.loop import SwapError, swaps
+from zbudfs.swap.priority import filling_order
 
 WIDTH: Final = 79
 _BAR: Final = 24
@@ -54,6 +55,8 @@ class _Page:
         instances = f", {len(self._now['instances'])} instances" if "instances" in self._now else ""
         yield _two_ends(f"{shown_path(str(self._now['mountpoint']))}{instances}", self._daemon())
         yield from _wrapped("device", f"{self._size('size_bytes')}, {used_by(self._now)}")
+        if order := swap_order(self._now):
+            yield from _wrapped("filled", order)
         yield ""
         yield from self._stored()
         if self._number("stored_pages"):
@@ -210,6 +213,17 @@ def used_by(report: Numbers) -> str:
         ", ".join(f"{name} ({format_size(used[name])} used)" if name in used else name for name in names)
         or "not in use"
     )
+
+
+def swap_order(report: Numbers) -> str:
+    """Return which swap the kernel fills first; empty if that of the mount is the only one, or off."""
+    ours = [
+        str(name).removeprefix("swap on ") for name in report.get("users") or () if str(name).startswith("swap on ")
+    ]
+    try:
+        return filling_order(swaps(), ours, "zbudfs") if ours else ""
+    except (OSError, SwapError):
+        return ""
 
 
 def _two_ends(left: str, right: str) -> str:

@@ -46,6 +46,11 @@ def _found(report: Mapping[str, Any], mountpoint: str) -> Iterator[str]:
     def number(name: str) -> int:
         return int(report.get(name) or 0)
 
+    if off := [str(device) for device in report.get("swap_off") or ()]:
+        yield (
+            f"the swap on {', '.join(off)} was turned off by another program: zbudfs swapon {mountpoint} turns it on again,"
+            f" zbudfs swapoff {mountpoint} detaches it"
+        )
     if lost := number("lost_in_recovery"):
         yield f"{lost:,} pages were lost when a worker died: their programs get read errors (SIGBUS); see stats/log"
     if lost := number("lost_pages") - number("lost_in_recovery"):

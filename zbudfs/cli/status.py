@@ -20,7 +20,7 @@ from zbudfs.cli.remedies import remedies
 from zbudfs.service.footprint import Footprint
 from zbudfs.service.mountpoint import Mount
 from zbudfs.service.settings import Settings, SettingsError, ram_bytes
-from zbudfs.swap.loop import users
+from zbudfs.swap.loop import LOOP_DEVICE, users, was_swap
 
 Report = dict[str, Any]
 """One mount's numbers by name; or "mountpoint" and "error", if its daemon gives none."""
@@ -40,7 +40,9 @@ def report(mount: Mount) -> Report:
     found["mountpoint"] = mount.mountpoint
     if (own_bytes := _own_bytes(found)) is not None:
         found["own_bytes"] = own_bytes
-    found["users"] = users(mount.mountpoint, mount.st_dev)
+    found["users"] = here = users(mount.mountpoint, mount.st_dev)
+    loops = [user.removeprefix(LOOP_DEVICE) for user in here if user.startswith(LOOP_DEVICE)]
+    found["swap_off"] = [device for device in loops if was_swap(device)]
     found["remedies"] = remedies(found)
     return found
 

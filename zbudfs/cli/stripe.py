@@ -23,9 +23,6 @@ from zbudfs.service.settings import PAGE_BYTES, Settings, SettingsError, default
 MAX_INSTANCES: Final = 32
 """The kernel has room for 23 to 32 swaps (MAX_SWAPFILES), depending on how it was built."""
 
-STRIPE_PRIORITY: Final = 0
-"""Priority of the swaps of several instances where none is asked for: those that the kernel chooses are never equal."""
-
 Report = dict[str, Any]
 _LARGEST: Final = frozenset(
     {
@@ -80,6 +77,11 @@ def mounts_of(mountpoint: str) -> list[Mount]:
         return [known[mountpoint]]
     numbers = range(MAX_INSTANCES)
     return [known[path] for number in numbers if (path := instance_of(mountpoint, number)) in known]
+
+
+def is_part(mountpoint: str, whole: str) -> bool:
+    """Whether `mountpoint` is `whole`, or that of one of its instances."""
+    return mountpoint == whole or mountpoint in (instance_of(whole, number) for number in range(MAX_INSTANCES))
 
 
 def grouped(mounts: Iterable[Mount]) -> list[tuple[str, list[Mount]]]:
@@ -144,7 +146,7 @@ def _missing(mountpoint: str, reports: Sequence[Report]) -> list[str]:
 def _together(name: str, values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, list):
-        if name not in ("users", "warnings", "remedies"):  # histograms
+        if name not in ("users", "swap_off", "warnings", "remedies"):  # histograms
             return [sum(place) for place in zip(*values, strict=True)]
         return list(dict.fromkeys(each for value in values for each in value))
     if isinstance(first, bool):

@@ -26,7 +26,7 @@ from zbudfs.fuse.shim import ShimError
 from zbudfs.service.keeper import ENDING, Keeper, StartError, keep_adopted
 from zbudfs.service.locks import coming_up
 from zbudfs.service.log import Log, route_logging
-from zbudfs.service.mountpoint import MountError
+from zbudfs.service.mountpoint import MountError, shown_path
 from zbudfs.service.notify import Notifier, take_stored
 from zbudfs.service.pooldir import PoolDirectoryError
 from zbudfs.service.predecessors import NAMES, Held, Remains, find
@@ -104,7 +104,7 @@ def _serve(settings: Settings | None, log: Log) -> int:
 def _leave(held: Held, mountpoint: str, log: Log, notifier: Notifier) -> int:
     """Leave a mount to the processes that serve it: the exit status."""
     remedy = (
-        f"it serves on. To start anew, end it first: zbudfs swapoff --umount {mountpoint}"
+        f"it serves on. To start anew, end it first: zbudfs swapoff --umount {shown_path(mountpoint)}"
         if held.for_good
         else "it is tried again"
     )

@@ -45,6 +45,7 @@ _MS_NOATIME: Final = 1 << 10
 _MNT_DETACH: Final = 1 << 1
 _UMOUNT_NOFOLLOW: Final = 1 << 3
 
+_SHELL_SAFE: Final = re.compile(r"[\w@%+=:,./-]+")
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _TIMEOUTS: Final = ("default_request_timeout", "max_request_timeout")
 _UNIT_SAFE: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
@@ -284,5 +285,20 @@ def _device(st_dev: int) -> str:
 
 
 def shown_path(path: str) -> str:
-    """Return `path` for a message of one line: as it is when that is unambiguous, quoted otherwise."""
-    return path if path.isprintable() and " " not in path and path else repr(path)
+    """Return `path` for a message of one line, as it can be pasted into a shell: quoted where that is needed.
+
+    Bytes that a terminal does not show, or that are no UTF-8, become $'...', which bash, zsh, ksh and busybox sh understand.
+    """
+    if not path.isprintable():
+        return "$'" + "".join(map(_shell_escape, os.fsencode(path))) + "'"
+    quoted = path.replace("'", "'\"'\"'")
+    return path if _SHELL_SAFE.fullmatch(path) else f"'{quoted}'"
+
+
+def _shell_escape(byte: int) -> str:
+    character = chr(byte)
+    if character in "\t\n":
+        return {"\t": "\\t", "\n": "\\n"}[character]
+    if character in "'\\":
+        return f"\\{character}"
+    return character if " " <= character <= "~" else f"\\x{byte:02x}"

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from zbudfs.swap.loop import SWAPFILE, SwapError, loop_devices, run_tool, swaps
+from zbudfs.swap.nodes import ensure_free_loop
 
 _STEP_LIMIT_SECONDS: Final = 60.0
 """Longest time one program may take. Arbitrary; mkswap writes one page and swapon discards the whole device."""
@@ -44,9 +45,6 @@ _AS_SWAP: Final = {"rq_affinity": "2", "wbt_lat_usec": "0"}
 _DEFAULTS: Final = {"rq_affinity": "1", "wbt_lat_usec": "-1"}
 """The kernel's, with which it is given back."""
 
-MAX_PRIORITY: Final = 32767
-"""Highest priority that swapon takes; the lowest is 0 (negative ones are the kernel's own)."""
-
 
 def attach(mountpoint: str, priority: int | None = None, root: str = "/") -> str:
     """Make the swapfile of the zbudfs at `mountpoint` active swap; return the loop device it goes through.
@@ -62,8 +60,7 @@ def attach(mountpoint: str, priority: int | None = None, root: str = "/") -> str
     if not regular:
         raise SwapError(f"there is no {SWAPFILE} in {mountpoint!r}: nothing is mounted there, or its daemon has died")
     _check_alone(swapfile)
-    command: list[str | bytes] = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096"]
-    device = run_tool([*command, os.fsencode(swapfile)], limit_seconds=_STEP_LIMIT_SECONDS)
+    device = _losetup(swapfile)
     try:
         _check_direct_io(device, root)
         _tune(device, root, _AS_SWAP)
@@ -96,6 +93,19 @@ def _check_alone(swapfile: Path) -> None:
                 " has it alone"
             )
         time.sleep(0.05)
+
+
+def _losetup(swapfile: Path) -> str:
+    """Make a loop device on `swapfile`; return its path."""
+    command: list[str | bytes] = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096"]
+    number = ensure_free_loop()
+    while True:
+        try:
+            return run_tool([*command, os.fsencode(swapfile)], limit_seconds=_STEP_LIMIT_SECONDS)
+        except SwapError:
+            before, number = number, ensure_free_loop()
+            if number == before:  # another program has not taken the one that had a node
+                raise
 
 
 def _undo(device: str, root: str) -> None:

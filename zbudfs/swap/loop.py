@@ -27,6 +27,9 @@ from typing import Final
 SWAPFILE: Final = "swapfile"
 """Name of the one file that a zbudfs is for."""
 
+LOOP_DEVICE: Final = "loop device "
+"""How `users` calls a loop device that is no active swap."""
+
 SYSTEM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 """Where programs are looked for that run as root."""
 
@@ -132,7 +135,7 @@ def users(mountpoint: str, st_dev: int | None = None, root: str = "/") -> list[s
     """
     active = {swap.path for swap in swaps(root)}
     return [
-        f"swap on {loop.path}" if loop.path in active else f"loop device {loop.path}"
+        f"swap on {loop.path}" if loop.path in active else f"{LOOP_DEVICE}{loop.path}"
         for loop in loop_devices_on(mountpoint, st_dev, root)
     ]
 
@@ -141,6 +144,14 @@ def swaps_on(mountpoint: str, st_dev: int | None = None, root: str = "/") -> lis
     """Return the active swaps on the mount at `mountpoint`; `st_dev` as in `loop_devices_on`."""
     devices = {loop.path for loop in loop_devices_on(mountpoint, st_dev, root)}
     return [swap for swap in swaps(root) if swap.path in devices]
+
+
+def was_swap(device: str, root: str = "/") -> bool:
+    """Whether `attach` has set the queue of a loop device up for swap, on which it stays until the device is detached."""
+    try:
+        return Path(root, "sys/block", Path(device).name, "queue/rq_affinity").read_text().strip() == "2"
+    except OSError:
+        return False
 
 
 def run_tool(command: Sequence[str | bytes], *, limit_seconds: float | None, own_session: bool = False) -> str:

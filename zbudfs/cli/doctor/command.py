@@ -59,7 +59,11 @@ def machine_of(arguments: Arguments) -> Machine:
         found = config.load(arguments.name, arguments.root)
         parts = make_parts(found.arguments, found.settings.mountpoint, arguments.root)
         return Machine(
-            root=arguments.root, settings=found.settings, parts=tuple(parts), priority=found.arguments.priority
+            root=arguments.root,
+            settings=found.settings,
+            parts=tuple(parts),
+            priority=found.arguments.priority,
+            swap=found.swap,
         )
     values = {} if arguments.backing is None else {"backing": arguments.backing}
     _, settings = config.settings_of({**values}, config.default_mountpoint("swap"), arguments.root)

@@ -30,6 +30,8 @@ CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
     rights.check_cgroup,
     swap.check_zswap,
     swap.check_other_swap,
+    swap.check_swap_is_on,
+    swap.check_container,
     disk.check_backing,
 )
 

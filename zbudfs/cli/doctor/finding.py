@@ -47,7 +47,9 @@ class Machine:
     parts: tuple[Settings, ...] = ()
     """The settings of each instance, if there are several."""
     priority: int | None = None
-    """That of its swap; None: the kernel's choice."""
+    """That of its swap; None: chosen by other swap (swap/priority.py)."""
+    swap: bool = False
+    """Whether a configuration wants it to be active swap."""
     page_bytes: int = field(default_factory=resource.getpagesize)
     """The kernel's page: 4096 bytes, or 16 or 64 KiB on some arm64, ppc64 and loong machines."""
 

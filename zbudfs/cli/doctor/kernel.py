@@ -13,6 +13,7 @@ from zbudfs.cli.doctor.finding import Finding, Level, Machine, ok, problem, warn
 from zbudfs.core.sizes import format_size
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.service.mountpoint import request_timeout_warnings
+from zbudfs.swap.nodes import free_loop_number, has_node, make_node, pass_in
 
 SINCE: Final = (
     ((5, 6), Level.PROBLEM, "IO flusher mode", "when all memory is short the machine may hang"),
@@ -66,14 +67,38 @@ def check_fuse(machine: Machine) -> Iterator[Finding]:
 
 def check_loop(machine: Machine) -> Iterator[Finding]:
     """See whether there are loop devices."""
-    if machine.path("/dev/loop-control").exists():
-        yield ok("loop", "loop devices can be had")
-    else:
+    if not machine.path("/dev/loop-control").exists():
         yield problem(
             "loop",
             "/dev/loop-control is missing: a file of a FUSE file system can be swap only through a loop device",
-            "load the module: modprobe loop; in a container, give it /dev/loop-control and /dev/loop*",
+            f"load the module: modprobe loop; in a container, {pass_in(0)}",
         )
+        return
+    try:
+        number = free_loop_number(machine.root)
+    except OSError as error:
+        if error.errno == errno.ENOTTY:  # a file in another system's folder
+            yield ok("loop", "/dev/loop-control is there")
+        else:
+            yield warning(
+                "loop", f"/dev/loop-control cannot be asked: {error.strerror}", f"run this as root; {pass_in(0)}"
+            )
+        return
+    if has_node(number, machine.root):
+        yield ok("loop", f"/dev/loop{number} is free")
+        return
+    name = f".zbudfs-doctor-{os.getpid()}"
+    try:
+        make_node(number, name, machine.root)
+        machine.path(f"/dev/{name}").unlink()
+    except OSError as error:
+        yield problem(
+            "loop",
+            f"the node /dev/loop{number} of the free loop device is missing, and cannot be made: {error.strerror}",
+            f"in a container, {pass_in(number)}",
+        )
+    else:
+        yield ok("loop", f"/dev/loop{number} is free; its node is missing, and zbudfs swapon makes it")
 
 
 def check_timeouts(machine: Machine) -> Iterator[Finding]:

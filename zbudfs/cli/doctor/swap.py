@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from zbudfs.cli import stripe
 from zbudfs.cli.doctor.finding import Finding, Machine, ok, warning
 from zbudfs.core.sizes import format_size
-from zbudfs.service.mountpoint import find_mount, shown_path
-from zbudfs.swap.loop import loop_devices_on, swaps
+from zbudfs.service.mountpoint import find_mount, shown_path, zbudfs_mounts
+from zbudfs.swap.loop import loop_devices_on, swaps, was_swap
+from zbudfs.swap.priority import choose_priority, is_zram
 
 
 def check_zswap(machine: Machine) -> Iterator[Finding]:
@@ -37,12 +39,14 @@ def check_other_swap(machine: Machine) -> Iterator[Finding]:
     active = swaps(machine.root)
     others = [swap for swap in active if swap.path not in ours]
     priority = next((swap.priority for swap in active if swap.path in ours), machine.priority)
+    if priority is None:
+        priority = choose_priority(others)
     if not others:
         yield ok("other swap", "none")
         return
     for swap in others:
         what = f"{shown_path(swap.path)} ({format_size(swap.size_bytes)}, priority {swap.priority})"
-        if swap.path.startswith("/dev/zram"):
+        if is_zram(swap):
             text = f"{what} is compressed memory already: what it holds takes RAM that zbudfs could write back"
             yield warning("other swap", text, f"take it off (swapoff {swap.path}), or keep it and leave zbudfs out")
         elif priority is None or swap.priority > priority:
@@ -54,3 +58,36 @@ def check_other_swap(machine: Machine) -> Iterator[Finding]:
             yield warning("other swap", text, f"set priority = {swap.priority + 1} unless that is meant")
         else:
             yield ok("other swap", f"{what} is filled after this one, whose priority is {priority}")
+
+
+def check_swap_is_on(machine: Machine) -> Iterator[Finding]:
+    """Look for mounts whose swap another program has turned off: swapoff -a, a role that manages swap, a killed command."""
+    active = {swap.path for swap in swaps(machine.root)}
+    wanted = machine.settings.mountpoint if machine.swap else None
+    for mounted in zbudfs_mounts(machine.root):
+        loops = loop_devices_on(mounted.mountpoint, mounted.st_dev, machine.root)
+        if any(loop.path in active for loop in loops):
+            continue
+        shown = shown_path(mounted.mountpoint)
+        left = [loop.path for loop in loops if was_swap(loop.path, machine.root)]
+        is_wanted = wanted is not None and stripe.is_part(mounted.mountpoint, wanted)
+        if left or is_wanted:
+            text = f"{shown} is mounted, and its swap is off{f', though {left[0]} is still attached' if left else ''}"
+            remedy = f"turn it on again with zbudfs swapon {shown}"
+            yield warning("swap", text, f"{remedy}, or detach it with zbudfs swapoff {shown}" if left else remedy)
+
+
+def check_container(machine: Machine) -> Iterator[Finding]:
+    """See whether a container has figures of its own in /proc, which do not count what is swapped out here."""
+    hidden = []
+    for line in machine.read("/proc/self/mountinfo").split("\n"):
+        fields, _, rest = line.partition(" - ")
+        words = fields.split()
+        if rest.startswith("fuse.lxcfs ") and len(words) > 4 and words[4] in ("/proc/swaps", "/proc/meminfo"):
+            hidden.append(words[4])
+    if hidden:
+        yield warning(
+            "container",
+            f"{' and '.join(hidden)} is the container's own (lxcfs): neither swap nor room for swapoff is told",
+            "run zbudfs outside of the container, or zbudfs swapoff --force in it",
+        )
