@@ -85,7 +85,7 @@ def _serve(settings: Settings | None, log: Log) -> int:
     try:
         remains = find(take_stored(), settings.mountpoint if settings is not None else None)
     except Held as held:
-        return _leave(held, settings.mountpoint if settings is not None else "the mount", log, notifier)
+        return _leave(held, settings.mountpoint if settings is not None else "MOUNTPOINT", log, notifier)
     if remains is not None:
         return _resume(remains, settings, log, notifier)
     for name in NAMES:
