@@ -29,6 +29,7 @@ COMMANDS = (
         "set",
         "exporter",
         "serve",
+        "hibernate",
         "config",
         "doctor",
         "estimate",
@@ -164,7 +165,14 @@ def test_the_version() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Help says what every option does."""
     assert main([command, "--help"]) == 0
-    metavars = {"serve": "NAME", "config": "NAME", "doctor": "NAME", "estimate": "PID", "trace": "COMMAND"}
+    metavars = {
+        "serve": "NAME",
+        "hibernate": "prepare,finish",
+        "config": "NAME",
+        "doctor": "NAME",
+        "estimate": "PID",
+        "trace": "COMMAND",
+    }
     assert metavars.get(command, "MOUNTPOINT") in capsys.readouterr().out
     parser = build_parser()
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
