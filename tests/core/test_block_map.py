@@ -242,3 +242,31 @@ def test_a_long_reset_gives_signs_of_life() -> None:
     beats: list[int] = []
     blocks.reset(lambda: beats.append(1))
     assert len(beats) == 3
+
+
+def test_a_disk_with_fewer_segments() -> None:
+    """Those beyond its end are no holes: they are never made ready, and they are none after a rebuild either."""
+    buffer = memoryview(bytearray(BlockMap.table_size(10)))
+    blocks = BlockMap(buffer, 10, limit=3)
+    assert blocks.holes == 3
+    assert blocks.take_holes(16) == (0, 3)
+    assert blocks.take_holes(16)[1] == 0
+    blocks.add_ready(0, 3)
+    blocks.reset()
+    assert (blocks.holes, blocks.ready_segments) == (0, 3)
+    blocks.check()
+
+
+def test_neighbours_that_are_holes() -> None:
+    """What was taken to be given back counts as one, what is ready does not."""
+    blocks = BlockMap(memoryview(bytearray(BlockMap.table_size(8))), 8)
+    first, count = blocks.take_holes(4)
+    blocks.add_ready(first, count)
+    assert blocks.are_holes(4, 4)
+    assert not blocks.are_holes(0, 4)
+    assert {blocks.take_free(0) for _ in range(3)} == {1, 2, 3}
+    assert blocks.are_holes(1, 3)
+    assert not blocks.are_holes(0, 4)
+    for segment in (1, 2, 3):
+        blocks.return_holes(segment, 1)
+    blocks.check()

@@ -99,3 +99,16 @@ def test_in_the_long_run_there_is_one_allowance_a_day(bytes_per_day: int, wishes
         given_so_far = bytes_per_day + now * bytes_per_day / DAY_SECONDS
         assert written <= given_so_far * (1 + 1e-9) + 1
         assert 0 <= budget.left_bytes(now) <= bytes_per_day
+
+
+def test_what_was_not_written_is_given_back() -> None:
+    """It can be spent again; more than the whole allowance there never is, and without a budget nothing happens."""
+    budget = Budget()
+    budget.give_back(100, 0.0)
+    assert budget.left_bytes(0.0) == 0
+    budget.set(1000, 0.0)
+    budget.spend(600, 0.0)
+    budget.give_back(500, 0.0)
+    assert budget.left_bytes(0.0) == 900
+    budget.give_back(500, 0.0)
+    assert budget.left_bytes(0.0) == 1000

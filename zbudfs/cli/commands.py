@@ -32,7 +32,7 @@ from zbudfs.cli.restart import order_restart, wait_served
 from zbudfs.cli.target import CommandError, all_mounted, find_mounted, need_root, refuse_users, resolve
 from zbudfs.cli.teardown import take_all_down, take_down
 from zbudfs.core.sizes import format_size, parse_size_or_percent
-from zbudfs.service import launch
+from zbudfs.service import disks, launch
 from zbudfs.service.footprint import check_tables
 from zbudfs.service.fstab import unmounted_above
 from zbudfs.service.mountpoint import (
@@ -404,6 +404,8 @@ def _prepare_backing_folder(settings: Settings) -> None:
     if str(folder) == BACKING_FOLDER:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     elif not folder.is_dir():
+        if missing := disks.missing_mount(settings.backing):
+            raise CommandError(f"the backing {shown_path(settings.backing)} is refused: {missing}; mount it first")
         raise CommandError(f"the folder {shown_path(str(folder))} for the backing file does not exist")
 
 

@@ -21,7 +21,7 @@ BATCH_BYTES: Final = 64 * 4096
 
 _REFUSED: Final = {
     "no_backing": "the pool is full and there is no backing file: mount with --backing FILE, or with a larger --pool",
-    "backing_full": "the pool and the backing file are full: make room on its disk, or mount with a larger --pool",
+    "backing_full": "the pool and the backing are full: make room on its disk, or mount with a larger --backing or --pool",
     "backing_failing": "the pool is full and the backing file took nothing: look at its disk (dmesg)",
     "backing_stalled": "the pool is full and the backing file did not answer for half a minute: look at its disk (dmesg)",
     "writeback_off": "the pool is full and writeback is off: zbudfs set writeback_enabled=1 {mountpoint}",
@@ -66,7 +66,7 @@ def _found(report: Mapping[str, Any], mountpoint: str) -> Iterator[str]:
     if failures := number("pagein_failures"):
         yield f"{failures:,} reads that the backing file refused: look at its disk (dmesg)"
     if number("backing_full") and not told:
-        yield "the backing file cannot grow: make room on its disk, or pages stay in RAM and writes are refused"
+        yield "the backing is full: make room on its disk or take a larger one, or pages stay in RAM and writes are refused"
     if number("writeback_budget_bytes_per_day") and number("writeback_budget_left_bytes") < BATCH_BYTES:
         hours = number("writeback_budget_full_in_seconds") / 3600
         yield (
