@@ -163,8 +163,6 @@ def wakeups(pid: int) -> int:
 
 def test_no_request_of_others_reaches_the_daemon(mnt: Path) -> None:
     """Whatever they call, none succeeds, and the daemon does not wake up for it."""
-    with contextlib.suppress(OSError):
-        os.getxattr(mnt, "security.x")  # the first tells the kernel that there are no such attributes
     pid = server_of(mnt)
     failed = []
     for name, attack in ATTACKS.items():
