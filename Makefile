@@ -93,4 +93,4 @@ dist: venv
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find zbudfs tests scripts bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
-	rm -f zbudfs/fuse/*.so zbudfs/core/*.so
+	rm -f zbudfs/*/*.so

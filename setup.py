@@ -51,6 +51,7 @@ setup(
         Extension(SHIM, ["zbudfs/fuse/shim.c"]),
         Extension("zbudfs.core._hot", HOT, depends=["zbudfs/core/hot.h"]),
         Extension("zbudfs.store._cipher", ["zbudfs/store/cipher.c"], libraries=["dl", "pthread"]),
+        Extension("zbudfs.store._aio", ["zbudfs/store/aio.c"]),
     ],
     cmdclass={"build_ext": BuildShim},
 )

@@ -56,7 +56,7 @@ install_packages() {
 fingerprint() {
     "$PYTHON" -VV
     pwd
-    cksum requirements-dev.txt pyproject.toml setup.py zbudfs/fuse/shim.c zbudfs/core/hot*.[ch] zbudfs/store/cipher.c
+    cksum requirements-dev.txt pyproject.toml setup.py zbudfs/fuse/shim.c zbudfs/core/hot*.[ch] zbudfs/store/*.c
 }
 
 make_venv() {

@@ -167,7 +167,7 @@ class Scene:
 
     def with_readers(self, main: Callable[[], Awaitable[None]]) -> None:
         """Run something asynchronous that may read blocks. For a child: the parent's threads are not there."""
-        self.store._readers = [IoThread("read-0"), IoThread("read-1")]
+        self.store._page_in.threads = [IoThread("read-0"), IoThread("read-1")]
         trio.run(main)
 
     def _read_blocks(self) -> bytes:

@@ -84,6 +84,7 @@ class Operations(pyfuse3.Operations):
         store.tracer.on_change = self._serve
         store.between = shim.serve_reads
         shim.set_make_ready(store.make_ready)
+        store.aio.serve(shim.reply_data, self._read_again)
         self._serve()
 
     def init(self) -> None:
@@ -274,9 +275,12 @@ class Operations(pyfuse3.Operations):
             content = self._store.read_nowait(offset, length)
         except Exception as error:
             return fuse_error(error).errno
-        if content is None:
-            self._nursery.start_soon(self._read_later, request, offset, length)
+        if content is None and not self._store.aio.begin(request, offset, length):
+            self._read_again(request, offset, length)
         return content
+
+    def _read_again(self, request: int, offset: int, length: int) -> None:
+        self._nursery.start_soon(self._read_later, request, offset, length)
 
     async def _read_later(self, request: int, offset: int, length: int) -> None:
         try:

@@ -115,6 +115,9 @@ static fuse_ino_t served_inode;
 static PyObject *handlers[NR_HANDLERS];
 static unsigned max_background = 12, max_burst = 1, max_spin_ns;
 static PyObject *make_ready; /* called when nothing is to be done; whether it did something */
+static PyObject *reap; /* called when the kernel has completed reads of the backing file (store/aio.c) */
+static int completions_fd = -1; /* readable then */
+static const volatile uint32_t *completions; /* head and tail of the ring: they differ then; NULL: only the descriptor tells */
 static PyObject *runnable; /* a container: empty if nobody but the kernel wants anything of this thread */
 static int event_loop_fd = -1;
 static unsigned long long own_metrics[METRIC_WORDS], *metrics = own_metrics;
@@ -361,15 +364,22 @@ static int prepare(void) {
     return made > 0;
 }
 
+/* Finish the reads of the backing file that the kernel has completed. */
+static void finish_reads(void) {
+    PyObject *result = PyObject_CallNoArgs(reap);
+    if (!result) PyErr_WriteUnraisable(reap);
+    Py_XDECREF(result);
+}
+
 /* Wait for one of them awake, for so long at most. What poll() says.
    The CPU is offered to others at each turn: if the program is on this one, the kernel leaves the end of its request to ksoftirqd
    here, and who waits for the page that was just read would wait for that. Who keeps it for longer than that takes is a program
    with work to do: then *crowded, and it is better to sleep, since who is woken is let in at once, and who was running is not. */
-static int spin(struct pollfd *fds, long long began, int *crowded) {
+static int spin(struct pollfd *fds, nfds_t nr_fds, long long began, int *crowded) {
     const struct timespec none = {0};
     int ready;
     for (long long now = began, before = began; now - began < max_spin_ns; before = now) {
-        if ((ready = ppoll(fds, 2, &none, NULL))) return ready;
+        if ((ready = ppoll(fds, nr_fds, &none, NULL))) return ready;
         sched_yield();
         now = now_ns();
         if ((*crowded = now - before > CROWDED_NS)) return 0;
@@ -388,21 +398,30 @@ static int linger(struct fuse_session *session) {
     if (waiting < 0) PyErr_WriteUnraisable(runnable);
     if (waiting) return 0;
     if (prepare()) return 1;
-    struct pollfd fds[] = {{.fd = fuse_session_fd(session), .events = POLLIN}, {.fd = event_loop_fd, .events = POLLIN}};
+    struct pollfd fds[] = {
+        {.fd = fuse_session_fd(session), .events = POLLIN},
+        {.fd = event_loop_fd, .events = POLLIN},
+        {.fd = completions_fd, .events = POLLIN},
+    };
+    nfds_t nr_fds = completions_fd >= 0 ? 3 : 2;
     static int credit, patience = LEAST_PATIENCE;
     const struct timespec moment = {.tv_nsec = LINGER_NS};
     int ready = 0, crowded = 0;
     Py_BEGIN_ALLOW_THREADS
     long long began = now_ns();
-    if (credit > 0 && max_spin_ns && sched_getscheduler(0) == SCHED_OTHER) ready = spin(fds, began, &crowded);
+    if (credit > 0 && max_spin_ns && sched_getscheduler(0) == SCHED_OTHER) ready = spin(fds, nr_fds, began, &crowded);
     if (ready && patience > LEAST_PATIENCE) patience--;
-    if (!ready) ready = ppoll(fds, 2, &moment, NULL);
+    if (!ready) ready = ppoll(fds, nr_fds, &moment, NULL);
     if (crowded) {
         credit = -patience;
         patience = patience < MOST_PATIENCE ? 2 * patience : MOST_PATIENCE;
     } else if (ready > 0 && now_ns() - began < max_spin_ns) credit += credit < MAX_CREDIT;
     else if (credit > 0) credit = credit > 2 ? credit - 2 : 0;
     Py_END_ALLOW_THREADS
+    if (ready > 0 && fds[2].revents == POLLIN && nr_fds == 3) { /* the event loop has seen it as well, and has nothing to do then */
+        finish_reads();
+        return 1;
+    }
     return ready > 0 && fds[0].revents == POLLIN;
 }
 
@@ -449,6 +468,7 @@ void fuse_session_process_buf(struct fuse_session *session, const struct fuse_bu
     metrics[WAKEUPS]++;
     in_burst = 1;
     for (unsigned received = 1;;) {
+        if (completions && completions[0] != completions[1]) finish_reads();
         if (got > 0 && gives_way(&buf)) {
             put_off(&buf, since_ns);
         } else if (got > 0) {
@@ -526,6 +546,19 @@ static PyObject *py_set_make_ready(PyObject *self, PyObject *function) {
     (void)self;
     Py_INCREF(function);
     Py_XSETREF(make_ready, function);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_set_completions(PyObject *self, PyObject *args) {
+    (void)self;
+    int fd;
+    unsigned long long ring;
+    PyObject *function;
+    if (!PyArg_ParseTuple(args, "iKO", &fd, &ring, &function)) return NULL;
+    Py_INCREF(function);
+    Py_XSETREF(reap, function);
+    completions_fd = fd;
+    completions = (const volatile uint32_t *)(uintptr_t)ring;
     Py_RETURN_NONE;
 }
 
@@ -636,6 +669,7 @@ static PyMethodDef methods[] = {
     {"set_limits", py_set_limits, METH_VARARGS, "set_limits(background, burst, spin_ns): requests in flight, taken without a sleep, and awake for so long"},
     {"set_linger", py_set_linger, METH_VARARGS, "set_linger(fd, tasks): wait for requests and fd while tasks is empty; -1: never"},
     {"set_make_ready", py_set_make_ready, METH_O, "set_make_ready(function): what is called when nothing is to be done; whether it did something"},
+    {"set_completions", py_set_completions, METH_VARARGS, "set_completions(fd, ring, function): call function when fd is readable, or the ring is not empty"},
     {"reply", py_reply, METH_VARARGS, "reply(request, errno, written=-1) -> errno: answer a request; a write with its length"},
     {"reply_data", py_reply_data, METH_VARARGS, "reply_data(request, data) -> errno: answer a read"},
     {"first_request", py_first_request, METH_NOARGS, "first_request() -> bytes: FUSE_INIT as it came, empty if it has not"},

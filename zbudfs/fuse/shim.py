@@ -28,6 +28,7 @@ serve_file = _shim.serve_file
 set_limits = _shim.set_limits
 set_linger = _shim.set_linger
 set_make_ready = _shim.set_make_ready
+set_completions = _shim.set_completions
 reply = _shim.reply
 reply_data = _shim.reply_data
 first_request = _shim.first_request

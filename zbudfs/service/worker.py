@@ -202,9 +202,10 @@ class Worker:
                 trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
             ):
                 if self._emergency:
-                    nursery.start_soon(self._settle_later, helper)
+                    nursery.start_soon(self._settle_later, helper, store)
                 else:
                     await helper.run(self._settle)
+                    _read_with_aio(store)
                 if self._served_by is not None:
                     _die_with_keeper(0)  # who has said that it is ready is there also when the keeper is not
                 os.eventfd_write(self._ready_fd, 1)
@@ -288,9 +289,10 @@ class Worker:
             if refused not in mounted.warnings:
                 mounted.warnings.append(refused)
 
-    async def _settle_later(self, helper: IoThread[None]) -> None:
+    async def _settle_later(self, helper: IoThread[None], store: PageStore) -> None:
         await trio.sleep(SETTLE_SECONDS)
         await helper.run(self._settle)
+        _read_with_aio(store)
 
     async def _beat_until_ready(self) -> None:
         """Give signs of life of a process that gets ready."""
@@ -423,6 +425,7 @@ class Worker:
             "survives_crash": self._survives(),
             "version": __version__,
             "packing": settings.packing,
+            "page_in_path": store.aio.path,
             "backing_path": settings.backing,
             "encrypted": settings.encrypt and settings.backing is not None,
             "backing_size_bytes": mounted.backing.size_bytes(settings.size_bytes) if mounted.backing is not None else 0,
@@ -479,6 +482,13 @@ def _unmount(st_dev: int) -> None:
         if error.code != errno.EBUSY:
             raise
         unmount_all(st_dev, lazy=True)
+
+
+def _read_with_aio(store: PageStore) -> None:
+    """Have the kernel read blocks beside this thread, and the loop that waits for requests finish the reads."""
+    if store.aio.open():
+        shim.set_completions(*store.aio.completions(), store.aio.reap)
+        store.aio.opened()
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ class Backing:
 
     def _write(self, block: int, pieces: Sequence[memoryview]) -> None:
         """Write pieces, each of whole blocks, one after the other."""
-        offset = start = self._space.start + (block << PAGE_SHIFT)
+        offset = start = self.offset_of(block)
         pieces = list(pieces)
         flags = 0 if self.direct else os.RWF_DSYNC
         while pieces:
@@ -139,7 +139,7 @@ class Backing:
 
     def read_blocks(self, block: int, frames: Sequence[memoryview]) -> None:
         """Fill `frames`, 4096 bytes each, from neighbouring blocks from `block` on; BackingError unless all of it was."""
-        offset = start = self._space.start + (block << PAGE_SHIFT)
+        offset = start = self.offset_of(block)
         pieces = list(frames)
         while pieces:
             try:
@@ -152,6 +152,14 @@ class Backing:
             del pieces[: got >> PAGE_SHIFT]
         if not self.direct:
             self._uncache(start, len(frames) << PAGE_SHIFT)
+        self.decrypt(block, frames)
+
+    def offset_of(self, block: int) -> int:
+        """Where a block begins, in bytes from the start of the file or device."""
+        return self._space.start + (block << PAGE_SHIFT)
+
+    def decrypt(self, block: int, frames: Sequence[memoryview]) -> None:
+        """Decrypt `frames`, 4096 bytes each, that were read from neighbouring blocks from `block` on, in their places."""
         if self._cipher is not None:
             self._cipher.decrypt(block, frames)
 

@@ -9,47 +9,38 @@ All state is changed on the one trio thread, and only between checkpoints. Nothi
 across a checkpoint: it is looked up again. docs/concurrency.md numbers the races and where each is settled.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import trio
 
-from zbudfs.core.allocator import CUMULATIVE_COUNTERS, EPHEMERAL_KIND, INDEX_MASK, REF_BITS
+from zbudfs.core.allocator import CUMULATIVE_COUNTERS
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import (
     Codec,
-    check_of,
-    check_of_raw,
     is_word,
-    page_of_word,
 )
-from zbudfs.core.errors import BackingError, Loss, OutOfRange, PageLost, PoolFull, Refusal, ZbudfsError
-from zbudfs.core.latency import Timed
+from zbudfs.core.errors import Loss, OutOfRange, PageLost, PoolFull, Refusal, ZbudfsError
 from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
-    CHECK_SHIFT,
-    FRAME,
-    KIND_BITS,
     KIND_MASK,
-    LOST,
     RAW_BLOCK,
     RAW_FRAME,
-    REF_MASK,
     WORD,
     WORD_HALVES,
     WORD_INVERTED,
     PageTable,
-    word_of_entry,
 )
-from zbudfs.core.readahead import ReadAhead
-from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
+from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
+from zbudfs.store.aio_page_in import AioPageIn
 from zbudfs.store.backing import SEGMENT_BYTES, Backing
+from zbudfs.store.block_reads import BlockReads
 from zbudfs.store.board import Field
-from zbudfs.store.iothread import IoThread
+from zbudfs.store.contents import Contents
 from zbudfs.store.memory import StoreMemory
+from zbudfs.store.page_in import PageIn, kept
 from zbudfs.store.pool import Pool
 from zbudfs.store.reclaimer import Reclaimer
 from zbudfs.store.recovery import Recovery, rebuild
@@ -64,12 +55,12 @@ CUMULATIVE: Final = (
     ("store", "_cumul_read_pages"),
     ("store", "_cumul_written_pages"),
     ("store", "_cumul_discarded_pages"),
-    ("store", "_cumul_pagein_blocks"),
-    ("store", "_cumul_pagein_pages"),
-    ("store", "_cumul_readahead_blocks"),
-    ("store", "_cumul_refault_blocks"),
+    ("reads", "cumul_blocks"),
+    ("reads", "cumul_pages"),
+    ("reads", "cumul_readahead_blocks"),
+    ("reads", "cumul_refault_blocks"),
     ("state", "cumul_raw_pages"),
-    ("store", "_pagein_failures"),
+    ("reads", "failures"),
     *(("refused", cause) for cause in Refusal),
     *(("lost", cause) for cause in Loss),
     ("state", "cumul_writeback_frames"),
@@ -217,31 +208,19 @@ class PageStore:
         self.tracer = Tracer(self.state, memory)
         self.between: Callable[[], object] = _nothing
         """Called after every few pages of a large write: whoever reads meanwhile need not wait for all of it."""
-        self._readers: list[IoThread[dict[int, BackingError]]] = []
-        if backing is not None:
-            self._readers = [IoThread("read-0"), IoThread("read-1")]
-        self._next_reader = 0
-        self._ahead = ReadAhead()
-        self._loading: dict[int, trio.Event] = {}
-        """By block: set when the read of it that is under way is over."""
-        self._bounce_free = trio.lowlevel.ParkingLot()
-        self._entries = self._table.entries
-        self._decode = codec.decode
+        self._contents = Contents(self.state, codec.decode)
+        self._reads = BlockReads(self.state, self.reclaimer)
+        latencies = memory.board.latencies
+        self._page_in = PageIn(self.state, self._contents, self._reads, self.reclaimer, backing, latencies)
+        self.aio = AioPageIn(self.state, self._contents, self._reads, backing, latencies)
         self._cumul_read_pages = 0
         self._cumul_written_pages = 0
         self._cumul_discarded_pages = 0
-        self._cumul_pagein_blocks = 0
-        self._cumul_pagein_pages = 0
-        self._cumul_readahead_blocks = 0
-        self._cumul_refault_blocks = 0
-        self._pagein_failures = 0
         self._refused: dict[str, int] = dict.fromkeys(Refusal, 0)
-        self._lost: dict[str, int] = dict.fromkeys(Loss, 0)
 
     def use_codec(self, codec: Codec) -> None:
         """Compress with this one from now on; what is stored is read by any."""
         self.codec = codec
-        self._decode = codec.decode
 
     def recover(self) -> Recovery:
         """Take over what is in the memory, from whoever worked with it before. Nobody else may be."""
@@ -250,7 +229,7 @@ class PageStore:
         for (owner, name), value in zip(CUMULATIVE, values, strict=False):
             self._owner(owner)[name] = value
         self._allocator.go_on_from(values[len(CUMULATIVE) :])
-        self._lost[Loss.CRASH] += found.lost_pages
+        self._contents.lost[Loss.CRASH] += found.lost_pages
         return found
 
     def save_counters(self) -> None:
@@ -274,19 +253,22 @@ class PageStore:
             "reclaimer": self.reclaimer.__dict__,
             "governor": self.reclaimer.governor.__dict__,
             "refused": self._refused,
-            "lost": self._lost,
+            "reads": self._reads.__dict__,
+            "lost": self._contents.lost,
         }
         return owners[owner]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Write back, grow, trim and populate until cancelled; started once the first frames are ready."""
-        await self.reclaimer.run(task_status=task_status)
+        """Read, write back, grow, trim and populate until cancelled; started once the first frames are ready."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.aio.run)
+            await self.reclaimer.run(task_status=task_status)
 
     def close(self) -> None:
         """End the threads and empty the backing file. Nothing may be under way."""
         self.reclaimer.close()
-        for reader in self._readers:
-            reader.close()
+        self.aio.close()
+        self._page_in.close()
         if self.backing is not None:
             self.backing.close()
 
@@ -302,7 +284,7 @@ class PageStore:
             page = offset >> PAGE_SHIFT
             content = self._hot.read(page, 1, self.codec.decompress) if self._hot is not None else None
             if content is None:
-                content = self._load_nowait(page)
+                content = self._contents.in_ram(page)
             if content is not None:
                 self._cumul_read_pages += 1
             return content
@@ -315,7 +297,7 @@ class PageStore:
         found: list[bytes] = []
         for page in pages:
             try:
-                content = self._load_nowait(page)
+                content = self._contents.in_ram(page)
             except PageLost:
                 if not found:
                     raise
@@ -356,14 +338,14 @@ class PageStore:
 
     async def _load(self, page: int) -> bytes:
         """The content of a page. A checkpoint only if it is in the backing file alone. PageLost, BackingError."""
-        content = self._load_nowait(page)
+        content = self._contents.in_ram(page)
         if content is None:
-            loaded = (await self._page_in([page]))[page]  # CHECKPOINT
+            loaded = (await self._page_in.page_in([page]))[page]  # CHECKPOINT
             if not isinstance(loaded, bytes):
                 try:
                     raise loaded
                 finally:
-                    del loaded  # see `_kept`
+                    del loaded  # see `kept`
             return loaded
         return content
 
@@ -378,16 +360,16 @@ class PageStore:
         lost: ZbudfsError | None = None
         for page in pages:
             try:
-                content = self._load_nowait(page)
+                content = self._contents.in_ram(page)
             except PageLost as error:
-                lost = _kept(error)
+                lost = kept(error)
                 break
             found.append(content)
             if content is None:
                 missing.append(page)
         contents: list[bytes] = []
         there: bytes | ZbudfsError = b""
-        loaded = iter((await self._page_in(missing)).values()) if missing else iter(())  # CHECKPOINT
+        loaded = iter((await self._page_in.page_in(missing)).values()) if missing else iter(())  # CHECKPOINT
         for content in found:
             there = next(loaded) if content is None else content
             if isinstance(there, ZbudfsError):
@@ -398,201 +380,8 @@ class PageStore:
             try:
                 raise lost
             finally:
-                del lost, found, loaded, there  # see `_kept`
+                del lost, found, loaded, there  # see `kept`
         return contents
-
-    def _load_nowait(self, page: int) -> bytes | None:
-        """The content of a page that is in RAM, or None if it is in the backing file alone. PageLost."""
-        entry = self._entries[page]
-        kind = entry & KIND_MASK
-        if kind == FRAME:
-            zpage = self._allocator.zpage(entry >> KIND_BITS & REF_MASK, page)
-            try:
-                if zpage is None:
-                    raise PageLost(f"page {page}: its place holds another page", Loss.FOREIGN)
-                return self._decode(zpage)
-            except PageLost as error:
-                self._lost[error.cause] += 1
-                raise
-        if kind == ABSENT:
-            return ZERO_PAGE
-        if kind < FRAME:
-            return page_of_word(word_of_entry(entry))
-        if kind == RAW_FRAME:
-            return bytes(self._allocator.raw(entry >> KIND_BITS & REF_MASK))
-        return None
-
-    # ---- page-in ---------------------------------------------------------------------------------------------------
-
-    async def _page_in(self, pages: list[int]) -> dict[int, bytes | ZbudfsError]:
-        """The contents of pages, the ones that are in the backing file alone included, or why one cannot be had.
-
-        In the order in which they were asked for.
-        """
-        found: dict[int, bytes | ZbudfsError] = dict.fromkeys(pages, ZERO_PAGE)
-        todo = pages
-        while todo:
-            blocks: dict[int, list[int]] = {}
-            for page in todo:
-                try:
-                    content = self._load_nowait(page)
-                except PageLost as error:
-                    found[page] = _kept(error)
-                    continue
-                if content is not None:
-                    found[page] = content
-                elif self._entries[page] == LOST:
-                    self._lost[Loss.CRASH] += 1
-                    found[page] = PageLost(f"page {page} was lost when a worker died", Loss.CRASH)
-                else:
-                    ref = self._entries[page] >> KIND_BITS & REF_MASK
-                    blocks.setdefault(ref >> REF_BITS, []).append(page)
-            under_way = [block for block in blocks if block in self._loading]
-            if under_way:
-                await self._loading[under_way[0]].wait()  # CHECKPOINT: everything is looked up again
-                todo = [page for wanted in blocks.values() for page in wanted]
-                continue
-            if not blocks:
-                break
-            if not self._pool.bounce:
-                await self._bounce_free.park()  # CHECKPOINT: everything is looked up again
-                todo = [page for wanted in blocks.values() for page in wanted]
-                continue
-            some = sorted(blocks)[: len(self._pool.bounce)]
-            later = [page for block, wanted in blocks.items() if block not in some for page in wanted]
-            stale = await self._read_blocks({block: blocks[block] for block in some}, found)  # CHECKPOINT
-            todo = later + stale
-        return found
-
-    async def _read_blocks(self, wanted: dict[int, list[int]], found: dict[int, bytes | ZbudfsError]) -> list[int]:
-        """Read blocks, put the contents of the wanted pages into `found`, and keep the blocks as ephemeral frames.
-
-        For a reader that goes on where it was, the blocks that follow are read along, if there are frames to keep them in.
-        Returns the pages that moved while the read was under way: they must be looked up again.
-        """
-        assert self.backing is not None
-        pool, allocator, state = self._pool, self._allocator, self.state
-        over = trio.Event()
-        frames: dict[int, int] = {}
-        before = {page: self._entries[page] for pages in wanted.values() for page in pages}
-        for block in wanted:
-            self._loading[block] = over
-            state.hold_block(block)
-            frame = self._frame_to_keep()
-            if frame == NO_FRAME:
-                frame = pool.bounce.pop()
-            else:
-                allocator.fill_prep(frame)
-            frames[block] = frame
-        ahead = self._begin_ahead(wanted, over)
-        frames |= ahead
-        stale: list[int] = []
-        whole: set[int] = set()
-        kept = sum(frame < pool.nr_frames for frame in frames.values())
-        self.reclaimer.filling(kept)
-        try:
-            reader = self._readers[self._next_reader]
-            self._next_reader ^= 1
-            views = {block: allocator.raw(frame << REF_BITS) for block, frame in frames.items()}
-            began = time.perf_counter_ns()
-            refused = await reader.run(_read_runs, self.backing, views)  # CHECKPOINT, not cancelled
-            self.memory.board.latencies.record(Timed.PAGEIN, time.perf_counter_ns() - began)
-            self._cumul_pagein_blocks += len(frames)
-            self._cumul_readahead_blocks += len(ahead)
-            whole.update(block for block in ahead if block not in refused)
-            self._cumul_refault_blocks += sum(map(state.is_fresh, wanted))
-            for block, pages in wanted.items():
-                for page in pages:
-                    if self._entries[page] != before[page]:
-                        stale.append(page)
-                        continue
-                    if block in refused:
-                        self._pagein_failures += 1
-                        found[page] = refused[block]
-                        continue
-                    try:
-                        found[page] = self._content_in(frames[block], page, before[page])
-                    except PageLost as error:
-                        found[page] = _kept(error)
-                    else:
-                        self._cumul_pagein_pages += 1
-                        whole.add(block)
-        finally:
-            for block, frame in frames.items():
-                if frame >= pool.nr_frames:
-                    pool.bounce.append(frame)
-                elif block not in whole or not self._adopt(frame, block, before, wanted.get(block, [])):
-                    allocator.fill_cancel(frame)
-                    pool.give_frame(frame)
-                    whole.discard(block)
-                state.release_block(block)
-                del self._loading[block]
-            over.set()
-            self._ahead.done(max(frames), len(ahead), len(whole & ahead.keys()))
-            self.reclaimer.filling(-kept)
-            self._bounce_free.unpark_all()
-        return stale
-
-    def _begin_ahead(self, wanted: dict[int, list[int]], over: trio.Event) -> dict[int, int]:
-        """The blocks to be read along with these, by block the frame that is to be filled; each is held, and loading."""
-        blocks, pool = self.state.blocks, self._pool
-        first, last = min(wanted), max(wanted)
-        window = self._ahead.window(first, last, len(wanted))
-        found: dict[int, int] = {}
-        if not window or blocks is None:
-            return found
-        # A quarter of what can be ephemeral: what was read along earlier must not go for what is read along now.
-        room = pool.free_frames - self.reclaimer.watermarks.low_frames + self._allocator.nr_frames_of(EPHEMERAL_KIND)
-        for block in range(last + 1, min(last + 1 + min(window, room // 4), blocks.nr_blocks)):
-            if not blocks.live(block) or block in self._loading:
-                break  # free, or on its way to the disk, or being read: not what a reader went on with
-            frame = self._frame_to_keep()
-            if frame == NO_FRAME:
-                break
-            self._allocator.fill_prep(frame)
-            self.state.hold_block(block)
-            self._loading[block] = over
-            found[block] = frame
-        return found
-
-    def _content_in(self, frame: int, page: int, entry: int) -> bytes:
-        """The content of a page from a copy of the block that `entry` names. PageLost.
-
-        Besides what the zpage itself tells, its check must be the entry's: a disk can give back an old version.
-        """
-        ref = entry >> KIND_BITS & REF_MASK
-        try:
-            if entry & KIND_MASK == RAW_BLOCK:
-                content = bytes(self._allocator.raw(frame << REF_BITS))
-                if check_of_raw(content) != entry >> CHECK_SHIFT:
-                    raise PageLost(f"page {page}: its block is damaged or old", Loss.DAMAGED)
-                return content
-            zpage = self._allocator.zpage(frame << REF_BITS | ref & INDEX_MASK, page)
-            if zpage is None:
-                raise PageLost(f"page {page}: its block holds another page", Loss.FOREIGN)
-            if check_of(zpage) != entry >> CHECK_SHIFT:
-                self._decode(zpage)  # damaged, or whole and old
-                raise PageLost(f"page {page}: its block holds an old version of it", Loss.OLD)
-            return self._decode(zpage)
-        except PageLost as error:
-            self._lost[error.cause] += 1
-            raise
-
-    def _adopt(self, frame: int, block: int, before: dict[int, int], pages: list[int]) -> bool:
-        for page in pages:
-            if before[page] & KIND_MASK == RAW_BLOCK:
-                if self._entries[page] != before[page]:  # pragma: no cover  a raw block has one page, and it was whole
-                    return False
-                self.state.adopt_raw(frame, block, page)
-                return True
-        return self.state.adopt(frame, block)
-
-    def _frame_to_keep(self) -> int:
-        """A frame for a block that is read back; one of the coldest ephemeral ones rather than one that writes need."""
-        pool = self._pool
-        if pool.free_frames <= self.reclaimer.watermarks.low_frames and not self.state.drop_ephemeral():
-            return NO_FRAME
-        return pool.take_frame()
 
     # ---- write -----------------------------------------------------------------------------------------------------
 
@@ -730,7 +519,7 @@ class PageStore:
         return page
 
     async def _zero(self, page: int, skip: int, length: int) -> None:
-        if self._entries[page] & KIND_MASK != ABSENT:
+        if self._table.entries[page] & KIND_MASK != ABSENT:
             await self._patch(page, skip, bytes(length))
 
     # ---- the rest --------------------------------------------------------------------------------------------------
@@ -764,10 +553,10 @@ class PageStore:
             cumul_writeback_pages=self.state.cumul_writeback_pages,
             cumul_writeback_frames=self.state.cumul_writeback_frames,
             cumul_grown_bytes=reclaimer.cumul_grown_bytes,
-            cumul_pagein_blocks=self._cumul_pagein_blocks,
-            cumul_readahead_blocks=self._cumul_readahead_blocks,
-            cumul_pagein_pages=self._cumul_pagein_pages,
-            cumul_refault_blocks=self._cumul_refault_blocks,
+            cumul_pagein_blocks=self._reads.cumul_blocks,
+            cumul_readahead_blocks=self._reads.cumul_readahead_blocks,
+            cumul_pagein_pages=self._reads.cumul_pages,
+            cumul_refault_blocks=self._reads.cumul_refault_blocks,
             cumul_read_pages=self._cumul_read_pages,
             cumul_written_pages=self._cumul_written_pages,
             cumul_discarded_pages=self._cumul_discarded_pages,
@@ -776,8 +565,8 @@ class PageStore:
             cumul_dropped_frames=self.state.dropped_ephemeral_frames,
             refused_pool_full=sum(self._refused.values()),
             writeback_failures=reclaimer.writeback_failures,
-            pagein_failures=self._pagein_failures,
-            lost_pages=sum(self._lost.values()),
+            pagein_failures=self._reads.failures,
+            lost_pages=sum(self._contents.lost.values()),
             pressure_reports=reclaimer.governor.reports,
             pool_limit_set_bytes=reclaimer.governor.configured_frames << PAGE_SHIFT,
             low_watermark_frames=reclaimer.watermarks.low_frames,
@@ -798,7 +587,7 @@ class PageStore:
     def causes(self) -> dict[str, int]:
         """Refused writes and lost pages by cause: `refused_CAUSE`, `lost_CAUSE`."""
         refused = {f"refused_{cause}": count for cause, count in self._refused.items()}
-        return refused | {f"lost_{cause}": count for cause, count in self._lost.items()}
+        return refused | {f"lost_{cause}": count for cause, count in self._contents.lost.items()}
 
     def forget_cumulative(self) -> None:
         """Set what counts requests to zero: whoever tried the store out before it was in use does not count."""
@@ -820,42 +609,10 @@ class PageStore:
     def check(self) -> None:
         """Recount everything; AssertionError where it disagrees. Only while nothing is under way. O(everything)."""
         self.state.check()
-        assert not self._loading, "a block is being read"
+        assert not self._reads.loading, "a block is being read"
         assert not self.state.watched, "a page is being patched"
         assert self._allocator.counters()["pers_zombie_count"] == 0, "a frame is being written back"
 
 
 def _nothing() -> None:
     """Do nothing: nobody waits."""
-
-
-def _kept(error: Failure) -> Failure:
-    """An error that is to be kept for a while, without the frames that it came through.
-
-    Those hold what keeps it: a cycle, and in it the pages of the whole request. Until somebody looks for cycles a disk that
-    fails would fill the memory with them.
-    """
-    error.__context__ = None
-    return error.with_traceback(None)
-
-
-def _read_runs(backing: Backing, views: dict[int, memoryview]) -> dict[int, BackingError]:
-    """Read blocks into views, neighbours together; which ones the file refused, and why. For a worker thread."""
-    refused: dict[int, BackingError] = {}
-    blocks = sorted(views)
-    start = 0
-    while start < len(blocks):
-        end = start + 1
-        while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
-            end += 1
-        run = blocks[start:end]
-        try:
-            backing.read_blocks(run[0], [views[block] for block in run])
-        except BackingError:
-            for block in run:  # one by one: a bad block must not take its neighbours along
-                try:
-                    backing.read_blocks(block, [views[block]])
-                except BackingError as error:
-                    refused[block] = _kept(error)
-        start = end
-    return refused
