@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support import LIMIT_SECONDS, mounted, run_zbudfs
-from zbudfs.cli.doctor import disk, kernel, rights, software, swap
+from zbudfs.cli.doctor import disk, kernel, rights, sleep, software, swap
 from zbudfs.cli.doctor.examine import CHECKS, as_json, as_page, examine
 from zbudfs.cli.doctor.finding import Finding, Level, Machine, ok, problem
 from zbudfs.cli.main import main
@@ -130,6 +130,50 @@ def test_a_kernel_that_makes_no_sense(healthy: Path) -> None:
 
 
 Check = Callable[[Machine], Iterator[Finding]]
+
+
+def can_sleep(root: Path, *missing: str) -> Machine:
+    """Make up a machine that can sleep, with all that `make install` brings, but for what is named."""
+    files = {
+        "sys/power/state": "freeze mem disk",
+        "sys/power/disk": "[platform] shutdown",
+        "run/systemd/system/.keep": "",
+        "sys/fs/cgroup/cgroup.controllers": "memory",
+        sleep.HOOK.lstrip("/"): "",
+        f"usr/local/lib/systemd/system/{sleep.DROP_IN}": "",
+    }
+    for name, text in files.items():
+        if name not in missing:
+            put(root, name, text)
+    return machine(root)
+
+
+def test_a_machine_that_can_sleep(healthy: Path) -> None:
+    """With everything installed it is ok; where the machine cannot sleep at all, there is nothing to install for."""
+    checks = (sleep.check_suspend, sleep.check_hibernation)
+    for check in checks:
+        assert only(check(machine(healthy))).level is Level.OK
+        assert "cannot" in only(check(machine(healthy))).text
+    assert [only(check(can_sleep(healthy))).level for check in checks] == [Level.OK, Level.OK]
+    put(healthy, "sys/power/disk", "[disabled]")
+    assert "cannot" in only(sleep.check_hibernation(machine(healthy))).text
+
+
+@pytest.mark.parametrize(
+    ("missing", "check", "remedy"),
+    [
+        ("run/systemd/system/.keep", sleep.check_suspend, "freeze all other programs"),
+        ("sys/fs/cgroup/cgroup.controllers", sleep.check_suspend, "unified_cgroup_hierarchy"),
+        ("usr/lib/systemd/system-sleep/zbudfs", sleep.check_suspend, "make install"),
+        ("run/systemd/system/.keep", sleep.check_hibernation, "zbudfs hibernate prepare"),
+        (f"usr/local/lib/systemd/system/{sleep.DROP_IN}", sleep.check_hibernation, "make install"),
+    ],
+)
+def test_what_sleep_needs(healthy: Path, missing: str, check: Check, remedy: str) -> None:
+    """A warning with the remedy."""
+    finding = only(check(can_sleep(healthy, missing)))
+    assert finding.level is Level.WARNING
+    assert remedy in finding.remedy
 
 
 @pytest.mark.parametrize(

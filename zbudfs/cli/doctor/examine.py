@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Final
 
-from zbudfs.cli.doctor import disk, kernel, rights, software, swap
+from zbudfs.cli.doctor import disk, kernel, rights, sleep, software, swap
 from zbudfs.cli.doctor.finding import Finding, Level, Machine, warning
 from zbudfs.service.footprint import Footprint
 
@@ -32,6 +32,8 @@ CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
     swap.check_other_swap,
     swap.check_swap_is_on,
     swap.check_container,
+    sleep.check_suspend,
+    sleep.check_hibernation,
     disk.check_backing,
 )
 
