@@ -39,8 +39,8 @@ def other(tmp_path: Path) -> Iterator[Path]:
     """Another swap, on a file."""
     file = tmp_path / "other-swap"
     file.touch(mode=0o600)
-    for command in (["fallocate", "-l", "16M", file], ["mkswap", file], ["swapon", "--priority", "0", file]):
-        subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_SECONDS)
+    for command in (["fallocate", "-l", "16M"], ["mkswap"], ["swapon", "--priority", "0"]):
+        subprocess.run([*command, str(file)], check=True, capture_output=True, timeout=LIMIT_SECONDS)
     yield file
     subprocess.run(["swapoff", file], check=True, timeout=LIMIT_SECONDS)
 
