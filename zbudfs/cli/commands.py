@@ -34,7 +34,6 @@ from zbudfs.cli.teardown import take_all_down, take_down
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.service import disks, launch
 from zbudfs.service.footprint import check_tables
-from zbudfs.service.fstab import unmounted_above
 from zbudfs.service.mountpoint import (
     Mount,
     MountError,
@@ -395,11 +394,6 @@ def _prepare_backing_folder(settings: Settings) -> None:
     """Make the folder of default backing files, which only root may look into; any other folder must exist."""
     if settings.backing is None:
         return
-    if (point := unmounted_above(settings.backing)) is not None:
-        raise CommandError(
-            f"the backing file {shown_path(settings.backing)} belongs on the disk that /etc/fstab mounts on"
-            f" {shown_path(point)}, and nothing is mounted there: run mount {shown_path(point)} first"
-        )
     folder = Path(settings.backing).parent
     if str(folder) == BACKING_FOLDER:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.target import CommandError, need_root
 from zbudfs.cli.teardown import take_down
 from zbudfs.service import hardening, verdict
-from zbudfs.service.fstab import unmounted_above
+from zbudfs.service.disks import missing_mountpoint
 from zbudfs.service.launch import DAEMON_COMMAND
 from zbudfs.service.mountpoint import escape_path, find_mount, shown_path
 from zbudfs.service.notify import Notifier, take_stored
@@ -122,8 +122,8 @@ def _prepare(config: configuration.Config, parts: Sequence[Settings]) -> None:
     configuration.make_mountpoint(config)
     stripe.make_folders(parts)
     for part in parts:
-        if part.backing is not None and (point := unmounted_above(part.backing)) is not None:
-            _wait_for_disk(point)
+        if part.backing is not None and (missing := missing_mountpoint(part.backing)) is not None:
+            _wait_for_disk(missing[0])
         mountpoint = part.mountpoint
         mounted = find_mount(mountpoint)
         if mounted is not None and is_held(mountpoint):

@@ -246,9 +246,15 @@ def path_to_mount(backing: str) -> str:
 
 
 def missing_mount(path: str, root: str = "/") -> str | None:
-    """Return, in words, which mount a path is on that the system is to have and does not have now; None if there is none.
+    """Return, in words, the mount that `missing_mountpoint` finds; None if there is none."""
+    found = missing_mountpoint(path, root)
+    return found and f"{shown_path(found[0])} is in {found[1]} and not mounted"
 
-    Looking at the path makes an automount mount what it stands for.
+
+def missing_mountpoint(path: str, root: str = "/") -> tuple[str, str] | None:
+    """Return the nearest mountpoint above a path on which the system is to mount, and does not, and the file that says so.
+
+    None if there is none. Looking at the path makes an automount mount what it stands for.
     """
     folder = path_to_mount(path)
     with contextlib.suppress(OSError):
@@ -257,7 +263,7 @@ def missing_mount(path: str, root: str = "/") -> str | None:
     there = {row.mountpoint for row in mounts(root) if row.fstype != "autofs"}
     for mountpoint, source in _wanted_mounts(above, root):
         if mountpoint not in there:
-            return f"{shown_path(mountpoint)} is in {source} and not mounted"
+            return mountpoint, source
     return None
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from zbudfs.service.fstab import unmounted_above
+from zbudfs.service.disks import missing_mountpoint
 
 FSTAB = """\
 # /dev/sdz1 /comment ext4 defaults 0 0
@@ -41,9 +41,12 @@ def test_the_nearest_mountpoint_decides(path: str, mounted: str, expected: str |
     (tmp_path / "etc/fstab").write_text(FSTAB)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/mountinfo").write_text(MOUNTINFO.format(mounted))
-    assert unmounted_above(path, str(tmp_path)) == expected
+    found = missing_mountpoint(path, str(tmp_path))
+    assert found == (expected and (expected, "/etc/fstab"))
 
 
 def test_a_machine_without_fstab(tmp_path: Path) -> None:
     """There is nothing to wait for."""
-    assert unmounted_above("/mnt/ssd/z", str(tmp_path)) is None
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/mountinfo").write_text(MOUNTINFO.format("/x"))
+    assert missing_mountpoint("/mnt/ssd/z", str(tmp_path)) is None
