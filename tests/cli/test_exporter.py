@@ -73,7 +73,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_names_and_units_keep_to_the_conventions(text: str) -> None:
     """One prefix, base units as suffixes, _total for counters and for nothing else, help for all."""
     found = types(text)
-    assert len(found) == len(METRICS) + len(HISTOGRAMS) + 1
+    assert len(found) == len(METRICS) + len(HISTOGRAMS) + 2
     helps = dict(re.findall(r"^# HELP (\S+) (.+)$", text, re.MULTILINE))
     for name, kind in found.items():
         assert re.fullmatch(r"zbudfs(_[a-z0-9]+)+", name), name
@@ -261,7 +261,7 @@ def test_an_older_daemon_gives_what_it_has() -> None:
         for family in Collector(lambda: ["/mnt"], Old()).collect()
         for sample in family.samples
     }
-    assert given == {"zbudfs_up": 1.0, "zbudfs_stored_pages": 3.0}
+    assert given == {"zbudfs_up": 1.0, "zbudfs_exact": 1.0, "zbudfs_stored_pages": 3.0}
 
 
 def test_a_path_of_any_bytes_is_a_label() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from zbudfs.service.mountpoint import shown_path
+from zbudfs.service import public
+from zbudfs.service.mountpoint import find_mount, shown_path
 
 T = TypeVar("T")
 
@@ -34,12 +35,12 @@ def once_more_if_stale(function: Callable[[], T]) -> T:
 def within_limit(function: Callable[[], T], limit_seconds: float = ANSWER_LIMIT_SECONDS) -> T:
     """As `once_more_if_stale`; TimeoutError if it takes longer than that."""
     answers: list[T] = []
-    errors: list[OSError] = []
+    errors: list[Exception] = []
 
     def ask() -> None:
         try:
             answers.append(once_more_if_stale(function))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             errors.append(error)
 
     asker = threading.Thread(target=ask, daemon=True)
@@ -52,12 +53,26 @@ def within_limit(function: Callable[[], T], limit_seconds: float = ANSWER_LIMIT_
     return answers[0]
 
 
-def all_numbers(mountpoint: str, limit_seconds: float = ANSWER_LIMIT_SECONDS) -> dict[str, Any]:
-    """Return stats/all.json of a mount. OSError; ValueError if it is not what it should be."""
-    found = json.loads(within_limit(Path(mountpoint, "stats/all.json").read_bytes, limit_seconds))
+def snapshot(mountpoint: str) -> dict[str, Any]:
+    """Return stats/all.json of a mount, or what is public of it for a user whom the kernel does not let in.
+
+    The latter has "rounded": true. Waits for the daemon. OSError; ValueError if it is not what it should be.
+    """
+    try:
+        found = json.loads(once_more_if_stale(Path(mountpoint, "stats/all.json").read_bytes))
+    except PermissionError:
+        mount = find_mount(mountpoint)
+        if mount is None:
+            raise
+        return public.read(mount.device)
     if not isinstance(found, dict):
         raise ValueError("stats/all.json is not an object")
     return found
+
+
+def all_numbers(mountpoint: str, limit_seconds: float = ANSWER_LIMIT_SECONDS) -> dict[str, Any]:
+    """Return the `snapshot` of a mount, within a limit of time."""
+    return within_limit(lambda: snapshot(mountpoint), limit_seconds)
 
 
 def why_silent(mountpoint: str, error: OSError | ValueError) -> str:
@@ -65,6 +80,8 @@ def why_silent(mountpoint: str, error: OSError | ValueError) -> str:
     shown = shown_path(mountpoint)
     if isinstance(error, ValueError):
         return f"the daemon of {shown}: {error}"
+    if isinstance(error, public.PublicError):
+        return f"{shown}: {error}"
     if error.errno == errno.ENOTCONN:
         return f"the daemon of {shown} has died: run zbudfs umount {shown} to clean up"
     return f"the daemon of {shown} does not answer: {error.strerror}"

@@ -249,6 +249,8 @@ def exporter(arguments: Arguments) -> int:
             exporting.write(mountpoints, arguments.textfile, arguments.interval)
         return 0
     address, port = arguments.listen or exporting.DEFAULT_LISTEN
+    if os.geteuid() != 0:
+        print("zbudfs: not root: what is exported is public, that is rounded, and some is missing", file=sys.stderr)
 
     def ready(port: int) -> None:
         print(f"zbudfs: answering on {address}, port {port}; Ctrl-C ends it", file=sys.stderr, flush=True)

@@ -1,26 +1,37 @@
 # SPDX-License-Identifier: MIT
 """`zbudfs exporter`: the numbers of all mounts for Prometheus, over HTTP or as a file for node_exporter.
 
-It runs beside the daemons, as anybody, and only reads their stats/. A mount whose daemon is dead or hangs is
-`zbudfs_up 0`, within a limit of time; while it hangs it is not asked again, so that nothing piles up.
+It runs beside the daemons, and only reads: as root their stats/, as another user their public statistics, which are fewer
+and rounded (`zbudfs_exact 0`). A mount whose daemon is dead or hangs is `zbudfs_up 0`, within a limit of time; while it
+hangs it is not asked again, so that nothing piles up. Each mount is asked once a second at most, whoever scrapes.
 """
 
 from __future__ import annotations
 
-import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
+from socketserver import ThreadingMixIn
 from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from zbudfs.cli.ask import once_more_if_stale
+from zbudfs.cli.ask import snapshot
 from zbudfs.cli.metrics import HISTOGRAMS, METRICS, PREFIX, Histogram, Metric, buckets
 
 SCRAPE_SECONDS: Final = 5.0
 """Longest wait for the mounts, all asked at once. Prometheus itself waits for 10 s."""
+
+CACHE_SECONDS: Final = 1.0
+"""How long an answer is good for: a snapshot costs the thread that serves swap a third of a millisecond."""
+
+MOST_CONNECTIONS: Final = 16
+"""Scrapes at a time; who comes then is not answered. Arbitrary."""
+
+CONNECTION_SECONDS: Final = 10.0
+"""Longest wait for a client that sends or takes nothing. Arbitrary."""
 
 DEFAULT_LISTEN: Final = ("localhost", 9824)
 
@@ -37,10 +48,14 @@ class _Question:
         self.thread = threading.Thread(target=self._ask, daemon=True)
         self.thread.start()
 
+    def is_good(self, now: float) -> bool:
+        """Whether it is not answered yet, or was asked just now."""
+        return self.thread.is_alive() or now < self.asked_at + CACHE_SECONDS
+
     def _ask(self) -> None:
         with suppress(OSError, ValueError):
-            found = json.loads(once_more_if_stale(Path(self._mountpoint, "stats/all.json").read_bytes))
-            if isinstance(found, dict) and "stored_pages" in found:
+            found = snapshot(self._mountpoint)
+            if "stored_pages" in found:
                 self.numbers = found
 
 
@@ -55,7 +70,8 @@ class Asker:
     def ask(self, mountpoints: list[str]) -> dict[str, dict[str, Any] | None]:
         """Return the numbers of each mount, None for one that gives none within the limit."""
         with self._lock:
-            waiting = {at: question for at, question in self._under_way.items() if question.thread.is_alive()}
+            now = time.monotonic()
+            waiting = {at: question for at, question in self._under_way.items() if question.is_good(now)}
             questions = {at: waiting[at] if at in waiting else _Question(at) for at in mountpoints}
             self._under_way = waiting | questions
         for question in questions.values():
@@ -83,6 +99,15 @@ class Collector:
         for mountpoint, numbers in answers.items():
             up.add_metric([_text(mountpoint)], float(numbers is not None))
         yield up
+        exact = GaugeMetricFamily(
+            f"{PREFIX}_exact",
+            "1 if the numbers are exact, 0 if they are public: rounded, and some are missing.",
+            labels=["mountpoint"],
+        )
+        for mountpoint, numbers in answers.items():
+            if numbers is not None:
+                exact.add_metric([_text(mountpoint)], float(not numbers.get("rounded")))
+        yield exact
         alive = {_text(mountpoint): numbers for mountpoint, numbers in answers.items() if numbers is not None}
 
         def counted(metric: Metric) -> Any:
@@ -140,13 +165,54 @@ def _registry(mountpoints: Callable[[], list[str]]) -> Any:
     return registry
 
 
+class _Handler(WSGIRequestHandler):
+    timeout = CONNECTION_SECONDS
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the library's name
+        """Log nothing."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """An HTTP server with a bounded number of threads, which waits for no client for ever."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, port: int) -> None:
+        """Listen; OSError where that cannot be had."""
+        flags = socket.AI_PASSIVE
+        family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)[0]
+        self.address_family = family
+        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        super().__init__((str(where[0]), int(where[1])), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Have a thread answer; without a thread to spare the connection is closed."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore it: a client that goes away is no error of the exporter."""
+
+
 def serve(mountpoints: Callable[[], list[str]], address: str, port: int, ready: Callable[[int], None]) -> None:
     """Answer scrapes until SIGTERM or Ctrl-C; `ready` is told the port. OSError if the address cannot be had."""
-    from prometheus_client import start_http_server
+    from prometheus_client import make_wsgi_app
 
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # inherited by the server's threads: only this one takes them
-    server, thread = start_http_server(port, address, _registry(mountpoints))
+    server = _Server(address, port)
+    server.set_app(make_wsgi_app(_registry(mountpoints)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
     ready(server.server_port)
     try:
         signal.sigwait(signals)

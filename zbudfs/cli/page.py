@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from zbudfs.cli.remedies import remedies
 from zbudfs.core.sizes import format_size
-from zbudfs.service.mountpoint import shown_path
+from zbudfs.service.mountpoint import printable, shown_path
 from zbudfs.swap.loop import SwapError, swaps
 from zbudfs.swap.priority import filling_order
 
@@ -34,8 +34,8 @@ def page(now: Numbers, before: Numbers | None = None, seconds: float = 0.0, *, b
     `blocks` tells whether the terminal can show block characters.
     """
     if "error" in now:
-        return "\n".join([shown_path(str(now["mountpoint"])), *_wrapped("error", str(now["error"]))])
-    return "\n".join(_Page(now, before, seconds, blocks=blocks).lines())
+        return printable("\n".join([shown_path(str(now["mountpoint"])), *_wrapped("error", str(now["error"]))]))
+    return printable("\n".join(_Page(now, before, seconds, blocks=blocks).lines()))
 
 
 class _Page:
@@ -57,9 +57,12 @@ class _Page:
         yield from _wrapped("device", f"{self._size('size_bytes')}, {used_by(self._now)}")
         if order := swap_order(self._now):
             yield from _wrapped("filled", order)
+        if self._now.get("rounded"):
+            as_of = time.strftime("%H:%M:%S", time.localtime(self._number("as_of")))
+            yield from _wrapped("public", f"rounded, as of {as_of}; root is shown all of it, exact")
         yield ""
         yield from self._stored()
-        if self._number("stored_pages"):
+        if self._number("stored_pages") and "pers_zpages" in self._now:
             yield ""
             yield from self._places()
         yield ""
@@ -164,7 +167,9 @@ class _Page:
         for kind in ("read", "write", "discard", "writeback", "pagein"):
             counts = self._now.get(f"{kind}_latency_us") or []
             if sum(counts):
-                longest = _time(self._number(f"{kind}_latency_max_us"))
+                longest = (
+                    _time(self._number(f"{kind}_latency_max_us")) if f"{kind}_latency_max_us" in self._now else "-"
+                )
                 rows.append((kind, below(counts, 50), below(counts, 99), longest))
         if rows:
             yield f"  {'latency':{_LABEL + 8}} {'half below':>11} {'99 % below':>11} {'longest':>11}"

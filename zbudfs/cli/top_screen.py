@@ -34,7 +34,7 @@ from zbudfs.cli.top_widgets import Bars, gauge, shown_time
 from zbudfs.core.codec import MAX_LEVEL, MIN_LEVEL
 from zbudfs.core.sizes import format_size
 from zbudfs.core.units import PAGE_SIZE, SIZE_CLASS_BYTES
-from zbudfs.service.mountpoint import shown_path, zbudfs_mounts
+from zbudfs.service.mountpoint import printable, shown_path, zbudfs_mounts
 
 ANSWER_LIMIT_SECONDS: Final = 5.0
 """Longest wait for an answer before it is said that there is none; a daemon that hangs is replaced within that time."""
@@ -58,6 +58,8 @@ _PANELS: Final = {
     "unbuddied": "frames with room, by what they use",
 }
 """By the name of a panel: its title."""
+_ROOT_ONLY: Final = "for root alone"
+_ROUNDED: Final = "       rounded: exact for root"
 _POOL_STEPS: Final = 16
 """Parts of the pool by which + and - change its limit."""
 
@@ -254,9 +256,9 @@ class Top(App[None]):
         self._panel("latency").update(_lines(_latency(history)))
         sizes = numbers.get("chunk_histogram") or []
         unit = f"0 to {len(sizes) * SIZE_CLASS_BYTES} bytes"
-        self._bars["sizes"].show(sizes[1:], f"{unit}; {sum(sizes):,} zpages")
+        self._bars["sizes"].show(sizes[1:], f"{unit}; {sum(sizes):,} zpages" if sizes else _ROOT_ONLY)
         lists = numbers.get("unbuddied_lists") or []
-        self._bars["unbuddied"].show(lists[1:], f"{unit}; {sum(lists):,} of them")
+        self._bars["unbuddied"].show(lists[1:], f"{unit}; {sum(lists):,} of them" if lists else _ROOT_ONLY)
 
     def _title(self, numbers: Mapping[str, Any]) -> str:
         if self._mountpoint is None:
@@ -273,7 +275,7 @@ class Top(App[None]):
         panel = self._panel("warnings")
         panel.set_class(error, "error")
         panel.display = bool(text)
-        panel.update(Text(f" ! {text}", no_wrap=True))
+        panel.update(Text(printable(f" ! {text}"), no_wrap=True))
 
     def _panel(self, name: str) -> Static:
         return self._panels[name]
@@ -372,7 +374,7 @@ def _summary(numbers: Mapping[str, Any], width: int) -> list[str]:
     wide = max(width - 27, 4)
     return [
         f"stored {format_size(stored):>10}  {pages:,} pages",
-        f"       {_percent(same, pages)} same, {_percent(raw, pages)} raw",
+        f"       {_percent(same, pages)} same, {_percent(raw, pages)} raw" if "raw_pages" in numbers else _ROUNDED,
         f"saved  {format_size(saved):>10}  {_percent(saved, stored)}",
         f"pool   {format_size(used):>10}  {gauge(used, limit, wide)} {_percent(used, limit)}",
         f"disk   {format_size(disk):>10}  " + (f"{gauge(disk, size, wide)} {_percent(disk, size)}" if size else "none"),

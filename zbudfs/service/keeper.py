@@ -37,7 +37,7 @@ from zbudfs.core import hot
 from zbudfs.core.packing import Packing
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.fuse import shim
-from zbudfs.service import disks, hardening
+from zbudfs.service import disks, hardening, public
 from zbudfs.service.child import Child, Process, Pulse, is_readable
 from zbudfs.service.control import Client, Control
 from zbudfs.service.handing_over import (
@@ -57,9 +57,11 @@ from zbudfs.service.mountpoint import (
     open_and_mount,
     request_timeout_warnings,
     unmount_all,
+    zbudfs_mounts,
 )
 from zbudfs.service.notify import WATCHDOG_PARTS, Notifier
 from zbudfs.service.pooldir import PoolDirectory
+from zbudfs.service.public import PublicFile
 from zbudfs.service.session import session_warnings
 from zbudfs.service.settings import BACKING_FOLDER, Settings
 from zbudfs.service.worker import FAILED, Mounted, work
@@ -221,11 +223,12 @@ class Keeper:
             raise
         os.set_blocking(self._fuse_fd, False)
         self._directory.roster.keep()
-        self._prepare(time.time_ns())
-        fields = self._memory.board.fields
-        fields[Field.BORN_NS] = self._born_ns
         mount = find_mount(self._settings.mountpoint)
+        fields = self._memory.board.fields
         fields[Field.MOUNT_DEVICE] = mount.st_dev if mount is not None else 0
+        public.remove(self._directory.path)  # of a mount that has died
+        self._prepare(time.time_ns())
+        fields[Field.BORN_NS] = self._born_ns
         self._mounted.write_owners(fields)
 
     def adopt(
@@ -272,7 +275,26 @@ class Keeper:
             self._directory.path,
             self._directory.lock_fd,
             self._directory.roster,
+            self._publish(),
         )
+        if any(mount.admits_others for mount in zbudfs_mounts() if mount.st_dev == self._mount_device()):
+            self._warnings.append(
+                "other users' requests reach the daemon and can slow swap down: an older version has made the mount; swapoff,"
+                " umount and mount it again"
+            )
+
+    def _mount_device(self) -> int:
+        return int(self._memory.board.fields[Field.MOUNT_DEVICE])
+
+    def _publish(self) -> PublicFile | None:
+        """Make the file that other users may read. Without one the mount works, and only root can look at it."""
+        device = f"{os.major(self._mount_device())}:{os.minor(self._mount_device())}"
+        texts = [self._settings.mountpoint, self._settings.backing or ""]
+        try:
+            return PublicFile.create(self._directory.path, device, texts)
+        except (OSError, MemoryError) as error:
+            self._log.info(f"no public statistics: {error}")
+            return None
 
     def _make_memory(self) -> StoreMemory:
         settings = self._settings

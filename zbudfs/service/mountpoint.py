@@ -284,6 +284,11 @@ def _device(st_dev: int) -> str:
     return f"{os.major(st_dev)}:{os.minor(st_dev)}"
 
 
+def printable(text: str) -> str:
+    r"""Return `text` without characters that a terminal obeys: "\x1b" becomes the four characters \x1b."""
+    return "".join(each if each.isprintable() or each in "\n\xa0" else f"\\x{ord(each):02x}" for each in text)
+
+
 def shown_path(path: str) -> str:
     """Return `path` for a message of one line, as it can be pasted into a shell: quoted where that is needed.
 

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from zbudfs.service import public
 from zbudfs.service.footprint import memory_sizes
 from zbudfs.service.mountpoint import MountError, escape_path, unmount
 from zbudfs.service.roster import FILE_NAME, Roster
@@ -83,6 +84,8 @@ class PoolDirectory:
                 path = f"{base}@{number}"
             private_folder(path, 0o700)
             survives = _mount_tmpfs(path, settings)
+            with contextlib.suppress(OSError):  # the keeper tells why there are no public statistics
+                public.make_folder(path)
             lock_fd = _lock(path)
             Path(path, "settings.json").write_text(settings.to_json())
         return cls(path, lock_fd, _roster(path), survives=survives)
@@ -150,7 +153,8 @@ def private_folder(path: str, mode: int) -> None:
 
 
 def _mount_tmpfs(path: str, settings: Settings) -> bool:
-    size = memory_sizes(settings).total_bytes + _SLACK_BYTES
+    # Twice what is needed: what watches for full disks reports a filesystem that is full by design.
+    size = 2 * (memory_sizes(settings).total_bytes + _SLACK_BYTES)
     libc = ctypes.CDLL(None, use_errno=True)
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     data = f"size={size},mode=0700,noswap".encode()
@@ -238,6 +242,7 @@ def _remove_dead(mountpoint: str) -> list[str]:
 
 def _remove(path: str) -> None:
     """Remove a directory whose lock this process holds: lazily, since the lock's file is open there."""
+    public.remove(path)
     with contextlib.suppress(MountError):
         unmount(path, lazy=True)
     shutil.rmtree(path, ignore_errors=True)

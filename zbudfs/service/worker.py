@@ -38,6 +38,7 @@ import trio
 from zbudfs import __version__
 from zbudfs.core.codec import Codec
 from zbudfs.core.packing import Packing
+from zbudfs.core.public import Discretion
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.fuse import shim
 from zbudfs.fuse.nodes import Control, Stats, Value
@@ -47,6 +48,7 @@ from zbudfs.service import hardening
 from zbudfs.service.child import is_readable
 from zbudfs.service.log import Lasting, Log
 from zbudfs.service.mountpoint import MountError, is_connected, unmount_all
+from zbudfs.service.public import PublicFile
 from zbudfs.service.roster import Roster
 from zbudfs.service.settings import Settings
 from zbudfs.service.urgency import Urgency
@@ -108,6 +110,8 @@ class Mounted:
     lock_fd: int
     """Of the pool directory's lock."""
     roster: Roster
+    public: PublicFile | None
+    """What other users may read; None where it cannot be had."""
 
     def write_owners(self, fields: memoryview) -> None:
         """Say on the board which keeper this is, and the numbers of the descriptors in it and in its children."""
@@ -171,6 +175,8 @@ class Worker:
         """Whether this standby has ordered itself."""
         self._active = False
         """Whether this process serves, or is about to: it has the lock of the roster."""
+        self._has_settled = False
+        self._discretion = Discretion(_random_below)
         self._follower = Follower(mounted.memory)
         self._trouble = Lasting(mounted.log.warning, mounted.log.info)
 
@@ -218,9 +224,9 @@ class Worker:
                     await trio.lowlevel.wait_readable(self._order_fd)
                     fields[Field.TAKING_OVER] = os.getpid()
                     waiting.cancel_scope.cancel()
-                nursery.start_soon(self._heartbeat, store, steering)
+                nursery.start_soon(self._heartbeat, store, steering, stats)
                 is_new = not self._board.init()
-                await self._take_over(store, steering, nursery)
+                await self._take_over(store, steering, stats, nursery)
                 if is_new:
                     nursery.start_soon(helper.run, _ask_for_attribute, settings.mountpoint)
                 urgency.begin()
@@ -229,7 +235,7 @@ class Worker:
                 self._log.info(f"unmounted from {settings.mountpoint}")
                 nursery.cancel_scope.cancel()
 
-    async def _take_over(self, store: PageStore, steering: Steering, nursery: trio.Nursery) -> None:
+    async def _take_over(self, store: PageStore, steering: Steering, stats: Stats, nursery: trio.Nursery) -> None:
         fields, mounted = self._board.fields, self._mounted
         _die_with_keeper(0)  # from here on it may be the only one left
         await self._become_server()
@@ -249,6 +255,7 @@ class Worker:
             resume(first_request)
         else:
             await nursery.start(store.run)  # the first of all: the reserves come before the first request
+            self._publish(stats)
         fields[Field.CAN_RESEND] = 1 if resend(mounted.fuse_fd) else 2
         fields[Field.LAST_RECOVERY_US] = (time.monotonic_ns() - began) // 1000
         fields[Field.LOST_IN_RECOVERY] += found.lost_pages
@@ -282,12 +289,15 @@ class Worker:
         """Have all memory present and locked that this worker will ever need. It may take a while."""
         mounted = self._mounted
         self._follower.follow()
+        if mounted.public is not None:
+            mounted.public.map_populated()
         if mounted.backing is not None:
             mounted.backing.warm_up()
         hardening.grow_heap(HEAP_BYTES)
         for refused in hardening.lock_memory([(arena.address, arena.size) for arena in mounted.memory.arenas]):
             if refused not in mounted.warnings:
                 mounted.warnings.append(refused)
+        self._has_settled = True
 
     async def _settle_later(self, helper: IoThread[None], store: PageStore) -> None:
         await trio.sleep(SETTLE_SECONDS)
@@ -303,7 +313,12 @@ class Worker:
                 fields[Field.STANDBY_BEAT] += 1
             await trio.sleep(READY_BEAT_SECONDS)
 
-    async def _heartbeat(self, store: PageStore, steering: Steering) -> None:
+    def _publish(self, stats: Stats) -> None:
+        """Renew what other users may read: some 0.1 ms. Not before its pages are mapped here."""
+        if self._mounted.public is not None and self._has_settled:
+            self._mounted.public.renew(self._discretion.public(stats.snapshot()))
+
+    async def _heartbeat(self, store: PageStore, steering: Steering, stats: Stats) -> None:
         """Give signs of life of a worker that waits for its turn; once it serves, keep what its successor cannot rebuild."""
         while True:
             self._board.beat()
@@ -312,6 +327,8 @@ class Worker:
             if self._active:
                 store.save_counters()
                 steering.save()
+                if self._board.fields[Field.SERVING]:
+                    self._publish(stats)
             await trio.sleep_until(next_tick())
 
     async def _outlive_keeper(self) -> None:
@@ -472,6 +489,10 @@ def _ask_for_attribute(mountpoint: str) -> None:
     """
     with contextlib.suppress(OSError):
         os.getxattr(mountpoint, "security.zbudfs")
+
+
+def _random_below(limit: int) -> int:
+    return int.from_bytes(os.urandom(8), "little") % limit
 
 
 def _unmount(st_dev: int) -> None:
