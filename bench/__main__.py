@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from bench import document, fio, machine, memory, packing, recovery, size, store, storm
+from bench import document, fio, machine, memory, packing, recovery, size, store, storm, strangers
 from bench.kit import BenchError, Benchmark, Options, progress
 from bench.table import Table
 
@@ -31,6 +31,7 @@ BENCHMARKS: Final = (
     size.BENCHMARK,
     packing.BENCHMARK,
     recovery.BENCHMARK,
+    strangers.BENCHMARK,
 )
 ROUNDS: Final = 5
 

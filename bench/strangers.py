@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""Strangers: how long a page-in takes while another user does what he can to the mount.
+
+A program reads pages at random from a loop device on swapfile, past the page cache, as swap does, on one processor. Another
+user's process runs on another processor and repeats one attack as fast as it can:
+
+    on tmpfs    on files of a tmpfs: what the load alone costs, and what the others are compared with
+    on zbudfs   the same calls on the mount, or on its public statistics
+
+The rows take turns. A column tells how often the attack went round, each time some thousands of calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import mmap
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from bench import corpus
+from bench.kit import MIB, PAGE, BenchError, Benchmark, Options, in_turns, progress, run, workplace, zbudfs_command
+from bench.memory import write
+from bench.table import Column, Table
+
+NOBODY: Final = 65534
+SIZE_BYTES: Final = 64 * MIB
+COLUMNS: Final = [
+    Column("p50_us", "p50 us"),
+    Column("p99_us", "p99 us"),
+    Column("max_us", "longest us", ratio=False),
+    Column("reads", "reads", ratio=False),
+    Column("rounds", "rounds of the attack", ratio=False),
+]
+ON_TMPFS: Final = "on tmpfs"
+ON_ZBUDFS: Final = "on zbudfs"
+
+Attack = Callable[[Path], object]
+
+
+def _many(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        with contextlib.suppress(OSError):
+            call()
+
+
+def _open_and_close(path: Path, flags: int, times: int) -> None:
+    """Open a file many times, then close all at once, as the end of a process does."""
+    fds: list[int] = []
+    _many(lambda: fds.append(os.open(path, flags)), times)
+    for fd in fds:
+        os.close(fd)
+
+
+def _in_threads(path: Path) -> None:
+    threads = [threading.Thread(target=_open_and_close, args=(path, os.O_RDONLY, 10)) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _map(path: Path) -> None:
+    def once() -> None:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            mmap.mmap(fd, PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        finally:
+            os.close(fd)
+
+    _many(once, 1000)
+
+
+def _look(folder: Path) -> None:
+    """Ask for everything that can be asked of a path."""
+    for call in (
+        lambda: os.stat(folder),  # noqa: PTH116
+        lambda: os.listdir(folder),  # noqa: PTH208
+        lambda: os.access(folder, os.R_OK),
+        lambda: os.statvfs(folder),
+        lambda: os.getxattr(folder, "security.x"),
+        lambda: os.chdir(folder),
+    ):
+        _many(call, 500)
+
+
+ATTACKS: Final[dict[str, Attack]] = {
+    "directories": lambda at: _open_and_close(at, os.O_RDONLY | os.O_DIRECTORY, 5000),
+    "files of stats/": lambda at: _open_and_close(at / "stats/all.json", os.O_RDONLY, 5000),
+    "threads": lambda at: _in_threads(at / "stats/all.json"),
+    "maps": lambda at: _map(at / "stats/all.json"),
+    "stat, list, access, statfs, xattr": _look,
+    "public statistics": lambda at: _many((at / "public.json").read_bytes, 1000),
+}
+"""By name: what a stranger does, given the folder that he attacks."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what only this measurement knows."""
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, metavar="S", help="how long each round reads (default: %(default)s)"
+    )
+
+
+def measure(options: Options) -> list[Table]:
+    """One table for each attack."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        raise BenchError("it needs two processors: one for the reader, one for the attacker")
+    seconds = 0.2 if options.short else options.seconds
+    pages = corpus.sample(16 * MIB)
+    tables = {name: Table(f"Page-ins under attack: {name}", COLUMNS, base=ON_TMPFS) for name in ATTACKS}
+    with workplace(options) as folder, _mounted(folder) as (mountpoint, floor, device):
+        write(mountpoint / "swapfile", pages.pages, 0, SIZE_BYTES)
+        rows = [(name, where) for name in ATTACKS for where in (ON_TMPFS, ON_ZBUDFS)]
+        names = [f"{name}\n{where}" for name, where in rows]
+        for number, row in in_turns(names, options.rounds):
+            name, _, where = row.partition("\n")
+            target = floor if where == ON_TMPFS else mountpoint
+            if name == "public statistics" and where == ON_ZBUDFS:
+                target = folder / "links"
+            with _attacked(ATTACKS[name], target, cpus[-1]) as rounds:
+                sample = _read(device, seconds, cpus[0])
+                sample["rounds"] = float(rounds())
+            tables[name].add(where, sample)
+            progress(f"round {number + 1}: {name}, {where}: {sample}")
+    for table in tables.values():
+        table.notes.append("The reader and the attacker have a processor each; the daemon runs on both, in real time.")
+    return list(tables.values())
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path) -> Iterator[tuple[Path, Path, Path]]:
+    """A mount, a tmpfs with files of the same names, and a loop device on the swapfile."""
+    mountpoint, floor, links = folder / "mnt", folder / "floor", folder / "links"
+    for path in (mountpoint, floor, links):
+        path.mkdir()
+    folder.chmod(0o755)
+    with contextlib.ExitStack() as stack:
+        command = [
+            *zbudfs_command(),
+            "mount",
+            "--backing",
+            "none",
+            "--size",
+            str(SIZE_BYTES),
+            "--pool",
+            str(SIZE_BYTES),
+        ]
+        run([*command, mountpoint])
+        stack.callback(run, [*zbudfs_command(), "umount", mountpoint])
+        run(["mount", "-t", "tmpfs", "-o", "mode=0755", "floor", floor])
+        stack.callback(run, ["umount", "--lazy", floor])
+        (floor / "stats").mkdir()
+        everything = (mountpoint / "stats/all.json").read_bytes()
+        (floor / "stats/all.json").write_bytes(everything)
+        (floor / "public.json").write_bytes(everything)
+        pool = Path((mountpoint / "stats/pool_directory").read_text().strip())
+        (links / "public.json").symlink_to(pool.parent.parent / f"{pool.parent.name}-stats" / f"{pool.name}.json")
+        device = run(
+            ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", mountpoint / "swapfile"]
+        )
+        stack.callback(run, ["losetup", "--detach", device.strip()])
+        yield mountpoint, floor, Path(device.strip())
+
+
+@contextlib.contextmanager
+def _attacked(attack: Attack, target: Path, cpu: int) -> Iterator[Callable[[], int]]:
+    """Have another user repeat an attack for a while, on one processor; how often he did so far."""
+    count = mmap.mmap(-1, mmap.PAGESIZE)
+    number = memoryview(count).cast("Q")
+    pid = os.fork()
+    if not pid:
+        try:
+            os.sched_setaffinity(0, {cpu})
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            while True:
+                attack(target)
+                number[0] += 1
+        finally:
+            os._exit(1)
+    try:
+        time.sleep(0.2)
+        yield lambda: int(number[0])
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _read(device: Path, seconds: float, cpu: int) -> dict[str, float | None]:
+    """Read pages at random for so long."""
+    before = os.sched_getaffinity(0)
+    source = random.Random(5)
+    took: list[int] = []
+    fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
+    try:
+        os.sched_setaffinity(0, {cpu})
+        buffer = mmap.mmap(-1, PAGE)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            offset = source.randrange(SIZE_BYTES // PAGE) * PAGE
+            began = time.perf_counter_ns()
+            os.preadv(fd, [buffer], offset)
+            took.append(time.perf_counter_ns() - began)
+    finally:
+        os.sched_setaffinity(0, before)
+        os.close(fd)
+    took.sort()
+    return {
+        "p50_us": took[len(took) // 2] / 1000,
+        "p99_us": took[len(took) * 99 // 100] / 1000,
+        "max_us": took[-1] / 1000,
+        "reads": float(len(took)),
+    }
+
+
+BENCHMARK: Final = Benchmark(
+    "strangers", "page-ins while another user attacks the mount", ("root", "fuse", "loop"), add_options, measure
+)
