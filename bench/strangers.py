@@ -116,8 +116,7 @@ def measure(options: Options) -> list[Table]:
     seconds = 0.2 if options.short else options.seconds
     pages = corpus.sample(16 * MIB)
     tables = {name: Table(f"Page-ins under attack: {name}", COLUMNS, base=ON_TMPFS) for name in ATTACKS}
-    with workplace(options) as folder, _mounted(folder) as (mountpoint, floor, device):
-        write(mountpoint / "swapfile", pages.pages, 0, SIZE_BYTES)
+    with workplace(options) as folder, _mounted(folder, pages) as (mountpoint, floor, device):
         rows = [(name, where) for name in ATTACKS for where in (ON_TMPFS, ON_ZBUDFS)]
         names = [f"{name}\n{where}" for name, where in rows]
         for number, row in in_turns(names, options.rounds):
@@ -136,7 +135,7 @@ def measure(options: Options) -> list[Table]:
 
 
 @contextlib.contextmanager
-def _mounted(folder: Path) -> Iterator[tuple[Path, Path, Path]]:
+def _mounted(folder: Path, pages: corpus.Corpus) -> Iterator[tuple[Path, Path, Path]]:
     """A mount, a tmpfs with files of the same names, and a loop device on the swapfile."""
     mountpoint, floor, links = folder / "mnt", folder / "floor", folder / "links"
     for path in (mountpoint, floor, links):
@@ -155,6 +154,7 @@ def _mounted(folder: Path) -> Iterator[tuple[Path, Path, Path]]:
         ]
         run([*command, mountpoint])
         stack.callback(run, [*zbudfs_command(), "umount", mountpoint])
+        write(mountpoint / "swapfile", pages.pages, 0, SIZE_BYTES)
         run(["mount", "-t", "tmpfs", "-o", "mode=0755", "floor", floor])
         stack.callback(run, ["umount", "--lazy", floor])
         (floor / "stats").mkdir()

@@ -13,6 +13,7 @@ import pytest
 
 from bench.fio import SHORT_JOBS
 from bench.store import PARTS
+from bench.strangers import ATTACKS, ON_TMPFS, ON_ZBUDFS
 from bench.targets import why_not
 from tests.fuse.calls import require_tools
 from tests.support import LIMIT_SECONDS, ROOT
@@ -54,6 +55,16 @@ def test_storm(tmp_path: Path) -> None:
     for name in ("zbudfs", "swapfile"):
         figures(on_disk, name, *speeds, "written_mib")
     assert in_ram["rows"]["zbudfs"][0]["written_mib"] == 0
+
+
+@pytest.mark.needs("root", "fuse", "loop")
+def test_strangers(tmp_path: Path) -> None:
+    """Each attack goes round, on a tmpfs and on the mount, and pages are read meanwhile."""
+    tables = short(tmp_path, "strangers")
+    assert len(tables) == len(ATTACKS)
+    for table in tables:
+        for row in (ON_TMPFS, ON_ZBUDFS):
+            figures(table, row, "p50_us", "p99_us", "max_us", "reads")
 
 
 @pytest.mark.needs("root", "fuse")
