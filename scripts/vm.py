@@ -17,6 +17,7 @@
     broken      what cannot start at boot: backing files, a file with an error, no /dev/fuse, another Python
     late        a backing file on a disk that is mounted late, or not at all
     session     a daemon that a shell has started outlives the login session
+    shutdown    power-off while a tmpfs in swap has no room in RAM
     sleep       suspend to RAM and to idle, 20 times each, under that pressure; the helpers are killed meanwhile
     hibernate   refused without room, and without other swap; with room the machine goes on from the image
 

@@ -927,6 +927,26 @@ def session() -> None:
     check_kernel(allowed=r"python3|oom|Killed process|Out of memory|Memory cgroup")
 
 
+# ---- shutdown without room ---------------------------------------------------------------------------------------------
+
+
+def shutdown() -> None:
+    """Power-off while a tmpfs that stays mounted holds more than RAM: swap cannot go off, and the machine ends."""
+    start_swap(size="1900M", pool="96M")
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    must("mount", "-o", "remount,size=1500M", "/dev/shm")
+    noise = random.Random(3).randbytes(MIB)
+    with open("/dev/shm/data", "wb") as file:  # noqa: PTH123
+        for _ in range(ram * 13 // 10):
+            file.write(noise)
+    check("a tmpfs holds more than RAM", swap_used_mib() > ram // 4, f"{swap_used_mib()} MiB in swap")
+    check_kernel()
+    os.sync()
+    report(ends="power-off", again=False, **{"with": "a full tmpfs in swap"})
+    must("systemctl", "--no-block", "poweroff")
+    time.sleep(LIMIT_SECONDS)
+
+
 # ---- sleep -------------------------------------------------------------------------------------------------------------
 
 WAKE_SECONDS: Final = 8
@@ -1132,6 +1152,7 @@ SCENARIOS: Final[dict[str, Callable[[], None]]] = {
     "broken": broken,
     "late": late,
     "session": session,
+    "shutdown": shutdown,
     "sleep": sleep_,
     "hibernate": hibernate,
 }

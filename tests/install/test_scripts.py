@@ -158,7 +158,8 @@ def test_a_swapoff_that_fails_is_taken_back_too(machine: MadeUp) -> None:
 GROUPS: Final = (
     *("init.scope", "user.slice", "user.slice/session-1.scope", "system.slice", "system.slice/web.service"),
     *("system.slice/web.service/inner", "system.slice/zbudfs@swap.service", "system.slice/zbudfs-swap@swap.service"),
-    *("system.slice/dbus.service", "system.slice/systemd-suspend.service", "other.slice", "other.slice/mine.service"),
+    *("system.slice/dbus.service", "system.slice/systemd-homed.service", "system.slice/systemd-suspend.service"),
+    *("other.slice", "other.slice/mine.service"),
     *("other.slice/theirs.service", "stopped.slice", "empty.slice"),
 )
 
