@@ -220,8 +220,8 @@ def nothing_waits(watch: Watch, nothing_is_started: None, monkeypatch: pytest.Mo
     monkeypatch.setattr(top, "zbudfs_mounts", list)
     monkeypatch.setattr(trace_replay, "DEFAULT_FOLDER", str(watch.folder))
     with subprocess.Popen(["sleep", "600"]) as other:
-        monkeypatch.setattr(estimate, "all_pids", lambda: [other.pid])
         try:
+            monkeypatch.setattr(estimate.Proc, "pids", lambda self: [other.pid])
             yield
         finally:
             other.kill()
