@@ -19,11 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.tracing.samples import trace_file
-from zbudfs.cli import commands, estimate, exporter, top, trace_replay
+from zbudfs.cli import commands, exporter, top, trace_replay
 from zbudfs.cli.main import main
 from zbudfs.cli.teardown import _empty
 from zbudfs.core.errors import LayoutError
 from zbudfs.core.trace import Kind
+from zbudfs.estimate.pagemap import Proc
 from zbudfs.service import hardening, launch
 from zbudfs.service.launch import LaunchError
 from zbudfs.service.settings import Settings, SettingsError
@@ -221,7 +222,7 @@ def nothing_waits(watch: Watch, nothing_is_started: None, monkeypatch: pytest.Mo
     monkeypatch.setattr(trace_replay, "DEFAULT_FOLDER", str(watch.folder))
     with subprocess.Popen(["sleep", "600"]) as other:
         try:
-            monkeypatch.setattr(estimate.Proc, "pids", lambda self: [other.pid])
+            monkeypatch.setattr(Proc, "pids", lambda self: [other.pid])
             yield
         finally:
             other.kill()

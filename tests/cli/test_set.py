@@ -79,7 +79,11 @@ def test_setting_is_in_force_and_survives(mnt: Path) -> None:
         (["levl=3"], 2, "did you mean level?"),
         (["level=3", "level=4"], 2, "level is there twice"),
         (["level"], 2, "is not KEY=VALUE"),
-        (["level=3", "pool_limit_bytes=1T"], 2, "it must be from 1048576 to the pool of the mount, 16777216 bytes"),
+        (
+            ["level=3", "pool_limit_bytes=1T"],
+            2,
+            "the pool of this mount has 16 MiB, so write a size from 1048576 to 16777216 bytes",
+        ),
         (["low_watermark_frames=5", "high_watermark_frames=4"], 2, "watermark_frames is"),
         (["age_seconds=soon"], 2, "it must be a whole number"),
     ],

@@ -335,7 +335,7 @@ def test_without_textual(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     [
         ([], 1, "top needs a terminal"),
         (["/none"], 1, "no zbudfs is mounted on /none"),
-        (["--interval", "0"], 2, "'0' is no time"),
+        (["--interval", "0"], 2, "'0' is not a number of seconds"),
         (["--picture", "it.png"], 2, "write one that ends in .svg"),
     ],
 )

@@ -4,16 +4,21 @@
 import argparse
 import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 
-from tests.support import ROOT, run_zbudfs
+from tests.support import LIMIT_SECONDS, ROOT, mounted, run_zbudfs
 from zbudfs import __version__
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.commands import make_settings
 from zbudfs.cli.main import main
 from zbudfs.cli.options import build_parser
+from zbudfs.cli.stdio import shows_unicode
 from zbudfs.cli.target import resolve
 from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.settings import SettingsError
@@ -43,7 +48,7 @@ COMMANDS = (
     ("arguments", "reason"),
     [
         ([], "required: COMMAND"),
-        (["frob"], "invalid choice: 'frob'"),
+        (["frob"], "'frob' is no command of zbudfs: known are mount, umount"),
         (["mount"], "required: MOUNTPOINT"),
         (["mount", "--size", "5x", "/x"], "argument --size: '5x' is not a size: write digits"),
         (["mount", "--size", "4GB", "/x"], "is not a size"),
@@ -58,7 +63,10 @@ COMMANDS = (
         ),
         (["mount", "--level", "fast", "/x"], "'fast' is not a level"),
         (["swapon", "--priority", "-1", "/x"], "'-1' is not a priority: write a whole number from 0 to 32767"),
-        (["mount", "--siz", "4G", "/x"], "unrecognized arguments: --siz"),
+        (
+            ["mount", "--siz", "4G", "/x"],
+            "'--siz' is no option of zbudfs mount: did you mean --size? (see zbudfs mount --help)",
+        ),
         (["swapon"], "write either MOUNTPOINT or --config NAME"),
         (["swapoff", "--config", "swap", "/x"], "write either MOUNTPOINT or --config NAME"),
         (["swapon", "--config", "swap", "--size", "4G"], "--size does not go with --config: write it into the file"),
@@ -272,3 +280,118 @@ def test_the_daemons_own_modules_stay_lean() -> None:
         for heavy in ("argparse", "subprocess", "launch", "zbudfs.cli", "zbudfs.swap"):
             assert f"import {heavy}" not in source
             assert f"from {heavy}" not in source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["moutn", "/x"], "'moutn' is no command of zbudfs: did you mean mount? (see zbudfs --help)"),
+        (["swap-on"], "'swap-on' is no command of zbudfs: did you mean swapon?"),
+        (["trace", "recrod"], "'recrod' is no command of zbudfs trace: did you mean record? (see zbudfs trace --help)"),
+        (["hibernate", "prepar"], "'prepar' is not one of the words prepare, finish (see zbudfs hibernate --help)"),
+        (["--sise", "1G"], "'--sise' is no option of zbudfs: known are --help, --version"),
+        (["mount", "--siez", "64M", "/x"], "'--siez' is no option of zbudfs mount: did you mean --size?"),
+        (["mount", "--siez=64M", "/x"], "'--siez' is no option of zbudfs mount: did you mean --size?"),
+        (["mount", "/x", "--poool"], "'--poool' is no option of zbudfs mount: did you mean --pool?"),
+        (["swapon", "-s", "/x"], "'-s' is no option of zbudfs swapon: known are --help, --size"),
+        (["trace", "replay", "--watermarks", "1%:2%", "x"], "did you mean --watermark?"),
+        (["umount", "--force", "/x"], "'--force' is no option of zbudfs umount: known are --help"),
+        (["set", "pool-limit-bytes=1M", "/x"], "'pool-limit-bytes' cannot be set: did you mean pool_limit_bytes?"),
+        (["set", "nonsense=1", "/x"], "'nonsense' cannot be set: known are pool_limit_bytes, "),
+        (["mount", "--size", "\u0664G", "/x"], "is not a size: write digits"),
+        (["mount", "--level", "\u0663", "/x"], "is not a level: write a whole number from -7 to 19"),
+        (["mount", "--level", "1_0", "/x"], "'1_0' is not a level"),
+        (["mount", "--level", "9" * 5000, "/x"], "is not a level"),
+        (["mount", "--instances", "", "/x"], "'' is not a number of instances: write a whole number from 1 to"),
+        (["mount", "--encrypt", "", "/x"], "'' is neither yes nor no: write one of them"),
+        (["status", "--watch", "nan"], "'nan' is not a number of seconds: write one from 0.1 to 86400"),
+        (["status", "--watch", "1e3"], "'1e3' is not a number of seconds"),
+        (["trace", "record", "--seconds", "0", "-o", "x", "/x"], "'0' is not a number of seconds: write one above 0"),
+        (["estimate", "--sample", "0", "1"], "'0' is a size of zero bytes: write a size above 0, such as 64M"),
+        (["estimate", "--levels", "0", "1"], "there is no level 0: write levels from -7 to -1 and from 1 to 19"),
+        (["trace", "replay", "--watermark", "5%", "x"], "'5%' is not a pair of watermarks: write LOW:HIGH"),
+    ],
+)
+def test_what_was_meant(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error names what is wrong, and only that, and what would be right."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert f"{error}" in err
+    assert "/x" not in err
+
+
+FULL: Final = "/dev/full"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["mount", "--help"], ["status", "--json"], ["config"]])
+def test_output_that_cannot_be_written(words: list[str]) -> None:
+    """A full disk behind stdout, or no stdout, is an error with a line that says so; a reader that has gone is none."""
+    command = shlex.join([sys.executable, "-m", "zbudfs", *words])
+    for redirection, why in ((f">{FULL}", "No space left on device"), (">&-", "it is closed")):
+        run = subprocess.run(
+            ["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_SECONDS
+        )
+        assert run.returncode == 1
+        assert run.stderr == f"zbudfs: standard output cannot be written, so what was to be printed is lost: {why}\n"
+    run = subprocess.run(
+        ["bash", "-c", f"({command}; echo $? >&2) | true"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=LIMIT_SECONDS,
+    )
+    assert run.stderr in ("1\n", "0\n")  # 0 where the pipe took it all before it was closed
+
+
+@pytest.mark.parametrize("redirection", [f"2>{FULL}", "2>&-", "<&- 2>&-"])
+def test_errors_that_cannot_be_written(redirection: str) -> None:
+    """The exit status is what there is; nothing goes to stdout instead."""
+    for words, status in (("umount /nonexistent/x", 1), ("mount --level 99 /x", 2), ("frob", 2)):
+        command = f"{shlex.quote(sys.executable)} -m zbudfs {words} {redirection}"
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_SECONDS)
+        assert (run.returncode, run.stdout) == (status, "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"LANG": "C"}, False),
+        ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, False),
+        ({"LC_CTYPE": "C.UTF-8"}, False),
+        ({"LC_ALL": "POSIX", "LANG": "en_US.UTF-8"}, False),
+        ({"LANG": "de_DE.ISO-8859-1"}, False),
+        ({"LANG": "de_DE"}, False),
+        ({"LANG": "de_DE.UTF-8"}, True),
+        ({"LANG": "C.UTF-8"}, True),
+        ({"LANG": "C", "LC_ALL": "C.utf8"}, True),
+        ({"LANG": "C", "LC_CTYPE": "de_DE.UTF-8"}, True),
+        ({"LC_ALL": "", "LANG": "en_GB.utf8"}, True),
+    ],
+)
+def test_what_a_locale_shows(environment: dict[str, str], expected: bool) -> None:
+    """The first of LC_ALL, LC_CTYPE and LANG decides; what Python sets by itself does not count."""
+    assert shows_unicode(environment, "utf-8") is expected
+    assert not shows_unicode(environment, "ascii")
+
+
+@pytest.mark.needs("root", "fuse")
+@pytest.mark.parametrize(
+    ("name", "value", "ascii_only"), [("LANG", "C", True), ("LC_ALL", "POSIX", True), ("LC_ALL", "C.UTF-8", False)]
+)
+def test_no_characters_that_the_locale_lacks(name: str, value: str, ascii_only: bool, tmp_path: Path) -> None:
+    """Bars are made of ASCII where the locale is not one of UTF-8."""
+    environment = {key: text for key, text in os.environ.items() if key not in ("LANG", "LC_ALL", "LC_CTYPE")}
+    with mounted(tmp_path / "mnt") as mountpoint:
+        run = subprocess.run(
+            [sys.executable, "-m", "zbudfs", "status", mountpoint],
+            capture_output=True,
+            cwd=ROOT,
+            timeout=LIMIT_SECONDS,
+            env={**environment, name: value},
+        )
+    assert run.returncode == 0
+    assert run.stdout.isascii() is ascii_only
+    assert b"  pool " in run.stdout

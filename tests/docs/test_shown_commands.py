@@ -42,7 +42,7 @@ def to_run(command: str, folder: Path, mountpoint: Path) -> list[str] | None:
         "5678": str(os.getppid()),
         "core.1234": str(folder / "core"),
         "high_watermark_frames=N": "high_watermark_frames=auto",
-        "pool_limit_bytes=1G": "pool_limit_bytes=8M",
+        "pool_limit_bytes=64M": "pool_limit_bytes=8M",
         "pool_limit_bytes=32M": "pool_limit_bytes=8M",
     }
     words = shlex.split(command)[1:]

@@ -15,7 +15,6 @@ Every reader takes `root`, the folder that holds `etc/` and `proc/`.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import Final
 
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.keys import BY_NAME, KEYS, Value
+from zbudfs.cli.keys import BY_NAME, Value
+from zbudfs.cli.suggest import did_you_mean
 from zbudfs.cli.target import resolve
 from zbudfs.service.mountpoint import find_mount, shown_path
 from zbudfs.service.settings import Settings, SettingsError, ram_bytes
@@ -34,6 +34,17 @@ FOLDER: Final = "/etc/zbudfs"
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 """What a name is made of: nothing that a unit's name or a path would need to escape."""
+
+_MARKS: Final = (
+    (b"\xef\xbb\xbf", "UTF-8"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+_NEWLINE: Final = "\n"
+_PLACE: Final = re.compile(r"(.*) \(at line (\d+), column (\d+)\)", re.DOTALL)
+"""How tomllib ends its errors."""
+_KEY: Final = re.compile(r"\s*([A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')\s*=")
+_QUOTES: Final = "\"'"
 
 _LONGEST_SHOWN_NR: Final = 80
 
@@ -208,14 +219,38 @@ def _read(path: Path) -> dict[str, object]:
         return {}  # how an administrator takes out a file that a package has brought
     if not path.is_file():
         raise ValueError("it is not a file")
+    content = path.read_bytes()
+    for mark, name in _MARKS:
+        if content.startswith(mark):
+            raise ValueError(
+                f"line 1: it is not TOML: it begins with the byte order mark of {name}; save it as UTF-8 without one"
+            )
     try:
-        return tomllib.loads(path.read_bytes().decode())
+        text = content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not TOML: it is not UTF-8 at byte {error.start}") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: it is not TOML: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    try:
+        return tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is not for zbudfs: its lists or tables are nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"it is not TOML: {error}") from None
+        raise ValueError(_toml_error(str(error), text)) from None
+
+
+def _toml_error(error: str, text: str) -> str:
+    """Return what is wrong with a text, with the line first, from the parser's words."""
+    match = _PLACE.fullmatch(error)
+    if match is None:
+        return f"line {text.count(_NEWLINE) + 1}: it is not TOML: {error.replace('document', 'the file')}"
+    said, number = match[1], int(match[2])
+    lines = text.split(_NEWLINE)
+    key = _KEY.match(lines[number - 1]) if number <= len(lines) else None
+    if said == "Cannot overwrite a value" and key is not None:
+        before = [at for at, line in enumerate(lines[: number - 1], 1) if (m := _KEY.match(line)) and m[1] == key[1]]
+        where = f"in line {before[-1]} already" if before else "above already"
+        return f"line {number}: it is not TOML: the key {_shown(key[1].strip(_QUOTES))} is {where}; leave one of the two out"
+    return f"line {number}: it is not TOML: {said} (column {match[3]})"
 
 
 def _inside(root: str, path: str) -> Path:
@@ -223,9 +258,7 @@ def _inside(root: str, path: str) -> Path:
 
 
 def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key.lower().replace("-", "_"), BY_NAME, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(each.name for each in KEYS)}"
-    return f"the key {_shown(key)} is unknown and passed over: {hint}"
+    return f"the key {_shown(key)} is unknown and passed over: {did_you_mean(key.replace('-', '_'), BY_NAME)}"
 
 
 def _shown(written: object) -> str:

@@ -77,7 +77,13 @@ def _pool(value: object, ram: int) -> str:
 def _number(what: str, low: int, high: int) -> Callable[[object, int], int]:
     def read(value: object, ram: int) -> int:
         try:
-            if not isinstance(value, str | int) or isinstance(value, bool) or not low <= int(value) <= high:
+            if not isinstance(value, str | int) or isinstance(value, bool):
+                raise ValueError
+            if isinstance(value, str) and not (
+                value.isascii() and value.removeprefix("-").isdigit() and len(value) < 20
+            ):
+                raise ValueError
+            if not low <= int(value) <= high:
                 raise ValueError
             return int(value)
         except ValueError:

@@ -11,15 +11,15 @@ A user's or a system's error never shows a traceback; a traceback is a bug. What
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.config import ConfigError
 from zbudfs.cli.options import build_parser, one_line
+from zbudfs.cli.stdio import OutputError, checked_output
 from zbudfs.cli.target import CommandError
 from zbudfs.service.launch import LaunchError
 from zbudfs.service.mountpoint import MountError
@@ -44,13 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(run: Callable[[], int]) -> int:
     """Do something and return its exit status, or tell its error in one line and return the status for that."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     try:
-        status = run()
-        sys.stdout.flush()
-        return status
+        with checked_output():
+            return _told(run)
+    except BrokenPipeError:
+        return FAILURE  # the reader of the output has gone, and knows it
+    except OutputError as error:
+        return _fail(error, FAILURE)
+
+
+def _told(run: Callable[[], int]) -> int:
+    try:
+        return run()
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 after an error that it has told
         return end.code if isinstance(end.code, int) else USAGE
     except ConfigError as error:
@@ -61,14 +66,13 @@ def guarded(run: Callable[[], int]) -> int:
         return _fail(error, FAILURE)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has gone. Nothing to tell it; and Python must not try again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
+    except (BrokenPipeError, OutputError):
+        raise
     except OSError as error:
         return _fail(error, FAILURE)
 
 
 def _fail(why: object, status: int) -> int:
-    print(f"zbudfs: {one_line(str(why))}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"zbudfs: {one_line(str(why))}", file=sys.stderr)
     return status

@@ -16,7 +16,6 @@ Exit status, as mount(8) has it: 0 done, 1 asked for wrongly or not root, 32 it 
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from zbudfs.cli.commands import start
 from zbudfs.cli.keys import BY_NAME, KEYS, Value
 from zbudfs.cli.main import USAGE, guarded
 from zbudfs.cli.options import OneLineParser
+from zbudfs.cli.suggest import did_you_mean
 from zbudfs.cli.target import CommandError, need_root, resolve
 from zbudfs.cli.teardown import take_down
 from zbudfs.service.mountpoint import Mount, find_mount, shown_path, unmount
@@ -193,8 +193,8 @@ def read_options(text: str, ram: int, *, sloppy: bool = False) -> tuple[dict[str
             notices.append(f"the option {option} is unknown, and ignored because of -s")
         else:
             known = [key.name for key in KEYS if key.mount_option]
-            near = difflib.get_close_matches(name, [*known, *_SO_ANYWAY, *_IGNORED, *_REFUSED], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}, and those of mount(8)"
+            listed = f"{', '.join(known)}, and those of mount(8)"
+            hint = did_you_mean(name, [*known, *_SO_ANYWAY, *_IGNORED, *_REFUSED], listed)
             raise SettingsError(f"the option {option!r} is unknown: {hint}")
     return values, notices
 

@@ -23,6 +23,7 @@ from zbudfs.cli.expression import EXPRESSION_GRAMMAR
 from zbudfs.cli.keys import KEYS
 from zbudfs.cli.stripe import MAX_INSTANCES
 from zbudfs.cli.study_options import add_estimate, add_top, add_trace
+from zbudfs.cli.suggest import did_you_mean
 from zbudfs.core.packing import DENSE, Packing
 from zbudfs.core.sizes import GRAMMAR
 from zbudfs.core.tunables import TUNABLES
@@ -87,6 +88,27 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         # No option of ours starts with a digit, so "-3,-1,1" is a value, as "-3" is.
         self._negative_number_matcher = re.compile(r"-\d")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; an unknown option is an error of its own, told before its value is taken for something else."""
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            option = word.partition("=")[0]
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                break  # what follows are no options, or those of a command
+            if re.fullmatch(r"--.+|-[^-\d.]", option, re.DOTALL) and option not in self._option_string_actions:
+                self.error(f"{option!r} is no option of {self.prog}: {did_you_mean(option, self._known_options())}")
+        return super().parse_known_args(args, namespace)
+
+    def _known_options(self) -> list[str]:
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """See that a word is one of those that are allowed; for a command the error names the nearest."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            self.error(f"{value!r} is no command of {self.prog}: {did_you_mean(value, list(action.choices))}")
+        if action.choices is not None and value not in action.choices:
+            self.error(f"{value!r} is not one of the words {', '.join(map(str, action.choices))}")
 
     def error(self, message: str) -> NoReturn:
         """Tell what was typed wrongly, and end with exit status 2."""
@@ -286,7 +308,7 @@ A number of bytes is {GRAMMAR}.
 
 examples:
   zbudfs set /mnt/zswap                                        what can be set, and how it is
-  zbudfs set pool_limit_bytes=1G level=3 /mnt/zswap
+  zbudfs set pool_limit_bytes=64M level=3 /mnt/zswap           a smaller pool, and smaller zpages
   zbudfs set writeback_budget_bytes_per_day=20G /mnt/zswap     go easy on flash
   zbudfs set writeback_enabled=0 writeback=all /mnt/zswap      write back only when told to, and now
 """
@@ -392,11 +414,11 @@ def _add_mount_options(parser: argparse.ArgumentParser) -> None:
 
 def _seconds(text: str) -> float:
     try:
-        seconds = float(text)
+        seconds = values.number(text)
     except ValueError:
         seconds = 0.0
     if not 0.1 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time: write seconds from 0.1 to 86400")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds: write one from 0.1 to 86400")
     return seconds
 
 
@@ -414,7 +436,7 @@ def _listen_address(text: str) -> tuple[str, int]:
 
 def _switch(text: str) -> bool:
     if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no: write one of them")
     return text == "yes"
 
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Final
+
+from zbudfs.cli.stdio import shows_unicode
 
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 _ASCII: Final = " .:-=+*#@"
@@ -15,10 +16,10 @@ _ASCII: Final = " .:-=+*#@"
 def sparkline(values: Sequence[float], *, unicode: bool | None = None) -> str:
     """Return a character for each value, from nothing for 0 to the highest for the largest.
 
-    In block elements, or in ASCII where `unicode` is false (None: as stdout's encoding allows).
+    In block elements, or in ASCII where `unicode` is false (None: as the locale allows).
     """
     if unicode is None:
-        unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        unicode = shows_unicode()
     ramp = _BLOCKS if unicode else _ASCII
     most = max(values, default=0)
     if most <= 0:

@@ -17,6 +17,7 @@ from zbudfs.cli import stripe
 from zbudfs.cli.ask import all_numbers, why_silent
 from zbudfs.cli.page import page
 from zbudfs.cli.remedies import remedies
+from zbudfs.cli.stdio import shows_unicode
 from zbudfs.service.footprint import Footprint
 from zbudfs.service.mountpoint import Mount
 from zbudfs.service.settings import Settings, SettingsError, ram_bytes
@@ -78,7 +79,7 @@ def as_pages(reports: Sequence[Report], before: Sequence[Report] = (), seconds: 
     if not reports:
         return "no zbudfs is mounted"
     earlier = {each["mountpoint"]: each for each in before if "error" not in each}
-    blocks = "utf" in (sys.stdout.encoding or "").lower()
+    blocks = shows_unicode()
     return "\n\n".join(page(each, earlier.get(each["mountpoint"]), seconds, blocks=blocks) for each in reports)
 
 

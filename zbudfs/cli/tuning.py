@@ -7,7 +7,6 @@ changed; from the daemon there is only "Invalid argument".
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zbudfs.cli.ask import all_numbers, within_limit
+from zbudfs.cli.suggest import did_you_mean
 from zbudfs.core.sizes import format_size
 from zbudfs.core.tunables import AUTO, NAMES, ORDERS, TUNABLES, Limits, parse
 from zbudfs.service.settings import SettingsError
@@ -31,9 +31,7 @@ def pairs(typed: Sequence[str]) -> dict[str, str]:
         if not separator:
             raise SettingsError(f"{text!r} is not KEY=VALUE; the last word is the MOUNTPOINT")
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, 1)
-            known = f"did you mean {near[0]}?" if near else f"known are {', '.join(NAMES)}"
-            raise SettingsError(f"{name!r} cannot be set: {known}")
+            raise SettingsError(f"{name!r} cannot be set: {did_you_mean(name.replace('-', '_'), NAMES)}")
         if name in found:
             raise SettingsError(f"{name} is there twice")
         found[name] = value

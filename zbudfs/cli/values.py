@@ -7,6 +7,7 @@ A text that is none raises ArgumentTypeError with what was wrong and what would 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import PurePath
 from typing import Final
 
@@ -16,6 +17,8 @@ from zbudfs.service.settings import MAX_LEVEL, MIN_LEVEL
 
 MAX_SECONDS: Final = 1e9
 MAX_SEED: Final = (1 << 63) - 1
+_NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
+_WHOLE: Final = re.compile(r"-?[0-9]{1,20}")
 PLOT_ENDS: Final = (".svg", ".png")
 """What the name of a picture may end in, and what it then is."""
 
@@ -32,7 +35,7 @@ def some_size(text: str) -> int:
     """A size that is not zero, in bytes."""
     found = size(text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is nothing: write a size above 0, such as 64M")
+        raise argparse.ArgumentTypeError(f"{text!r} is a size of zero bytes: write a size above 0, such as 64M")
     return found
 
 
@@ -46,7 +49,7 @@ def size_or_percent(text: str) -> str:
 
 
 def level(text: str) -> int:
-    """A zstd level; 0 is let through, for whoever has more to say about it."""
+    """A zstd level; 0 passes, and the check of the settings tells why it is refused."""
     return whole_number(text, "a level", MIN_LEVEL, MAX_LEVEL)
 
 
@@ -54,7 +57,9 @@ def levels(text: str) -> list[int]:
     """Levels with commas between them."""
     found = [level(part.strip()) for part in text.split(",")]
     if 0 in found:
-        raise argparse.ArgumentTypeError(f"level 0 is none: write levels from {MIN_LEVEL} to -1 and 1 to {MAX_LEVEL}")
+        raise argparse.ArgumentTypeError(
+            f"there is no level 0: write levels from {MIN_LEVEL} to -1 and from 1 to {MAX_LEVEL}, such as -3,-1,1"
+        )
     return list(dict.fromkeys(found))
 
 
@@ -78,7 +83,7 @@ def watermarks(text: str) -> list[str]:
         parts = pair.split(":")
         if len(parts) != 2:
             raise argparse.ArgumentTypeError(
-                f"{pair!r} is no pair of watermarks: write LOW:HIGH, such as 2%:5% or 8M:16M"
+                f"{pair!r} is not a pair of watermarks: write LOW:HIGH, such as 2%:5% or 8M:16M"
             )
         for part in parts:
             size_or_percent(part)
@@ -88,12 +93,21 @@ def watermarks(text: str) -> list[str]:
 def seconds(text: str) -> float:
     """A time that is not zero."""
     try:
-        found = float(text)
+        found = number(text)
     except ValueError:
         found = 0.0
     if not 0 < found < MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: write seconds, such as 60 or 0.5")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds: write one above 0 and below {MAX_SECONDS:,.0f}, such as 60 or 0.5"
+        )
     return found
+
+
+def number(text: str) -> float:
+    """A number in ordinary digits: Python's float() takes "1_0", "nan", and digits of all scripts. ValueError."""
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)
 
 
 def seed(text: str) -> int:
@@ -122,10 +136,7 @@ def svg_file(text: str) -> str:
 
 def whole_number(text: str, what: str, low: int, high: int) -> int:
     """A whole number of what `what` says, from `low` to `high`."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = low - 1
-    if not low <= number <= high:
+    found = int(text) if _WHOLE.fullmatch(text) else low - 1
+    if not low <= found <= high:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}: write a whole number from {low} to {high}")
-    return number
+    return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from zbudfs.core.codec import MAX_LEVEL, MIN_LEVEL
-from zbudfs.core.sizes import GRAMMAR, parse_size
+from zbudfs.core.sizes import format_size, parse_size
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 
 MIN_POOL_BYTES: Final = 1 << 20
@@ -82,7 +82,7 @@ def parse(name: str, text: str, limits: Limits) -> int:
     """
     text = text.strip()
     if len(text) > _LONGEST:
-        raise ValueError(f"{name} cannot be so long a text")
+        raise ValueError(f"{name} is a text of {len(text)} characters: write a number, or what zbudfs set --help says")
     return _PARSERS[name](name, text, limits)
 
 
@@ -90,6 +90,10 @@ def _whole_number(name: str, text: str, low: int, high: int, also: str = "") -> 
     digits = text.removeprefix("-")
     number = int(text) if digits.isascii() and digits.isdigit() else None
     if number is None or not low <= number <= high:
+        if low == high:
+            raise ValueError(f"{name} is {text!r}: write {low}{also}")
+        if high - low == 1:
+            raise ValueError(f"{name} is {text!r}: write {low} or {high}{also}")
         raise ValueError(f"{name} is {text!r}: it must be a whole number from {low} to {high}{also}")
     return number
 
@@ -109,7 +113,8 @@ def _pool_limit(name: str, text: str, limits: Limits) -> int:
     low = min(MIN_POOL_BYTES, limits.pool_bytes)
     if not low <= size <= limits.pool_bytes:
         raise ValueError(
-            f"{name} is {text!r}: it must be from {low} to the pool of the mount, {limits.pool_bytes} bytes ({GRAMMAR})"
+            f"{name} is {text!r}: the pool of this mount has {format_size(limits.pool_bytes)}, so write a size from"
+            f" {low} to {limits.pool_bytes} bytes; for a larger pool, mount again with another --pool"
         )
     return size
 
@@ -178,7 +183,7 @@ def _writers(name: str, text: str, limits: Limits) -> int:
 
 
 def _drop(name: str, text: str, limits: Limits) -> int:
-    return _whole_number(name, text, 1, 1)
+    return _whole_number(name, text, 1, 1, ": that drops all clean copies of blocks")
 
 
 _PARSERS: Final = {
