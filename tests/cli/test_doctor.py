@@ -314,7 +314,7 @@ def test_the_page_of_the_kernel(healthy: Path, page_bytes: int, words: str) -> N
 
 def test_swap_that_was_turned_off(healthy: Path) -> None:
     """A mount whose loop device was swap is told, and so is one that a configuration wants as swap."""
-    put(healthy, "proc/self/mountinfo", "50 27 0:99 / /mnt/z rw - fuse.zbudfs zbudfs rw")
+    put(healthy, "proc/self/mountinfo", "50 27 0:99 / /mnt/z rw - fuse.zbudfs zbudfs rw,user_id=0")
     here = machine(healthy)
     assert list(swap.check_swap_is_on(here)) == []
     wanted = only(swap.check_swap_is_on(replace(here, swap=True)))

@@ -14,6 +14,7 @@ from scripts.cell import Cell
 from tests.fuse.calls import require_tools
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
 from zbudfs.cli.main import main
+from zbudfs.swap.attach import release
 from zbudfs.swap.detach import detach
 from zbudfs.swap.loop import SYSTEM_PATH, SwapError, loop_devices, run_tool, swaps
 from zbudfs.swap.priority import choose_priority
@@ -99,6 +100,30 @@ def test_a_step_that_fails_undoes_those_before(
     assert capsys.readouterr().err.splitlines()[-1] == "zbudfs: swapon: not today"
     assert not is_mounted(mountpoint)
     assert not [loop for loop in loop_devices() if loop.backing_file.startswith(str(mountpoint))]
+
+
+def test_beside_other_swap(mountpoint: Path, tmp_path: Path) -> None:
+    """Without a priority it is filled before a swap that got its own from the kernel, and that is told."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8 << 20))
+    words = ["losetup", "--find", "--show", str(image)]
+    other = run_tool(words, limit_seconds=LIMIT_SECONDS)
+    try:
+        run_tool(["mkswap", other], limit_seconds=LIMIT_SECONDS)
+        run_tool(["swapon", other], limit_seconds=LIMIT_SECONDS)
+        run = run_zbudfs("swapon", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint)
+        device = run.stdout.strip()
+        priorities = {swap.path: swap.priority for swap in swaps()}
+        assert priorities[device] > priorities[other]
+        order = f"zbudfs ({priorities[device]}) first, then {other} ({priorities[other]})"
+        if len(priorities) == 2:  # this machine may have others
+            assert f"zbudfs: the kernel fills {order}\n" in run.stderr
+            assert f"filled     {order}" in zbudfs("status", mountpoint)
+        zbudfs("swapoff", "--umount", mountpoint)
+    finally:
+        if other in [swap.path for swap in swaps()]:
+            run_tool(["swapoff", other], limit_seconds=LIMIT_SECONDS)
+        release(other)
 
 
 def test_swap_that_another_program_turns_off(mountpoint: Path) -> None:
