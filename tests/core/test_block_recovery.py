@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from zbudfs.core.block_map import HEADER_BLOCK, SEGMENT_BLOCKS, BlockMap
@@ -84,7 +86,7 @@ def test_a_table_is_as_large_as_it_says() -> None:
     used = bytearray(size)
     blocks = BlockMap(memoryview(used), SEGMENTS)
     blocks.add_ready(*blocks.take_holes(SEGMENTS))
-    assert used[-1] == 1
+    assert int.from_bytes(used[-8:], sys.byteorder) == SEGMENTS
     with pytest.raises(ValueError, match="is too small for 4 segments"):
         BlockMap(memoryview(bytearray(size - 1)), SEGMENTS)
     buffer = bytearray(b"\xa5" * size)
@@ -101,3 +103,38 @@ def test_whoever_begins_anew_counts_anew() -> None:
     assert (
         (blocks.used_blocks, blocks.free_blocks) == (heir.used_blocks, heir.free_blocks) == (0, 2 * SEGMENT_BLOCKS - 1)
     )
+
+
+def test_what_was_never_ready_costs_nothing() -> None:
+    """A reset neither reads nor writes what belongs to segments that were never ready, however many there are."""
+    segments = 1000
+    buffer = bytearray(BlockMap.table_size(segments))
+    before = BlockMap(memoryview(buffer), segments)
+    before.add_ready(*before.take_holes(3))
+    masks, live = slice(8 * 3, 8 * segments), slice(-8 - segments - 64 * (segments - 3), -8 - segments)
+    assert not any(buffer[masks])
+    assert not any(buffer[live])
+    buffer[masks] = b"\xa5" * len(buffer[masks])
+    buffer[live] = b"\xa5" * len(buffer[live])
+    kept = bytes(buffer[masks]), bytes(buffer[live])
+    after = BlockMap(memoryview(buffer), segments, attach=True)
+    after.reset()
+    assert (bytes(buffer[masks]), bytes(buffer[live])) == kept
+    assert (after.ready_segments, after.holes, after.free_blocks) == (3, segments - 3, 3 * SEGMENT_BLOCKS - 1)
+    assert after.take_holes(2) == (3, 2)
+    assert after.take_holes(segments) == (5, segments - 5)
+    assert after.take_holes(1) == (-1, 0)
+
+
+def test_a_hole_that_was_taken_and_lost() -> None:
+    """A process that dies between taking segments and having them ready leaves them as holes, which are taken first."""
+    buffer = memoryview(bytearray(BlockMap.table_size(SEGMENTS)))
+    before = BlockMap(buffer, SEGMENTS)
+    before.add_ready(*before.take_holes(1))
+    assert before.take_holes(2) == (1, 2)
+    after = BlockMap(buffer, SEGMENTS, attach=True)
+    after.reset()
+    after.check()
+    assert after.holes == 3
+    assert after.take_holes(9) == (1, 2)
+    assert after.take_holes(9) == (3, 1)

@@ -28,6 +28,7 @@ from zbudfs.core.page_table import (
     PageTable,
     entry,
     entry_of_word,
+    touched_size,
     word_of_entry,
 )
 
@@ -217,11 +218,51 @@ def test_next_stored_sees_the_last_byte_of_an_entry() -> None:
 
 
 def test_a_long_look_gives_signs_of_life() -> None:
-    """A beat for each stretch of the table, also where nothing is stored."""
+    """A beat for each stretch of the table that may have been used, also where nothing is stored."""
     table = PageTable(memoryview(bytearray(8 * 5000)), 5000)
     table.store(4999, 1 << 3 | 1)
     beats: list[int] = []
     assert len(list(table.stretches(lambda: beats.append(1)))) == 1
     assert len(beats) == 10
     table.recount(lambda: beats.append(1))
-    assert (len(beats), table.stored_pages) == (20, 1)
+    assert (len(beats), table.stored_pages) == (11, 1)  # the other nine were found to be empty
+
+
+# ---- what was never used is not looked at ---------------------------------------------------------------------------------
+
+
+def with_touched(nr_pages: int) -> tuple[PageTable, memoryview]:
+    """Return a table that knows which stretches were used, and its entries."""
+    buffer = memoryview(bytearray(nr_pages * ENTRY_SIZE))
+    return PageTable(buffer, nr_pages, memoryview(bytearray(touched_size(nr_pages)))), buffer.cast("Q")
+
+
+@pytest.mark.parametrize("nr_pages", [1, 512, 513, 5 * 512 + 7])
+def test_the_first_store_marks_its_stretch(nr_pages: int) -> None:
+    """Each stretch that has an entry is found, also the last, shorter one; and one that was emptied is forgotten by a scan."""
+    table, _ = with_touched(nr_pages)
+    assert list(table.stretches()) == []
+    table.store(nr_pages - 1, entry(FRAME, 1, 1))
+    assert bytes(table.touched) == bytes(touched_size(nr_pages) - 1) + b"\1"
+    ((first, values),) = table.stretches()
+    assert (first + len(values), values[-1]) == (nr_pages, entry(FRAME, 1, 1))
+    assert table.next_stored(0, nr_pages) == nr_pages - 1
+    table.store(nr_pages - 1, 0)
+    assert table.next_stored(0, nr_pages) == nr_pages
+    assert list(table.stretches()) == []
+    assert not any(table.touched)
+    table.check()
+
+
+def test_stretches_that_were_never_used_are_passed_over() -> None:
+    """Not even read: what stands there behind the table's back is not seen, by no scan, and found by the check."""
+    table, entries = with_touched(10_000 * 512)
+    table.store(9_000 * 512 + 3, entry(FRAME, 1, 1))
+    entries[4_000 * 512] = entry(FRAME, 2, 2)
+    assert [first for first, _ in table.stretches()] == [9_000 * 512]
+    assert table.next_stored(0, 10_000 * 512) == 9_000 * 512 + 3
+    assert table.next_stored(17, 9_000 * 512) == 9_000 * 512
+    table.recount()
+    assert table.stored_pages == 1
+    with pytest.raises(AssertionError, match="stretch 4000 is not touched"):
+        table.check()

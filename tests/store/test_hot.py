@@ -580,9 +580,9 @@ def test_arguments() -> None:
         path.read(-1, 1, store.codec.decompress)
     packing = memory.packing
     layout, zpages = packing.kind.LAYOUT, packing.zpages
-    number = 12 + len(packing.kind.OWN_WIDTHS) + 1
+    number = 13 + len(packing.kind.OWN_WIDTHS) + 1
     buffers = [memoryview(bytearray(64)) for _ in range(number)]
-    for few in ((), buffers[:12], buffers[1:], [*buffers, buffers[0]]):
+    for few in ((), buffers[:13], buffers[1:], [*buffers, buffers[0]]):
         with pytest.raises(TypeError):
             hot.Hot(layout, zpages, FRAMES, *few)
     for other in ((layout, 1), (layout, 8), (layout ^ 1, zpages)):

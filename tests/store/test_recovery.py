@@ -51,7 +51,6 @@ from zbudfs.core.page_table import (
     RAW_BLOCK,
     RAW_FRAME,
     REF_MASK,
-    PageTable,
     word_of_entry,
 )
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
@@ -95,7 +94,7 @@ class Heir:
         blocks = None
         if memory.blocks is not None:
             blocks = BlockMap(memory.blocks.view, memory.nr_segments, attach=True)
-        table = PageTable(memory.pages.view, memory.nr_pages)
+        table = memory.page_table()
         state = State(table, Pool(memory, attach=True), blocks)
         found = rebuild(state)
         state.check()

@@ -238,7 +238,7 @@ class Allocator(ABC):
         if not hot.BUILT:
             return None
         lists = (self._lru_next, self._lru_prev, self._bud_next, self._bud_prev)
-        columns = (self._owner, self._state, self._pins, self._counters, stored_at)
+        columns = (self._owner, self._state, self._pins, self._counters, stored_at, table.touched)
         own = (*self._own_columns, self._own_bytes)
         shared = (table.entries, table.numbers, self._frames, *lists, *columns)
         return hot.Hot(self.LAYOUT, self.most_zpages, self.nr_frames, *shared, *own)

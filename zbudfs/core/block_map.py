@@ -7,6 +7,9 @@ metadata). A ready segment has a 64-bit mask of its free blocks and is on the li
 free ones, so the emptiest segment, which has room for the longest run of neighbouring blocks, is found without
 a scan. Ready free blocks are always used before the file grows.
 
+Segments from a number on have never been ready (`_fresh`): they are holes and on no list, so that nothing that is done here
+takes longer because the file may become large.
+
     segment   hole --grow--> ready, 64 free --alloc--> ready, n free --last free--> ready, 64 free --punch--> hole
 
 A block is in use from `alloc` until its last live zpage is freed; which are live is a bit mask a block, one bit
@@ -25,6 +28,7 @@ _HOLES: Final = SEGMENT_BLOCKS + 1
 _LISTS: Final = SEGMENT_BLOCKS + 2
 BEAT_SEGMENTS: Final = 4096
 """Segments between two signs of life in a long loop: some milliseconds."""
+_NOT_LIVE: Final = bytes(1 << 16)
 HEADER_BLOCK: Final = 0
 """The file's own: never free."""
 
@@ -41,7 +45,8 @@ class BlockMap:
     beyond are neither holes nor ready.
 
     I1: a block is free iff its bit in the segment's mask is set; then nothing of it is live.
-    I2: a ready segment with n free blocks is on list n; a hole is on the list of holes.
+    I2: a ready segment with n free blocks is on list n; a hole is on the list of holes, or it is `fresh` or a later one.
+    I3: nothing of the table is set for a fresh segment.
 
     With `attach` nothing is written, and nothing may be asked, before `reset`.
     """
@@ -60,7 +65,10 @@ class BlockMap:
         self._lists = IndexLists(nexts, prevs, nr_segments, _LISTS, attach=True)
         live_end = prev_end + nr_segments * SEGMENT_BLOCKS
         self._live = buffer[prev_end:live_end]
+        fresh_at = -(-(live_end + nr_segments) // 8) * 8
         self._ready = buffer[live_end : live_end + nr_segments]
+        self._fresh = buffer[fresh_at : fresh_at + 8].cast("Q")
+        """Of one number: the first segment that has never been ready."""
         self._zero_counters()  # who attaches is asked for them before it restores
         if not attach:
             self.reset()
@@ -75,11 +83,17 @@ class BlockMap:
         self.ready_segments = 0
 
     def reset(self, beat: Callable[[], None] | None = None) -> None:
-        """No block is in use. Segments are ready or holes as the table says. `beat` is called every BEAT_SEGMENTS."""
+        """No block is in use. Segments are ready or holes as the table says. O(segments that were ever ready).
+
+        `beat` is called every BEAT_SEGMENTS.
+        """
         self._zero_counters()
         self._lists.clear()
-        self._live[:] = bytes(len(self._live))
-        for segment in range(self.nr_segments):
+        fresh = self._fresh[0]
+        for start in range(0, fresh * SEGMENT_BLOCKS, len(_NOT_LIVE)):
+            end = min(start + len(_NOT_LIVE), fresh * SEGMENT_BLOCKS)
+            self._live[start:end] = _NOT_LIVE[: end - start]
+        for segment in range(fresh):
             if beat is not None and not segment % BEAT_SEGMENTS:
                 beat()
             if self._ready[segment]:
@@ -112,7 +126,7 @@ class BlockMap:
     @staticmethod
     def table_size(nr_segments: int) -> int:
         """Bytes of the table: 1.27 a block, and half a KiB."""
-        return nr_segments * (8 + 8 + SEGMENT_BLOCKS + 1) + 8 * _LISTS
+        return -(-nr_segments * (8 + 8 + SEGMENT_BLOCKS + 1) // 8) * 8 + 8 * _LISTS + 8
 
     def _link(self, segment: int, which: int) -> None:
         self._lists.append(which, segment)
@@ -131,7 +145,10 @@ class BlockMap:
         """Up to `most` neighbouring holes to be made ready, taken off the list: (first segment, count), count 0 if none."""
         first = self._lists.oldest(_HOLES)
         if first >= self.nr_segments:
-            return NO_SEGMENT, 0
+            first = self._fresh[0]
+            count = min(most, self.nr_segments - first)
+            self._fresh[0] = first + count  # before any of them is ready
+            return (first, count) if count else (NO_SEGMENT, 0)
         count = 0
         while count < most and self._lists.oldest(_HOLES) == first + count:
             self._unlink(first + count, _HOLES)
@@ -234,12 +251,15 @@ class BlockMap:
 
     @property
     def holes(self) -> int:
-        """Segments that are holes and on the list of them."""
-        return self._lengths[_HOLES]
+        """Segments that are holes, without those that are taken."""
+        return self._lengths[_HOLES] + self.nr_segments - self._fresh[0]
 
     def check(self) -> None:
         """Recount; AssertionError where a list or counter disagrees. O(blocks)."""
         free_blocks = ready = 0
+        fresh = self._fresh[0]
+        assert not any(self._ready[fresh:]), "I3: a fresh segment is ready"
+        assert not any(self._live[fresh * SEGMENT_BLOCKS :]), "I3: a block of a fresh segment is live"
         for which in range(_LISTS):
             members = list(self._lists.members(which))
             assert len(members) == self._lengths[which], f"length of list {which} is wrong"

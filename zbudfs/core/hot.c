@@ -139,6 +139,7 @@ static int free_zpage(Hot *hot, uint32_t frame, unsigned index, unsigned size, P
 static int commit(Hot *hot, uint64_t page, uint64_t entry, PyObject *state) {
     uint64_t old = hot->entries[page], frame = (old >> KIND_BITS & REF_MASK) >> REF_BITS;
     unsigned kind = old & KIND_MASK, index = old >> KIND_BITS & INDEX_MASK, size;
+    if (!old) hot->touched[page >> STRETCH_SHIFT] = 1; /* first: this process may be killed between the two */
     keep_order();
     __atomic_store_n(&hot->entries[page], entry, __ATOMIC_RELEASE);
     keep_order();
@@ -229,11 +230,15 @@ static PyObject *hot_discard(PyObject *self, PyObject *const *args, Py_ssize_t n
     if (page > stop) stop = page;
     if (!in_range(hot, page, stop - page)) return NULL;
     for (; page < stop; page++) {
-        if (!hot->entries[page]) continue;
+        if (!hot->entries[page]) {
+            if (!hot->touched[page >> STRETCH_SHIFT]) page |= (1 << STRETCH_SHIFT) - 1; /* nothing is stored in all of it */
+            continue;
+        }
         if (done == numbers[2]) break;
         if (commit(hot, page, ABSENT, args[3]) < 0) return NULL;
         done++;
     }
+    if (page > stop) page = stop;
     return Py_BuildValue("KK", (unsigned long long)page, done);
 }
 
@@ -400,9 +405,15 @@ static PyObject *hot_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
         uint64_t entries;
         unsigned width;
     } shared[OWN] = {{0, 8}, {TABLE_COUNTS, 8}, {n << PAGE_SHIFT >> 3, 8}, {n + 2, 4}, {n + 2, 4}, {n + 2 * NCHUNKS, 4},
-                     {n + 2 * NCHUNKS, 4}, {n, 4}, {n, 1}, {n, 1}, {COUNTERS, 8}, {n, 4}};
+                     {n + 2 * NCHUNKS, 4}, {n, 4}, {n, 1}, {n, 1}, {COUNTERS, 8}, {n, 4}, {0, 1}};
     for (int i = 0; i < OWN; i++)
         if (take_buffer(hot, i, PyTuple_GET_ITEM(args, numbers + i), shared[i].entries, shared[i].width)) goto failed;
+    uint64_t pages = (uint64_t)hot->buffers[ENTRIES].len / sizeof *hot->entries, stretches = (pages + (1 << STRETCH_SHIFT) - 1) >> STRETCH_SHIFT;
+    if ((uint64_t)hot->buffers[TOUCHED].len < stretches) {
+        PyErr_Format(PyExc_ValueError, "buffer %d has %zd bytes instead of %llu", TOUCHED, hot->buffers[TOUCHED].len,
+                     (unsigned long long)stretches);
+        goto failed;
+    }
     for (int i = 0; i < own; i++) {
         if (take_buffer(hot, OWN + i, PyTuple_GET_ITEM(args, numbers + OWN + i), n, packing->own_widths[i])) goto failed;
         hot->own[i] = hot->buffers[OWN + i].buf;
@@ -413,7 +424,8 @@ static PyObject *hot_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     hot->most_zpages = (unsigned)most_zpages;
     hot->nr_frames = n;
     hot->entries = hot->buffers[ENTRIES].buf;
-    hot->nr_pages = (uint64_t)hot->buffers[ENTRIES].len / sizeof *hot->entries;
+    hot->nr_pages = pages;
+    hot->touched = hot->buffers[TOUCHED].buf;
     hot->kinds = hot->buffers[TABLE].buf;
     hot->frames = hot->buffers[FRAMES].buf;
     hot->lru = (struct rings){hot->buffers[LRU_NEXT].buf, hot->buffers[LRU_PREV].buf, n + 2};

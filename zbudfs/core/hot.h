@@ -14,6 +14,7 @@
 /* As in core/units.py, core/allocator.py, core/page_table.py, core/codec.py. */
 enum {
     PAGE_SHIFT = 12,
+    STRETCH_SHIFT = 9,
     PAGE_SIZE = 1 << PAGE_SHIFT,
     CHUNK_SHIFT = 6,
     CHUNK_SIZE = 1 << CHUNK_SHIFT,
@@ -58,7 +59,7 @@ enum {
 };
 
 /* The buffers, in the order in which they are given; the packing's own columns follow, and then its own bytes. */
-enum { ENTRIES, TABLE, FRAMES, LRU_NEXT, LRU_PREV, BUD_NEXT, BUD_PREV, OWNER, STATE, PINS, COUNTS, NOTED, OWN, OWN_COLUMNS = 3 };
+enum { ENTRIES, TABLE, FRAMES, LRU_NEXT, LRU_PREV, BUD_NEXT, BUD_PREV, OWNER, STATE, PINS, COUNTS, NOTED, TOUCHED, OWN, OWN_COLUMNS = 3 };
 enum { MOST_BUFFERS = OWN + OWN_COLUMNS + 1 };
 
 /* Lists as in core/lists.py: rings of indices through sentinels, all below `nodes`. */
@@ -85,6 +86,7 @@ typedef struct {
     const struct packing *packing;
     unsigned most_zpages;
     uint64_t *entries, nr_pages;
+    unsigned char *touched; /* by stretch of the page table */
     int64_t *kinds; /* by kind of entry, then the words in zpages */
     unsigned char *frames, *state, *pins;
     struct rings lru, bud;

@@ -55,8 +55,11 @@ _WORD_ZPAGES: Final = KIND_MASK + 1
 
 _WORD_LIMIT: Final = 1 << (64 - KIND_BITS)
 _ALL_ONES: Final = (1 << 64) - 1
-_SCAN_PAGES: Final = 512
-_EMPTY_SCAN: Final = bytes(_SCAN_PAGES * ENTRY_SIZE)
+STRETCH_PAGES: Final = 512
+"""Pages that share a byte of `touched`: what hot.h has as STRETCH_SHIFT."""
+_EMPTY_STRETCH: Final = bytes(STRETCH_PAGES * ENTRY_SIZE)
+_LOOK_STRETCHES: Final = 4096
+"""Bytes of `touched` that are looked at at once."""
 
 assert CHECK_SHIFT + CHECK_BITS <= 64
 
@@ -94,15 +97,28 @@ def is_word_zpage(entry: int) -> bool:
     return entry >> 63 == 1 and entry & KIND_MASK in (FRAME, BLOCK)
 
 
+def touched_size(nr_pages: int) -> int:
+    """Return the bytes of `touched` of a page table."""
+    return -(-nr_pages // STRETCH_PAGES)
+
+
 class PageTable:
     """The entries of `nr_pages` pages in `buffer`, a zeroed writable memoryview of bytes.
+
+    `touched`, a zeroed writable memoryview of `touched_size(nr_pages)` bytes, has a byte for each stretch of STRETCH_PAGES
+    pages: 1 if anything may be stored in it. It is set before the first entry is stored, so that a scan of the table passes
+    over stretches that were never used: a scan costs what is stored, and not the size of the device. Without it, each is
+    looked at.
 
     `counts[kind]` is how many entries are of each kind, `word_zpages` how many are same-filled pages kept as a zpage.
     `numbers` holds both, one after the other, for the hot path in C, which counts there as well.
     """
 
-    def __init__(self, buffer: memoryview, nr_pages: int) -> None:
+    def __init__(self, buffer: memoryview, nr_pages: int, touched: memoryview | None = None) -> None:
         self.nr_pages = nr_pages
+        if touched is None:
+            touched = memoryview(bytearray(b"\1" * touched_size(nr_pages)))
+        self.touched = touched[: touched_size(nr_pages)]
         self._bytes = buffer[: nr_pages * ENTRY_SIZE]
         self.entries = self._bytes.cast("Q")
         self.numbers = memoryview(bytearray(WORD_SIZE * (_WORD_ZPAGES + 1))).cast("q")
@@ -112,6 +128,8 @@ class PageTable:
         """Commit: the page is now what `entry` says. Returns the entry that stood there."""
         entries = self.entries
         old: int = entries[page]
+        if not old:
+            self.touched[page // STRETCH_PAGES] = 1  # first: a process may be killed between the two
         entries[page] = entry
         numbers = self.numbers
         numbers[old & KIND_MASK] -= 1
@@ -123,14 +141,29 @@ class PageTable:
     def stretches(self, beat: Callable[[], None] | None = None) -> Iterator[tuple[int, list[int]]]:
         """(first page, entries) of each stretch of pages in which something is stored, absent ones among them.
 
-        `beat` is called for each stretch, also for an empty one.
+        `beat` is called for each stretch that was ever used, also for an empty one.
         """
-        for first in range(0, self.nr_pages, _SCAN_PAGES):
+        number, end = 0, len(self.touched)
+        while (number := self._next_touched(number, end)) < end:
             if beat is not None:
                 beat()
-            stretch = self.entries[first : first + _SCAN_PAGES]
-            if bytes(stretch) != _EMPTY_SCAN[: len(stretch) * ENTRY_SIZE]:
+            first = number * STRETCH_PAGES
+            stretch = self.entries[first : first + STRETCH_PAGES]
+            if bytes(stretch) != _EMPTY_STRETCH[: len(stretch) * ENTRY_SIZE]:
                 yield first, stretch.tolist()
+            else:
+                self.touched[number] = 0
+            number += 1
+
+    def _next_touched(self, number: int, end: int) -> int:
+        """The first stretch from `number` on, below `end`, that is touched; `end` if there is none."""
+        while number < end:
+            piece = bytes(self.touched[number : min(number + _LOOK_STRETCHES, end)])
+            at = piece.find(1)
+            if at >= 0:
+                return number + at
+            number += len(piece)
+        return end
 
     def recount(self, beat: Callable[[], None] | None = None) -> None:
         """Make `counts` and `word_zpages` say what the entries are; `beat` as for `stretches`."""
@@ -148,15 +181,17 @@ class PageTable:
     def next_stored(self, page: int, stop: int) -> int:
         """The first page from `page` on, below `stop`, that is not absent; `stop` if there is none.
 
-        Absent stretches are skipped 512 pages at a time, for a fraction of a nanosecond a page.
+        Stretches that were never used are not looked at, and one in which nothing is stored is compared as a whole.
         """
         entries = self.entries
         while page < stop:
-            if not page % _SCAN_PAGES:
-                while page + _SCAN_PAGES <= stop and (
-                    bytes(self._bytes[page * WORD_SIZE : (page + _SCAN_PAGES) * WORD_SIZE]) == _EMPTY_SCAN
+            if not page % STRETCH_PAGES:
+                page = self._next_touched(page // STRETCH_PAGES, touched_size(stop)) * STRETCH_PAGES
+                if page + STRETCH_PAGES <= stop and (
+                    bytes(self._bytes[page * WORD_SIZE : (page + STRETCH_PAGES) * WORD_SIZE]) == _EMPTY_STRETCH
                 ):
-                    page += _SCAN_PAGES
+                    page += STRETCH_PAGES
+                    continue
                 if page >= stop:
                     break
             if entries[page]:
@@ -183,6 +218,9 @@ class PageTable:
         """AssertionError if the counts are not what a recount gives. O(pages)."""
         recount = [0] * (KIND_MASK + 1)
         word_zpages = 0
+        for number, touched in enumerate(self.touched):
+            first = number * STRETCH_PAGES
+            assert touched or not any(self.entries[first : first + STRETCH_PAGES]), f"stretch {number} is not touched"
         for value in self.entries:
             recount[value & KIND_MASK] += 1
             word_zpages += is_word_zpage(value)

@@ -22,7 +22,7 @@ from zbudfs.core.errors import LayoutError
 from zbudfs.core.latency import WORDS, Latencies
 from zbudfs.store.arena import Arena
 
-LAYOUT: Final = 0x7A627564_0008
+LAYOUT: Final = 0x7A627564_0009
 """Of everything that outlives a worker: tables, frames, blocks, this board, and what zpages mean (core/dictionary.py).
 Changed when any of them changes."""
 

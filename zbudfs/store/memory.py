@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """All memory of a store: tables and frames that outlive the process which works with them.
 
-    pages       the page table: the truth
+    pages       the page table, the truth; behind it a byte for each stretch of it that was used
     frames      the frames, and the bounce frames behind them
     frametable  the allocator's columns            rebuilt from pages and frames by a new worker
     freeframes  the pool's own columns             rebuilt
@@ -23,7 +23,7 @@ from typing import Final
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.errors import LayoutError
 from zbudfs.core.packing import ZBUD, Packing
-from zbudfs.core.page_table import ENTRY_SIZE
+from zbudfs.core.page_table import ENTRY_SIZE, PageTable, touched_size
 from zbudfs.core.reclaim import BATCH_FRAMES
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.store.arena import Arena
@@ -75,7 +75,7 @@ class MemorySizes:
         """Return the sizes for a device of `size_bytes` over `nr_frames` frames."""
         return cls(
             board=BOARD_BYTES,
-            pages=(size_bytes >> PAGE_SHIFT) * ENTRY_SIZE,
+            pages=(size_bytes >> PAGE_SHIFT) * ENTRY_SIZE + touched_size(size_bytes >> PAGE_SHIFT),
             frames=(nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT,
             frame_table=packing.kind.table_size(nr_frames),
             free_frames=FRAME_ENTRY_BYTES * nr_frames,
@@ -162,6 +162,11 @@ class StoreMemory:
         self.frames.populate(self.nr_frames << PAGE_SHIFT, BOUNCE_FRAMES << PAGE_SHIFT)
         for offset, length in self.packing.kind.fixed_spans(self.nr_frames):
             self.frame_table.populate(offset, length)
+
+    def page_table(self) -> PageTable:
+        """Return the page table that lies in `pages`."""
+        entries = self.nr_pages * ENTRY_SIZE
+        return PageTable(self.pages.view, self.nr_pages, self.pages.view[entries:])
 
     def check_room(self, wanted_bytes: int) -> None:
         """MemoryError if the memory cgroup has no room for so much: taking it would have the daemon killed."""

@@ -31,7 +31,6 @@ from zbudfs.core.page_table import (
     WORD,
     WORD_HALVES,
     WORD_INVERTED,
-    PageTable,
 )
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS, WORD_SIZE
 from zbudfs.store.aio_page_in import AioPageIn
@@ -193,7 +192,7 @@ class PageStore:
             memory = StoreMemory(size_bytes, pool_frames, backed=backing is not None)
             memory.populate()
         self.memory = memory
-        self._table = PageTable(memory.pages.view, memory.nr_pages)
+        self._table = memory.page_table()
         self._pool = Pool(memory, attach=attach)
         blocks = None
         if memory.blocks is not None:
