@@ -63,7 +63,7 @@ def test_the_default_is_never_refused(ram: int, packing: str) -> None:
 @pytest.mark.parametrize(
     ("size", "ram", "words"),
     [
-        (400 * GIB, 768 * MIB, "size of 400 GiB needs 927.1 MiB of tables locked in RAM, more than a tenth of this"),
+        (400 * GIB, 768 * MIB, "size of 400 GiB needs 927.3 MiB of tables locked in RAM, more than a tenth of this"),
         (400 * GIB, 768 * MIB, "this machine's 768 MiB: make it 32G or less"),
         (1 * TIB, 768 * MIB, "2.3 GiB of tables"),
         (MAX_SIZE_BYTES, 256 * GIB, "37.1 GiB of tables"),
