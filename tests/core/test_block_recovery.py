@@ -138,3 +138,12 @@ def test_a_hole_that_was_taken_and_lost() -> None:
     assert after.holes == 3
     assert after.take_holes(9) == (1, 2)
     assert after.take_holes(9) == (3, 1)
+
+
+def test_no_segment_beyond_the_disk_is_taken() -> None:
+    """A disk that has room for fewer segments than the table ends what was never ready."""
+    blocks = BlockMap(memoryview(bytearray(BlockMap.table_size(SEGMENTS))), SEGMENTS, limit=3)
+    assert blocks.holes == 3
+    assert blocks.take_holes(2) == (0, 2)
+    assert (blocks.take_holes(9), blocks.holes) == ((2, 1), 0)
+    assert blocks.take_holes(1) == (-1, 0)

@@ -55,7 +55,7 @@ class BlockMap:
         if len(buffer) < self.table_size(nr_segments):
             raise ValueError(f"a table of {len(buffer)} bytes is too small for {nr_segments} segments")
         self.nr_segments = nr_segments
-        self._limit = nr_segments if limit is None else limit
+        self._limit = nr_segments if limit is None else min(limit, nr_segments)
         nodes = nr_segments + _LISTS
         masks_end = 8 * nr_segments
         next_end = masks_end + 4 * nodes
@@ -146,7 +146,7 @@ class BlockMap:
         first = self._lists.oldest(_HOLES)
         if first >= self.nr_segments:
             first = self._fresh[0]
-            count = min(most, self.nr_segments - first)
+            count = max(0, min(most, self._limit - first))
             self._fresh[0] = first + count  # before any of them is ready
             return (first, count) if count else (NO_SEGMENT, 0)
         count = 0
@@ -252,7 +252,7 @@ class BlockMap:
     @property
     def holes(self) -> int:
         """Segments that are holes, without those that are taken."""
-        return self._lengths[_HOLES] + self.nr_segments - self._fresh[0]
+        return self._lengths[_HOLES] + max(0, self._limit - self._fresh[0])
 
     def check(self) -> None:
         """Recount; AssertionError where a list or counter disagrees. O(blocks)."""
