@@ -80,3 +80,11 @@ def test_latencies(counts: list[int], expected: list[int] | None) -> None:
     after = [old + new for old, new in zip(before, counts, strict=True)]
     history = history_of({"read_latency_us": before}, {"read_latency_us": after})
     assert history.latencies_us("read", [50, 99, 100]) == expected
+
+
+def test_public_numbers_have_a_time_of_their_own() -> None:
+    """The same numbers seen twice are one snapshot, and rates are those between two renewals."""
+    history = History()
+    for at, renewed_at, read in ((1.0, 10.0, 0), (1.5, 10.0, 0), (2.1, 11.0, 160)):
+        history.add(at, {"keeper_pid": 1, "renewed_at": renewed_at, "cumul_read_pages": read})
+    assert history.rates("cumul_read_pages") == [160.0]

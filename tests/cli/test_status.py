@@ -96,6 +96,13 @@ def test_a_full_page() -> None:
     ]
 
 
+def test_speeds_of_public_numbers() -> None:
+    """They are renewed once a second: the time between two of them counts, not that between two looks."""
+    now, before = {**FULL, "renewed_at": 11.0}, {**EARLIER, "renewed_at": 9.0}
+    assert "  speed      in 5 MiB/s, out 0 B/s, to disk 512 KiB/s, from disk 0 B/s" in page(now, before, 0.5)
+    assert "speed" not in page({**now, "renewed_at": 9.0}, before, 0.5)
+
+
 def test_an_empty_page() -> None:
     """Nothing stored, no backing file, no trouble: no lines about them, and no division by zero."""
     empty = {"mountpoint": "/a b", "size_bytes": 1 << 20, "pool_limit_bytes": 1 << 20, "stored_pages": 0}

@@ -202,7 +202,8 @@ def status(arguments: Arguments) -> int:
         reports = before
         print(status_page.as_json(reports if only is None else reports[0]))
     else:
-        time.sleep(status_page.SAMPLE_SECONDS if before else 0)
+        rounded = any(report.get("rounded") for report in before)
+        time.sleep((status_page.PUBLIC_SAMPLE_SECONDS if rounded else status_page.SAMPLE_SECONDS) if before else 0)
         reports = collect()
         print(status_page.as_pages(reports, before, time.monotonic() - then))
     return 1 if any("error" in report for report in reports) else 0

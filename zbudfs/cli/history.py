@@ -30,6 +30,10 @@ class History:
         """Add a snapshot of this moment, on any clock that does not go back."""
         if self._snapshots and self._snapshots[-1][1].get("keeper_pid") != numbers.get("keeper_pid"):
             self._snapshots.clear()  # another mount in the same place
+        if "renewed_at" in numbers:  # public numbers are those of a moment before
+            at_seconds = float(numbers["renewed_at"])
+            if self._snapshots and self._snapshots[-1][0] == at_seconds:
+                return
         self._snapshots.append((at_seconds, numbers))
 
     @property

@@ -42,7 +42,11 @@ class _Page:
     def __init__(self, now: Numbers, before: Numbers | None, seconds: float, *, blocks: bool) -> None:
         self._now = now
         self._before = before
-        self._seconds = seconds if before is not None else time.time() - float(now.get("mounted_at") or time.time())
+        if before is None:
+            seconds = time.time() - float(now.get("mounted_at") or time.time())
+        elif "renewed_at" in now and "renewed_at" in before:  # public numbers are those of a moment before
+            seconds = float(now["renewed_at"]) - float(before["renewed_at"])
+        self._seconds = seconds
         self._blocks = blocks
 
     def _number(self, name: str) -> int:

@@ -29,6 +29,9 @@ Report = dict[str, Any]
 SAMPLE_SECONDS: Final = 0.5
 """Between the two samples from which the page has its speeds."""
 
+PUBLIC_SAMPLE_SECONDS: Final = 1.2
+"""The same for public numbers, which change once a second."""
+
 _CLEAR: Final = "\x1b[H\x1b[J"
 
 

@@ -151,7 +151,7 @@ def _together(name: str, values: list[Any]) -> Any:
         return list(dict.fromkeys(each for value in values for each in value))
     if isinstance(first, bool):
         return all(values)
-    if name in ("mounted_at", "as_of"):
+    if name in ("mounted_at", "as_of", "renewed_at"):
         return min(values)
     if isinstance(first, int | float) and name not in _OF_EACH:
         return max(values) if name in _LARGEST or name.endswith("_max_us") else sum(values)

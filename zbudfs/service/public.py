@@ -119,7 +119,10 @@ def _folder_of(pool_directory: str) -> str:
 
 
 def read(device: str, folder: str = FOLDER) -> dict[str, Any]:
-    """Return the public numbers of the mount with this "major:minor". PublicError where there are none, or old ones."""
+    """Return the public numbers of the mount with this "major:minor". PublicError where there are none, or old ones.
+
+    "rounded" is True, and "renewed_at" is the time on the monotonic clock, in seconds.
+    """
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208
     except FileNotFoundError:
@@ -130,11 +133,12 @@ def read(device: str, folder: str = FOLDER) -> dict[str, Any]:
             found = max(found, numbers, key=lambda each: float(each.get("as_of_monotonic", 0)))
     if not found:
         raise PublicError(f"there are no public statistics of it in {folder}: ask as root")
-    age = time.monotonic() - found.pop("as_of_monotonic")
+    renewed_at = found.pop("as_of_monotonic")
+    age = time.monotonic() - renewed_at
     if age > STALE_SECONDS:
         raise PublicError(f"its public statistics are {age:.0f} s old: the daemon has died, or hangs")
     del found["device"], found["crc32"]
-    return {**found, "rounded": True}
+    return {**found, "rounded": True, "renewed_at": renewed_at}
 
 
 def _text(numbers: Mapping[str, Value | float]) -> bytes:
