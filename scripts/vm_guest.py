@@ -987,7 +987,7 @@ def sleep_() -> None:
     hook = Path("/usr/lib/systemd/system-sleep/wake")
     hook.write_text(WAKE_HOOK)
     hook.chmod(0o755)
-    modes = [mode for mode in ("deep", "s2idle") if mode in Path("/sys/power/mem_sleep").read_text()]
+    modes = [mode for mode in ("s2idle", "deep") if mode in Path("/sys/power/mem_sleep").read_text()]
     print(Path("/sys/power/mem_sleep").read_text(), flush=True)
     with storm_of(1, size="1900M") as load:
         for mode in modes:
@@ -1059,12 +1059,12 @@ def hibernate() -> None:
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
     start_swap(size="1900M", pool="96M")
     _refused("there is no swap for the image", "without other swap")
-    must("update-initramfs", "-u")
+    must("update-initramfs", "-u", limit=900)
     check("the initramfs does not resume from zbudfs", "loop" not in _resume_device(), _resume_device() or "no device")
     must("mkswap", "/dev/vdc")
     must("swapon", "--priority", "0", "/dev/vdc")
     uuid = must("blkid", "-s", "UUID", "-o", "value", "/dev/vdc").strip()
-    must("update-initramfs", "-u")
+    must("update-initramfs", "-u", limit=900)
     check("but from the disk, which is smaller", uuid in _resume_device(), _resume_device())
     must("swapoff", "/dev/vdc")
     load = Storm(2 * ram)
@@ -1088,7 +1088,7 @@ def hibernate() -> None:
     os.sync()
     began = time.clock_gettime(time.CLOCK_BOOTTIME)
     report(ends="hibernation", again=True, **{"with": "swap in use"})
-    must("systemctl", "hibernate")
+    must("systemctl", "hibernate", limit=900)
     wait_for(
         lambda: (
             show("systemd-hibernate.service", "ActiveState") in ("inactive", "failed")
