@@ -101,7 +101,8 @@ class Machine:
             *("-nodefaults", "-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"),
             *("-kernel", str(image / "vmlinuz"), "-initrd", str(image / "initrd"), "-append"),
             "root=/dev/vda rw console=ttyS0 panic=-1 mitigations=off systemd.show_status=yes systemd.getty_auto=no"
-            f" modprobe.blacklist=ahci,kvm_amd,kvm_intel,kvm rtc_cmos.use_acpi_alarm=1{' resume=/dev/vdc' if len(disks) > 1 else ''}",
+            " modprobe.blacklist=ahci,kvm_amd,kvm_intel,kvm rtc_cmos.use_acpi_alarm=1"
+            f"{' resume=/dev/vdc' if len(disks) > 1 else ''}",
             *("-drive", f"file={disks[0]},if=virtio,format=raw,cache=unsafe,discard=unmap"),
             *("-drive", f"file={payload},if=virtio,format=raw,readonly=on"),
             *(word for disk in disks[1:] for word in ("-drive", f"file={disk},if=virtio,format=raw,cache=unsafe")),
