@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -20,7 +22,7 @@ from zbudfs.core.block_map import SEGMENT_BLOCKS
 from zbudfs.core.errors import BackingError, BackingFull, LayoutError
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store import claim as claiming
-from zbudfs.store import foreign
+from zbudfs.store import foreign, space
 from zbudfs.store.backing import MAGIC, SEGMENT_BYTES, Backing
 from zbudfs.store.claim import empty_left
 from zbudfs.store.space import DEVICE_END, DEVICE_START
@@ -439,3 +441,161 @@ def test_btrfs_writes_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert "NOCOW" in backing.warnings[0]
         finally:
             run_tool("umount", where)
+
+
+# ---- what no system at hand refuses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "words"),
+    [
+        ("lstat", errno.EIO, "cannot open the backing file .*: Input/output error"),
+        ("stat", errno.EACCES, "cannot look at .*where the backing is: Permission denied"),
+        ("open", errno.EROFS, "cannot be created: Read-only file system"),
+        ("fsync", errno.EIO, "cannot be prepared: Input/output error"),
+        ("ftruncate", errno.EFBIG, "cannot be prepared: File too large"),
+    ],
+)
+def test_system_calls_that_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, words: str
+) -> None:
+    """Each is one sentence that names the file, and leaves none behind."""
+    path = tmp_path / "backing"
+    actual = getattr(os, call)
+
+    def fail(*arguments: object, **named: object) -> object:
+        if call in ("fsync", "ftruncate") or (call == "stat") == (arguments[0] == str(tmp_path)):
+            raise OSError(code, os.strerror(code))
+        return actual(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(BackingError, match=words):
+            Backing(str(path))
+    assert not path.exists()
+
+
+def test_an_old_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says why, and the file is left as it is."""
+    path = tmp_path / "backing"
+    path.touch()
+    actual = os.open
+
+    def fail(name: str, *rest: int, **named: int) -> int:
+        if name == str(path):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        return actual(name, *rest, **named)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(BackingError, match=r"cannot open the backing file .*: Operation not permitted"):
+        Backing(str(path))
+
+
+def test_what_is_opened_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong between the claim and the first use; a disk whose room cannot be asked for is tried."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with monkeypatch.context() as patch:
+        patch.setattr("zbudfs.store.backing.space_of", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            Backing(str(tmp_path / "backing"))
+    assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
+    with opened(Backing, tmp_path / "backing") as backing:
+        monkeypatch.setattr(os, "fstatvfs", fail)
+        assert backing.has_room(1 << 40)
+        monkeypatch.undo()
+        assert not backing.has_room(1 << 40)
+
+
+def test_room_that_is_refused_for_another_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preallocated file whose room cannot be had again is an error; a failed part of it is left allocated."""
+    path = fallocated(tmp_path / "backing")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claiming, "fallocate", fail)
+        with pytest.raises(BackingFull, match="cannot be prepared: No space left"):
+            Backing(str(path))
+    path = fallocated(tmp_path / "backing")
+    with opened(Backing, path) as backing:
+        room = path.stat().st_blocks
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", fail)
+            with pytest.raises(BackingFull, match="cannot be grown"):
+                backing.make_ready(1, 4)
+        assert path.stat().st_blocks == room
+
+
+@on_loop
+def test_devices_that_do_other_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is part of another, one with large sectors, one that fails at once, one that is replaced at this moment."""
+    with loop(tmp_path / "image", 16 * MIB) as device:
+        number = device.stat().st_rdev
+        holders = tmp_path / "holders"
+        (holders / "dm-3").mkdir(parents=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(claiming, "Path", lambda name: holders if str(name).endswith("/holders") else Path(name))
+            assert claiming._user_of_device(number) == "it is part of /dev/dm-3"
+        actual = fcntl.ioctl
+
+        def large(fd: int, request: int, *rest: bytes) -> object:
+            return (16384).to_bytes(4, "little") if request == 0x1268 else actual(fd, request, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "ioctl", large)
+            with pytest.raises(BackingError, match="has sectors of 16384 bytes"):
+                Backing(str(device))
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(BackingError, match=f"the backing device {device} cannot be prepared: Input/output"):
+                Backing(str(device))
+        with monkeypatch.context() as patch:
+            other = tmp_path / "node"
+            os.mknod(other, 0o600 | stat.S_IFBLK, number)
+
+            def replace(path: str, status: os.stat_result) -> None:
+                other.unlink()
+                os.mknod(other, 0o600 | stat.S_IFBLK, Path("/dev/loop7").stat().st_rdev)
+
+            patch.setattr(claiming, "_refuse_swap", replace)
+            with pytest.raises(BackingError, match=r"was replaced meanwhile|cannot be used|cannot be prepared"):
+                Backing(str(other))
+
+
+@on_loop
+def test_discards_that_are_too_slow_or_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is used all the same; with large granules only whole ones are discarded."""
+    image = tmp_path / "image"
+    with loop(image, 16 * MIB) as device:
+        fd = os.open(device, os.O_RDWR)
+        try:
+            without = space.BlockDevice(fd, direct=False, sys=str(tmp_path))
+            assert without.trim_segments == 0
+            without.discard_all()
+            number = device.stat().st_rdev
+            queue = tmp_path / f"dev/block/{os.major(number)}:{os.minor(number)}/queue"
+            queue.mkdir(parents=True)
+            (queue / "discard_max_bytes").write_text("1073741824\n")
+            (queue / "discard_granularity").write_text("1048576\n")
+            coarse = space.BlockDevice(fd, direct=False, sys=str(tmp_path))
+            assert coarse.trim_segments == 4
+            os.pwrite(fd, b"x" * (16 * MIB), 0)
+            os.fsync(fd)
+            coarse.give_back(1, 2)  # no whole granule
+            assert image.read_bytes().count(b"x") == 16 * MIB
+            coarse.give_back(4, 4)
+            assert image.read_bytes().count(b"x") == 15 * MIB
+            monkeypatch.setattr(space, "DISCARD_SECONDS", -1.0)
+            coarse.discard_all()
+            assert image.read_bytes().count(b"x") == 15 * MIB
+        finally:
+            os.close(fd)

@@ -13,6 +13,7 @@ import trio.testing
 from tests.core.samples import BIG, RAW, page, pages
 from tests.store.faulty import FaultyBacking
 from tests.store.rig import backed_store, calm, drop, get, push, put, quiet, run, running, until
+from tests.store.test_writeback import fill_up
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.errors import PoolFull
 from zbudfs.core.reclaim import PressureGovernor
@@ -334,5 +335,73 @@ def test_sync_without_a_backing_file() -> None:
         async with running(store):
             with trio.testing.assert_checkpoints():
                 await store.sync()
+
+    run(main)
+
+
+class SmallDisk(FaultyBacking):
+    """A backing of few segments, which gives room back four segments at a time."""
+
+    @property
+    def nr_segments(self) -> int:
+        """Sixteen: 4 MiB."""
+        return 16
+
+    @property
+    def trim_segments(self) -> int:
+        """1 MiB."""
+        return 4
+
+
+def test_a_disk_that_is_smaller_than_the_device(tmp_path: Path) -> None:
+    """It is full at some time, which is told once; nothing is lost, and blocks that become free are used."""
+
+    async def main() -> None:
+        told: list[str] = []
+        backing = SmallDisk(str(tmp_path / "backing"))
+        store = PageStore(16 << 20, 64, backing, Codec())
+        store.reclaimer.log = told.append
+        async with running(store):
+            stored = await fill_up(store)
+            assert 1023 <= stored < 1200
+            assert max(max(call.blocks) for call in backing.calls_of("make_ready")) == 15
+            assert len([text for text in told if "is full: all of its 4 MiB are in use" in text]) == 1
+            assert store.statistics().backing_full == 1
+            assert any("is full" in text for text in store.reclaimer.warnings())
+            for number in range(stored):
+                assert await get(store, number) == page(number, BIG)
+            await drop(store, 0, 900)
+            for number in range(3000, 3500):
+                await put(store, number, page(number, BIG))
+            for number in [*range(900, stored), *range(3000, 3500)]:
+                assert await get(store, number) == page(number, BIG)
+            await quiet(store)
+            push(2 * TICK_SECONDS)
+            await until(lambda: store.statistics().backing_full == 0, "free blocks are noticed")
+            assert "has free blocks again" in told[-1]
+
+    run(main)
+
+
+def test_room_is_given_back_in_large_pieces(tmp_path: Path) -> None:
+    """Where four segments are one granule: all four or none, and what is used again comes back."""
+
+    async def main() -> None:
+        backing = SmallDisk(str(tmp_path / "backing"))
+        store = PageStore(16 << 20, 64, backing, Codec())
+        async with running(store):
+            for number in range(1000):
+                await put(store, number, page(number, BIG))
+            await quiet(store)
+            await drop(store, 0, 1000)
+            await calm(store)
+            await until(lambda: len(backing.calls_of("punch")) >= 1, "some of it is given back")
+            assert {(call.first % 4, call.count) for call in backing.calls_of("punch")} == {(0, 4)}
+            await quiet(store)
+            for number in range(1000):
+                await put(store, number, page(number, BIG))
+            for number in range(1000):
+                assert await get(store, number) == page(number, BIG)
+            await quiet(store)
 
     run(main)

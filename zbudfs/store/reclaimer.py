@@ -595,8 +595,11 @@ class Reclaimer:
         blocks, backing, grower = self._state.blocks, self._backing, self._grower
         assert blocks is not None and backing is not None and grower is not None
         group = backing.trim_segments
-        async with self._grow_lock:  # nothing that is being given back must be made ready meanwhile
-            while group and (segment := blocks.take_free(2 * self._blocks_wanted())) != NO_SEGMENT:
+        while group and self._calm():
+            async with self._grow_lock:  # CHECKPOINT; nothing that is being given back must be made ready meanwhile
+                segment = blocks.take_free(2 * self._blocks_wanted())
+                if segment == NO_SEGMENT:
+                    return
                 first = segment // group * group
                 count = min(group, backing.nr_segments - first)
                 try:
