@@ -543,8 +543,8 @@ def test_devices_that_do_other_things(tmp_path: Path, monkeypatch: pytest.Monkey
             assert claiming._user_of_device(number) == "it is part of /dev/dm-3"
         actual = fcntl.ioctl
 
-        def large(fd: int, request: int, *rest: bytes) -> object:
-            return (16384).to_bytes(4, "little") if request == 0x1268 else actual(fd, request, *rest)
+        def large(fd: int, request: int, argument: bytes) -> bytes:
+            return (16384).to_bytes(4, "little") if request == 0x1268 else actual(fd, request, argument)
 
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "ioctl", large)
