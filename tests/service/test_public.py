@@ -52,6 +52,8 @@ def next_numbers(mountpoint: Path) -> dict[str, Any]:
     mount = find_mount(str(mountpoint))
     assert mount is not None
     path = public_path(mountpoint)
+    with opened(mountpoint / "swapfile", os.O_RDONLY) as fd:
+        os.fsync(fd)  # a request, so that it is soon
     began = time.monotonic()
     wait_until(lambda: json.loads(path.read_bytes())["as_of_monotonic"] > began + 0.1, "newer public statistics")
     return public.read(mount.device)

@@ -55,6 +55,11 @@ class Latencies:
         if nanoseconds > words[row + _MAX]:
             words[row + _MAX] = nanoseconds
 
+    @property
+    def served_requests(self) -> int:
+        """Requests for the swapfile that were received."""
+        return self.words[SERVED]
+
     def numbers(self) -> dict[str, int | list[int]]:
         """By name: `KIND_latency_us`, counts by bucket; the sum and the longest in microseconds."""
         found: dict[str, int | list[int]] = {}
