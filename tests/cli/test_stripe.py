@@ -45,6 +45,16 @@ def test_backing_files_that_are_not_named() -> None:
     assert [part.backing for part in divided(settings(backing=None), 2, "none")] == [None, None]
 
 
+def test_a_device_is_not_divided() -> None:
+    """One instance can have it; of several each would need its own."""
+    device = next((str(each) for each in Path("/dev").glob("*") if each.is_block_device()), None)
+    if device is None:
+        pytest.skip("needs a block device in /dev")
+    assert divided(settings(backing=device), 1, device) == [settings(backing=device)]
+    with pytest.raises(SettingsError, match="is one device, which is not divided: write a file"):
+        divided(settings(backing=device), 2, device)
+
+
 def test_one_instance_is_the_whole() -> None:
     """Nothing is divided, and nothing has another name."""
     assert divided(settings(), 1, None) == [settings()]
