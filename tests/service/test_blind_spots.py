@@ -36,14 +36,11 @@ LONG_SECONDS: Final = 8.0
 IN_A_RESTART: Final = (
     "start-worker-killed",
     "start-worker-stopped",
-    "start-new-stopped",
-    "end-new-stopped",
     "end-old-killed",
-    "go-new-killed",
     "go-new-stopped",
     "over-worker-stopped",
 )
-IN_A_TAKEOVER: Final = ("standby-stopped-worker-killed", "takeover-stopped", "keeper-stopped-worker-killed")
+IN_A_TAKEOVER: Final = ("standby-stopped-worker-killed", "keeper-stopped-worker-killed")
 
 
 @pytest.mark.parametrize("name", IN_A_RESTART + IN_A_TAKEOVER)
