@@ -401,7 +401,7 @@ def test_reads_within_a_write(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_a_bug_in_a_handler_is_an_error_of_one_request(tmp_path: Path) -> None:
-    """A handler that raises gives EIO and a line in the log; the next request is answered as ever."""
+    """A handler that raises gives EIO, and a line in the log the first time; the next request is answered as ever."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     code = (
@@ -420,7 +420,7 @@ def test_a_bug_in_a_handler_is_an_error_of_one_request(tmp_path: Path) -> None:
                     os.pread(fd, PAGE, 7 * PAGE)
                 assert os.pread(fd, PAGE, 6 * PAGE) == b"x" * PAGE
         log = (mountpoint / "stats/log").read_text()
-        assert "a request failed on a bug in zbudfs" in log
+        assert log.count("a request failed on a bug in zbudfs") == 1  # of the two
         assert "ZeroDivisionError" in log
     finally:
         zbudfs("umount", mountpoint)

@@ -53,12 +53,22 @@ _DISCARDS: Final = frozenset(
 
 _log = logging.getLogger(__name__)
 
+_MOST_BUGS: Final = 32
+_known_bugs: set[tuple[type, str, int]] = set()
+"""Kind and place of the bugs that were logged."""
+
 
 def fuse_error(error: Exception) -> pyfuse3.FUSEError:
-    """What to tell the kernel; something that is not ours is a bug, and is logged with its traceback."""
+    """What to tell the kernel; something that is not ours is a bug, and is logged with its traceback, once."""
     if isinstance(error, ZbudfsError):
         return pyfuse3.FUSEError(ERRNO_OF[type(error)])
-    _log.error("a request failed on a bug in zbudfs", exc_info=error)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    bug = type(error), trace.tb_frame.f_code.co_filename if trace else "", trace.tb_lineno if trace else 0
+    if bug not in _known_bugs and len(_known_bugs) < _MOST_BUGS:
+        _known_bugs.add(bug)
+        _log.error("a request failed on a bug in zbudfs", exc_info=error)
     return pyfuse3.FUSEError(errno.EIO)
 
 

@@ -296,7 +296,10 @@ class Reclaimer:
         limit = self.governor.pressure(trio.current_time())
         if limit != before:
             self.set_limit(limit)
-            self.log(f"memory pressure: the pool's limit is {limit << PAGE_SHIFT >> 20} MiB for now")
+            text = (
+                f"memory pressure: the pool's limit is {limit << PAGE_SHIFT >> 20} MiB for now, and lower if it lasts"
+            )
+            self._faults.begin("pressure", text, trio.current_time())
 
     # ---- writeback -------------------------------------------------------------------------------------------------
 
@@ -465,6 +468,8 @@ class Reclaimer:
             limit = self.governor.tick(trio.current_time())
             if limit != self._pool.limit_frames:
                 self.set_limit(limit)
+            if limit == self.governor.configured_frames:
+                self._faults.end("pressure", "memory pressure is over: the pool has its whole limit again")
             if self._added:
                 self._added = False
                 self._last_added = trio.current_time()
