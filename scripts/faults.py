@@ -80,10 +80,10 @@ def in_takeover(action: str) -> str:
     """Return a patch: a worker that was ready does something when it takes over from another one."""
     return f"""
 take_over = worker.Worker._take_over
-async def taking_over(self, store, steering, nursery):
+async def taking_over(self, *arguments):
     if not self._emergency and self._board.init():
         {action}
-    await take_over(self, store, steering, nursery)
+    await take_over(self, *arguments)
 worker.Worker._take_over = taking_over
 """
 

@@ -349,7 +349,7 @@ def test_a_machine_that_stood_still(mount: Callable[..., Served]) -> None:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(SILENT_SECONDS + 0.5)
     os.kill(keeper, signal.SIGCONT)  # it looks first
-    time.sleep(0.5)
+    time.sleep(0.3)
     os.kill(worker, signal.SIGCONT)
     beat = served.field(Field.HEARTBEAT)
     wait_until(lambda: served.field(Field.HEARTBEAT) > beat + 1, "the worker being looked at")

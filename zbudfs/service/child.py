@@ -20,7 +20,7 @@ from typing import Final, NoReturn
 LONGEST_LOOK_SECONDS: Final = 1.0
 """Longest part of the time between two looks that counts as silence: a keeper that did not run itself, because the machine
 stood still or had no time, knows nothing of its children. Guessed."""
-STOPPED_SECONDS: Final = 0.7
+STOPPED_SECONDS: Final = 0.6
 """A child that was stopped (SIGSTOP) for so long is killed. Guessed: a terminal's fg continues all processes within
 milliseconds."""
 _LONGEST_STOPPED_LOOK_SECONDS: Final = 0.2
