@@ -66,6 +66,28 @@ def test_an_error_that_nobody_expects(stored: str, status: int) -> None:
     assert "Traceback" in run.stderr
 
 
+def test_a_keeper_that_was_handed_over_to() -> None:
+    """Its mount holds pages, whatever the service manager had kept when the first keeper was started."""
+    code = "import zbudfs.service.log as log; log.Log = None; sys.argv += ['--adopt-fd', '9']"
+    assert run_service(code, LISTEN_FDS="0").returncode == verdict.RETRY
+
+
+@pytest.mark.parametrize("error", [OSError("no"), ValueError("a bug")])
+def test_a_leader_that_ends_by_an_error(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It has taken what was stored: that counts, not what the environment says afterwards."""
+
+    def lead(*_: object) -> int:
+        monkeypatch.setattr(verdict, "has_stored", lambda: False)
+        raise error
+
+    monkeypatch.setattr(verdict, "has_stored", lambda: True)
+    monkeypatch.setattr(unit, "_serve", lead)
+    with pytest.raises(type(error)):
+        serve(monkeypatch, tmp_path, "")
+    monkeypatch.setattr(verdict, "has_stored", lambda: False)
+    assert unit.serve(Arguments(name="swap")) == verdict.GIVE_UP
+
+
 def serve(monkeypatch: pytest.MonkeyPatch, root: Path, text: str) -> int:
     """Run `zbudfs serve swap` with a configuration, in this process, as far as the daemon's start."""
     folder = root / "etc/zbudfs"

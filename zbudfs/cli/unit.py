@@ -48,10 +48,11 @@ def serve(arguments: Arguments) -> int:
     """
     need_root("serve")
     hardening.before_exec()
+    stored = verdict.has_stored()  # the leader takes what is stored, and the variables with it
     try:
         return _serve(str(arguments.name))
     except Exception as error:
-        if verdict.has_stored() or _is_served(str(arguments.name)):
+        if stored or _is_served(str(arguments.name)):
             raise
         problems = error.problems if isinstance(error, configuration.ConfigError) else [error]
         for problem in problems:

@@ -31,8 +31,8 @@ class Guard:
     """Ends a service with the right exit status when nothing catches an exception."""
 
     def __init__(self) -> None:
-        self.held = has_stored()
-        """Whether the mount may hold pages."""
+        self.held = has_stored() or "--adopt-fd" in sys.argv
+        """Whether the mount may hold pages: those of an earlier process, or of a keeper that hands over."""
         self.loading = True
         """Whether modules are still being imported: an exception then means that a part of the program is missing."""
 
