@@ -183,6 +183,7 @@ def test_what_sleep_needs(healthy: Path, missing: str, check: Check, remedy: str
         ("proc/sys/fs/fuse/default_request_timeout", "9", kernel.check_timeouts, "problem", "sysctl"),
         ("sys/module/zswap/parameters/enabled", "Y", swap.check_zswap, "warning", "compressed again"),
         ("proc/self/status", "CapEff: 00000000a80425fb", rights.check_capabilities, "problem", "CAP_SYS_ADMIN"),
+        ("proc/self/status", "CapEff: 1fffff7ffff", rights.check_capabilities, "problem", "CAP_SYS_PTRACE"),
         ("proc/self/status", "CapEff: 0", rights.check_memlock, "problem", "8 MiB: the daemon itself may be swapped"),
         ("sys/fs/cgroup/user.slice/memory.max", str(128 << 20), rights.check_cgroup, "problem", "128 MiB"),
         ("sys/fs/cgroup/user.slice/a/memory.max", str(1 << 30), rights.check_cgroup, "warning", "1 GiB"),

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from scripts.nbd import nbd_disk
 from tests.service.test_keeper import Served, compare, fill, opened, watched
 from tests.service.test_service import LAUNCH, MIB, Manager, steady_reader
 from tests.support import LIMIT_SECONDS, is_running, wait_until
+from zbudfs.service.keeper import Keeper, StartError
+from zbudfs.service.log import Log
 from zbudfs.service.roster import Roster, is_ending
 from zbudfs.service.settings import Settings
 from zbudfs.store.board import Field
@@ -277,3 +280,67 @@ def compare_in_child(served: Served) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# ---- workers that end without a reason ------------------------------------------------------------------------------------
+
+LEAVES: Final = """
+serve = worker.serve
+async def leaving():
+    async with worker.trio.open_nursery() as nursery:
+        async def watch():
+            while not os.path.exists({flag!r}):
+                await worker.trio.sleep(0.02)
+            os.unlink({flag!r})
+            nursery.cancel_scope.cancel()
+        nursery.start_soon(watch)
+        await serve()
+worker.serve = leaving
+"""
+"""A worker that ends with status 0 when a file appears."""
+
+DIES: Final = """
+serve = worker.serve
+async def dying():
+    if os.path.exists({flag!r}):
+        os.kill(os.getpid(), signal.SIGKILL)
+    await serve()
+worker.serve = dying
+"""
+"""A worker that dies as soon as it serves, while a file is there."""
+
+
+def test_a_worker_that_ends_well_while_the_mount_is_there(tmp_path: Path) -> None:
+    """Its exit status is not believed: memory and key are kept, and the standby takes over."""
+    flag = tmp_path / "flag"
+    with faults.served(LEAVES.format(flag=str(flag))) as served, opened(served.mountpoint / "swapfile") as fd:
+        fill(fd, 0, 512)
+        old = served.pids["worker"]
+        flag.touch()
+        served.wait(lambda: served.pids["worker"] != old and served.is_well, "another worker")
+        compare(fd, 0, 512)
+        assert served.field(Field.RECOVERIES) == 1
+
+
+def test_workers_that_die_as_soon_as_they_serve(tmp_path: Path) -> None:
+    """The keeper replaces them at longer and longer intervals, and does not give up."""
+    flag = tmp_path / "flag"
+    with faults.served(DIES.format(flag=str(flag))) as served, opened(served.mountpoint / "swapfile") as fd:
+        fill(fd, 0, 512)
+        flag.touch()
+        served.send("worker", signal.SIGKILL)
+        served.wait(lambda: served.field(Field.RECOVERIES) >= 6, "six deaths")
+        first = served.field(Field.RECOVERIES)
+        time.sleep(0.5)
+        assert served.field(Field.RECOVERIES) - first <= 1, "there is no back-off"
+        flag.unlink()
+        served.wait(lambda: served.is_well, "a worker that stays")
+        compare(fd, 0, 512)
+
+
+def test_a_system_of_32_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is refused before anything is made."""
+    monkeypatch.setattr(sys, "maxsize", (1 << 31) - 1)
+    settings = Settings(mountpoint=str(tmp_path), size_bytes=64 * MIB, pool_bytes=2 * MIB, backing=None)
+    with pytest.raises(StartError, match="64-bit"):
+        Keeper(settings, Log(foreground=False), foreground=False).make()

@@ -11,7 +11,7 @@ import pytest
 
 from zbudfs.core.errors import LayoutError
 from zbudfs.store.arena import Arena
-from zbudfs.store.board import BOARD_BYTES, LAYOUT, LOG_LINE_BYTES, LOG_LINES, Board, Field
+from zbudfs.store.board import BOARD_BYTES, INIT_BYTES, LAYOUT, LOG_LINE_BYTES, LOG_LINES, Board, Field
 from zbudfs.store.page_store import CUMULATIVE
 
 FACTS = {"size_bytes": 1 << 30, "pool_frames": 1 << 15, "backed": 1, "persistent": 1}
@@ -176,3 +176,13 @@ def test_the_whole_log_fits(board: Board) -> None:
     for number in range(LOG_LINES):
         board.add_line(chr(ord("a") + number % 26) * LOG_LINE_BYTES)
     assert [line[0] * LOG_LINE_BYTES == line for line in board.lines()] == [True] * LOG_LINES
+
+
+def test_the_first_request_spares_the_key(board: Board) -> None:
+    """The longest one that is taken leaves the key as it is; a longer one is refused."""
+    key = board.key(32)
+    board.save_init(b"x" * INIT_BYTES)
+    assert (board.init(), board.key(32)) == (b"x" * INIT_BYTES, key)
+    with pytest.raises(ValueError, match="1017 bytes"):
+        board.save_init(b"x" * (INIT_BYTES + 1))
+    assert board.key(32) == key

@@ -58,7 +58,7 @@
 enum {
     MAX_WRITE = 1 << 20,
     RECEIVE_BYTES = MAX_WRITE + (64 << 10),
-    MAX_INIT = 1024,
+    MAX_INIT = 1016, /* as much as the board has room for (store/board.py) */
     OPCODE_OPEN = 14,
     OPCODE_READ = 15,
     OPCODE_WRITE = 16,

@@ -28,6 +28,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from enum import Enum, auto
 from typing import Final, NoReturn
@@ -117,6 +118,11 @@ STEADY_SECONDS: Final = 10.0
 MAX_FAILURES: Final = 8
 """Workers in a row that do not come up, before the keeper gives up. With the back-off that is some 25 seconds."""
 
+SHORT_LIFE_SECONDS: Final = 1.0
+"""A worker that dies so soon after it has begun to serve may die of a request, which the next one gets again. Guessed."""
+FREE_SHORT_LIVES: Final = 2
+"""So many of them in a row are replaced at once; then the back-off begins, but the keeper never gives up because of them."""
+
 BALLAST_BYTES: Final = 4 << 20
 """Locked memory that is let go of when a worker must be forked while swap is dead. Guessed: the pages that it writes to."""
 
@@ -169,6 +175,8 @@ class Keeper:
         self._predecessor: socket.socket | None = None
         """To the keeper that has handed over and has not ended yet."""
         self._failures = 0
+        self._short_lives = 0
+        """Workers in a row that died soon after they had begun to serve, or before."""
         self._retry_at = 0.0
         self._standby_failures = 0
         self._standby_retry_at = 0.0
@@ -196,6 +204,10 @@ class Keeper:
 
     def make(self) -> None:
         """Make memory, backing file and mount. Raises what they raise, with nothing left behind."""
+        if sys.maxsize < 1 << 32:
+            raise StartError(
+                "zbudfs needs a 64-bit system and a 64-bit Python: the page table is changed 8 bytes at a time"
+            )
         settings = self._settings
         self._warnings += hardening.before_threads(0)
         shim.take_arenas_from_malloc()
@@ -634,14 +646,17 @@ class Keeper:
         served = fields[Field.SERVING]
         if not by_itself:
             fields[Field.SERVING] = 0
-        if status == 0 or not is_connected(self._fuse_fd):
+        if not is_connected(self._fuse_fd) or (status == 0 and fields[Field.ENDED]):
             return 0  # unmounted, perhaps while nobody served it
         self._failures = 0 if served else self._failures + 1
+        lived = served and time.monotonic() - self._serving_since >= SHORT_LIFE_SECONDS
+        self._short_lives = 0 if lived else self._short_lives + 1
         why = self._memory.board.take_error() if status == FAILED else f"status {status}"
         if status < 0:
             names = {int(number): number.name for number in signal.Signals}
             why = names.get(-status, f"signal {-status}")
-        self._retry_at = time.monotonic() + (min(0.1 * 2**self._failures, 10.0) if self._failures else 0.0)
+        failures = max(self._failures, self._short_lives - FREE_SHORT_LIVES)
+        self._retry_at = time.monotonic() + (min(0.1 * 2**failures, 10.0) if failures > 0 else 0.0)
         self._take_over()
         self._log.error(f"worker {worker.pid} died ({why or status}); {self._standby_said()}")
         return None

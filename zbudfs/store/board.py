@@ -29,6 +29,7 @@ Changed when any of them changes."""
 _COUNTERS: Final = 1 << 10
 _INIT: Final = 2 << 10
 _KEY: Final = 3 << 10
+INIT_BYTES: Final = _KEY - _INIT - 8
 _ERROR: Final = 4 << 10
 _LATENCIES: Final = 6 << 10
 _LOG: Final = 8 << 10
@@ -167,7 +168,9 @@ class Board:
     # ---- FUSE_INIT -----------------------------------------------------------------------------------------------
 
     def save_init(self, request: bytes) -> None:
-        """Keep the kernel's first request."""
+        """Keep the kernel's first request, of at most INIT_BYTES; the shim keeps no longer one."""
+        if len(request) > INIT_BYTES:
+            raise ValueError(f"a first request of {len(request)} bytes, and the board has room for {INIT_BYTES}")
         self._view[_INIT + 8 : _INIT + 8 + len(request)] = request
         self._init_length[0] = len(request)
 

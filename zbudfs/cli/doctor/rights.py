@@ -20,6 +20,7 @@ from zbudfs.service import hardening
 CAPABILITIES: Final = {
     21: (Level.PROBLEM, "CAP_SYS_ADMIN", "nothing can be mounted, and no swap turned on"),
     24: (Level.PROBLEM, "CAP_SYS_RESOURCE", "IO flusher mode and the lowest OOM score are refused"),
+    19: (Level.PROBLEM, "CAP_SYS_PTRACE", "a keeper that is started again cannot copy the descriptors of a worker"),
     14: (Level.WARNING, "CAP_IPC_LOCK", "memory can be locked up to a limit only"),
     23: (Level.WARNING, "CAP_SYS_NICE", "real-time scheduling is refused"),
 }
