@@ -3,14 +3,17 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.support import LIMIT_SECONDS
+from tests.support import LIMIT_SECONDS, mounted, status_of
 from zbudfs.service.mountpoint import (
     Mount,
     MountError,
@@ -19,6 +22,7 @@ from zbudfs.service.mountpoint import (
     find_mount,
     parse_mountinfo,
     request_timeout_warnings,
+    resolve,
     shown_path,
     unescape_octal,
     unmount,
@@ -175,3 +179,66 @@ def test_a_shown_path_can_be_pasted(path: bytes) -> None:
     assert shown.isprintable()
     run = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, timeout=LIMIT_SECONDS, check=True)
     assert run.stdout == path
+
+
+
+# ---- a path to a mount that nobody serves ------------------------------------------------------------------------------
+
+
+def test_resolve_is_realpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links, loops, dots, what is not there and what is no directory give what realpath(3) gives."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name, target in (("a/up", "../file"), ("a/b/abs", str(tmp_path / "a")), ("loop", "loop"), ("two", "a/b/abs/b")):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path / "a")
+    for path in (
+        ".",
+        "..",
+        "b/../../file",
+        "b/abs/up",
+        f"{tmp_path}/two/..",
+        "not/there/../x",
+        "up/x",
+        "/",
+        "//",
+        "b//",
+    ):
+        assert resolve(path) == os.path.realpath(path), path
+    assert resolve(f"{tmp_path}/loop") == f"{tmp_path}/loop"
+
+
+RESOLVE: Final = """
+import os, sys
+from pathlib import Path
+from zbudfs.cli.config import settings_of
+from zbudfs.cli.target import resolve
+mountpoint = sys.argv[1]
+if sys.argv[2] == "lstat":
+    os.lstat(mountpoint)
+else:
+    assert resolve(mountpoint + "/stats/../control") == mountpoint + "/control"
+    assert settings_of({"backing": "none", "size": 1 << 26}, mountpoint)[1].mountpoint == mountpoint
+print("answered")
+"""
+
+
+@pytest.mark.needs("root", "fuse")
+def test_resolve_touches_no_mount(tmp_path: Path) -> None:
+    """While nobody serves, lstat of the mountpoint waits after a plain `ls`; what commands and the daemon do does not."""
+    with mounted(tmp_path / "mnt") as mount:
+        status = status_of(mount)
+        pids = [status[name] for name in ("keeper_pid", "standby_pid", "worker_pid")]
+        subprocess.run(["ls", mount], check=True, capture_output=True)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            command = [sys.executable, "-c", RESOLVE, str(mount)]
+            waits = subprocess.Popen([*command, "lstat"], stdout=subprocess.PIPE)
+            answered = subprocess.run([*command, "resolve"], capture_output=True, timeout=LIMIT_SECONDS, check=True)
+            assert answered.stdout == b"answered\n"
+            assert waits.poll() is None
+        finally:
+            for pid in reversed(pids):
+                os.kill(pid, signal.SIGCONT)
+        assert waits.communicate(timeout=LIMIT_SECONDS)[0] == b"answered\n"

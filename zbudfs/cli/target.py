@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from zbudfs.cli import stripe
+from zbudfs.service import mountpoint as mountpoints
 from zbudfs.service.mountpoint import Mount, shown_path
 from zbudfs.swap.loop import users
 
@@ -50,13 +51,13 @@ def find_mounted(mountpoint: str) -> Mount:
 
 
 def resolve(path: str) -> str:
-    """Return the absolute path without symbolic links; nothing need exist, and a dead mount is no obstacle.
+    """Return the absolute path without symbolic links; nothing need exist, and a mount that nobody serves is no obstacle.
 
     Raises CommandError for what cannot be a path.
     """
     if not path or "\0" in path:
         raise CommandError(f"{path!r} is not a path")
-    return os.path.realpath(path)
+    return mountpoints.resolve(path)
 
 
 def refuse_users(mountpoint: str, mounts: Sequence[Mount], sentence: str) -> None:

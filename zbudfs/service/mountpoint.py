@@ -46,6 +46,8 @@ _MNT_DETACH: Final = 1 << 1
 _UMOUNT_NOFOLLOW: Final = 1 << 3
 
 _SHELL_SAFE: Final = re.compile(r"[\w@%+=:,./-]+")
+_MOST_LINKS: Final = 40
+"""Symbolic links in one path, as the kernel has it: more are a loop."""
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _TIMEOUTS: Final = ("default_request_timeout", "max_request_timeout")
 _UNIT_SAFE: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
@@ -93,6 +95,42 @@ def zbudfs_mounts(root: str = "/") -> list[Mount]:
 def find_mount(mountpoint: str, root: str = "/") -> Mount | None:
     """Return the zbudfs that is mounted at `mountpoint`, the topmost if there are several, or None."""
     return next((mount for mount in reversed(zbudfs_mounts(root)) if mount.mountpoint == mountpoint), None)
+
+
+def resolve(path: str, root: str = "/") -> str:
+    """Return the absolute path without symbolic links, and touch no zbudfs on the way; nothing need exist.
+
+    lstat(2) of a mountpoint is a request to its daemon as soon as the kernel's copy of the attributes is too old (a plain
+    `ls` is enough). It waits while nobody serves, and a new daemon would wait for itself. Behind a mountpoint nothing is
+    looked at: ".." and "." are taken by their names. `root` holds `proc/`.
+    """
+    try:
+        mountpoints = {mount.mountpoint for mount in zbudfs_mounts(root)}
+    except OSError:
+        mountpoints = set()
+    todo = os.path.join(os.getcwd(), path).split("/")[::-1]  # noqa: PTH109, PTH118  the path may hold any bytes
+    found: list[str] = []
+    links = 0
+    while todo:
+        part = todo.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            del found[-1:]
+            continue
+        found.append(part)
+        if any("/" + "/".join(found[:count]) in mountpoints for count in range(1, len(found) + 1)):
+            continue
+        try:
+            target = os.readlink("/" + "/".join(found))  # noqa: PTH115
+        except OSError:
+            continue  # it is no link, or is not there
+        links += 1
+        if links > _MOST_LINKS:
+            continue
+        found = [] if target.startswith("/") else found[:-1]
+        todo += target.split("/")[::-1]
+    return "/" + "/".join(found)
 
 
 def is_dead(mountpoint: str) -> bool:
