@@ -181,7 +181,6 @@ def test_a_shown_path_can_be_pasted(path: bytes) -> None:
     assert run.stdout == path
 
 
-
 # ---- a path to a mount that nobody serves ------------------------------------------------------------------------------
 
 

@@ -48,7 +48,9 @@ def service(kind: type[Manager], folder: Path, backing: Path) -> Iterator[tuple[
     """A service that runs, its standby ready and its descriptors stored."""
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
-    settings = Settings(mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=2 * MIB, backing=str(backing))
+    settings = Settings(
+        mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=2 * MIB, backing=str(backing), force_backing=True
+    )
     manager = kind(folder, settings)
     with contextlib.closing(manager), watched(Served(mountpoint)) as served:
         manager.start()
@@ -268,18 +270,65 @@ def test_a_long_rebuild_of_a_service(tmp_path: Path) -> None:
         assert served.stats()["lost_pages"] == 0
 
 
-def compare_in_child(served: Served) -> None:
+def compare_in_child(served: Served, pages: int = SLOW_PAGES) -> None:
     """Compare the pages, in a process of its own: it waits until the mount is served."""
     pid = os.fork()
     if not pid:
         status = 1
         try:
             with opened(served.swapfile, os.O_RDONLY) as fd:
-                compare(fd, 0, SLOW_PAGES)
+                compare(fd, 0, pages)
             status = 0
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# ---- a kernel that does not send requests again ---------------------------------------------------------------------------
+
+
+NO_RESEND: Final = "worker.resend = lambda fd: False"
+"""Linux before 6.9."""
+
+
+class OfOldKernel(Manager):
+    """Its daemon finds that the kernel does not send requests again."""
+
+    launch = LAUNCH.replace('"-m", "zbudfs.service.daemon"', '"-c", PROGRAM, "zbudfs.service.daemon"').replace(
+        "import fcntl", f"PROGRAM = {faults.DAEMON.format(patch=NO_RESEND)!r}\nimport fcntl"
+    )
+
+
+def test_no_restart_that_loses_requests() -> None:
+    """It is refused, with the reason, and nothing changes."""
+    with faults.served(NO_RESEND) as served, opened(served.mountpoint / "swapfile") as fd:
+        fill(fd, 0, 512)
+        before = served.pids
+        with served.restart(NO_RESEND) as channel:
+            assert b"Linux 6.9" in channel.recv(4096)
+        assert served.pids == before
+        compare(fd, 0, 512)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_no_new_keeper_that_loses_requests(kept: bool, tmp_path: Path) -> None:
+    """It leaves the worker that serves; once that one is gone there is nothing to lose, and the next keeper takes over."""
+    with service(OfOldKernel, tmp_path, tmp_path / "backing") as (manager, served):
+        with opened(served.swapfile) as fd:
+            fill(fd, 0, 512)
+            old = (served.worker, served.standby)
+            os.kill(served.keeper, signal.SIGKILL)
+            manager.wait()
+            stored = {} if kept else {name: os.dup(number) for name, number in manager.stored.items()}
+            manager.launch_daemon(keep=kept)
+            assert manager.wait() == 2
+            assert any("Linux 6.9" in line for line in manager.said)
+            assert (served.worker, served.standby) == old
+            compare(fd, 0, 512)
+        manager.stored.update(stored)
+        served.kill(served.standby, served.worker)
+        manager.start()
+        compare_in_child(served, 512)
 
 
 # ---- workers that end without a reason ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from zbudfs.core.errors import BackingError
-from zbudfs.service.mountpoint import FSTYPE, escape_path, shown_path, unescape_octal
+from zbudfs.service.mountpoint import FSTYPE, escape_path, resolve, shown_path, unescape_octal
 from zbudfs.store.arena import file_system_number
 from zbudfs.store.claim import INSIST
 
@@ -276,7 +276,7 @@ def _wanted_mounts(folders: list[str], root: str) -> Iterator[tuple[str, str]]:
                 continue
             target = os.fsdecode(unescape_octal(words[1]))
             if target.startswith("/"):
-                target = os.path.realpath(target) if root == "/" else target.rstrip("/")
+                target = resolve(target) if root == "/" else target.rstrip("/")
                 if target in folders:
                     yield target, "/etc/fstab"
     for folder in folders:

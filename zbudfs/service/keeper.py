@@ -67,7 +67,7 @@ from zbudfs.service.session import session_warnings
 from zbudfs.service.settings import BACKING_FOLDER, Settings
 from zbudfs.service.worker import FAILED, Mounted, work
 from zbudfs.store.backing import Backing
-from zbudfs.store.board import Field
+from zbudfs.store.board import CANNOT_RESEND, Field
 from zbudfs.store.headroom import Headroom
 from zbudfs.store.memory import StoreMemory
 
@@ -241,6 +241,7 @@ class Keeper:
         public.remove(self._directory.path)  # of a mount that has died
         self._prepare(time.time_ns())
         fields[Field.BORN_NS] = self._born_ns
+        fields[Field.BACKING_FIXED] = self._backing is not None and self._backing.is_fixed
         self._mounted.write_owners(fields)
 
     def adopt(
@@ -260,8 +261,9 @@ class Keeper:
         self._fuse_fd = descriptors[0]
         self._directory = directory
         backing = self._settings.backing
-        self._backing = Backing(backing, adopted_fd=descriptors[2]) if backing is not None else None
         self._memory = self._make_memory()
+        is_fixed = bool(self._memory.board.fields[Field.BACKING_FIXED])
+        self._backing = Backing(backing, adopted_fd=descriptors[2], is_fixed=is_fixed) if backing is not None else None
         self._encrypt()
         self._prepare(born_ns)
 
@@ -880,6 +882,14 @@ class Keeper:
         elif not self._directory.survives:
             client.answer(
                 {"error": "the pool is in memory without a name, which cannot be handed over: swapoff, umount, mount"}
+            )
+        elif self._memory.board.fields[Field.CAN_RESEND] == CANNOT_RESEND:
+            client.answer(
+                {
+                    "error": "this kernel does not send requests again (FUSE_NOTIFY_RESEND, Linux 6.9): a hand-over would lose"
+                    " the requests under way, and the programs that wait for them would wait for ever; nothing was changed."
+                    " For the new version: swapoff, umount, mount"
+                }
             )
         elif self._worker is None or not self._serving_since:
             client.answer({"error": "no worker serves at the moment: try again"})

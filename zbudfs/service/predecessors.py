@@ -9,8 +9,9 @@ Three cases, and one way for all of them: the keeper was stopped or killed and i
 the mount itself is gone and only descriptors are left, which are of no use then.
 
 In a fourth case nothing is touched (`find` raises Held): the mount is served by processes that this keeper cannot replace.
-Their memory has no name by which it could be mapped (before Linux 6.4), their keeper lives, the kernel refuses copies of
-their descriptors (CAP_SYS_PTRACE), or they live in a PID namespace that this keeper does not see.
+Their memory has no name by which it could be mapped (before Linux 6.4), the kernel does not send the requests again that the
+worker has taken (before Linux 6.9), their keeper lives, the kernel refuses copies of their descriptors (CAP_SYS_PTRACE), or
+they live in a PID namespace that this keeper does not see.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from zbudfs.service.mountpoint import find_mount, is_connected
 from zbudfs.service.pooldir import RUN_FOLDER, PoolDirectory, PoolDirectoryError, is_locked, pool_directories
 from zbudfs.service.roster import UNSEEN, Roster, is_ending
 from zbudfs.service.settings import Settings, SettingsError
-from zbudfs.store.board import Field
+from zbudfs.store.board import CANNOT_RESEND, Field
 
 NAMES: Final = ("fuse", "lock", "backing")
 """Of the descriptors in the store; the last is there only if there is a backing file."""
@@ -91,6 +92,17 @@ def _from_descriptors(found: dict[str, int]) -> Remains | None:
         _check(roster)
         settings = Settings.from_json(Path(path, "settings.json").read_bytes())
         born_ns = board_field(path, Field.BORN_NS)
+        server = roster.server()
+        if (
+            server is not None
+            and not is_ending(server)
+            and board_field(path, Field.SERVING)
+            and board_field(path, Field.CAN_RESEND) == CANNOT_RESEND
+        ):
+            raise Held(
+                "this kernel does not send requests again (FUSE_NOTIFY_RESEND, Linux 6.9), so the requests under way would be"
+                " lost with the worker that serves"
+            )
         complete = (settings.backing is not None) == ("backing" in found)
     except (OSError, SettingsError, struct.error):
         complete = False

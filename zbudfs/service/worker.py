@@ -53,7 +53,7 @@ from zbudfs.service.roster import Roster
 from zbudfs.service.settings import Settings
 from zbudfs.service.urgency import Urgency
 from zbudfs.store.backing import Backing
-from zbudfs.store.board import Field
+from zbudfs.store.board import CANNOT_RESEND, Field
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.memory import Follower, StoreMemory
 from zbudfs.store.page_store import PageStore
@@ -261,7 +261,7 @@ class Worker:
         else:
             await nursery.start(store.run)  # the first of all: the reserves come before the first request
             self._publish(stats)
-        fields[Field.CAN_RESEND] = 1 if resend(mounted.fuse_fd) else 2
+        fields[Field.CAN_RESEND] = 1 if resend(mounted.fuse_fd) else CANNOT_RESEND
         fields[Field.LAST_RECOVERY_US] = (time.monotonic_ns() - began) // 1000
         fields[Field.LOST_IN_RECOVERY] += found.lost_pages
         fields[Field.SERVING] = 1

@@ -27,7 +27,7 @@ from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.claim import FULL, Claimed, claim, shown
 from zbudfs.store.space import MAGIC as MAGIC
 from zbudfs.store.space import SEGMENT_BYTES as SEGMENT_BYTES
-from zbudfs.store.space import space_of
+from zbudfs.store.space import FixedFile, space_of
 
 if TYPE_CHECKING:
     from zbudfs.store.cipher import BlockCipher  # a library, only for those that encrypt
@@ -42,8 +42,13 @@ class Backing:
     a sentence for the user, LayoutError for content that is not ours.
     """
 
-    def __init__(self, path: str, adopted_fd: int | None = None, *, force: bool = False) -> None:
-        """Claim and empty it; or, with the descriptor of a running mount's, go on with it as it is."""
+    def __init__(
+        self, path: str, adopted_fd: int | None = None, *, force: bool = False, is_fixed: bool | None = None
+    ) -> None:
+        """Claim and empty it; or, with the descriptor of a running mount's, go on with it as it is.
+
+        `is_fixed` is what `is_fixed` of the running mount's is; with it, nothing is asked of the disk.
+        """
         self.path = path
         self.written_bytes = 0
         """Bytes of blocks written so far."""
@@ -62,13 +67,18 @@ class Backing:
                 self.direct = self._try_direct()
             else:
                 self.direct = bool(fcntl.fcntl(adopted_fd, fcntl.F_GETFL) & _DIRECT)
-            self._space = space_of(self._fd, direct=self.direct)
+            self._space = space_of(self._fd, direct=self.direct, is_fixed=is_fixed)
         except BaseException:
             if adopted_fd is None:
                 os.close(self._fd)
             raise
         self.name = f"the backing {self._space.noun} {shown(path)}"
         """For a sentence."""
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is a file of fixed size."""
+        return isinstance(self._space, FixedFile)
 
     def fileno(self) -> int:
         """Its descriptor."""

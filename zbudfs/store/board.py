@@ -44,6 +44,10 @@ OPENINGS: Final = 64
 """The fields in which the open files of the swapfile stand (fuse/openings.py); no `Field` lies there."""
 
 
+CANNOT_RESEND: Final = 2
+"""Value of Field.CAN_RESEND: a request that a worker has taken and not answered is lost with it."""
+
+
 class Field(IntEnum):
     """The numbers on the board; 0 is "not yet" or "none"."""
 
@@ -91,6 +95,8 @@ class Field(IntEnum):
     """The code of the packing, which is also that of the layout of its frames."""
     READY_BEAT = 26
     """Counted up by the event loop of each process that gets ready to serve."""
+    BACKING_FIXED = 27
+    """1 if the backing is a file of fixed size."""
     STANDBY_BEAT = 32
     """Counted up by the standby's event loop."""
     TAKING_OVER = 33

@@ -222,11 +222,17 @@ def _discard_limits(number: int, sys: str) -> tuple[int, int]:
     return 0, PAGE_SIZE
 
 
-def space_of(fd: int, *, direct: bool) -> GrowingFile:
-    """Return the space of a backing that is in use: what its header says. OSError."""
+def space_of(fd: int, *, direct: bool, is_fixed: bool | None = None) -> GrowingFile:
+    """Return the space of a backing that is in use. OSError.
+
+    `is_fixed` is whether it is a file of fixed size; None: its header says so. A caller that knows it has nothing read: the
+    disk may not answer.
+    """
     status = os.fstat(fd)
     if stat.S_ISBLK(status.st_mode):
         return BlockDevice(fd, direct=direct)
+    if is_fixed is not None:
+        return FixedFile(fd, status.st_size, direct=direct) if is_fixed else GrowingFile(fd, direct=direct)
     page = mmap.mmap(-1, PAGE_SIZE)
     os.preadv(fd, [page], 0)
     if page[: len(MAGIC) + len(FIXED_MARK)] == MAGIC + FIXED_MARK:
