@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 
 from tests.fuse.calls import aligned, all_stats, opened, stat_of
 from tests.support import LIMIT_SECONDS, ROOT, mounted, run_zbudfs, wait_until, zbudfs
+from zbudfs.cli import exporter
 from zbudfs.cli.exporter import Asker, Collector, listen_address
 from zbudfs.cli.metrics import HISTOGRAMS, METRICS, PREFIX, buckets
 
@@ -231,6 +233,53 @@ def test_two_scrapes_at_once_share_one_answer(tmp_path: Path) -> None:
         os.write(fd, b'{"stored_pages": 7}')
     wait_until(lambda: len(answers) == 2, "both answers")
     assert answers == [{str(tmp_path / "slow"): {"stored_pages": 7}}] * 2
+
+
+def test_a_mount_is_asked_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever scrapes, an answer that is fresh is given again."""
+    (tmp_path / "stats").mkdir()
+    numbers = tmp_path / "stats/all.json"
+    asker = Asker(limit_seconds=LIMIT_SECONDS)
+
+    def answered(value: int) -> Any:
+        numbers.write_text(f'{{"stored_pages": {value}}}')
+        return asker.ask([str(tmp_path)])[str(tmp_path)]
+
+    monkeypatch.setattr(exporter, "CACHE_SECONDS", LIMIT_SECONDS)
+    assert [answered(value) for value in (1, 2, 3)] == [{"stored_pages": 1}] * 3
+    monkeypatch.setattr(exporter, "CACHE_SECONDS", 0.0)
+    assert answered(4) == {"stored_pages": 4}
+
+
+def test_clients_that_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They get a bounded number of threads, for a bounded time; then others are answered again."""
+    monkeypatch.setattr(exporter._Handler, "timeout", 2.0)
+    server = exporter._Server("127.0.0.1", 0)
+    server.set_app(lambda environment, start: (start("200 OK", []) and None) or [b"numbers"])
+    before = threading.active_count()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = ("127.0.0.1", server.server_port)
+
+    def scraped() -> bool:
+        try:
+            with urllib.request.urlopen("http://{}:{}/".format(*address), timeout=LIMIT_SECONDS) as answer:
+                return bool(answer.read() == b"numbers")
+        except OSError:
+            return False
+
+    try:
+        assert scraped()
+        idle = [socket.create_connection(address) for _ in range(3 * exporter.MOST_CONNECTIONS)]
+        wait_until(lambda: threading.active_count() > before + 1, "threads for them")
+        assert threading.active_count() <= before + 1 + exporter.MOST_CONNECTIONS
+        wait_until(scraped, "a thread that is free again")
+        for connection in idle:
+            connection.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def is_joining(thread: threading.Thread) -> bool:

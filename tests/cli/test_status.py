@@ -20,6 +20,7 @@ from tests.support import LIMIT_SECONDS, mounted, run_zbudfs
 from zbudfs.cli.page import WIDTH, below, page
 from zbudfs.cli.remedies import is_thrashing, remedies
 from zbudfs.cli.status import as_json, as_pages, report
+from zbudfs.core.public import NAMES
 from zbudfs.service.mountpoint import Mount
 
 MIB = 1 << 20
@@ -101,6 +102,28 @@ def test_speeds_of_public_numbers() -> None:
     now, before = {**FULL, "renewed_at": 11.0}, {**EARLIER, "renewed_at": 9.0}
     assert "  speed      in 5 MiB/s, out 0 B/s, to disk 512 KiB/s, from disk 0 B/s" in page(now, before, 0.5)
     assert "speed" not in page({**now, "renewed_at": 9.0}, before, 0.5)
+
+
+def test_a_page_of_public_numbers() -> None:
+    """It says that they are rounded; what is missing is not shown as 0."""
+    told = {name: value for name, value in FULL.items() if name in NAMES}
+    text = page({**told, "rounded": True, "as_of": 1_800_000_000}, None, 1.0)
+    assert "public     rounded, as of " in text
+    assert "512 MiB of RAM" in text
+    assert "same-filled" not in text
+    assert "packed" not in text
+    (read,) = (line.split() for line in text.splitlines() if line.strip().startswith("read "))
+    assert read[-1] == "-"
+
+
+def test_a_text_gives_the_terminal_no_orders() -> None:
+    """Control characters are shown as what they are, and letters of any language are letters."""
+    hostile = "\x1b]0;title\x07 \x9b2J\u202e über 空き\r"
+    for numbers in ({**FULL, "warnings": [hostile], "version": hostile}, {"mountpoint": "/mnt/z", "error": hostile}):
+        text = page(numbers)
+        assert {each for each in text if not each.isprintable()} == {"\n"}
+        assert "\\x1b]0;title\\x07" in text
+        assert "über 空き" in text
 
 
 def test_an_empty_page() -> None:

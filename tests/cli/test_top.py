@@ -27,6 +27,7 @@ from zbudfs.cli.main import main
 from zbudfs.cli.sparkline import sparkline
 from zbudfs.cli.top_screen import Answer, Ask, Top
 from zbudfs.cli.top_widgets import bar_lines, gauge, shown_time
+from zbudfs.core.public import NAMES as PUBLIC_NAMES
 
 NUMBERS: Final[dict[str, Any]] = {
     "keeper_pid": 7,
@@ -145,6 +146,22 @@ def test_everything_is_on_the_screen(size: tuple[int, int]) -> None:
             assert region.bottom <= size[1]
 
     drive(Mounts("/mnt/a").ask, steps, size)
+
+
+def test_public_numbers() -> None:
+    """What is told to root alone is named as such, and not shown as 0; a text from the mount gives the terminal no orders."""
+    mounts = Mounts("/mnt/a")
+    told = {name: value for name, value in NUMBERS.items() if name in PUBLIC_NAMES}
+    mounts.numbers["/mnt/a"] = {**told, "warnings": ["clear \x1b[2J it"]}
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        shown = await until(
+            app, pilot, "524,288 pages", "rounded: exact for root", "for root alone", "clear \\x1b[2J it"
+        )
+        assert "same" not in shown
+        assert "zpages;" not in shown
+
+    drive(mounts.ask, steps)
 
 
 def test_it_is_resized() -> None:

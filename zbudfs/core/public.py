@@ -128,7 +128,7 @@ class Discretion:
                 fast = sum(buckets[: FIRST_READ_BUCKET + 1])
                 buckets[: FIRST_READ_BUCKET + 1] = [*([0] * FIRST_READ_BUCKET), fast]
             found[f"{kind}_latency_us"] = [
-                blur.tell(count) for blur, count in zip(self._buckets[kind], buckets, strict=False)
+                blur.tell(count) if count else 0 for blur, count in zip(self._buckets[kind], buckets, strict=False)
             ]
             found[f"{kind}_latency_sum_us"] = self._sums[kind].tell(_count(numbers[f"{kind}_latency_sum_us"]))
         return found
