@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Strangers: how long a page-in takes while another user does what he can to the mount.
 
-A program reads pages at random from a loop device on swapfile, past the page cache, as swap does, on one processor. Another
-user's process runs on another processor and repeats one attack as fast as it can:
+A program reads pages of swapfile at random as a loop device does (reader.c), on one processor, in real time. Another user's
+process runs on another processor and repeats one attack as fast as it can:
 
     on tmpfs    on files of a tmpfs: what the load alone costs, and what the others are compared with
     on zbudfs   the same calls on the mount, or on its public statistics
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import mmap
 import os
-import random
 import signal
 import threading
 import time
@@ -25,7 +25,20 @@ from pathlib import Path
 from typing import Final
 
 from bench import corpus
-from bench.kit import MIB, PAGE, BenchError, Benchmark, Options, in_turns, progress, run, workplace, zbudfs_command
+from bench.kit import (
+    LIMIT_SECONDS,
+    MIB,
+    PAGE,
+    BenchError,
+    Benchmark,
+    Options,
+    build,
+    in_turns,
+    progress,
+    run,
+    workplace,
+    zbudfs_command,
+)
 from bench.memory import write
 from bench.table import Column, Table
 
@@ -116,7 +129,8 @@ def measure(options: Options) -> list[Table]:
     seconds = 0.2 if options.short else options.seconds
     pages = corpus.sample(16 * MIB)
     tables = {name: Table(f"Page-ins under attack: {name}", COLUMNS, base=ON_TMPFS) for name in ATTACKS}
-    with workplace(options) as folder, _mounted(folder, pages) as (mountpoint, floor, device):
+    with workplace(options) as folder, _mounted(folder, pages) as (mountpoint, floor):
+        reader = build("reader", folder)
         rows = [(name, where) for name in ATTACKS for where in (ON_TMPFS, ON_ZBUDFS)]
         names = [f"{name}\n{where}" for name, where in rows]
         for number, row in in_turns(names, options.rounds):
@@ -125,18 +139,20 @@ def measure(options: Options) -> list[Table]:
             if name == "public statistics" and where == ON_ZBUDFS:
                 target = folder / "links"
             with _attacked(ATTACKS[name], target, cpus[-1]) as rounds:
-                sample = _read(device, seconds, cpus[0])
+                sample = _read(reader, mountpoint / "swapfile", seconds, cpus[0])
                 sample["rounds"] = float(rounds())
             tables[name].add(where, sample)
             progress(f"round {number + 1}: {name}, {where}: {sample}")
     for table in tables.values():
-        table.notes.append("The reader and the attacker have a processor each; the daemon runs on both, in real time.")
+        table.notes.append(
+            "The reader and the attacker have a processor each. The daemon runs on both; it and the reader run in real time."
+        )
     return list(tables.values())
 
 
 @contextlib.contextmanager
-def _mounted(folder: Path, pages: corpus.Corpus) -> Iterator[tuple[Path, Path, Path]]:
-    """A mount, a tmpfs with files of the same names, and a loop device on the swapfile."""
+def _mounted(folder: Path, pages: corpus.Corpus) -> Iterator[tuple[Path, Path]]:
+    """A mount, and a tmpfs with files of the same names."""
     mountpoint, floor, links = folder / "mnt", folder / "floor", folder / "links"
     for path in (mountpoint, floor, links):
         path.mkdir()
@@ -163,11 +179,7 @@ def _mounted(folder: Path, pages: corpus.Corpus) -> Iterator[tuple[Path, Path, P
         (floor / "public.json").write_bytes(everything)
         pool = Path((mountpoint / "stats/pool_directory").read_text().strip())
         (links / "public.json").symlink_to(pool.parent.parent / f"{pool.parent.name}-stats" / f"{pool.name}.json")
-        device = run(
-            ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", mountpoint / "swapfile"]
-        )
-        stack.callback(run, ["losetup", "--detach", device.strip()])
-        yield mountpoint, floor, Path(device.strip())
+        yield mountpoint, floor
 
 
 @contextlib.contextmanager
@@ -195,33 +207,14 @@ def _attacked(attack: Attack, target: Path, cpu: int) -> Iterator[Callable[[], i
         os.waitpid(pid, 0)
 
 
-def _read(device: Path, seconds: float, cpu: int) -> dict[str, float | None]:
+def _read(reader: Path, swapfile: Path, seconds: float, cpu: int) -> dict[str, float | None]:
     """Read pages at random for so long."""
-    before = os.sched_getaffinity(0)
-    source = random.Random(5)
-    took: list[int] = []
-    fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
-    try:
-        os.sched_setaffinity(0, {cpu})
-        buffer = mmap.mmap(-1, PAGE)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            offset = source.randrange(SIZE_BYTES // PAGE) * PAGE
-            began = time.perf_counter_ns()
-            os.preadv(fd, [buffer], offset)
-            took.append(time.perf_counter_ns() - began)
-    finally:
-        os.sched_setaffinity(0, before)
-        os.close(fd)
-    took.sort()
-    return {
-        "p50_us": took[len(took) // 2] / 1000,
-        "p99_us": took[len(took) * 99 // 100] / 1000,
-        "max_us": took[-1] / 1000,
-        "reads": float(len(took)),
-    }
+    found: dict[str, float | None] = json.loads(
+        run([reader, swapfile, str(SIZE_BYTES), str(seconds), str(cpu)], limit_seconds=seconds + LIMIT_SECONDS)
+    )
+    return found
 
 
 BENCHMARK: Final = Benchmark(
-    "strangers", "page-ins while another user attacks the mount", ("root", "fuse", "loop"), add_options, measure
+    "strangers", "page-ins while another user attacks the mount", ("root", "fuse"), add_options, measure
 )

@@ -57,9 +57,10 @@ def test_storm(tmp_path: Path) -> None:
     assert in_ram["rows"]["zbudfs"][0]["written_mib"] == 0
 
 
-@pytest.mark.needs("root", "fuse", "loop")
+@pytest.mark.needs("root", "fuse")
 def test_strangers(tmp_path: Path) -> None:
     """Each attack goes round, on a tmpfs and on the mount, and pages are read meanwhile."""
+    require_tools("gcc")
     tables = short(tmp_path, "strangers")
     assert len(tables) == len(ATTACKS)
     for table in tables:

@@ -255,7 +255,12 @@ def test_clients_that_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """They get a bounded number of threads, for a bounded time; then others are answered again."""
     monkeypatch.setattr(exporter._Handler, "timeout", 2.0)
     server = exporter._Server("127.0.0.1", 0)
-    server.set_app(lambda environment, start: (start("200 OK", []) and None) or [b"numbers"])
+
+    def application(environment: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])
+        return [b"numbers"]
+
+    server.set_app(application)
     before = threading.active_count()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
