@@ -290,4 +290,4 @@ def test_wrong_times(words: list[str]) -> None:
     """They are usage errors."""
     run = run_zbudfs("status", *words)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "write seconds from 0.1 to 86400" in run.stderr
+    assert "from 0.1 to 86400" in run.stderr
