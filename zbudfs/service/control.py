@@ -19,6 +19,8 @@ MAX_CLIENTS: Final = 4
 CLIENT_SECONDS: Final = 5.0
 """How long a client may take to send its order. Arbitrary."""
 _ORDER_BYTES: Final = 1 << 16
+_QUEUE: Final = 64
+"""Clients that can wait to be accepted: a connect fails beyond that."""
 
 
 class Client:
@@ -58,7 +60,7 @@ class Control:
         try:
             self._socket.bind(path)
             os.chmod(path, 0o600)  # noqa: PTH101
-            self._socket.listen(MAX_CLIENTS)
+            self._socket.listen(_QUEUE)
         except OSError:
             self._socket.close()
             raise
