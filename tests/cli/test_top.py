@@ -96,11 +96,13 @@ def drive(
     steps: Callable[[Top, Pilot[None]], Awaitable[None]],
     size: tuple[int, int] = (80, 24),
     mountpoint: str | None = None,
+    *,
+    unicode: bool = True,
 ) -> None:
     """Run the screen without a terminal and do something with it."""
 
     async def run() -> None:
-        app = Top(None, 0.1, ask)
+        app = Top(None, 0.1, ask, unicode=unicode)
         async with app.run_test(size=size, notifications=True) as pilot:
             await asyncio.wait_for(steps(app, pilot), LIMIT_SECONDS)
 
@@ -162,6 +164,19 @@ def test_public_numbers() -> None:
         assert "zpages;" not in shown
 
     drive(mounts.ask, steps)
+
+
+@pytest.mark.parametrize("unicode", [True, False])
+def test_blocks_where_the_terminal_has_them(unicode: bool) -> None:
+    """All panels are ASCII where the locale is not one of UTF-8; textual's own line of keys is left as it is."""
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        shown = await until(app, pilot, "50.0 %", "hits  100.00 % in RAM")
+        panels = "\n".join(line for line in shown.splitlines() if "Next mount" not in line)
+        assert bool(set(panels) & set("█▄░╭│")) is unicode
+        assert panels.isascii() is not unicode
+
+    drive(Mounts("/mnt/a").ask, steps, size=(100, 34), unicode=unicode)
 
 
 def test_it_is_resized() -> None:

@@ -75,7 +75,7 @@ COMMANDS = (
             for name, value in (("instances", "4"), ("level", "3"), ("backing", "none"), ("priority", "5"))
         ),
         (["serve"], "required: NAME"),
-        (["status", "/x", "/y"], "unrecognized arguments: /y"),
+        (["status", "/x", "/y"], "there are more words than this command takes: /y"),
     ],
 )
 def test_wrong_words_are_usage_errors(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,6 +288,13 @@ def test_the_daemons_own_modules_stay_lean() -> None:
         (["moutn", "/x"], "'moutn' is no command of zbudfs: did you mean mount? (see zbudfs --help)"),
         (["swap-on"], "'swap-on' is no command of zbudfs: did you mean swapon?"),
         (["trace", "recrod"], "'recrod' is no command of zbudfs trace: did you mean record? (see zbudfs trace --help)"),
+        (["set", "level=1"], "'level=1' is the last word, where the MOUNTPOINT must be: write it behind"),
+        (["exporter", "--textfile", ""], "argument --textfile: '' is not a file name: write the path of a file"),
+        (["estimate", "--file", ""], "argument --file: '' is not a file name"),
+        (["trace", "record", "-o", "", "/x"], "argument -o/--output: '' is not a file name"),
+        (["trace", "show", ""], "argument FILE: '' is not a file name"),
+        (["config", "--root", "/nonexistent"], "argument --root: '/nonexistent' is not a directory"),
+        (["doctor", "--root", ""], "argument --root: '' is not a directory: write the path of one that exists"),
         (["hibernate", "prepar"], "'prepar' is not one of the words prepare, finish (see zbudfs hibernate --help)"),
         (["--sise", "1G"], "'--sise' is no option of zbudfs: known are --help, --version"),
         (["mount", "--siez", "64M", "/x"], "'--siez' is no option of zbudfs mount: did you mean --size?"),

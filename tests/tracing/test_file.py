@@ -251,7 +251,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         read_trace(str(tmp_path), "it")
     path = tmp_path / "trace"
     path.touch()
-    with pytest.raises(TraceFileError, match="it: this is no trace file"):
+    with pytest.raises(TraceFileError, match="it: it is not a trace"):
         read_trace(str(path), "it")
     path.write_bytes(trace_file([]))
     with pytest.raises(TraceFileError, match="it: the trace is empty"):

@@ -32,6 +32,7 @@ from zbudfs.cli.restart import order_restart, wait_served
 from zbudfs.cli.target import CommandError, all_mounted, find_mounted, need_root, refuse_users, resolve
 from zbudfs.cli.teardown import take_all_down, take_down
 from zbudfs.core.sizes import format_size, parse_size_or_percent
+from zbudfs.core.tunables import NAMES
 from zbudfs.service import disks, launch
 from zbudfs.service.footprint import check_tables
 from zbudfs.service.mountpoint import (
@@ -212,6 +213,8 @@ def status(arguments: Arguments) -> int:
 def set_(arguments: Arguments) -> int:
     """Change what can be changed while a mount runs, and print what is in force; without a KEY=VALUE everything."""
     wanted = tuning.pairs(arguments.words[:-1])
+    if arguments.words[-1].partition("=")[0] in NAMES and not os.path.lexists(arguments.words[-1]):
+        raise SettingsError(f"{arguments.words[-1]!r} is the last word, where the MOUNTPOINT must be: write it behind")
     need_root("set")
     mountpoint = find_mounted(resolve(arguments.words[-1])).mountpoint
     try:

@@ -11,6 +11,7 @@ A user's or a system's error never shows a traceback; a traceback is a bug. What
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from zbudfs.cli.options import build_parser, one_line
 from zbudfs.cli.stdio import OutputError, checked_output
 from zbudfs.cli.target import CommandError
 from zbudfs.service.launch import LaunchError
-from zbudfs.service.mountpoint import MountError
+from zbudfs.service.mountpoint import MountError, shown_path
 from zbudfs.service.pooldir import PoolDirectoryError
 from zbudfs.service.settings import SettingsError
 from zbudfs.swap.loop import SwapError
@@ -69,7 +70,15 @@ def _told(run: Callable[[], int]) -> int:
     except (BrokenPipeError, OutputError):
         raise
     except OSError as error:
-        return _fail(error, FAILURE)
+        return _fail(_sentence(error), FAILURE)
+
+
+def _sentence(error: OSError) -> str:
+    """Return what failed: the file, if the error names one, and the system's words."""
+    path = error.filename2 if error.filename2 is not None else error.filename
+    if error.strerror is None or not isinstance(path, str | bytes):
+        return str(error)
+    return f"{shown_path(os.fsdecode(path))}: {error.strerror}"
 
 
 def _fail(why: object, status: int) -> int:

@@ -112,6 +112,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Tell what was typed wrongly, and end with exit status 2."""
+        message = message.replace("unrecognized arguments:", "there are more words than this command takes:")
         print(f"zbudfs: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -256,7 +257,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDR:PORT",
         help="answer scrapes there, over HTTP, until SIGTERM or Ctrl-C (default: localhost:9824)",
     )
-    where.add_argument("--textfile", metavar="FILE", help="write a file for node_exporter's textfile collector instead")
+    where.add_argument(
+        "--textfile",
+        type=values.file_name,
+        metavar="FILE",
+        help="write a file for node_exporter's textfile collector instead",
+    )
     sub.add_argument("--interval", type=_seconds, metavar="SECONDS", help="write FILE again and again (default: once)")
     sub.add_argument("mountpoints", metavar="MOUNTPOINT", nargs="*", help="directory (default: every zbudfs)")
 
@@ -284,7 +290,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--check", action="store_true", help="tell only what is wrong; exit status 1 if anything is")
     sub.add_argument("--json", action="store_true", help="print one object, or a list of objects if no NAME is given")
-    sub.add_argument("--root", default="/", metavar="DIR", help="look at the system whose / is DIR (default: this one)")
+    sub.add_argument(
+        "--root",
+        type=values.folder,
+        default="/",
+        metavar="DIR",
+        help="look at the system whose / is DIR (default: this one)",
+    )
     sub.add_argument("name", metavar="NAME", nargs="?", help="of the configuration (default: all)")
 
     add_doctor(command)

@@ -98,7 +98,12 @@ def add_estimate(command: AddCommand) -> None:
     )
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--all", action="store_true", help="look at all processes (those of others: as root)")
-    what.add_argument("--file", metavar="FILE", help="look at the pages of a file, or at the memory in a core dump")
+    what.add_argument(
+        "--file",
+        type=values.file_name,
+        metavar="FILE",
+        help="look at the pages of a file, or at the memory in a core dump",
+    )
     what.add_argument(
         "pids", nargs="*", type=values.pid, default=[], metavar="PID", help="look at the memory of these processes"
     )
@@ -150,7 +155,12 @@ def add_trace(command: AddCommand) -> None:
 
     part = trace_command("record", _trace_record, "record the requests of a mount to a file", _RECORD_EPILOG)
     part.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="file to write; one that is there is replaced"
+        "-o",
+        "--output",
+        type=values.file_name,
+        required=True,
+        metavar="FILE",
+        help="file to write; one that is there is replaced",
     )
     part.add_argument("--seconds", type=values.seconds, metavar="N", help="how long (default: until Ctrl-C)")
     part.add_argument(
@@ -163,7 +173,7 @@ def add_trace(command: AddCommand) -> None:
 
     part = trace_command("show", _trace_show, "tell what is in a trace, and how the working set went", _SHOW_EPILOG)
     _add_output(part)
-    part.add_argument("trace", metavar="FILE", help="what trace record has written")
+    part.add_argument("trace", type=values.file_name, metavar="FILE", help="what trace record has written")
 
     part = trace_command("replay", _trace_replay, "replay a trace without a mount, to compare settings", _REPLAY_EPILOG)
     part.add_argument(
@@ -208,7 +218,7 @@ def add_trace(command: AddCommand) -> None:
         help="make other pages of the same sizes (default: %(default)s)",
     )
     part.add_argument("--json", action="store_true", help="print a list of objects, one for each combination")
-    part.add_argument("trace", metavar="FILE", help="what trace record has written")
+    part.add_argument("trace", type=values.file_name, metavar="FILE", help="what trace record has written")
 
 
 def add_top(command: AddCommand) -> None:

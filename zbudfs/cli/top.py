@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.stdio import shows_unicode
 from zbudfs.cli.target import CommandError, find_mounted, resolve
 from zbudfs.service.mountpoint import zbudfs_mounts
 
@@ -41,6 +42,6 @@ def top(arguments: Arguments) -> int:
             raise CommandError("top needs a terminal; zbudfs status --json is for programs")
         if os.environ.get("TERM", "dumb") == "dumb":
             raise CommandError("top needs a terminal that can move the cursor: TERM is not set, or dumb")
-        app = Top(mountpoint, arguments.look_seconds)
+        app = Top(mountpoint, arguments.look_seconds, unicode=shows_unicode())
         app.run()
     return app.return_code or 0

@@ -30,7 +30,7 @@ from zbudfs.cli import tuning
 from zbudfs.cli.ask import all_numbers, why_silent
 from zbudfs.cli.history import History
 from zbudfs.cli.sparkline import sparkline
-from zbudfs.cli.top_widgets import Bars, gauge, shown_time
+from zbudfs.cli.top_widgets import Bars, gauge, plain, shown_time
 from zbudfs.core.codec import MAX_LEVEL, MIN_LEVEL
 from zbudfs.core.sizes import format_size
 from zbudfs.core.units import PAGE_SIZE, SIZE_CLASS_BYTES
@@ -134,6 +134,7 @@ class Top(App[None]):
     #title, #warnings { text-wrap: nowrap; text-overflow: ellipsis; }
     #panels { grid-size: 2; grid-columns: 1fr 1fr; grid-rows: 8 8 1fr; height: 1fr; min-height: 19; }
     .panel { border: round $primary; padding: 0 1; height: 100%; text-wrap: nowrap; }
+    Screen.ascii .panel { border: ascii $primary; }
     #warnings { height: 1; color: $warning; }
     #warnings.error { color: $error; text-style: bold; }
     #entry { display: none; height: 3; }
@@ -156,8 +157,11 @@ class Top(App[None]):
         Binding("escape", "leave", "Back", show=False),
     ]
 
-    def __init__(self, mountpoint: str | None, interval_seconds: float, ask: Ask = ask_mount) -> None:
+    def __init__(
+        self, mountpoint: str | None, interval_seconds: float, ask: Ask = ask_mount, *, unicode: bool = True
+    ) -> None:
         super().__init__()
+        self._unicode = unicode
         self._mountpoint = mountpoint
         self._mountpoints: list[str] = []
         self._histories: dict[str, History] = {}
@@ -169,6 +173,12 @@ class Top(App[None]):
         self._panels = {name: Static(id=name) for name in ("title", "warnings")}
         self._panels |= {name: Static(id=name, classes="panel") for name in ("summary", "trends", "rates", "latency")}
         self._bars = {name: Bars(id=name, classes="panel") for name in ("sizes", "unbuddied")}
+        for bars in self._bars.values():
+            bars.unicode = unicode
+
+    def _drawn(self, lines: Sequence[str]) -> Text:
+        """Return the lines of a panel, with the characters that the terminal shows."""
+        return _lines(lines if self._unicode else [plain(line) for line in lines])
 
     def draw_to(self, path: str, seconds: float) -> None:
         """Before it runs: write what is on the screen after so long to an SVG file, and end."""
@@ -191,6 +201,7 @@ class Top(App[None]):
     def on_mount(self) -> None:
         """Begin to ask."""
         self.theme = "textual-dark"
+        self.screen.set_class(not self._unicode, "ascii")
         self._asker.start()
         self.set_interval(0.5, self._show_silence)
         if self._picture is not None:
@@ -250,10 +261,10 @@ class Top(App[None]):
             self._say("; ".join((numbers or {}).get("warnings", ())), error=False)
         if history is None or numbers is None:
             return
-        self._panel("summary").update(_lines(_summary(numbers, self._width("summary"))))
-        self._panel("trends").update(_lines(_trends(history, self._width("trends"))))
-        self._panel("rates").update(_lines(_rates(history, self._width("rates"))))
-        self._panel("latency").update(_lines(_latency(history)))
+        self._panel("summary").update(self._drawn(_summary(numbers, self._width("summary"))))
+        self._panel("trends").update(self._drawn(_trends(history, self._width("trends"))))
+        self._panel("rates").update(self._drawn(_rates(history, self._width("rates"))))
+        self._panel("latency").update(self._drawn(_latency(history)))
         sizes = numbers.get("chunk_histogram") or []
         unit = f"0 to {len(sizes) * SIZE_CLASS_BYTES} bytes"
         self._bars["sizes"].show(sizes[1:], f"{unit}; {sum(sizes):,} zpages" if sizes else _ROOT_ONLY)

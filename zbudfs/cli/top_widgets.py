@@ -11,6 +11,8 @@ from rich.text import Text
 from textual.widgets import Static
 
 _EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
+_PLAIN: Final = str.maketrans(f"{_EIGHTHS}░▏▎▍▌▋▊▉", " .:-=+*#@.-------")
+"""What stands for each block where the terminal shows ASCII alone."""
 
 
 def bar_lines(values: Sequence[float], width: int, height: int) -> list[str]:
@@ -42,6 +44,11 @@ def gauge(part: float, whole: float, width: int) -> str:
     return ("█" * full + partial).ljust(width, "░")
 
 
+def plain(text: str) -> str:
+    """Return text with its blocks as ASCII."""
+    return text.translate(_PLAIN)
+
+
 def shown_time(us: float) -> str:
     """Return a time for people, in three digits or so."""
     if us < 1000:
@@ -56,6 +63,8 @@ class Bars(Static):
         super().__init__(id=id, classes=classes)
         self._values: Sequence[float] = ()
         self._caption = ""
+        self.unicode = True
+        """Whether the terminal shows blocks."""
 
     def show(self, values: Sequence[float], caption: str) -> None:
         """Draw other values."""
@@ -66,4 +75,5 @@ class Bars(Static):
         """Draw them in the room there is now."""
         width, height = self.size
         lines = bar_lines(self._values, width, height - 1)
-        return Text("\n".join([*lines, self._caption[:width]]), no_wrap=True)
+        text = "\n".join([*lines, self._caption[:width]])
+        return Text(text if self.unicode else plain(text), no_wrap=True)

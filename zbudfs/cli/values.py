@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Final
 
 from zbudfs.core.packing import Packing
@@ -118,6 +118,20 @@ def seed(text: str) -> int:
 def pid(text: str) -> int:
     """The number of a process."""
     return whole_number(text, "the number of a process", 1, (1 << 31) - 1)
+
+
+def file_name(text: str) -> str:
+    """The path of a file, which need not be there."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name: write the path of a file")
+    return text
+
+
+def folder(text: str) -> str:
+    """A directory that is there."""
+    if not text or "\0" in text or not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a directory: write the path of one that exists")
+    return text
 
 
 def plot_file(text: str) -> str:

@@ -131,7 +131,7 @@ def encode_block(number: int, words: "array[int]") -> bytes:
 def decode_header(data: bytes) -> tuple[dict[str, Any], int]:
     """What the file is about, and where its blocks begin. TraceFileError."""
     if len(data) < _HEADER.size or not data.startswith(MAGIC):
-        raise TraceFileError("this is no trace file")
+        raise TraceFileError("it is not a trace: record one with zbudfs trace record")
     _, version, length, text_length, check = _HEADER.unpack_from(data)
     if version != VERSION:
         raise TraceFileError(f"the trace has format {version}, and this zbudfs knows format {VERSION}")

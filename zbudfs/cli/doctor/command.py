@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from zbudfs.cli import config
+from zbudfs.cli import config, values
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.commands import make_parts
 from zbudfs.cli.doctor.examine import as_json, as_page, count, examine
@@ -36,7 +36,13 @@ def add_doctor(command: Callable[..., Any]) -> None:
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--backing", metavar="FILE|none", help="look at this place for the backing file")
     what.add_argument("name", metavar="NAME", nargs="?", help="look at what is configured (default: the defaults)")
-    sub.add_argument("--root", default="/", metavar="DIR", help="look at the system whose / is DIR (default: this one)")
+    sub.add_argument(
+        "--root",
+        type=values.folder,
+        default="/",
+        metavar="DIR",
+        help="look at the system whose / is DIR (default: this one)",
+    )
 
 
 def doctor(arguments: Arguments) -> int:
@@ -65,6 +71,6 @@ def machine_of(arguments: Arguments) -> Machine:
             priority=found.arguments.priority,
             swap=found.swap,
         )
-    values = {} if arguments.backing is None else {"backing": arguments.backing}
-    _, settings = config.settings_of({**values}, config.default_mountpoint("swap"), arguments.root)
+    typed = {} if arguments.backing is None else {"backing": arguments.backing}
+    _, settings = config.settings_of({**typed}, config.default_mountpoint("swap"), arguments.root)
     return Machine(root=arguments.root, settings=settings)
