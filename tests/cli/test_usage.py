@@ -129,6 +129,9 @@ def test_values_that_cannot_work_are_usage_errors(
         (["swapon", "none"], "does not exist: create the directory first"),
         (["status", "."], "no zbudfs is mounted on"),
         (["umount", "--", "-x"], "no zbudfs is mounted on"),
+        (["exporter", "--textfile", "none/at/all"], "none/at/all: No such file or directory"),
+        (["estimate", "--file", "none"], "zbudfs: none: No such file or directory"),
+        (["trace", "show", "none"], "zbudfs: none: No such file or directory"),
         (["status", "new\nline"], r"$'/"),
     ],
 )

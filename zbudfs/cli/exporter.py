@@ -231,6 +231,9 @@ def write(mountpoints: Callable[[], list[str]], path: str, interval_seconds: flo
     if interval_seconds is not None:
         signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     while True:
-        write_to_textfile(path, registry)
+        try:
+            write_to_textfile(path, registry)
+        except OSError as error:  # it names a temporary file beside it
+            raise OSError(error.errno, error.strerror, path) from None
         if interval_seconds is None or stop.wait(interval_seconds):
             return
