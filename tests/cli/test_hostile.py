@@ -316,6 +316,5 @@ def test_only_a_backing_file_is_emptied(tmp_path: Path) -> None:
     link = tmp_path / "link"
     ours.write_bytes(MAGIC)
     link.symlink_to(ours)
-    with pytest.raises(OSError, match="symbolic"):
-        _empty(str(link))
+    _empty(str(link))
     assert ours.read_bytes() == MAGIC
