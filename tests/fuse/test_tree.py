@@ -47,7 +47,7 @@ LISTS: Final = {
     **{f"{kind.name.lower()}_latency_us": BUCKETS for kind in Timed},
 }
 """Several numbers in one file, and how many."""
-TEXTS: Final = ("mountpoint", "packing", "version", "backing_path", "pool_directory")
+TEXTS: Final = ("mountpoint", "packing", "page_in_path", "version", "backing_path", "pool_directory")
 LINES: Final = ("warnings", "log")
 _DIRENT: Final = struct.Struct("<QqHB")
 

@@ -397,7 +397,7 @@ def test_an_old_handle_of_a_statistic(mount: Callable[..., Served]) -> None:
         old = os.open(served.mountpoint / "stats/version", os.O_RDONLY)
         served.kill(served.worker)
         path = served.mountpoint / "stats/level"
-        new = [stack.enter_context(opened(path, os.O_RDONLY)) for _ in range(300)]
+        new = [stack.enter_context(opened(path, os.O_RDONLY)) for _ in range(200)]
         try:
             with pytest.raises(OSError, match="Stale file handle") as failure:
                 os.pread(old, 100, 0)

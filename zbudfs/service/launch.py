@@ -95,9 +95,13 @@ def start(
 def _start(command: Sequence[str], settings: Settings, limit_seconds: float) -> Ready:
     mounts_before = zbudfs_mounts()
     daemon: subprocess.Popen[bytes] | None = None
+    interrupted: list[int] = []
     try:
-        with _blocked({signal.SIGINT}):  # a daemon that is there, and not known here yet, could not be stopped
+        # A daemon that is there, and not known here yet, could not be stopped. A blocked signal would reach another thread.
+        with _handling({signal.SIGINT: lambda number, frame: interrupted.append(number)}):
             daemon, ready_fd = _spawn(command, settings, foreground=False)
+        if interrupted:
+            raise KeyboardInterrupt
         ready, last_words = _wait_ready(daemon, ready_fd, limit_seconds)
         if isinstance(ready, Ready):
             daemon.returncode = 0  # it lives on and outlives us: there is nothing to wait for
