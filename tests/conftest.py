@@ -82,6 +82,20 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_process_a_signal() -> Iterator[None]:
+    """Refuse kill(0): a `standby_pid` of 0 means that there is none, and the signal would reach the whole test run."""
+    kill = os.kill
+
+    def guarded(pid: int, number: int) -> None:
+        assert pid > 0, f"signal {number} to process {pid}: a process was expected that is not there"
+        kill(pid, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "kill", guarded)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(run_folder: Path, request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test with needs that leaves something on the machine, and clean up after it."""

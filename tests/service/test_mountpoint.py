@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.support import LIMIT_SECONDS, mounted, status_of
+from tests.support import LIMIT_SECONDS, mounted, status_of, wait_until
 from zbudfs.service.mountpoint import (
     Mount,
     MountError,
@@ -226,6 +226,7 @@ print("answered")
 def test_resolve_touches_no_mount(tmp_path: Path) -> None:
     """While nobody serves, lstat of the mountpoint waits after a plain `ls`; what commands and the daemon do does not."""
     with mounted(tmp_path / "mnt") as mount:
+        wait_until(lambda: status_of(mount)["standby_ready"] is True, "the standby")
         status = status_of(mount)
         pids = [status[name] for name in ("keeper_pid", "standby_pid", "worker_pid")]
         subprocess.run(["ls", mount], check=True, capture_output=True)
