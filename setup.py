@@ -9,6 +9,7 @@ clear words where it cannot be.
 import shlex
 import shutil
 import subprocess
+import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -37,7 +38,9 @@ class BuildShim(build_ext):
         if not shutil.which(self.compiler.compiler_so[0]):
             raise SystemExit(f"zbudfs: cannot build the libfuse shim: no {self.compiler.compiler_so[0]} ({REMEDY})")
         for extension in self.extensions:
-            extension.extra_compile_args += ["-std=gnu11", "-Wall", "-Wextra"]
+            # Warnings are errors in development (scripts/setup.sh), but not those of Python's own headers.
+            extension.extra_compile_args += ["-std=gnu11", "-Wall", "-Wextra", "-Wconversion"]
+            extension.extra_compile_args += ["-isystem", sysconfig.get_path("include")]
             if extension.name == SHIM:
                 extension.extra_compile_args += _pkg_config("--cflags")
                 extension.extra_link_args += _pkg_config("--libs")

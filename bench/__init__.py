@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""How fast zbudfs is, what it takes, and against what: `python -m bench --help`."""
+"""Measurements of the speed and the memory of zbudfs, with comparisons. See `python -m bench --help`."""

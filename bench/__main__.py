@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The command line of the measurements.
 
-    python -m bench storm                    one of them, with options of its own: python -m bench storm --help
-    python -m bench all --json > full.json   all of them
-    python -m bench show full.json           the tables of results that were kept
-    python -m bench document full.json       the same into docs/performance.md, each between its markers
+    python -m bench storm                    run one measurement; for its options, see python -m bench storm --help
+    python -m bench all --json > full.json   run all measurements, and keep the results
+    python -m bench show full.json           print the tables of kept results
+    python -m bench document full.json       put the tables into docs/evidence/performance.md, and draw its picture
 
-Tables go to stdout, what is being done to stderr. Exit status: 0 done, 1 failed, 2 asked for wrongly.
+Tables go to stdout, and progress to stderr. The exit status is 0 for success, 1 for a failure, and 2 for a usage error.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from bench import document, fio, machine, memory, packing, recovery, size, store, storm, strangers
-from bench.kit import BenchError, Benchmark, Options, progress
+from bench import document, fio, machine, memory, packing, real, recovery, size, store, storm, strangers
+from bench.kit import Benchmark, Options, progress
 from bench.table import Table
+from kit.programs import KitError
 
 BENCHMARKS: Final = (
     storm.BENCHMARK,
+    real.BENCHMARK,
     fio.BENCHMARK,
     store.BENCHMARK,
     memory.BENCHMARK,
@@ -37,16 +39,16 @@ ROUNDS: Final = 5
 
 
 def main(words: list[str] | None = None) -> int:
-    """Do what was asked for; the exit status."""
+    """Run the command line `words`, by default that of the process, and return the exit status."""
     options = build_parser().parse_args(words)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         status: int = options.run(options)
-    except BenchError as error:
+    except KitError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench: interrupted; everything was taken down", file=sys.stderr)
+        print("bench: interrupted; all mounts and disks were removed", file=sys.stderr)
         return 130
     return status
 
@@ -56,7 +58,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; what it gives has the function to call as `run`."""
+    """Return the parser. Its `run` is the function to call."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=__doc__,
@@ -69,34 +71,42 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=_run, names=[benchmark.name])
         benchmark.add_options(sub)
         _add_common(sub)
-    sub = commands.add_parser("all", help="all of them, as they are without options", allow_abbrev=False)
+    sub = commands.add_parser("all", help="all measurements, with their default options", allow_abbrev=False)
     sub.set_defaults(run=_run, names=[benchmark.name for benchmark in BENCHMARKS])
     _add_common(sub)
     for name, run, summary in (
-        ("show", _show, "print the tables of results that were kept with --json"),
-        ("document", _document, "put them into docs/performance.md"),
+        ("show", _show, "print the tables of results that --json printed"),
+        (
+            "document",
+            _document,
+            "put the tables into docs/evidence/performance.md, and draw the picture of real programs",
+        ),
     ):
         sub = commands.add_parser(name, help=summary, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument(
-            "results", nargs="+", type=Path, metavar="FILE", help="what --json printed; the last to tell of a name wins"
+            "results",
+            nargs="+",
+            type=Path,
+            metavar="FILE",
+            help="results that --json printed; of several files with the same measurement, the last one counts",
         )
     return parser
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rounds", type=_at_least_one, default=ROUNDS, metavar="N", help="rounds of each (default: %(default)s)"
+        "--rounds", type=_at_least_one, default=ROUNDS, metavar="N", help="rounds of each row (default: %(default)s)"
     )
     parser.add_argument(
-        "--short", action="store_true", help="small and quick, one round: shows that it works, not how fast it is"
+        "--short", action="store_true", help="run one small round: it shows that the measurement works, and no speed"
     )
     parser.add_argument("--json", action="store_true", help="print every value of every round")
     parser.add_argument(
         "--dir",
         default="/var/tmp",
         metavar="DIR",
-        help="where disk files are made: on the disk to be measured (default: %(default)s)",
+        help="folder for files, on the disk that is measured (default: %(default)s)",
     )
 
 
@@ -114,7 +124,7 @@ def _run(options: Options) -> int:
         options.rounds = 1
     for name in options.names:
         (benchmark,) = (each for each in BENCHMARKS if each.name == name)
-        # For `all`: the options that only this one knows, as they are when nothing is said.
+        # `all` has only the common options, so the measurement's own options get their defaults here.
         own = vars(parser.parse_args([name])) | vars(options)
         tables = _tables(benchmark, argparse.Namespace(**own))
         results["benchmarks"][name] = [table.as_object() for table in tables]
@@ -132,7 +142,7 @@ def _run(options: Options) -> int:
 
 
 def _tables(benchmark: Benchmark, options: Options) -> list[Table]:
-    """What a measurement gives; where it cannot be made, a table that says why."""
+    """Return the tables of a measurement, or a table that says why it cannot run here."""
     if reason := benchmark.why_not():
         return [Table(benchmark.summary, [], notes=[f"Skipped: {reason}."])]
     progress(f"{benchmark.name} ...")
@@ -140,7 +150,7 @@ def _tables(benchmark: Benchmark, options: Options) -> list[Table]:
 
 
 def _load(files: list[Path]) -> tuple[str, dict[str, list[Table]]]:
-    """The machine and the tables by name from files that --json printed. Raises BenchError."""
+    """Return the description of the machine and the tables by measurement, from files of --json. Raises KitError."""
     found: dict[str, list[Table]] = {}
     where = ""
     for file in files:
@@ -150,7 +160,7 @@ def _load(files: list[Path]) -> tuple[str, dict[str, list[Table]]]:
             for name, tables in results["benchmarks"].items():
                 found[name] = [Table.of_object(table) for table in tables]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BenchError(f"{file} is not what --json prints: {error}") from None
+            raise KitError(f"{file} is not a file of results: write one that --json printed: {error}") from None
     return where, found
 
 
@@ -164,6 +174,9 @@ def _document(options: Options) -> int:
     where, found = _load(options.results)
     for name in document.rewrite(where, found):
         print(f"{document.PAGE.name}: {name}")
+    if (drawn := real.picture(found.get(real.BENCHMARK.name, []))) is not None:
+        real.PICTURE.write_text(drawn)
+        print(real.PICTURE.name)
     return 0
 
 

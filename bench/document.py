@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""docs/performance.md: the tables in it are written by this program, everything around them by people.
+"""The writer of the tables in docs/evidence/performance.md. It replaces the text between markers; people write the rest.
 
 <!-- bench: NAME -->
 (tables)
@@ -13,24 +13,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.kit import ROOT, BenchError
 from bench.table import Table
+from kit.programs import ROOT, KitError
 
-PAGE: Final = ROOT / "docs/performance.md"
+PAGE: Final = ROOT / "docs/evidence/performance.md"
 MACHINE: Final = "machine"
 _PLACE: Final = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- bench end -->)", re.DOTALL)
 
 
 def rewrite(machine: str, tables: Mapping[str, Sequence[Table]], page: Path = PAGE) -> list[str]:
-    """Put tables, by the name of their measurement, between their markers: the names found. Raises BenchError."""
+    """Put the tables of each measurement between its markers, and return the names of the found markers. Raises KitError."""
     content = {name: "\n\n".join(table.as_markdown() for table in found) for name, found in tables.items()} | {
         MACHINE: machine
     }
     text = page.read_text()
     places = [match[2] for match in _PLACE.finditer(text)]
     if missing := content.keys() - set(places):
-        raise BenchError(
-            f"{page.name} has no place for {', '.join(sorted(missing))}: <!-- bench: NAME --> ... <!-- bench end -->"
+        raise KitError(
+            f"{page.name} has no place for {', '.join(sorted(missing))}: write <!-- bench: NAME --> and <!-- bench end -->"
         )
 
     def filled(match: re.Match[str]) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""fio on `swapfile`: what one request costs, against a C program that does nothing but copy bytes (floor.c).
+"""The measurement `fio`: the cost of one request to `swapfile`, compared with a C program that only copies bytes (floor.c).
 
-Direct I/O through libaio. Content is fio's own: of every 4 KiB three quarters are zeros and one quarter is random
-(buffer_compress_percentage=75), new for each request, which compresses about as well as process memory does. Before
-anything is measured the whole file is written once.
+fio uses direct I/O through libaio, and makes the content: three quarters of every 4 KiB are zeros and one quarter is random
+(buffer_compress_percentage=75). It is new for each request, and compresses about as well as process memory. The whole file
+is written once before the first measurement.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from bench import targets
-from bench.kit import MIB, BenchError, Benchmark, Options, find_program, in_turns, progress, run, workplace
+from bench.kit import Benchmark, Options, add_also, in_turns, progress, workplace
 from bench.table import Column, Table
+from kit.programs import MIB, KitError, find_program, run
 
 JOBS: Final = {
     "4 KiB read, depth 1": ("randread", "4k", 1),
@@ -35,25 +36,25 @@ COMPRESS_PERCENT: Final = 75
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this measurement knows."""
-    parser.add_argument("--mib", type=int, default=256, metavar="N", help="size of the file (default: %(default)s)")
+    """Add the options of this measurement."""
     parser.add_argument(
-        "--seconds", type=float, default=2.0, metavar="S", help="length of one job, each round (default: %(default)s)"
+        "--mib", type=int, default=256, metavar="N", help="size of the file in MiB (default: %(default)s)"
     )
     parser.add_argument(
-        "--job", action="append", choices=list(JOBS), metavar="NAME", help="only this one: " + "; ".join(JOBS)
+        "--seconds", type=float, default=2.0, metavar="S", help="length of one job in a round (default: %(default)s)"
     )
     parser.add_argument(
-        "--also", action="append", default=[], metavar="NAME=CMD", help="another version of zbudfs, by its command"
+        "--job", action="append", choices=list(JOBS), metavar="NAME", help="run this job only: " + "; ".join(JOBS)
     )
+    add_also(parser)
 
 
 def measure(options: Options) -> list[Table]:
-    """Two tables: requests a second, and how long one of them takes."""
+    """Return one table: the bandwidth of each job, and the mean time of a request."""
     if options.short:
         options.mib, options.seconds, options.job = 16, 0.2, list(SHORT_JOBS)
     if find_program("fio") is None:
-        raise BenchError("no fio (apt-get install fio)")
+        raise KitError("fio is missing: apt-get install fio")
     jobs = options.job or list(JOBS)
     also = dict(each.split("=", 1) for each in options.also)
     names = [name for name in ("floor", "zbudfs") if not targets.why_not(name)] + list(also)
@@ -86,7 +87,7 @@ def measure(options: Options) -> list[Table]:
 
 
 def _fio(mount: Path, options: Options, job: tuple[str, str, int], *, whole: bool = False) -> tuple[float, float]:
-    """One job: (MiB a second, mean microseconds from the request to its answer)."""
+    """Run one job, and return its MiB a second and the mean microseconds from a request to its answer."""
     pattern, size, depth = job
     length = [] if whole else ["--time_based", f"--runtime={options.seconds}"]
     command = [

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
-/* The floor: what FUSE itself costs on this machine, with as little behind it as there can be.
+/* The floor: a minimal FUSE file system, which shows the cost of FUSE itself on this machine.
 
        floor MOUNTPOINT BYTES [LEVEL]
 
-   One file, `swapfile`, of BYTES bytes. Without LEVEL its bytes lie in one piece of memory as they are; with LEVEL each page
-   is a zstd frame of that level in memory of its own from malloc(). One thread, libfuse's own loop, the mount options and the
-   request size of zbudfs. No allocator of frames, no same-filled pages, no limit, no writeback, no checksums, no statistics, and
-   nothing that keeps it alive when memory is short: it shows what is possible, not what is safe. */
+   It has one file, `swapfile`, of BYTES bytes. Without LEVEL, the bytes are in one piece of memory, uncompressed. With LEVEL,
+   each page is a zstd frame of that level in its own memory from malloc(). The program has one thread, the loop of libfuse,
+   and the mount options and request size of zbudfs. It has no allocator of frames, no same-filled pages, no limit, no
+   writeback, no checksums and no statistics. Nothing keeps it alive when memory is short: it shows what is possible, and is
+   not safe. */
 
 #define FUSE_USE_VERSION 312
 #define _GNU_SOURCE
@@ -22,7 +23,7 @@
 #define PAGE ((size_t)4096)
 #define LARGEST_REQUEST ((size_t)1 << 20)
 #define FOREVER 1e9
-#define SWAPFILE 2 /* its inode; the root's is FUSE_ROOT_ID */
+#define SWAPFILE 2 /* inode of swapfile; the inode of the root is FUSE_ROOT_ID */
 
 struct zpage {
     uint32_t size;
@@ -110,7 +111,7 @@ static int store(size_t page, const unsigned char *from) {
     return 0;
 }
 
-/* All requests are whole pages: the file is opened for direct I/O, by loop with 4096-byte sectors and by fio. */
+/* All requests are whole pages, since loop with 4096-byte sectors and fio open the file for direct I/O. */
 static int odd(size_t length, off_t offset) { return length % PAGE || offset % PAGE || length > LARGEST_REQUEST; }
 
 static void on_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset, struct fuse_file_info *file) {
@@ -133,8 +134,8 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t o
     fuse_reply_buf(request, (char *)answer, length);
 }
 
-static void on_write(fuse_req_t request, fuse_ino_t inode, const char *bytes, size_t length, off_t offset,
-                     struct fuse_file_info *file) {
+static void on_write(
+    fuse_req_t request, fuse_ino_t inode, const char *bytes, size_t length, off_t offset, struct fuse_file_info *file) {
     (void)inode, (void)file;
     if (offset + length > device_size) {
         fuse_reply_err(request, ENOSPC);
@@ -153,8 +154,9 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *bytes, si
     fuse_reply_write(request, length);
 }
 
-/* A discard. Memory of the plain form is kept, as it would have to be touched again. */
-static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length, struct fuse_file_info *file) {
+/* Discards pages. Without LEVEL, the memory is kept, since it would have to be touched again. */
+static void on_fallocate(
+    fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length, struct fuse_file_info *file) {
     (void)inode, (void)mode, (void)file;
     size_t end = (size_t)(offset + length) < device_size ? (size_t)(offset + length) : device_size;
     for (size_t page = (offset + PAGE - 1) / PAGE; page < end / PAGE; page++)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the figures were measured on, in a sentence or two. No names, no paths."""
+"""The description of the machine on which figures were measured, in two sentences. It has no names and no paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zbudfs import __version__
 
 
 def describe(disk: Path) -> str:
-    """Processor, memory, disk and versions. `disk` is a folder on the disk that was used."""
+    """Return the processor, memory, disk and versions. `disk` is a folder on the disk of the measurement."""
     model = _first(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo")) or platform.machine()
     ram = int(_first(r"MemTotal:\s*(\d+)", Path("/proc/meminfo")) or 0) / (1 << 20)
     virtual = ", a virtual machine" if re.search(r"\bhypervisor\b", Path("/proc/cpuinfo").read_text()) else ""
@@ -37,7 +37,7 @@ def _fuse() -> str:
 
 
 def _disk(folder: Path) -> str:
-    """The file system and the kind of disk that hold a folder."""
+    """Return the file system and the kind of disk that hold a folder."""
     number = folder.stat().st_dev
     shape = f"{os.major(number)}:{os.minor(number)}"
     kind = "a file system of an unknown kind"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Memory: what the processes of a mount take together, empty and with a full pool, and what of that are tables.
+"""The measurement `memory`: the RAM of all processes of a mount, empty and with a full pool, and the part of the tables.
 
-Proportional set size (PSS), summed over keeper, worker and standby: memory that they share is counted once. Tables are the
-files of the pool directory, as far as they have memory.
+The RAM is the proportional set size (PSS), summed over keeper, worker and standby, so that shared memory counts once. The
+tables are files of the pool directory; their allocated blocks are counted.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import os
 from pathlib import Path
 from typing import Final
 
-from bench import corpus, targets
-from bench.kit import GIB, MIB, PAGE, Benchmark, Options, progress, stats, wait_until, workplace
+from bench import targets
+from bench.kit import Benchmark, Options, progress, stats, wait_until, workplace
 from bench.table import Column, Table
+from kit import corpus
+from kit.programs import GIB, MIB, PAGE
 from zbudfs.service.pooldir import path_of
 
 EMPTY_MIB: Final = 90
-"""Most that the processes of an empty daemon may take beside what follows the device's size."""
+"""Bound on the RAM of an empty daemon, without the part that is proportional to the size of the device."""
 DEVICE_PERCENT: Final = 0.6
 POOL_TABLES_PERCENT: Final = 0.8
 POOL_TABLES: Final = ("frametable", "freeframes")
@@ -28,7 +30,7 @@ REQUEST_BYTES: Final = MIB
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this measurement knows."""
+    """Add the options of this measurement."""
     parser.add_argument(
         "--device",
         type=int,
@@ -40,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: Options) -> list[Table]:
-    """Two tables: empty daemons, and one whose pool is full."""
+    """Return two tables: empty daemons, and a daemon with a full pool."""
     if options.short:
         options.device, options.pool = [32], 8
     with workplace(options) as folder:
@@ -73,13 +75,13 @@ def _empty(folder: Path, options: Options) -> Table:
 
 
 def _full(folder: Path, options: Options) -> Table:
-    """Store until nearly every frame of the pool is used, without a page going to the disk."""
+    """Measure a daemon after nearly all frames of its pool are used, but before it writes back."""
     table = Table(
         f"A daemon with a full pool of {options.pool} MiB",
         [
             *(Column("stored_mib", "stored MiB"), Column("frames_mib", "in frames, MiB"), Column("pss_mib", "PSS MiB")),
             *(
-                Column("per_gib", "PSS MiB a GiB stored, frames and empty daemon included"),
+                Column("per_gib", "PSS MiB per GiB stored, frames and empty daemon included"),
                 Column("beside_mib", "PSS less frames"),
             ),
             *(Column("pool_tables_mib", "tables of the pool, MiB"), Column("pool_tables_percent", "% of the pool")),
@@ -88,7 +90,7 @@ def _full(folder: Path, options: Options) -> Table:
     pages = corpus.sample(min(options.pool, 64) * MIB)
     place = targets.Place(folder, options.pool * 4 * MIB, options.pool * MIB)
     with targets.as_file("zbudfs", place) as (mountpoint, _):
-        # A pool is not used to its last frame: below the low watermark frames are written back.
+        # The pool is not filled to its last frame: below the low watermark, the daemon writes frames back.
         enough, at, step = 0.9 * options.pool * MIB, 0, max(options.pool // 64, 1) * MIB
         while at < place.size_bytes and stats(mountpoint)["pool_used_bytes"] < enough:
             write(mountpoint / "swapfile", pages.pages, at, step)
@@ -104,13 +106,13 @@ def _full(folder: Path, options: Options) -> Table:
     sample["pool_tables_mib"] = None if tables is None else tables / MIB
     sample["pool_tables_percent"] = None if tables is None else 100 * tables / (options.pool * MIB)
     table.add(f"{options.pool * 4:,} MiB device", sample)
-    table.notes.append(f"The most that tables of the pool may take: {POOL_TABLES_PERCENT} %. {pages.describe()}")
+    table.notes.append(f"The tables of the pool may take at most {POOL_TABLES_PERCENT} % of it. {pages.describe()}")
     return table
 
 
 def write(swapfile: Path, content: bytes, start: int, length: int) -> None:
-    """Write some of `content`, over and over, to the bytes `start` .. `start + length` of a mount; whole MiB."""
-    buffer = mmap.mmap(-1, REQUEST_BYTES)  # aligned, as direct I/O wants it
+    """Write `content`, repeated, to the bytes `start` .. `start + length` of the swapfile; both are whole MiB."""
+    buffer = mmap.mmap(-1, REQUEST_BYTES)  # aligned, as direct I/O requires
     fd = os.open(swapfile, os.O_RDWR | os.O_DIRECT)
     try:
         for at in range(start, start + length, REQUEST_BYTES):
@@ -122,7 +124,7 @@ def write(swapfile: Path, content: bytes, start: int, length: int) -> None:
 
 
 def pss_mib(mountpoint: Path) -> dict[str, float]:
-    """MiB of PSS: of each process of a mount, and of all together."""
+    """Return the PSS in MiB of each process of a mount, and of all together."""
     known = stats(mountpoint)
     found = {}
     for who in ("keeper", "worker", "standby"):
@@ -133,7 +135,7 @@ def pss_mib(mountpoint: Path) -> dict[str, float]:
 
 
 def table_bytes(mountpoint: Path, names: tuple[str, ...]) -> int | None:
-    """RAM that some of a mount's tables have; None where they have no name (a pool directory without its own tmpfs)."""
+    """Return the RAM of some tables of a mount; None if they have no name, without a tmpfs for the pool directory."""
     folder = Path(path_of(str(mountpoint)))
     try:
         return sum((folder / name).stat().st_blocks * 512 for name in names)
@@ -142,5 +144,5 @@ def table_bytes(mountpoint: Path, names: tuple[str, ...]) -> int | None:
 
 
 BENCHMARK: Final = Benchmark(
-    "memory", "what the processes take, empty and full, and the tables", ("root", "fuse"), add_options, measure
+    "memory", "RAM of the processes and tables, with an empty and a full pool", ("root", "fuse"), add_options, measure
 )

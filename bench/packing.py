@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Packing: how many pages share a frame, packing by packing, on the memory of real programs.
+"""The measurement `packing`: pages in a frame with each packing, for the memory of real programs.
 
-    fill     every page once: pages a frame, and microseconds to place one that is compressed already
-    churn    twice as many overwrites of random pages by the content of others: the same again
-    write    fill and churn in a pool of a third of the frames: bytes written back per byte of the pages in them
+    fill     place every page once: pages in a frame, and microseconds to place a compressed page
+    churn    overwrite random pages with the content of others, twice for each page: the same figures
+    write    fill and churn in a pool of a third of the frames: bytes written back per byte of their pages
 
-Each program makes itself a heap and stops. Pages of one repeated word are left out: they take no frame. The share of
-zpages between half and two thirds of a frame is what three zpages to a pair of frames could gain; `bound` is the pages a
-frame that packing without any loss would reach, with 8 bytes of handle each.
+Each program makes a heap and stops. Pages of one repeated word are left out, since they take no frame. Three zpages in two
+frames could gain from the zpages between half and two thirds of a frame, so their share is reported. `bound` is the number
+of pages in a frame that a packing without any loss would reach, with a handle of 8 bytes for each zpage.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Final
 
 import trio
 
-from bench import corpus, stores
-from bench.kit import PAGE, BenchError, Benchmark, Options, in_turns, progress, workplace
+from bench.kit import Benchmark, Options, in_turns, progress, workplace
 from bench.table import Column, Table
+from kit import corpus, stores
+from kit.programs import PAGE, KitError
 from zbudfs.core.allocator import HANDLE_SIZE, MAX_ZPAGE_SIZE
 from zbudfs.core.codec import DEFAULT_LEVEL, Codec
 from zbudfs.core.packing import ZBUD, Packing
@@ -70,34 +71,38 @@ public class Heap {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this measurement knows."""
+    """Add the options of this measurement."""
     parser.add_argument(
         "--pages", type=int, default=24_000, metavar="N", help="most pages of each program (default: %(default)s)"
     )
     parser.add_argument(
-        "--objects", type=int, default=90_000, metavar="N", help="how large the programs are (default: %(default)s)"
+        "--objects", type=int, default=90_000, metavar="N", help="objects in each program (default: %(default)s)"
     )
     parser.add_argument(
         "--level", type=int, default=DEFAULT_LEVEL, metavar="N", help="zstd level (default: %(default)s)"
     )
-    parser.add_argument("--programs", default=",".join(PROGRAMS), metavar="A,B", help="of %(default)s")
-    parser.add_argument("--packings", default=DEFAULT_PACKINGS, metavar="A,B", help="default: %(default)s")
+    parser.add_argument(
+        "--programs", default=",".join(PROGRAMS), metavar="A,B", help="programs to run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--packings", default=DEFAULT_PACKINGS, metavar="A,B", help="packings to compare (default: %(default)s)"
+    )
 
 
 def measure(options: Options) -> list[Table]:
-    """One table for each program."""
+    """Return one table for each program."""
     if options.short:
         options.pages, options.objects, options.programs, options.packings = 2000, 12_000, "python", "zbud,dense"
     try:
         packings = [Packing.parse(text) for text in options.packings.split(",")]
         codec = Codec(options.level)
     except ValueError as error:
-        raise BenchError(str(error)) from None
+        raise KitError(str(error)) from None
     found = []
     with workplace(options) as folder:
         for program in options.programs.split(","):
             if program not in PROGRAMS:
-                raise BenchError(f"there is no program {program!r}: known are {', '.join(PROGRAMS)}")
+                raise KitError(f"there is no program {program!r}: known are {', '.join(PROGRAMS)}")
             table = Table(f"Packing the memory of {program}, zstd level {options.level}", COLUMNS)
             table.base = str(ZBUD) if ZBUD in packings else None
             started = command(program, options.objects, folder)
@@ -120,7 +125,7 @@ def measure(options: Options) -> list[Table]:
 
 
 def command(program: str, count: int, folder: Path) -> list[str]:
-    """How a program is started, `count` objects large."""
+    """Return the command that starts a program with `count` objects."""
     if program == "python":
         return [sys.executable, "-I", "-c", _PYTHON.replace("COUNT", str(count))]
     if program == "node":
@@ -131,19 +136,19 @@ def command(program: str, count: int, folder: Path) -> list[str]:
 
 
 def snapshot(command: Sequence[str]) -> list[bytes]:
-    """The pages of a program, read once it has said that it is up."""
+    """Start a program, wait for its line "up", and return the pages of its memory. Raises KitError."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None  # it is a pipe
             if process.stdout.readline() != b"up\n":
-                raise BenchError(f"{command[0]} did not come up")
+                raise KitError(f"{command[0]} did not start: run it by hand to see why")
             return corpus.memory_of(process.pid)
         finally:
             process.kill()
 
 
 def describe(zpages: Sequence[bytes]) -> str:
-    """How large zpages are, in a sentence."""
+    """Return a sentence on the sizes of zpages."""
     sizes = [len(zpage) + HANDLE_SIZE for zpage in zpages]
     raw = sum(len(zpage) > MAX_ZPAGE_SIZE for zpage in zpages)
     between = sum(PAGE / 2 < size <= 2 * PAGE / 3 for size in sizes)
@@ -159,7 +164,7 @@ def describe(zpages: Sequence[bytes]) -> str:
 async def _one(
     pages: Sequence[bytes], zpages: Sequence[bytes], packing: Packing, folder: Path, seed: int
 ) -> dict[str, float | None]:
-    """One round: fill, churn, and write back."""
+    """Run one round: fill, churn, and write back. Return its figures by column."""
     count = len(pages)
     order = random.Random(seed)
     churn = [(order.randrange(count), order.randrange(count)) for _ in range(2 * count)]
@@ -204,7 +209,7 @@ async def _one(
 async def _written(
     pages: Sequence[bytes], packing: Packing, folder: Path, frames: int, churn: Sequence[tuple[int, int]]
 ) -> float | None:
-    """Bytes written back per byte of the pages in them, in a pool too small for the pages; None if none were."""
+    """Return the bytes written back per byte of their pages, in a pool too small for all; None if none were written back."""
     memory = StoreMemory(len(pages) * PAGE, frames, backed=True, packing=packing)
     memory.populate()
     store = PageStore(len(pages) * PAGE, frames, Backing(str(folder / "backing")), Codec(), memory)
@@ -212,7 +217,7 @@ async def _written(
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
         for page, content in [*((page, page) for page in range(len(pages))), *churn]:
-            await store.write(page * PAGE, pages[content])
+            await store.requests.write(page * PAGE, pages[content])
         counted = store.statistics()
         nursery.cancel_scope.cancel()
     store.close()
@@ -223,5 +228,5 @@ async def _written(
 
 
 BENCHMARK: Final = Benchmark(
-    "packing", "pages a frame with each packing, on the memory of real programs", (), add_options, measure
+    "packing", "pages in a frame with each packing, for the memory of real programs", (), add_options, measure
 )

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Read pages of a file at random, one at a time, as a loop device does: by asynchronous direct I/O, which FUSE queues as
-   background requests. In real time, so that the load of the machine is not what is measured.
+/* Reads random pages of a file, one at a time, as a loop device does: with asynchronous direct I/O, which FUSE queues as
+   background requests. The reader runs in real time, so that the load of the machine does not affect the measurement.
 
      reader FILE SIZE_BYTES SECONDS CPU     prints the times in microseconds and their number, as JSON */
 
@@ -71,6 +71,6 @@ int main(int argc, char **argv) {
     if (!reads) return 1;
     qsort(took, reads, sizeof *took, compare);
     printf("{\"p50_us\": %.3f, \"p99_us\": %.3f, \"max_us\": %.3f, \"reads\": %zu, \"in_real_time\": %d}\n",
-           took[reads / 2] / 1e3, took[reads * 99 / 100] / 1e3, took[reads - 1] / 1e3, reads, in_real_time);
+        took[reads / 2] / 1e3, took[reads * 99 / 100] / 1e3, took[reads - 1] / 1e3, reads, in_real_time);
     return 0;
 }

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Recovery: how long swap stands still when the worker dies, against what is stored.
+"""The measurement `recovery`: the time for which swap stops when the worker dies, with different amounts of stored pages.
 
-alone    the store: everything rebuilt from the page table and the frames
-mount    a worker is killed with SIGKILL; from the order to the standby to the first request that can be answered, as it
-         tells it itself (`last_recovery_us`)
+It has two tables:
+
+    alone    the store is rebuilt from the page table and the frames
+    mount    a worker is killed with SIGKILL; the time runs from the order to the standby to the moment when it can
+             answer, as the standby counts it (`last_recovery_us`)
 """
 
 from __future__ import annotations
@@ -18,25 +20,27 @@ from typing import Final
 
 import trio
 
-from bench import corpus, stores, targets
-from bench.kit import GIB, MIB, PAGE, Benchmark, Options, in_turns, progress, stats, wait_until, workplace
+from bench import targets
+from bench.kit import Benchmark, Options, in_turns, progress, stats, wait_until, workplace
 from bench.memory import write
 from bench.table import Column, Table
+from kit import corpus, stores
+from kit.programs import GIB, MIB, PAGE
 from zbudfs.core.codec import Codec
 from zbudfs.store.page_store import PageStore
 
-COLUMNS: Final = [Column("ms", "ms"), Column("s_gib", "s a GiB stored"), Column("pages", "stored pages")]
+COLUMNS: Final = [Column("ms", "ms"), Column("s_gib", "s per GiB stored"), Column("pages", "stored pages")]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this measurement knows."""
+    """Add the options of this measurement."""
     parser.add_argument(
-        "--stored", type=int, action="append", metavar="MIB", help="what is stored (default: 256, 1024 and 4096 MiB)"
+        "--stored", type=int, action="append", metavar="MIB", help="MiB of stored pages (default: 256, 1024 and 4096)"
     )
 
 
 def measure(options: Options) -> list[Table]:
-    """Two tables: the store alone, and a mount."""
+    """Return two tables: the store alone, and a mount."""
     if options.short:
         options.stored = [8]
     sizes = options.stored or [256, 1024, 4096]
@@ -66,7 +70,7 @@ def _alone(options: Options, sizes: list[int], pages: corpus.Corpus) -> Table:
 
 
 def _rebuild(store: PageStore) -> dict[str, float | None]:
-    """Recover a store's memory into another store, and check that nothing is missing; the first is not used meanwhile."""
+    """Recover the memory of a store into another store, check that no page is missing, and return the figures."""
     other = PageStore(store.size_bytes, store.memory.nr_frames, None, Codec(), store.memory)
     try:
         began = time.perf_counter()
@@ -109,5 +113,5 @@ def _kill(mountpoint: Path) -> dict[str, float | None]:
 
 
 BENCHMARK: Final = Benchmark(
-    "recovery", "how long a takeover takes, against the pages stored", ("root", "fuse"), add_options, measure
+    "recovery", "time of a takeover, by the amount of stored pages", ("root", "fuse"), add_options, measure
 )

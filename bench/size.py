@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Cost against size: the store alone on devices of 256 MiB to 64 GiB, each filled to the same part.
+"""The measurement `size`: the cost of an operation on devices of 256 MiB to 64 GiB, each filled to the same part.
 
-All of them exist at once, and rounds take turns among them. A read and an overwrite are of a page picked at random
-among those that are stored; a discard is of a run of them, picked at random as well and written again outside of the clock.
+All stores exist at the same time, and the rounds take turns. Reads and overwrites go to random stored pages. Discards go to
+random runs of stored pages, which are written again after the measurement.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Final
 
 import trio
 
-from bench import corpus, stores
-from bench.kit import MIB, PAGE, Benchmark, Options, in_turns, progress
+from bench.kit import Benchmark, Options, in_turns, progress
 from bench.table import Column, Table
+from kit import corpus, stores
+from kit.programs import MIB, PAGE
 from zbudfs.store.page_store import PageStore
 
 COLUMNS: Final = [
@@ -31,20 +32,28 @@ BASE_MIB: Final = 1024
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this measurement knows."""
+    """Add the options of this measurement."""
     parser.add_argument(
-        "--device", type=int, action="append", metavar="MIB", help="a size (default: 256 MiB, 1, 4, 16 and 64 GiB)"
+        "--device",
+        type=int,
+        action="append",
+        metavar="MIB",
+        help="size of a device in MiB (default: 256 MiB, 1, 4, 16 and 64 GiB)",
     )
     parser.add_argument(
-        "--part", type=float, default=0.03, metavar="F", help="of the device that is filled (default: %(default)s)"
+        "--part", type=float, default=0.03, metavar="F", help="filled part of the device (default: %(default)s)"
     )
     parser.add_argument(
-        "--operations", type=int, default=5000, metavar="N", help="of a kind, each round (default: %(default)s)"
+        "--operations",
+        type=int,
+        default=5000,
+        metavar="N",
+        help="operations of each kind in a round (default: %(default)s)",
     )
 
 
 def measure(options: Options) -> list[Table]:
-    """One table, a row for each size."""
+    """Return one table, with a row for each size."""
     if options.short:
         options.device, options.operations, options.part = [16, 64], 100, 0.1
     sizes = {f"{mib:,} MiB": mib for mib in options.device or [256, 1024, 4096, 16384, 65536]}
@@ -70,14 +79,14 @@ def measure(options: Options) -> list[Table]:
 
     trio.run(main)
     table.rows = {row: table.rows[row] for row in sizes}
-    table.notes.append(f"The store alone, without FUSE, pool large enough; time is CPU time. {pages.describe()}")
+    table.notes.append(f"The store alone, without FUSE and without writeback; CPU time. {pages.describe()}")
     return [table]
 
 
 async def _one(
     store: PageStore, places: list[int], operations: int, pages: corpus.Corpus, seed: int
 ) -> dict[str, float | None]:
-    """One round on one store: microseconds of CPU of an operation."""
+    """Run one round on one store, and return the microseconds of CPU time of each operation."""
     chooser = random.Random(seed)
     chosen = [(chooser.choice(places) + chooser.randrange(stores.REQUEST_PAGES)) * PAGE for _ in range(operations)]
     view = memoryview(pages.pages)
@@ -85,10 +94,10 @@ async def _one(
 
     began = time.thread_time()
     for offset in chosen:
-        store.read_nowait(offset, PAGE)
+        store.requests.read_nowait(offset, PAGE)
     read = time.thread_time()
     for offset, content in zip(chosen, contents, strict=True):
-        store.write_nowait(offset, content)
+        store.requests.write_nowait(offset, content)
     written = time.thread_time()
 
     length = stores.REQUEST_PAGES * PAGE
@@ -97,25 +106,25 @@ async def _one(
     ]
     before_discard = time.thread_time()
     for offset in runs:
-        await store.discard(offset, length)
+        await store.requests.discard(offset, length)
     discarded = time.thread_time()
     for offset in runs:
         first = chooser.randrange(pages.count - stores.REQUEST_PAGES) * PAGE
-        store.write_nowait(offset, view[first : first + length])
+        store.requests.write_nowait(offset, view[first : first + length])
 
     before_statistics = time.thread_time()
     for _ in range(100):
         store.statistics()
-    told = time.thread_time()
+    snapshots = time.thread_time()
     return {
         "read_us": (read - began) / operations * 1e6,
         "overwrite_us": (written - read) / operations * 1e6,
         "discard_us": (discarded - before_discard) / (len(runs) * stores.REQUEST_PAGES) * 1e6,
-        "statistics_us": (told - before_statistics) / 100 * 1e6,
+        "statistics_us": (snapshots - before_statistics) / 100 * 1e6,
         "stored_mib": store.statistics().stored_pages * PAGE / MIB,
     }
 
 
 BENCHMARK: Final = Benchmark(
-    "size", "time per operation on devices of 256 MiB to 64 GiB, filled to the same part", (), add_options, measure
+    "size", "time of an operation on devices of 256 MiB to 64 GiB, filled to the same part", (), add_options, measure
 )

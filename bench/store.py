@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""The store alone, path by path: pages a second, and where the time of a page goes.
+"""The measurement `store`: the store without a mount, path by path, with pages a second and the time of each part.
 
-    codec       a page to its zpage, or back; for a same-filled page, seeing that it is one
-    copy        the zpage into its frame; the pages of an answer into one piece
-    allocator   finding, taking and freeing places, less the copy
-    table       the entry in the page table
-    cipher      blocks encrypted or decrypted
-    disk        blocks written or read, less the cipher
+    codec       compress or decompress a page, or find out that it is same-filled
+    copy        copy the zpage into its frame, or the pages of an answer into one piece
+    allocator   find, take and free places, without the copy
+    table       store the entry in the page table
+    cipher      encrypt or decrypt blocks
+    disk        write or read blocks, without the cipher
     request     the rest of the whole: loops, ranges, counters, waking tasks
 
-Time is that of the CPU, so that a busy machine changes it little; where the disk has a part, it is that of the clock. The
-whole is measured as it runs; each part alone, in the same round, over the same pages. So the request is a difference, and
-it can come out below zero where parts that are called one by one cost more than they do together.
+The time is CPU time, which a busy machine hardly changes. For paths that use the disk, it is real time. The whole is
+measured as it runs. Each part is measured alone, in the same round, over the same pages. So the request is a difference. It
+can be below zero if parts that are called one by one cost more than together.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Final, TypeVar
 
 import trio
 
-from bench import corpus, stores
-from bench.kit import MIB, PAGE, BenchError, Benchmark, Options, in_turns, progress, workplace
+from bench import disk_reads
+from bench.kit import Benchmark, Options, in_turns, progress, workplace
 from bench.table import Column, Table
+from kit import corpus, stores
+from kit.programs import MIB, PAGE, KitError
 from zbudfs.core.allocator import MAX_ZPAGE_SIZE, NO_REF, REF_BITS
 from zbudfs.core.codec import is_word, page_of_word
 from zbudfs.core.packing import ZBUD, Packing
@@ -48,32 +50,35 @@ COLUMNS: Final = [
     *(Column(f"{part}_us", part) for part in PARTS),
 ]
 READ_AHEAD_PAGES: Final = 8
-"""Pages of a read as swap's read-ahead sends it: 32 KiB."""
+"""Pages of a read by the read-ahead of swap: 32 KiB."""
 STEP_LIMIT_SECONDS: Final = 120.0
 Parts = dict[str, float]
-"""Seconds by part, for all pages."""
+"""Seconds of each part, for all pages together."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this measurement knows."""
+    """Add the options of this measurement."""
     parser.add_argument(
         "--pages", type=int, default=16384, metavar="N", help="pages of each path (default: %(default)s)"
     )
-    parser.add_argument("--packings", default=str(ZBUD), metavar="A,B", help="a table for each (default: %(default)s)")
+    parser.add_argument(
+        "--packings", default=str(ZBUD), metavar="A,B", help="packings, each with a table (default: %(default)s)"
+    )
 
 
 def measure(options: Options) -> list[Table]:
-    """One table for each packing, a row for each path."""
+    """Return one table for each packing, with a row for each path."""
     if options.short:
         options.pages = 512
     try:
         packings = {name: Packing.parse(name) for name in options.packings.split(",")}
     except ValueError as error:
-        raise BenchError(str(error)) from None
+        raise KitError(str(error)) from None
     nr_pages = max(options.pages // stores.REQUEST_PAGES, 1) * stores.REQUEST_PAGES
     pages = corpus.sample(min(nr_pages * PAGE, 64 * MIB))
     title = f"The store alone, {nr_pages:,} pages, one thread"
     tables = {name: Table(title if len(packings) == 1 else f"{title}, {name}", COLUMNS) for name in packings}
+    from_disk = disk_reads.table()
     with workplace(options) as folder:
 
         async def one_round(name: str) -> None:
@@ -81,20 +86,34 @@ def measure(options: Options) -> list[Table]:
             async with stores.running(made) as store:
                 await stores.populate(store, nr_pages + 1024)
                 await Round(store, pages, nr_pages, tables[name]).run()
+                if name == next(iter(packings)):
+                    await _open_queue(store)
+                    await disk_reads.measure(store, _jumping(nr_pages), from_disk)
 
         for number, name in in_turns(list(packings), options.rounds):
             trio.run(one_round, name)
             progress(f"round {number + 1} of {options.rounds}: {name}")
     for table in tables.values():
         table.notes.append(
-            f"Writes of {stores.REQUEST_PAGES} pages, as swap sends them. Time of the CPU; for page-in and writeback of the"
-            f" clock, with the disk and the hops to the thread that waits for it. {pages.describe()}"
+            f"Writes have {stores.REQUEST_PAGES} pages, like those of swap. CPU time; for page-in and writeback real time,"
+            f" with the disk and the hops to the thread that waits for it. {pages.describe()}"
         )
-    return list(tables.values())
+    return [*tables.values(), from_disk]
+
+
+async def _open_queue(store: PageStore) -> None:
+    """Open the AIO queue of the store, and wait until it is usable. Raises KitError."""
+    store.aio.open()
+    with trio.move_on_after(STEP_LIMIT_SECONDS):
+        while store.aio.path != "aio":
+            store.aio.reap()
+            await trio.sleep(0.001)
+    if store.aio.path != "aio":
+        raise KitError("the kernel gives the store no AIO queue")
 
 
 def timed(function: Callable[..., object], arguments: Iterable[tuple[object, ...]]) -> float:
-    """Seconds that it takes to call a function with each of the arguments."""
+    """Call a function with each of the arguments, and return the seconds of CPU time."""
     listed = list(arguments)
     began = time.thread_time()
     for each in listed:
@@ -103,7 +122,7 @@ def timed(function: Callable[..., object], arguments: Iterable[tuple[object, ...
 
 
 class Scratch:
-    """An allocator of the store's kind over memory of its own, to measure without touching the store's."""
+    """An allocator of the store's kind over its own memory, so that a measurement does not touch the store."""
 
     def __init__(self, pool: Pool, nr_frames: int) -> None:
         packing = pool.memory.packing
@@ -113,7 +132,7 @@ class Scratch:
         self._free = list(range(nr_frames))
 
     def place(self, page: int, zpage: bytes) -> int:
-        """A place for a zpage, and the zpage in it."""
+        """Put a zpage into a place, and return its ref."""
         ref = self.allocator.match(page, zpage)
         if ref == NO_REF:
             ref = self.allocator.create_prep(self._free.pop(), len(zpage))
@@ -121,14 +140,14 @@ class Scratch:
         return ref
 
     def free(self, ref: int) -> None:
-        """The place is free again."""
+        """Free the place of a zpage."""
         frame = self.allocator.free(ref)
         if frame != NO_FRAME:
             self._free.append(frame)
 
 
 class Round:
-    """All paths once, on a store that is fresh and has its frames ready."""
+    """One round over all paths, on a new store with ready frames."""
 
     def __init__(self, store: PageStore, pages: corpus.Corpus, nr_pages: int, table: Table) -> None:
         self.store = store
@@ -145,13 +164,13 @@ class Round:
         self.blocks = memoryview(bytearray(BATCH_FRAMES * PAGE))
 
     def _encoded(self, requests: list[memoryview]) -> list[bytes]:
-        """The zpages that a frame can hold: raw pages take another way, and there are few."""
-        encode = self.store.codec.encode
+        """Return the zpages of the pages, without raw pages: they take another path, and there are few of them."""
+        encode = self.store.requests.codec.encode
         found = (encode(request[at : at + PAGE]) for request in requests for at in range(0, len(request), PAGE))
         return [zpage for zpage in found if len(zpage) <= MAX_ZPAGE_SIZE]
 
-    def tell(self, row: str, pages: int, whole: float, parts: Parts) -> None:
-        """Add one round of one path."""
+    def report(self, row: str, pages: int, whole: float, parts: Parts) -> None:
+        """Add the figures of one path to the table."""
         sample: dict[str, float | None] = {
             f"{part}_us": parts[part] / pages * 1e6 if part in parts else None for part in PARTS
         }
@@ -161,7 +180,7 @@ class Round:
         self.table.add(row, sample)
 
     async def run(self) -> None:
-        """Each path in the order in which a page meets them."""
+        """Measure each path, in the order in which a page takes them."""
         self.same_filled()
         await self.discard("discard of same-filled pages", freed=False)
         self.write("write", self.first, self.zpages, again=False)
@@ -175,8 +194,8 @@ class Round:
             await self.refill()
             await self.write_back(row)
             if row == "writeback":
-                await self.page_in(f"page-in {READ_AHEAD_PAGES * 4} KiB", READ_AHEAD_PAGES, self.nr_pages)
-                await self.page_in("page-in 4 KiB", 1, self.nr_pages // 8)
+                await self.page_in(f"page-in {READ_AHEAD_PAGES * 4} KiB, threads", READ_AHEAD_PAGES, self.nr_pages)
+                await self.page_in("page-in 4 KiB, threads", 1, self.nr_pages // 8)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -184,28 +203,28 @@ class Round:
         return [(number * stores.REQUEST_PAGES * PAGE, content) for number, content in enumerate(requests)]
 
     def _table_again(self) -> float:
-        """Seconds to store all entries, as they are."""
+        """Return the seconds to store all present entries again."""
         entries = self.store.state.table.entries.tolist()
         return timed(self.store.state.table.store, enumerate(entries))
 
     def same_filled(self) -> None:
-        """Pages of one word, each another."""
+        """Measure writes of same-filled pages, each with another word."""
         words = [0x1234 * number for number in range(self.nr_pages)]
         joined = memoryview(b"".join(map(page_of_word, words)))
         size = stores.REQUEST_PAGES * PAGE
         requests = [joined[at : at + size] for at in range(0, len(joined), size)]
-        whole = timed(self.store.write_nowait, self._contents(requests))
+        whole = timed(self.store.requests.write_nowait, self._contents(requests))
         codec = timed(
             is_word, ((joined[number * PAGE : (number + 1) * PAGE], word) for number, word in enumerate(words))
         )
         codec += timed(entry_of_word, ((word,) for word in words))
-        self.tell("same-filled", self.nr_pages, whole, {"codec": codec, "table": self._table_again()})
+        self.report("same-filled", self.nr_pages, whole, {"codec": codec, "table": self._table_again()})
 
     def write(self, row: str, requests: list[memoryview], zpages: list[bytes], *, again: bool) -> None:
-        """New pages, or others in the place of those that are there."""
-        whole = timed(self.store.write_nowait, self._contents(requests))
+        """Measure writes of new pages or, with `again`, overwrites of stored pages."""
+        whole = timed(self.store.requests.write_nowait, self._contents(requests))
         pieces = ((request[at : at + PAGE],) for request in requests for at in range(0, len(request), PAGE))
-        codec = timed(self.store.codec.encode, pieces)
+        codec = timed(self.store.requests.codec.encode, pieces)
         copy = self._copy(zpages)
         began = time.thread_time()
         refs = [self.scratch.place(page, zpage) for page, zpage in enumerate(zpages)]
@@ -213,7 +232,7 @@ class Round:
         if again:
             allocator += timed(self.scratch.free, ((ref,) for ref in self.refs))
         self.refs = refs
-        self.tell(
+        self.report(
             row,
             self.nr_pages,
             whole,
@@ -221,9 +240,9 @@ class Round:
         )
 
     def _copy(self, zpages: list[bytes]) -> float:
-        """Seconds to copy the zpages, two to a frame."""
+        """Return the seconds to copy the zpages, two into each frame."""
         target = memoryview(bytearray(len(zpages) // 2 * PAGE + 2 * PAGE))
-        target[:] = bytes(len(target))  # touched
+        target[:] = bytes(len(target))  # so that the kernel has allocated its pages
         began = time.thread_time()
         for number, zpage in enumerate(zpages):
             at = number // 2 * PAGE
@@ -231,69 +250,69 @@ class Round:
         return time.thread_time() - began
 
     async def refill(self) -> None:
-        """Store all pages; the store's tasks get their turns."""
+        """Store all pages. The tasks of the store run in between."""
         for offset, content in self._contents(self.first):
-            await self.store.write(offset, content)
+            await self.store.requests.write(offset, content)
             await trio.lowlevel.checkpoint()
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, row: str, count: int) -> None:
-        """From frames: `count` pages a request, in an order that jumps."""
+        """Measure reads of pages in frames, `count` pages a request, in a jumping order."""
         starts = [at * count for at in _jumping(self.nr_pages // count)]
-        whole = timed(self.store.read_nowait, ((at * PAGE, count * PAGE) for at in starts))
+        whole = timed(self.store.requests.read_nowait, ((at * PAGE, count * PAGE) for at in starts))
         places = [(ref, page) for page, ref in enumerate(self.refs)]
         lookup = timed(self.scratch.allocator.zpage, places)
         found = [self.scratch.allocator.zpage(*place) for place in places]
-        codec = timed(self.store.codec.decode, ((zpage,) for zpage in found if zpage is not None))
+        codec = timed(self.store.requests.codec.decode, ((zpage,) for zpage in found if zpage is not None))
         parts = {"codec": codec, "allocator": lookup}
         if count > 1:
             content = [bytes(PAGE) for _ in range(count)]
             parts["copy"] = timed(b"".join, ((content,) for _ in starts))
-        self.tell(row, len(starts) * count, whole, parts)
+        self.report(row, len(starts) * count, whole, parts)
 
     # ---- freeing ---------------------------------------------------------------------------------------------------
 
     async def discard(self, row: str, *, freed: bool) -> None:
-        """All pages, in requests of 2 MiB."""
+        """Measure the discard of all pages, in requests of 2 MiB. `freed` says whether they have frames."""
         size = 512 * PAGE
         began = time.thread_time()
         for offset in range(0, self.nr_pages * PAGE, size):
-            await self.store.discard(offset, size)
+            await self.store.requests.discard(offset, size)
         whole = time.thread_time() - began
         parts = {"table": timed(self.store.state.table.store, ((page, ABSENT) for page in range(self.nr_pages)))}
         if freed:
             parts["allocator"] = timed(self.scratch.free, ((ref,) for ref in self.refs))
-        self.tell(row, self.nr_pages, whole, parts)
+        self.report(row, self.nr_pages, whole, parts)
 
     # ---- the disk --------------------------------------------------------------------------------------------------
 
     async def write_back(self, row: str) -> None:
-        """What is in frames, in the background: the limit is lowered below what is in use."""
+        """Measure writeback in the background, which starts since the limit is lowered below the used frames."""
         reclaimer, pool, state = self.store.reclaimer, self.store.state.pool, self.store.state
         pages_by_hand, by_hand = self._write_back_by_hand() if row == "writeback" else (0, {})
-        before, limit = state.cumul_writeback_pages, pool.limit_frames
+        before, limit = state.counters.cumul_writeback_pages, pool.limit_frames
         began = time.perf_counter()
         self._limit(max(pool.used_frames // 8, BATCH_FRAMES))
         with trio.fail_after(STEP_LIMIT_SECONDS):
-            while pool.free_frames < reclaimer.watermarks.low_frames:
+            while pool.free_frames < reclaimer.limit.watermarks.low_frames:
                 await trio.sleep(0.002)
         whole = time.perf_counter() - began
-        pages = state.cumul_writeback_pages - before
+        pages = state.counters.cumul_writeback_pages - before
         self._limit(limit)
         await stores.populate(self.store, self.nr_pages // 2)
-        self.tell(row, pages, whole, {part: seconds / pages_by_hand * pages for part, seconds in by_hand.items()})
+        self.report(row, pages, whole, {part: seconds / pages_by_hand * pages for part, seconds in by_hand.items()})
 
     def _limit(self, frames: int) -> None:
-        """Set the pool's limit, for good: the governor would give the configured one back."""
-        self.store.reclaimer.governor.configure(frames)
+        """Set the pool's limit, also in the governor, which would otherwise restore the configured one."""
+        self.store.reclaimer.limit.governor.configure(frames)
         self.store.reclaimer.set_limit(frames)
 
     def _write_back_by_hand(self) -> tuple[int, Parts]:
-        """Write some batches here and now: how many pages they held, and the seconds by part."""
+        """Write some batches in this task. Return the number of their pages, and the seconds of each part."""
         state, backing = self.store.state, self.store.backing
         assert backing is not None  # this store has one
-        before = state.cumul_writeback_pages
+        before = state.counters.cumul_writeback_pages
         seconds = {"allocator": 0.0, "cipher": 0.0, "disk": 0.0}
         for _ in range(max(1, self.nr_pages // 8 // BATCH_FRAMES)):
             began = time.perf_counter()
@@ -309,10 +328,10 @@ class Round:
             encrypted = time.perf_counter()
             state.finish_writeback(batch)
             seconds["allocator"] += chosen - began + time.perf_counter() - encrypted
-        return state.cumul_writeback_pages - before, seconds
+        return state.counters.cumul_writeback_pages - before, seconds
 
     async def page_in(self, row: str, count: int, pages: int) -> None:
-        """From the disk: `count` pages a request."""
+        """Measure reads of pages on the disk, `count` pages a request."""
         state, backing = self.store.state, self.store.backing
         assert backing is not None  # this store has one
         while state.drop_ephemeral():
@@ -321,7 +340,7 @@ class Round:
         starts = [at * count for at in _jumping(self.nr_pages // count) if _on_disk(entries[at * count])][
             : pages // count
         ]
-        buffer = mmap.mmap(-1, 2 * count * PAGE)  # aligned, as direct I/O wants it
+        buffer = mmap.mmap(-1, 2 * count * PAGE)  # aligned, as direct I/O requires
         room = [memoryview(buffer)[at : at + PAGE] for at in range(0, len(buffer), PAGE)]
         disk, nr_blocks = 0.0, 0
         for start in starts:
@@ -332,14 +351,16 @@ class Round:
             for first, frames in runs:
                 backing.read_blocks(first, room[: len(frames)])
             disk += time.perf_counter() - began
-        codec = timed(self.store.codec.decode, ((zpage,) for zpage in self.zpages))
+        codec = timed(self.store.requests.codec.decode, ((zpage,) for zpage in self.zpages))
         began = time.perf_counter()
         for start in starts:
-            await self.store.read(start * PAGE, count * PAGE)
+            await self.store.requests.read(start * PAGE, count * PAGE)
         whole = time.perf_counter() - began
         done = len(starts) * count
         cipher = timed(self.cipher.decrypt, ((block, [self.blocks[:PAGE]]) for block in range(nr_blocks)))
-        self.tell(row, done, whole, {"cipher": cipher, "disk": disk - cipher, "codec": codec / len(self.zpages) * done})
+        self.report(
+            row, done, whole, {"cipher": cipher, "disk": disk - cipher, "codec": codec / len(self.zpages) * done}
+        )
 
 
 def _on_disk(entry: int) -> bool:
@@ -351,7 +372,7 @@ def _block(entry: int) -> int:
 
 
 def _runs(pairs: Iterable[tuple[int, T]]) -> Iterable[tuple[int, list[T]]]:
-    """(first block, what belongs to each) of neighbouring blocks, from pairs (block, what belongs to it)."""
+    """Return runs (first block, items of the blocks) of neighbouring blocks, from pairs (block, item)."""
     found: list[tuple[int, list[T]]] = []
     for block, what in pairs:
         if found and block == found[-1][0] + len(found[-1][1]):
@@ -362,11 +383,11 @@ def _runs(pairs: Iterable[tuple[int, T]]) -> Iterable[tuple[int, list[T]]]:
 
 
 def _jumping(count: int) -> list[int]:
-    """0 .. count - 1 in an order that jumps."""
+    """Return the numbers 0 .. count - 1 in a jumping order."""
     step = next(step for step in (7919, 7907, 7901, 1) if count % step)
     return [number * step % count for number in range(count)]
 
 
 BENCHMARK: Final = Benchmark(
-    "store", "the store without a mount, path by path, and where the time of a page goes", (), add_options, measure
+    "store", "the store without a mount, path by path, with the time of each part", (), add_options, measure
 )

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: MIT
-/* The storm: a program that needs more memory than it gets, and knows what each of its bytes must be.
+/* The storm: a program that needs more memory than it gets, and checks each byte of its memory.
 
        storm CORPUS BYTES READS
 
-   CORPUS is a file of pages of real process memory. Page n of the program's own memory is one of them, picked by a hash of n,
-   with a stamp of 8 bytes that is made from n at a place that depends on n: so no two pages are alike, and a page in another's
-   place, or an old one, is seen. Run in a memory cgroup smaller than BYTES, most of them live in swap.
+   CORPUS is a file of pages of real process memory. Page n of the program is one of them, picked by a hash of n. A stamp of
+   8 bytes, made from n, is at a place that depends on n. So no two pages are equal, and the program notices a page in the
+   place of another page. In a memory cgroup smaller than BYTES, most pages are in swap.
 
-       fill      every page is written, in order
-       scan      every page is compared, in order: the kernel reads ahead
-       random    READS pages are touched and compared, in no order: what a program feels that waits for its memory
+       fill      writes every page, in order
+       scan      compares every page, in order: the kernel reads ahead
+       random    touches and compares READS pages, in random order, like a program that waits for its memory
 
-   Prints one object of JSON. Exit status 1 if a byte was wrong, 2 if it could not run. */
+   It prints one object of JSON. The exit status is 1 if a byte was wrong, and 2 if the program could not run. */
 
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -61,9 +61,9 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Runs on each CPU once, as any program has that lives for a while. The kernel remembers on which CPUs a program's memory was
-   used, and interrupts those for each page that it swaps out, if they are at work. Where they were used by chance only, a fill
-   takes 1.0 or 1.7 times as long, by chance. Returns 0, or -1 if it may not. */
+/* Runs on each CPU once, as any program does over time. The kernel remembers the CPUs on which a program used its memory. For
+   each page that it swaps out, it interrupts those of these CPUs that are busy. Without this function the set of CPUs depends
+   on chance, and a fill takes 1.0 or 1.7 times as long. Returns 0, or -1 if the system refuses. */
 static int on_each_cpu(void) {
     cpu_set_t allowed, one;
     if (sched_getaffinity(0, sizeof allowed, &allowed)) return -1;
@@ -87,12 +87,14 @@ int main(int count, char **words) {
         perror(words[1]);
         return 2;
     }
-    /* Shared: whoever made the file pays for it, not the cgroup of this program. */
+    /* The mapping is shared: its memory is charged to the process that made the file, not to the cgroup of this program. */
     corpus = mmap(NULL, corpus_pages * PAGE, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
     uint64_t pages = strtoull(words[2], NULL, 10) / PAGE, reads = strtoull(words[3], NULL, 10), bad = 0;
-    unsigned char *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    unsigned char *memory = mmap(
+        NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     float *waited = calloc(reads + 1, sizeof *waited);
-    if (corpus == MAP_FAILED || memory == MAP_FAILED || !waited || mlock(corpus, corpus_pages * PAGE) || !pages || on_each_cpu()) {
+    if (corpus == MAP_FAILED || memory == MAP_FAILED || !waited || mlock(corpus, corpus_pages * PAGE) || !pages
+        || on_each_cpu()) {
         perror("storm");
         return 2;
     }
@@ -115,7 +117,7 @@ int main(int count, char **words) {
     qsort(waited, reads, sizeof *waited, ascending);
     printf("{\"fill_mib_s\": %.2f, \"scan_mib_s\": %.2f, \"random_s\": %.1f, \"random_p50_us\": %.2f, \"random_p99_us\": %.2f, "
            "\"pages\": %lu, \"bad\": %lu}\n",
-           pages * PAGE / MIB / (filled - began), pages * PAGE / MIB / (scanned - filled), reads / (ended - scanned),
-           waited[reads / 2], waited[reads * 99 / 100], (unsigned long)pages, (unsigned long)bad);
+        pages * PAGE / MIB / (filled - began), pages * PAGE / MIB / (scanned - filled), reads / (ended - scanned),
+        waited[reads / 2], waited[reads * 99 / 100], (unsigned long)pages, (unsigned long)bad);
     return bad != 0;
 }

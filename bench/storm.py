@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Storm: a program lives on swap, and on what its memory is swapped to, in turns.
+"""The measurement `storm`: a program that uses more memory than its RAM, on zbudfs and other swap in turns.
 
-The program (storm.c) needs `--mib` MiB, has `--limit` MiB of RAM in a memory cgroup, and compares every byte. With a pool as
-large as the storm all stays in RAM, and the comparison is with other compressed RAM; with a pool of a part of it cold
-frames are written to the disk, and the comparison is with an ordinary swap file there, in speed and in bytes written.
+The program (storm.c) needs `--mib` MiB, has `--limit` MiB of RAM in a memory cgroup, and compares every byte. If the pool is
+as large as the storm, all pages stay in RAM, and the comparison is with other compressed RAM. With a smaller pool, cold
+frames go to the disk, and the comparison is with an ordinary swap file there, in speed and in bytes written.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import argparse
 import json
 from typing import Final
 
-from bench import corpus, targets
-from bench.kit import MIB, BenchError, Benchmark, Options, build, in_turns, progress, run, workplace
+from bench import targets
+from bench.kit import Benchmark, Options, add_also, build, in_turns, progress, workplace
 from bench.table import Column, Table
-from scripts.cell import Cell
+from kit import corpus
+from kit.cell import Cell
+from kit.programs import MIB, KitError, run
 
 COLUMNS: Final = [
     Column("fill_mib_s", "fill MiB/s"),
@@ -24,36 +26,38 @@ COLUMNS: Final = [
     Column("random_p50_us", "p50 us"),
     Column("random_p99_us", "p99 us"),
 ]
-WRITTEN: Final = [Column("written_mib", "MiB written"), Column("disk_mib", "MiB written to the disk by anybody")]
+WRITTEN: Final = [Column("written_mib", "MiB written"), Column("disk_mib", "MiB written to the disk in all")]
 STORM_LIMIT_SECONDS: Final = 600.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this measurement knows."""
+    """Add the options of this measurement."""
     parser.add_argument(
-        "--mib", type=int, default=512, metavar="N", help="memory of the program (default: %(default)s)"
+        "--mib", type=int, default=512, metavar="N", help="MiB of memory that the program uses (default: %(default)s)"
     )
     parser.add_argument(
-        "--limit", type=int, default=212, metavar="N", help="MiB of RAM that it gets (default: %(default)s)"
+        "--limit", type=int, default=212, metavar="N", help="MiB of RAM that the program gets (default: %(default)s)"
     )
-    parser.add_argument("--reads", type=int, default=20000, metavar="N", help="random page-ins (default: %(default)s)")
+    parser.add_argument(
+        "--reads", type=int, default=20000, metavar="N", help="number of random page-ins (default: %(default)s)"
+    )
     parser.add_argument(
         "--pool",
         type=float,
         action="append",
         metavar="F",
-        help="size of the pool as a part of the storm: below 1 it is compared with a swap file (default: 1, then 0.25)",
+        help="size of the pool as a part of the storm; below 1, a swap file is compared (default: 1, then 0.25)",
     )
     parser.add_argument(
-        "--targets", metavar="A,B", help="what to compare: zram, floor, floor-zstd, nbdkit, zbudfs, zbudfs-2, swapfile"
+        "--targets",
+        metavar="A,B",
+        help="targets to compare: zram, floor, floor-zstd, nbdkit, zbudfs, dense, zbudfs-2, swapfile",
     )
-    parser.add_argument(
-        "--also", action="append", default=[], metavar="NAME=CMD", help="another version of zbudfs, by its command"
-    )
+    add_also(parser)
 
 
 def measure(options: Options) -> list[Table]:
-    """One table for each size of the pool."""
+    """Return one table for each size of the pool."""
     if options.short:
         options.mib, options.limit, options.reads = 24, 12, 500
         options.targets = options.targets or "floor-zstd,zbudfs,swapfile"
@@ -81,12 +85,12 @@ def _table(options: Options, part: float) -> Table:
 
 
 def _names(options: Options, part: float, table: Table) -> list[str]:
-    """What is compared, less what this machine has not got; the first of them is the base."""
+    """Return the targets to compare, without those that this machine lacks, and set the base of the table."""
     known = dict.fromkeys([*targets.RAM, *targets.DISK])
     usual = targets.RAM if part >= 1 else targets.DISK
     wanted = options.targets.split(",") if options.targets else list(usual)
     if unknown := [name for name in wanted if name not in known and not name.removeprefix(targets.STRIPED).isdecimal()]:
-        raise BenchError(f"there is no target {unknown[0]!r}: known are {', '.join(known)}")
+        raise KitError(f"there is no target {unknown[0]!r}: known are {', '.join(known)}")
     if options.short:
         wanted = [name for name in wanted if name in usual]
     for name in wanted:
@@ -99,7 +103,7 @@ def _names(options: Options, part: float, table: Table) -> list[str]:
 
 
 def one(name: str, place: targets.Place, options: Options, corpus_fd: int) -> dict[str, float | None]:
-    """One storm. Raises BenchError if a byte was wrong."""
+    """Run one storm, and return its figures by column. Raises KitError if a byte was wrong."""
     program = build("storm", place.folder)
     with targets.as_swap(name, place) as running, Cell("bench", options.limit * MIB) as cell:
         disk, written = targets.disk_written_bytes(place.folder), running.written_bytes()
@@ -117,7 +121,7 @@ def one(name: str, place: targets.Place, options: Options, corpus_fd: int) -> di
 
 BENCHMARK: Final = Benchmark(
     "storm",
-    "a program lives on swap: zbudfs, a C floor, nbdkit, zram, a swap file",
+    "a program with most of its memory on swap: zbudfs, a C floor, nbdkit, zram, a swap file",
     ("root", "fuse", "loop", "swap", "cell"),
     add_options,
     measure,

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Strangers: how long a page-in takes while another user does what he can to the mount.
+"""The measurement `strangers`: the time of a page-in while another user attacks the mount.
 
-A program reads pages of swapfile at random as a loop device does (reader.c), on one processor, in real time. Another user's
-process runs on another processor and repeats one attack as fast as it can:
+A program reads random pages of swapfile as a loop device does (reader.c), on one processor, in real time. A process of
+another user runs on another processor, and repeats one attack as fast as it can:
 
-    on tmpfs    on files of a tmpfs: what the load alone costs, and what the others are compared with
+    on tmpfs    on files of a tmpfs: the cost of the load alone, and the base of the comparison
     on zbudfs   the same calls on the mount, or on its public statistics
 
-The rows take turns. A column tells how often the attack went round, each time some thousands of calls.
+The rows take turns. A column has the number of repetitions of the attack. Each is some thousands of calls.
 """
 
 from __future__ import annotations
@@ -24,23 +24,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from bench import corpus
-from bench.kit import (
-    LIMIT_SECONDS,
-    MIB,
-    PAGE,
-    BenchError,
-    Benchmark,
-    Options,
-    build,
-    in_turns,
-    progress,
-    run,
-    workplace,
-    zbudfs_command,
-)
+from bench.kit import Benchmark, Options, build, in_turns, progress, workplace, zbudfs_command
 from bench.memory import write
 from bench.table import Column, Table
+from kit import corpus
+from kit.programs import LIMIT_SECONDS, MIB, PAGE, KitError, run
 
 NOBODY: Final = 65534
 SIZE_BYTES: Final = 64 * MIB
@@ -64,7 +52,7 @@ def _many(call: Callable[[], object], times: int) -> None:
 
 
 def _open_and_close(path: Path, flags: int, times: int) -> None:
-    """Open a file many times, then close all at once, as the end of a process does."""
+    """Open a file many times, then close all descriptors together, as the end of a process does."""
     fds: list[int] = []
     _many(lambda: fds.append(os.open(path, flags)), times)
     for fd in fds:
@@ -91,7 +79,7 @@ def _map(path: Path) -> None:
 
 
 def _look(folder: Path) -> None:
-    """Ask for everything that can be asked of a path."""
+    """Make each system call that takes a path, many times."""
     for call in (
         lambda: os.stat(folder),  # noqa: PTH116
         lambda: os.listdir(folder),  # noqa: PTH208
@@ -111,21 +99,21 @@ ATTACKS: Final[dict[str, Attack]] = {
     "stat, list, access, statfs, xattr": _look,
     "public statistics": lambda at: _many((at / "public.json").read_bytes, 1000),
 }
-"""By name: what a stranger does, given the folder that he attacks."""
+"""Attacks by name: functions that take the attacked folder."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this measurement knows."""
+    """Add the options of this measurement."""
     parser.add_argument(
-        "--seconds", type=float, default=2.0, metavar="S", help="how long each round reads (default: %(default)s)"
+        "--seconds", type=float, default=2.0, metavar="S", help="seconds of reads in each round (default: %(default)s)"
     )
 
 
 def measure(options: Options) -> list[Table]:
-    """One table for each attack."""
+    """Return one table for each attack."""
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
-        raise BenchError("it needs two processors: one for the reader, one for the attacker")
+        raise KitError("this measurement needs two processors: one for the reader, and one for the attacker")
     seconds = 0.2 if options.short else options.seconds
     pages = corpus.sample(16 * MIB)
     tables = {name: Table(f"Page-ins under attack: {name}", COLUMNS, base=ON_TMPFS) for name in ATTACKS}
@@ -145,14 +133,14 @@ def measure(options: Options) -> list[Table]:
             progress(f"round {number + 1}: {name}, {where}: {sample}")
     for table in tables.values():
         table.notes.append(
-            "The reader and the attacker have a processor each. The daemon runs on both; it and the reader run in real time."
+            "The reader and the attacker have a processor each. The daemon runs on both. Reader and daemon run in real time."
         )
     return list(tables.values())
 
 
 @contextlib.contextmanager
 def _mounted(folder: Path, pages: corpus.Corpus) -> Iterator[tuple[Path, Path]]:
-    """A mount, and a tmpfs with files of the same names."""
+    """Make a mount, and a tmpfs with files of the same names, for this context. Yield both folders."""
     mountpoint, floor, links = folder / "mnt", folder / "floor", folder / "links"
     for path in (mountpoint, floor, links):
         path.mkdir()
@@ -184,7 +172,7 @@ def _mounted(folder: Path, pages: corpus.Corpus) -> Iterator[tuple[Path, Path]]:
 
 @contextlib.contextmanager
 def _attacked(attack: Attack, target: Path, cpu: int) -> Iterator[Callable[[], int]]:
-    """Have another user repeat an attack for a while, on one processor; how often he did so far."""
+    """Repeat an attack as another user on one processor, in this context. Yield a function that counts the repetitions."""
     count = mmap.mmap(-1, mmap.PAGESIZE)
     number = memoryview(count).cast("Q")
     pid = os.fork()
@@ -208,7 +196,7 @@ def _attacked(attack: Attack, target: Path, cpu: int) -> Iterator[Callable[[], i
 
 
 def _read(reader: Path, swapfile: Path, seconds: float, cpu: int) -> dict[str, float | None]:
-    """Read pages at random for so long."""
+    """Run the reader for some seconds, and return its figures."""
     found: dict[str, float | None] = json.loads(
         run([reader, swapfile, str(SIZE_BYTES), str(seconds), str(cpu)], limit_seconds=seconds + LIMIT_SECONDS)
     )
@@ -216,5 +204,5 @@ def _read(reader: Path, swapfile: Path, seconds: float, cpu: int) -> dict[str, f
 
 
 BENCHMARK: Final = Benchmark(
-    "strangers", "page-ins while another user attacks the mount", ("root", "fuse"), add_options, measure
+    "strangers", "time of a page-in while another user attacks the mount", ("root", "fuse"), add_options, measure
 )

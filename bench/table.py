@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A table of measurements: every value of every round is kept, and what is shown is worked out when it is shown.
+"""A table of measurements. It keeps every value of every round; medians and ratios are computed when it is printed.
 
-    row     what was measured: a target, a path, a size        column    a figure, with its unit
+    row     a measured thing: a target, a path, a size         column    a figure, with its unit
     cell    the median of the rounds, its ratio to the same column of the base row, and the range (least .. most)
 
-Ratios are of medians of one run, in which rounds of all rows took turns: the machine may be slow or busy, but it is that
-for all rows alike.
+A ratio compares medians of one run, in which the rounds of all rows take turns. So a slow or busy machine affects all rows
+in the same way.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 Sample = Mapping[str, float | None]
-"""One round of one row: the value of each column; None where there is none."""
+"""The values of one round of one row, by column; None for a column without a value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A figure."""
+    """One column: a figure."""
 
     key: str
     title: str
-    """With its unit."""
+    """Title, with the unit."""
     ratio: bool = True
-    """Whether its ratio to the base row means anything."""
+    """Whether the ratio to the base row is shown."""
 
 
 @dataclass(slots=True)
 class Table:
-    """One table; rows in the order in which they came."""
+    """One table. Its rows are in the order of their first sample."""
 
     title: str
     columns: list[Column]
     base: str | None = None
-    """The row to which the others are compared."""
+    """Row with which the others are compared; None: no ratios."""
     rows: dict[str, list[dict[str, float | None]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -46,16 +46,16 @@ class Table:
         self.rows.setdefault(row, []).append(dict(sample))
 
     def values(self, row: str, key: str) -> list[float]:
-        """The values of one cell, round by round."""
+        """Return the values of one cell, one for each round."""
         return [value for sample in self.rows.get(row, []) if (value := sample.get(key)) is not None]
 
     def median(self, row: str, key: str) -> float | None:
-        """The median of one cell; None if it has no value."""
+        """Return the median of one cell; None if it has no value."""
         values = self.values(row, key)
         return statistics.median(values) if values else None
 
     def cell(self, row: str, column: Column) -> str:
-        """One cell, for people."""
+        """Return the text of one cell: median, ratio and range."""
         values = self.values(row, column.key)
         if not values:
             return "-"
@@ -69,7 +69,7 @@ class Table:
 
     @property
     def rounds(self) -> int:
-        """Of the row that has most."""
+        """The number of rounds of the row that has most."""
         return max((len(samples) for samples in self.rows.values()), default=0)
 
     def _lines(self) -> list[list[str]]:
@@ -82,7 +82,7 @@ class Table:
         return f"{self.title} ({how}{ratios})"
 
     def as_text(self) -> str:
-        """For a terminal."""
+        """Return the table as text for a terminal."""
         lines = self._lines()
         widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
         found = [self._caption()]
@@ -94,7 +94,7 @@ class Table:
         return "\n".join([*found, *(f"  {note}" for note in self.notes)])
 
     def as_markdown(self) -> str:
-        """For a document."""
+        """Return the table as Markdown for a document."""
         found = [f"**{self._caption()}**", ""]
         if self.rows:
             head, *lines = self._lines()
@@ -102,12 +102,12 @@ class Table:
         return "\n".join([*found, *(f"\n{note}" for note in self.notes)])
 
     def as_object(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the table as an object for JSON."""
         return asdict(self)
 
     @classmethod
     def of_object(cls, found: Mapping[str, Any]) -> Table:
-        """From what `as_object` gave."""
+        """Return the table that an object of `as_object` describes."""
         columns = [Column(**column) for column in found["columns"]]
         return cls(found["title"], columns, found["base"], dict(found["rows"]), list(found["notes"]))
 
@@ -117,7 +117,7 @@ def _bar(cells: Iterable[str]) -> str:
 
 
 def shown(value: float) -> str:
-    """Three digits that count, with thousands set apart."""
+    """Return a number with about three significant digits, and commas between thousands."""
     size = abs(value)
     digits = 0 if size >= 100 or value == int(value) else 1 if size >= 10 else 2
     return f"{value:,.{digits}f}"

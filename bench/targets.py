@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What zbudfs is compared with, each as a file or as active swap for a while.
+"""The targets of measurements: zbudfs, and the stores and swaps with which it is compared, as a file or as active swap.
 
-    floor        a C program that does as little as can be (floor.c): the bytes as they are
-    floor-zstd   the same with each page compressed at zbudfs's level
-    nbdkit       nbdkit's memory plugin, allocator=zstd, behind nbdfuse
-    zbudfs       this one; `--also NAME=COMMAND` adds another version
-    dense        this one with `--packing dense`
-    zbudfs-2     this one with two instances; any other number will do as well
-    zram         the kernel's own, lz4 where it has that
-    swapfile     an ordinary swap file on the disk on which the backing file is, too
+    floor        a minimal C program (floor.c) that stores the bytes uncompressed
+    floor-zstd   the same program, which compresses each page at the level of zbudfs
+    nbdkit       the memory plugin of nbdkit with allocator=zstd, behind nbdfuse
+    zbudfs       this version of zbudfs; `--also NAME=COMMAND` adds another version
+    dense        this version with `--packing dense`
+    zbudfs-2     this version with two instances, or with any other number
+    zram         zram of the kernel, with lz4 if the kernel has it
+    swapfile     an ordinary swap file, on the same disk as the backing file
 
-All that are files (all but the last two) become swap in the same way as zbudfs does: a loop device with direct I/O, 4096-byte
-sectors, discard, no write-back throttling.
+All targets but the last two are files. They become swap in the same way as zbudfs: through a loop device with direct I/O,
+4096-byte sectors and discard, without write-back throttling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from bench.kit import MIB, PAGE, BenchError, build, find_program, run, stats, wait_until, zbudfs_command
+from bench.kit import build, stats, wait_until, zbudfs_command
+from kit.programs import MIB, PAGE, KitError, find_program, run
 from zbudfs.core.codec import DEFAULT_LEVEL
 from zbudfs.service.mountpoint import MountError, unmount
 from zbudfs.swap.attach import attach
@@ -31,7 +32,7 @@ from zbudfs.swap.detach import detach
 from zbudfs.swap.loop import SwapError
 
 PRIORITY: Final = 32767
-"""Above every other swap: the storm's pages must go here."""
+"""Priority of a target's swap. It is above every other swap, so that all pages of the program go there."""
 STRIPED: Final = "zbudfs-"
 RAM: Final = ("zram", "floor", "floor-zstd", "nbdkit", "zbudfs", "dense", "zbudfs-2")
 DISK: Final = ("swapfile", "zbudfs", "dense")
@@ -39,27 +40,29 @@ DISK: Final = ("swapfile", "zbudfs", "dense")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where and how large; the same for every target of a run."""
+    """The place and the sizes of a target, the same for all targets of a run."""
 
     folder: Path
-    """On a disk."""
+    """Folder on the disk that is measured."""
     size_bytes: int
     pool_bytes: int
     also: dict[str, str] = field(default_factory=dict)
-    """Other versions of zbudfs: by name, the command line of each."""
+    """Command lines of other versions of zbudfs, by name."""
     level: int = DEFAULT_LEVEL
+    options: tuple[str, ...] = ()
+    """More options of `zbudfs mount`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A target that runs."""
+    """A target that is running."""
 
     written_bytes: Callable[[], int]
-    """What it has written to a disk so far, as it or the kernel counts it."""
+    """Function that returns the bytes that the target has written to a disk so far."""
 
 
 def why_not(name: str) -> str | None:
-    """Why a target cannot be had on this machine; None if it can."""
+    """Return why a target is not available on this machine; None if it is."""
     if name == "zram" and not Path("/sys/class/zram-control/hot_add").exists():
         return "this kernel has no zram (modprobe zram)"
     if name == "nbdkit" and (missing := [program for program in ("nbdkit", "nbdfuse") if not find_program(program)]):
@@ -71,7 +74,7 @@ def why_not(name: str) -> str | None:
 
 @contextlib.contextmanager
 def as_file(name: str, place: Place) -> Iterator[tuple[Path, Running]]:
-    """Have a file target: the mountpoint with `swapfile` in it."""
+    """Start a target that is a file, for this context. Yield the mountpoint, which has `swapfile`, and the running target."""
     mountpoint = place.folder / f"mnt-{name}"
     mountpoint.mkdir(exist_ok=True)
     if name in ("zbudfs", "dense") or name in place.also:
@@ -90,9 +93,9 @@ def as_file(name: str, place: Place) -> Iterator[tuple[Path, Running]]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as server:
         try:
-            wait_until(lambda: server.poll() is not None or swapfile.exists(), f"{name} to come up")
+            wait_until(lambda: server.poll() is not None or swapfile.exists(), f"{name} to start")
             if server.poll() is not None:
-                raise BenchError(f"{name} ended with status {server.returncode}")
+                raise KitError(f"{name} ended with status {server.returncode}")
             yield mountpoint, Running(lambda: _written_by([server.pid]))
         finally:
             try:
@@ -106,6 +109,7 @@ def as_file(name: str, place: Place) -> Iterator[tuple[Path, Running]]:
 @contextlib.contextmanager
 def _zbudfs(command: list[str], packing: list[str], place: Place, mountpoint: Path) -> Iterator[Running]:
     options = [*packing, "--size", str(place.size_bytes), "--pool", str(place.pool_bytes), "--level", str(place.level)]
+    options += place.options
     run([*command, "mount", *options, "--backing", f"{mountpoint}.backing", mountpoint])
     try:
         wait_until(lambda: bool(stats(mountpoint)["standby_ready"]), "the standby")
@@ -117,7 +121,7 @@ def _zbudfs(command: list[str], packing: list[str], place: Place, mountpoint: Pa
 
 @contextlib.contextmanager
 def as_swap(name: str, place: Place) -> Iterator[Running]:
-    """Have a target as the swap that is used first."""
+    """Make a target the swap that the kernel fills first, in this context."""
     if name.startswith(STRIPED):
         with _striped(name.removeprefix(STRIPED), place) as running:
             yield running
@@ -132,7 +136,7 @@ def as_swap(name: str, place: Place) -> Iterator[Running]:
             try:
                 attach(str(mountpoint), PRIORITY)
             except SwapError as error:
-                raise BenchError(f"{name}: {error}") from None
+                raise KitError(f"{name}: {error}") from None
             try:
                 yield running
             finally:
@@ -141,7 +145,7 @@ def as_swap(name: str, place: Place) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def _striped(instances: str, place: Place) -> Iterator[Running]:
-    """Several instances, which share size and pool."""
+    """Make several instances active swap in this context. Size and pool are divided among them."""
     mountpoint = place.folder / "striped"
     mountpoint.mkdir(exist_ok=True)
     command = zbudfs_command()
@@ -180,23 +184,41 @@ def _zram(size_bytes: int) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def _swap_file(place: Place) -> Iterator[Running]:
-    """A swap file; where the file system refuses a swap file as it is, through a loop device."""
+def written_swap_file(place: Place) -> Iterator[Path]:
+    """Make the file of the target `swapfile` for this context. A file that exists already is used and not removed."""
     file = place.folder / "plain"
+    if file.exists():
+        yield file
+        return
     zeros = bytes(MIB)
-    with file.open("wb") as out:
-        file.chmod(0o600)
-        for _ in range(place.size_bytes // MIB):
-            out.write(
-                zeros
-            )  # written, not only allocated: a file with holes, or one still to be written, is refused or slow
-    run(["sync", "-d", file])
+    try:
+        with file.open("wb") as out:
+            file.chmod(0o600)
+            for _ in range(place.size_bytes // MIB):
+                # The blocks are written, not only allocated: a file with holes or unwritten blocks is refused or slow.
+                out.write(zeros)
+        run(["sync", "-d", file])
+        yield file
+    finally:
+        file.unlink()
+
+
+@contextlib.contextmanager
+def _swap_file(place: Place) -> Iterator[Running]:
+    """Make an ordinary swap file active swap in this context."""
+    with written_swap_file(place) as file, _swap_on(file) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def _swap_on(file: Path) -> Iterator[Running]:
+    """Turn on swap on a file, in this context. If its file system refuses a swap file, use a loop device."""
     run(["mkswap", file])
     device, loop = str(file), None
     try:
         try:
             run(["swapon", "--priority", str(PRIORITY), device])
-        except BenchError:
+        except KitError:
             loop = device = run(["losetup", "--find", "--show", "--direct-io=on", file]).strip()
             run(["swapon", "--priority", str(PRIORITY), device])
         before = _swapped_out_bytes()
@@ -207,17 +229,16 @@ def _swap_file(place: Place) -> Iterator[Running]:
     finally:
         if loop is not None:
             run(["losetup", "--detach", loop])
-        file.unlink()
 
 
 def _swapped_out_bytes() -> int:
-    """By the whole system, since it started: nothing else swaps while this does."""
+    """Return the bytes that the whole system has swapped out since it started. No other program swaps meanwhile."""
     counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(counts["pswpout"]) * PAGE
 
 
 def _written_by(pids: list[int]) -> int:
-    """Bytes that processes have sent to a disk: `write_bytes` of /proc/PID/io."""
+    """Return the bytes that processes have written to a disk: the sum of `write_bytes` of /proc/PID/io."""
     total = 0
     for pid in pids:
         counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
@@ -226,7 +247,7 @@ def _written_by(pids: list[int]) -> int:
 
 
 def disk_written_bytes(folder: Path) -> int | None:
-    """Bytes written to the disk that holds a folder, by anybody, since the system started; None if it is not a disk."""
+    """Return the bytes that all programs have written to the disk of a folder since the system started; None without a disk."""
     number = folder.stat().st_dev
     try:
         words = Path(f"/sys/dev/block/{number >> 8 & 0xFFF}:{number & 0xFF | number >> 12 & 0xFFF00}/stat").read_text()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Programs around zbudfs that are not part of it: the demonstration, and what tests and demonstration share."""
+"""Programs for the development of zbudfs, which are not installed: campaigns, packages, checks and the demonstration."""

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The kill campaign: workers are killed with SIGKILL at random moments while a program lives on the swap they serve.
+"""The kill campaign kills workers with SIGKILL at random moments, while a program uses the swap that they serve.
 
     campaign_kill.py [--kills 100] [--mib 1024] [--limit 256] [--pool 192M] [--packing zbud] [--seed 1]
 
-A program that knows what each of its bytes must be fills, rereads and rewrites `--mib` MiB in a memory cgroup of `--limit`
-MiB, again and again, until `--kills` workers are dead. The pool is smaller than what is stored, so writeback and page-in
-go on, and each program that ends has its swap discarded. Meanwhile a probe reads a page of the swapfile every few
-milliseconds: the longest of these reads is the longest stall.
+The program fills, rereads and rewrites `--mib` MiB in a memory cgroup of `--limit` MiB, and checks each byte. It runs again
+and again, until `--kills` workers are dead. The pool is smaller than the stored pages, so there is writeback and page-in all
+the time. When a program ends, its swap is discarded. Meanwhile a probe reads a page of the swapfile every few milliseconds:
+its longest read is the longest stall.
 
-Prints one line of JSON and exits with 0 if no byte was wrong, no read failed, nobody was killed but the workers, and each
-kill was followed by a takeover.
+The script prints one line of JSON. The exit status is 0 if no byte was wrong, no read failed, no process but the workers was
+killed, and a takeover followed each kill.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.cell import Cell  # noqa: E402  after the path is known
+from kit.cell import Cell  # noqa: E402  after the path is known
 from zbudfs.service.mountpoint import find_mount  # noqa: E402
 
 PAGE_BYTES: Final = 4096
@@ -41,13 +41,13 @@ STORM_LIMIT_SECONDS: Final = 1800.0
 
 
 def zbudfs(*arguments: str) -> str:
-    """Run the command; what it prints. CalledProcessError."""
+    """Run the command `zbudfs`, and return its output. Raises CalledProcessError."""
     command = [sys.executable, "-m", "zbudfs", *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300, cwd=ROOT).stdout
 
 
 def stats(mountpoint: Path) -> dict[str, Any]:
-    """Everything that the mount says about itself. Also while workers die: an open file of a dead one is opened anew."""
+    """Return stats/all.json of the mount. While workers die, it is read again until a worker answers."""
     while True:
         with contextlib.suppress(OSError, json.JSONDecodeError):
             found: dict[str, Any] = json.loads((mountpoint / "stats/all.json").read_text())
@@ -56,7 +56,7 @@ def stats(mountpoint: Path) -> dict[str, Any]:
 
 
 class Probe:
-    """Reads a page of the swapfile all the time; `longest_seconds` is the longest that it took, `errors` failed."""
+    """A thread that reads a page of the swapfile all the time, with the longest time of a read and the number of errors."""
 
     def __init__(self, swapfile: Path) -> None:
         self.longest_seconds = 0.0
@@ -79,14 +79,14 @@ class Probe:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the thread, and close the swapfile."""
         self._end = True
         self._thread.join()
         os.close(self._fd)
 
 
 class Killer:
-    """Kills the worker of the mount at random moments, until `wanted` are dead or it is told to stop."""
+    """A thread that kills the worker of the mount at random moments, until `wanted` workers are dead or it is closed."""
 
     def __init__(self, mountpoint: Path, wanted: int, seed: int) -> None:
         self.kills = 0
@@ -106,7 +106,7 @@ class Killer:
             os.kill(pid, signal.SIGKILL)
             self.kills += 1
             if self._random.random() < 0.2:
-                continue  # and perhaps the next one at once, before there is a standby
+                continue  # the next worker may be killed before there is another standby
             while (found := stats(self._mountpoint))["recoveries"] == before or found["worker_pid"] == pid:
                 time.sleep(0.01)
             if found["last_recovery_us"] > self.longest_recovery_us:
@@ -115,19 +115,19 @@ class Killer:
 
     @property
     def done(self) -> bool:
-        """Whether all that were wanted are dead."""
+        """Whether the wanted number of workers is dead."""
         return self.kills >= self._wanted
 
     def close(self) -> None:
-        """Stop."""
+        """Stop the thread."""
         self._end.set()
         self._thread.join()
 
 
 def kernel_errors(since: float, device: str) -> int:
-    """Lines of the kernel's log, from `since` (monotonic seconds) on, that say that `device` or any task is in trouble.
+    """Return the number of errors of `device` or of any task in the kernel's log since `since` (monotonic seconds).
 
-    Errors of other devices may be meant: tests of disks that fail run at the same time.
+    Errors of other devices do not count: tests with failing disks may run at the same time.
     """
     number = Path(device).stat().st_rdev
     at_device = rf"swap-device \({os.major(number)}:{os.minor(number)}:|I/O error, dev {Path(device).name},"
@@ -138,7 +138,7 @@ def kernel_errors(since: float, device: str) -> int:
 
 
 def run(kills: int, mib: int, limit: int, pool: str, seed: int, packing: str = "zbud") -> dict[str, Any]:
-    """One campaign: the report."""
+    """Run one campaign, and return its report."""
     report: dict[str, Any] = {"packing": packing, "bad": 0, "storms": 0, "failed_storms": 0}
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="zbudfs-kill-", dir="/var/tmp") as folder:
@@ -165,7 +165,7 @@ def run(kills: int, mib: int, limit: int, pool: str, seed: int, packing: str = "
             with Cell("kill", limit << 20) as cell:
                 while not killer.done:
                     command = cell.command(
-                        [sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(mib), str(seed + report["storms"])]
+                        [sys.executable, "-I", str(ROOT / "kit/storm.py"), str(mib), str(seed + report["storms"])]
                     )
                     storm = subprocess.run(
                         command,
@@ -208,20 +208,20 @@ def run(kills: int, mib: int, limit: int, pool: str, seed: int, packing: str = "
 
 
 def sound(report: dict[str, Any]) -> bool:
-    """Whether nothing went wrong in a campaign."""
+    """Return whether a campaign found no error."""
     wrong = ("bad", "failed_storms", "lost_pages", "probe_errors", "kernel_errors")
     return not any(report[name] for name in wrong) and report["recoveries"] >= report["kills"] > 0
 
 
 def main() -> int:
-    """Run a campaign; the exit status."""
+    """Run a campaign, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--mib", type=int, default=1024)
-    parser.add_argument("--limit", type=int, default=256)
-    parser.add_argument("--pool", default="192M")
-    parser.add_argument("--packing", default="zbud")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=100, help="number of workers to kill (default: %(default)s)")
+    parser.add_argument("--mib", type=int, default=1024, help="MiB that the program uses (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=256, help="MiB of RAM of the program (default: %(default)s)")
+    parser.add_argument("--pool", default="192M", help="size of the pool (default: %(default)s)")
+    parser.add_argument("--packing", default="zbud", help="packing of the mount (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the random choices (default: %(default)s)")
     arguments = parser.parse_args()
     report = run(arguments.kills, arguments.mib, arguments.limit, arguments.pool, arguments.seed, arguments.packing)
     print(json.dumps(report))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The demonstration: a program gets a third of the memory it needs, and every byte comes back.
+"""The demonstration: a program gets a third of the memory that it needs, and every byte comes back.
 
-    a directory -> zbudfs swapon -> a memory cgroup -> the program fills, waits, compares -> all away again
+    a folder -> zbudfs swapon -> a memory cgroup -> the program fills, waits, compares -> swapoff and umount
 
-Everything is made in a temporary directory and taken down at the end, after Ctrl-C and after a failure as well.
-Exit status 1 when a byte was wrong or a step failed.
+Everything is made in a temporary folder. It is removed at the end, also after Ctrl-C and after a failure. The exit status is
+1 if a byte was wrong or a step failed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.cell import Cell, CellError  # noqa: E402  after the path is known
-from scripts.needs import NEEDS, why_not  # noqa: E402
+from kit.cell import Cell, CellError  # noqa: E402  after the path is known
+from kit.needs import NEEDS, why_not  # noqa: E402
 from zbudfs.core.sizes import format_size  # noqa: E402
 from zbudfs.service.mountpoint import find_mount  # noqa: E402
 
@@ -35,20 +35,20 @@ LIMIT_MIB: Final = 128
 NEEDED_MIB: Final = 3 * LIMIT_MIB
 """Memory that the program needs."""
 POOL: Final = "64M"
-"""Less than what will be stored, so that a part of it is written to disk."""
+"""Size of the pool. It is smaller than the stored pages, so that some of them are written to the disk."""
 SIZE: Final = "1G"
-"""Room for what does not fit into RAM, several times over."""
+"""Size of the swap, several times the memory that does not fit into RAM."""
 
 _STEP_LIMIT_SECONDS: Final = 120.0
 _STORM_LIMIT_SECONDS: Final = 600.0
 
 
 class DemoError(Exception):
-    """A step failed; the text says which and why."""
+    """A step failed. The text says which step and why."""
 
 
 def main() -> int:
-    """Run the demonstration; return the exit status."""
+    """Run the demonstration, and return the exit status."""
     if refusals := [f"{need}: {reason}" for need in NEEDS if (reason := why_not(need))]:
         print("this machine cannot run the demonstration:", *refusals, sep="\n  ", file=sys.stderr)
         return 1
@@ -60,7 +60,7 @@ def main() -> int:
                 full, outcome = run_storm(cell, mountpoint)
         print_table(full, outcome)
     except KeyboardInterrupt:
-        print("interrupted; everything was taken down", file=sys.stderr)
+        print("interrupted; swap and mount were removed", file=sys.stderr)
         return 130
     except (DemoError, CellError) as error:
         print(f"demo: {error}", file=sys.stderr)
@@ -70,7 +70,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def swapped_on(folder: Path) -> Iterator[Path]:
-    """Have swap on a zbudfs, mounted in `folder`, for a while."""
+    """Mount a zbudfs in `folder`, and turn on swap on it, for this context. Yield the mountpoint."""
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
     options = ["--size", SIZE, "--pool", POOL, "--backing", str(folder / "backing"), "--priority", "32767"]
@@ -84,8 +84,8 @@ def swapped_on(folder: Path) -> Iterator[Path]:
 
 
 def run_storm(cell: Cell, mountpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the hungry program in `cell`; return the status when it had filled its memory, and what it found."""
-    command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(NEEDED_MIB)])
+    """Run the program in `cell`. Return the status of the mount with full memory, and the result of the program."""
+    command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), str(NEEDED_MIB)])
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True) as storm:
         try:
             assert storm.stdout is not None  # it is a pipe
@@ -106,7 +106,7 @@ def run_storm(cell: Cell, mountpoint: Path) -> tuple[dict[str, Any], dict[str, A
 
 
 def print_table(full: dict[str, Any], outcome: dict[str, Any]) -> None:
-    """Print what was stored, what it took, and whether it came back."""
+    """Print the stored pages, the memory that they took, and the number of wrong pages."""
     stored = full["stored_pages"] * 4096
     taken = full["pool_used_bytes"] + full["backing_used_bytes"]
     saved = f"{format_size(stored - taken)} ({100 * (stored - taken) / stored:.0f} %)" if stored else "nothing"
@@ -129,7 +129,7 @@ def print_table(full: dict[str, Any], outcome: dict[str, Any]) -> None:
 
 
 def zbudfs(*arguments: str) -> str:
-    """Run the command `zbudfs` and return what it prints; Ctrl-C waits until it is done. Raises DemoError."""
+    """Run the command `zbudfs`, and return its output. Ctrl-C waits until the command ends. Raises DemoError."""
     command = [sys.executable, "-m", "zbudfs", *arguments]
     try:
         with _interrupts_deferred():
@@ -145,9 +145,9 @@ def zbudfs(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Let nothing interrupt what is done inside; an interrupt that came meanwhile is raised at the end.
+    """Defer SIGINT and SIGTERM in this context. If one came, KeyboardInterrupt is raised at the end.
 
-    With handlers and not with SIG_IGN, which a daemon started inside would inherit.
+    It uses handlers instead of SIG_IGN, which a daemon that is started inside would inherit.
     """
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)

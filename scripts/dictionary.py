@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Makes the zstd dictionary of zbudfs/core/dictionary.py: no content, only the tables of zstd's entropy coder.
+"""Make the zstd dictionary of zbudfs/core/dictionary.py. It has no content, only the tables of zstd's entropy coder.
 
     python -m scripts.dictionary [--also PID ...]
 
-Programs are started and their memory is read, that of other processes as well (a virtual machine, say). zstd cuts each page
-into sequences (literals, a match, how far back), and how often each code of a sequence occurs, counted in all programs
-alike, becomes the three tables. What is printed is the constant of that module. Whoever changes it changes what zpages
-mean: the layout number in zbudfs/store/board.py goes with it.
+The script starts programs and reads their memory, and also that of given processes, such as a virtual machine. zstd cuts
+each page into sequences (literals, a match, its distance). The frequency of each code of a sequence, with equal weight for
+all programs, gives the three tables. The script prints the constant of that module. A change of the constant changes the
+meaning of zpages: then change the layout number in zbudfs/store/board.py too.
 
 Format and numbers: RFC 8878, sections 3.1.1.3.2.1 (codes of sequences), 4.1.1 (tables of FSE) and 5 (dictionaries).
 """
@@ -28,44 +28,45 @@ from typing import Any, Final
 
 import zstandard
 
-from bench import corpus, packing
-from bench.kit import PAGE
+from bench import packing
+from kit import corpus
+from kit.programs import PAGE
 from zbudfs.core.codec import HASH_LOG, MIN_MATCH
 
 MAGIC: Final = 0xEC30A437
 IDENTIFIER: Final = 1
 REPEATED_OFFSETS: Final = (1, 4, 7)
-"""What matches of a page's beginning may repeat. None reaches beyond the content of a dictionary: seven zeros are the most that
-zstd forgets at once, so that compressing with this dictionary is no slower than without one."""
+"""Distances that the first matches of a page may repeat. None reaches beyond the content of the dictionary: seven zeros.
+zstd drops a content of at most seven bytes at once, so this dictionary does not slow the compression."""
 PAGES_OF_EACH: Final = 5000
 LITERALS_FROM_PAGES: Final = 2000
 FEWEST_SEQUENCES: Final = 20
-"""Pages of fewer say nothing: their tables are zstd's own."""
+"""Least number of sequences of a counted page. For pages with fewer sequences, zstd uses its own tables."""
 
 _OFFSET_CODES: Final = 18
-"""zstd takes the table as good for every page only if it has all codes up to those of 128 KiB."""
+"""Number of offset codes. zstd uses the table for every page only if it has all codes up to those of 128 KiB."""
 _MATCH_CODES: Final = 53
 _LITERAL_CODES: Final = 36
 _TABLE_LOGS: Final = (8, 9, 9)
-"""Of the tables of offsets, match lengths and literal lengths: the largest that the format has."""
+"""Logarithms of the sizes of the tables of offsets, match lengths and literal lengths: the largest of the format."""
 _MATCH_STEPS: Final = (32, 34, 36, 38, 40, 44, 48, 56, 64, 80, 96, 128)
 _LITERAL_STEPS: Final = (16, 18, 20, 22, 24, 28, 32, 40, 48, 64)
 _LEVEL, _WINDOW_LOG, _HASH_LOG, _MIN_MATCH = 100, 101, 102, 105
-"""Of enum ZSTD_cParameter in zstd.h."""
+"""Values of enum ZSTD_cParameter in zstd.h."""
 
 
 def sequences(library: Any, context: Any, page: bytes) -> Iterable[tuple[int, int, int, int]]:
-    """What zstd makes of a page: (distance, literals, match length, number of the repeated distance or 0) of each."""
+    """Return the sequences of a page: (distance, literals, match length, number of the repeated distance or 0) each."""
     room = (ctypes.c_uint32 * (4 * PAGE))()
     count = library.ZSTD_generateSequences(context, room, PAGE, page, len(page))
     if library.ZSTD_isError(count):
-        raise RuntimeError("zstd does not tell its sequences")
+        raise RuntimeError("zstd cannot generate the sequences of a page")
     numbers = room[: 4 * count]
     return zip(numbers[::4], numbers[1::4], numbers[2::4], numbers[3::4], strict=True)
 
 
 def code(number: int, steps: Sequence[int], first: int) -> int:
-    """The code of a length: itself up to the first step, one more at each, then one more at each power of two."""
+    """Return the code of a length: the length below the first step, then one more at each step and each power of two."""
     if number < steps[0]:
         return number
     for place, (low, high) in enumerate(pairwise(steps)):
@@ -75,7 +76,7 @@ def code(number: int, steps: Sequence[int], first: int) -> int:
 
 
 def count_codes(pages: Sequence[bytes]) -> list[Counter[int]]:
-    """How often each code of offsets, match lengths and literal lengths occurs."""
+    """Count the codes of offsets, match lengths and literal lengths."""
     library = ctypes.CDLL("libzstd.so.1")
     library.ZSTD_createCCtx.restype = ctypes.c_void_p
     library.ZSTD_generateSequences.restype = ctypes.c_size_t
@@ -96,16 +97,16 @@ def count_codes(pages: Sequence[bytes]) -> list[Counter[int]]:
 
 
 def normalised(shares: Sequence[float], log: int) -> list[int]:
-    """Whole numbers in these proportions, of which each is at least one and all make 2 to the `log`; -1 is a rare one."""
+    """Return whole numbers in these proportions: each at least one, with the sum 2 to the `log`. A one is written as -1."""
     size = 1 << log
     counts = [max(1, int(share * size / sum(shares))) for share in shares]
-    while (excess := sum(counts) - size) != 0:  # what is given or taken changes the proportions least at the largest
+    while (excess := sum(counts) - size) != 0:  # a change of the largest count changes the proportions least
         counts[counts.index(max(counts))] -= max(-1, min(1, excess))
     return [-1 if count == 1 else count for count in counts]
 
 
 def described(counts: Sequence[int], log: int) -> bytes:
-    """An FSE table as it stands in a dictionary. No count is 0."""
+    """Return an FSE table in the format of a dictionary. No count is 0."""
     stream, length = log - 5, 4
     remaining, threshold, bits = (1 << log) + 1, 1 << log, log + 1
     for count in counts:
@@ -122,15 +123,15 @@ def described(counts: Sequence[int], log: int) -> bytes:
 
 
 def huffman_table(pages: Sequence[bytes]) -> bytes:
-    """The table of all literals, from a dictionary that zstd makes. It must be there; levels below 0 code no literals."""
-    trained = zstandard.train_dictionary(PAGE, list(pages)).as_bytes()[8:]  # behind magic number and identifier
+    """Return the table of literals of a dictionary that zstd trains. The format requires one; levels below 0 do not use it."""
+    trained = zstandard.train_dictionary(PAGE, list(pages)).as_bytes()[8:]  # after the magic number and the identifier
     if trained[0] >= 128:
-        raise RuntimeError("a table of literals in a form that older versions of zstd do not take")
+        raise RuntimeError("the table of literals has a form that older versions of zstd cannot read")
     return trained[: 1 + trained[0]]
 
 
 def dictionary(programs: Sequence[Sequence[bytes]]) -> bytes:
-    """The dictionary for pages of these programs, each of which counts the same."""
+    """Return the dictionary for pages of these programs, each with the same weight."""
     shares = [[0.0] * codes for codes in (_OFFSET_CODES, _MATCH_CODES, _LITERAL_CODES)]
     for pages in programs:
         for share, counted in zip(shares, count_codes(pages), strict=True):
@@ -144,23 +145,23 @@ def dictionary(programs: Sequence[Sequence[bytes]]) -> bytes:
 
 
 def collect(others: Sequence[int]) -> dict[str, list[bytes]]:
-    """Pages by program; those of one repeated word are not among them."""
+    """Return pages by program, without pages of one repeated word."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in packing.PROGRAMS:
             found[name] = packing.snapshot(packing.command(name, 60_000, Path(folder)))
     mixed = corpus.sample().pages
-    found["what is benchmarked"] = [mixed[at : at + PAGE] for at in range(0, len(mixed), PAGE)]
+    found["the corpus of bench"] = [mixed[at : at + PAGE] for at in range(0, len(mixed), PAGE)]
     found |= {f"process {pid}": corpus.memory_of(pid) for pid in others}
     chance = random.Random(1)
     return {name: chance.sample(pages, min(len(pages), PAGES_OF_EACH)) for name, pages in found.items() if pages}
 
 
 def main() -> None:
-    """Print the constant."""
+    """Print the constant of zbudfs/core/dictionary.py."""
     parser = argparse.ArgumentParser(prog="dictionary.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--also", type=int, nargs="+", default=[], metavar="PID", help="processes whose memory is read too"
+        "--also", type=int, nargs="+", default=[], metavar="PID", help="more processes whose memory is read"
     )
     programs = collect(parser.parse_args().also)
     print(", ".join(f"{len(pages)} pages of {name}" for name, pages in programs.items()), file=sys.stderr)

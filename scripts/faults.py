@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""How long a page-in waits when one process of a mount dies or is stopped, in each state of a restart and a takeover.
+"""Measure the wait of a page-in when a process of a mount dies or is stopped, in each state of a restart and a takeover.
 
-    faults.py [--rounds 3] [NAME ...]
+    faults.py [--rounds 3] [--disk-seconds 5] [NAME ...]
 
-Each fault gets a mount of its own. A reader asks for a page every few milliseconds; the longest of its reads is the result.
-A page that is wrong, or a mount that does not recover, is an error.
+Each fault gets its own mount. A reader reads a page every few milliseconds. Its longest read is the result. A wrong page, or
+a mount that does not recover, is an error.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from kit.nbd import NbdDisk, nbd_disk  # noqa: E402
 from zbudfs.service import launch  # noqa: E402  after the path is known
 from zbudfs.service.mountpoint import MountError, unmount  # noqa: E402
 from zbudfs.service.pooldir import path_of, remove_dead  # noqa: E402
@@ -40,31 +41,35 @@ PAGE_BYTES: Final = 4096
 PAGES: Final = 1024
 LIMIT_SECONDS: Final = 60.0
 
+disk_seconds = 5.0
+"""Seconds for which the disk does not answer a write."""
+
 DAEMON: Final = """
 import os, signal, sys, time
-from zbudfs.service import daemon, handing_over, keeper, worker
+from zbudfs.service import daemon, first_worker, handing_over, keeper, standby_monitor, worker, worker_monitor
 {patch}
 sys.exit(daemon.main(sys.argv[2:]))
 """
-"""The daemon with a fault in it, for `python -c`; the first argument is the name by which others know it."""
+"""Source of a daemon with a fault, for `python -c`. The first argument is the module name that its command line shows."""
 
 STOP_SELF: Final = "os.kill(os.getpid(), signal.SIGSTOP)"
 KILL_SELF: Final = "os.kill(os.getpid(), signal.SIGKILL)"
-NEVER_READY: Final = "keeper.Keeper.start = lambda self: time.sleep(100)"
+NEVER_READY: Final = "first_worker.FirstWorker.start = lambda self: time.sleep(100)"
 
 
 def before_order(action: str) -> str:
-    """Return a patch: the new keeper does something when it has been told to go."""
-    return f"keeper.Keeper.order_first = lambda self: {action}"
+    """Return a patch: the new keeper does `action` instead of its order to the worker, after the word "go"."""
+    return f"first_worker.FirstWorker.order = lambda self: {action}"
 
 
 def after_order(action: str) -> str:
-    """Return a patch: the new keeper does something when it has ordered its worker."""
-    return f"order = keeper.Keeper.order_first\nkeeper.Keeper.order_first = lambda self: (order(self), {action})"
+    """Return a patch: the new keeper does `action` after it has given the order to its worker."""
+    replaced = "first_worker.FirstWorker.order"
+    return f"order = {replaced}\n{replaced} = lambda self: (order(self), {action})"
 
 
 def on_word(word: str, action: str) -> str:
-    """Return a patch: the new keeper does something when the old one has said a word."""
+    """Return a patch: the new keeper does `action` when a line of the old keeper contains `word`."""
     return f"""
 receive = handing_over.receive_line
 def receive_line(channel):
@@ -72,12 +77,12 @@ def receive_line(channel):
     if {word!r} in said:
         {action}
     return said
-keeper.receive_line = receive_line
+daemon.receive_line = receive_line
 """
 
 
 def in_takeover(action: str) -> str:
-    """Return a patch: a worker that was ready does something when it takes over from another one."""
+    """Return a patch: a standby that was ready does `action` when it takes over from another worker."""
     return f"""
 take_over = worker.Worker._take_over
 async def taking_over(self, *arguments):
@@ -89,16 +94,23 @@ worker.Worker._take_over = taking_over
 
 
 class Served:
-    """A mount, its processes as its board tells them, and a reader."""
+    """A mount, with the ids of its processes from its board."""
 
-    def __init__(self, folder: Path, patch: str = "") -> None:
+    def __init__(self, folder: Path, patch: str = "", disk: NbdDisk | None = None) -> None:
         self.folder = folder
+        self.disk = disk
         self.mountpoint = folder / "mnt"
         self.mountpoint.mkdir()
         self.pool = Path(path_of(str(self.mountpoint)))
         self._fault = 0
         command = (sys.executable, "-I", "-c", DAEMON.format(patch=patch), "zbudfs.service.daemon")
-        settings = Settings(mountpoint=str(self.mountpoint), size_bytes=64 << 20, pool_bytes=16 << 20, backing=None)
+        settings = Settings(
+            mountpoint=str(self.mountpoint),
+            size_bytes=64 << 20,
+            pool_bytes=16 << 20,
+            backing=str(disk.mounted / "backing") if disk is not None else None,
+            force_backing=disk is not None,
+        )
         launch.start(settings, command=command)
         self.wait(lambda: self.is_well, "a standby")
 
@@ -115,12 +127,12 @@ class Served:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Keeper, worker and standby."""
+        """Process ids of keeper, worker and standby, by name."""
         names = {"keeper": Field.KEEPER_PID, "worker": Field.WORKER_PID, "standby": Field.STANDBY_PID}
         return {name: self.field(field) for name, field in names.items()}
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until something holds. TimeoutError."""
+        """Wait until `condition` is true. Raises TimeoutError."""
         end = time.monotonic() + LIMIT_SECONDS
         while not condition():
             if time.monotonic() > end:
@@ -128,14 +140,14 @@ class Served:
             time.sleep(0.005)
 
     def send(self, name: str, number: int) -> int:
-        """Send a signal to keeper, worker or standby: its process id."""
+        """Send a signal to keeper, worker or standby, and return the process id."""
         pid = self.pids[name]
         assert pid > 1, name
         os.kill(pid, number)
         return pid
 
     def restart(self, patch: str) -> socket.socket:
-        """Order a restart with a version that has a fault; the socket on which the answer comes."""
+        """Order a restart with a version that has a fault, and return the socket for the answer."""
         self._fault += 1
         interpreter = self.folder / f"python{self._fault}"
         program = self.folder / f"daemon{self._fault}.py"
@@ -169,7 +181,7 @@ class Served:
         os.kill(pid, number)
 
     def end(self) -> None:
-        """Take the mount and its processes away, however they are."""
+        """Remove the mount and its processes, in whatever state they are."""
         with contextlib.suppress(OSError):
             for pid in self.pids.values():
                 if pid and Path(f"/proc/{pid}/comm").read_text() == "zbudfs\n":
@@ -185,7 +197,7 @@ class Served:
 
 
 class Reader:
-    """Reads pages and compares them, until it is ended: `longest_seconds`, `errors`."""
+    """A thread that reads and compares pages until it is ended. It keeps the longest time of a read, and the errors."""
 
     def __init__(self, swapfile: Path) -> None:
         self.longest_seconds = 0.0
@@ -214,7 +226,7 @@ class Reader:
                 self.errors.append(f"page {number} is wrong")
 
     def end(self) -> None:
-        """Stop."""
+        """End the thread, and close the swapfile."""
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -223,18 +235,20 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault: `act` makes it. `patch` is in the daemon that is mounted."""
+    """One fault. The function `act` causes it, and the mounted daemon has the patch `patch`."""
 
     state: str
     what: str
     act: Callable[[Served], None]
     patch: str = ""
     has_keeper: bool = True
-    """Whether a keeper is left, which makes another standby."""
+    """Whether a keeper remains, which starts another standby."""
+    has_disk: bool = False
+    """Whether the mount has a backing file, on a disk that can be stopped."""
 
 
 def signalled(*steps: tuple[str, int]) -> Callable[[Served], None]:
-    """Return a fault: signals to processes, one after the other."""
+    """Return a fault: signals to processes, in this order."""
 
     def act(served: Served) -> None:
         for name, number in steps:
@@ -244,7 +258,7 @@ def signalled(*steps: tuple[str, int]) -> Callable[[Served], None]:
 
 
 def while_starting(name: str, number: int) -> Callable[[Served], None]:
-    """Return a fault: a signal to a process while a new keeper starts and is not ready."""
+    """Return a fault: a signal to a process while a new keeper starts."""
 
     def act(served: Served) -> None:
         with served.restart(NEVER_READY) as channel:
@@ -273,7 +287,7 @@ def restarted(patch: str) -> Callable[[Served], None]:
 
 
 def continued_later(served: Served) -> None:
-    """The keeper is stopped, then the worker is killed; the keeper goes on three seconds later."""
+    """Stop the keeper, kill the worker, and continue the keeper two seconds after the takeover."""
     keeper = served.send("keeper", signal.SIGSTOP)
     try:
         served.send("worker", signal.SIGKILL)
@@ -284,10 +298,30 @@ def continued_later(served: Served) -> None:
 
 
 def twice(served: Served) -> None:
-    """The worker is killed, and the next one before there is a standby."""
+    """Kill the worker, and the next worker before another standby is ready."""
     for recoveries in (1, 2):
         served.send("worker", signal.SIGKILL)
         served.wait(lambda: served.field(Field.RECOVERIES) == recoveries and bool(served.field(Field.SERVING)), "it")  # noqa: B023
+
+
+def while_the_disk_keeps_a_write(*names: str) -> Callable[[Served], None]:
+    """Return a fault: processes are killed while the disk does not answer a write of the worker, for `disk_seconds`."""
+
+    def act(served: Served) -> None:
+        assert served.disk is not None
+        folder = Path(f"/proc/{served.pids['worker']}/task")
+
+        def is_writing() -> bool:
+            return any("\nState:\tD" in path.read_text() for path in folder.glob("*/status"))
+
+        with served.disk.standing_still(2 * LIMIT_SECONDS + disk_seconds):
+            (served.mountpoint / "control/writeback").write_text("20")
+            served.wait(is_writing, "a write that the disk keeps")
+            for name in names:
+                served.send(name, signal.SIGKILL)
+            time.sleep(disk_seconds)
+
+    return act
 
 
 STOP, KILL = signal.SIGSTOP, signal.SIGKILL
@@ -334,15 +368,28 @@ FAULTS: Final = {
         "serving", "keeper and worker killed", signalled(("keeper", KILL), ("worker", KILL)), has_keeper=False
     ),
     "twice": Fault("takeover", "worker killed twice, no standby yet", twice),
+    "disk-kept": Fault("the disk keeps a write", "no fault", while_the_disk_keeps_a_write(), has_disk=True),
+    "disk-kept-worker-killed": Fault(
+        "the disk keeps a write", "worker killed", while_the_disk_keeps_a_write("worker"), has_disk=True
+    ),
+    "disk-kept-both-killed": Fault(
+        "the disk keeps a write",
+        "standby and worker killed",
+        while_the_disk_keeps_a_write("standby", "worker"),
+        has_disk=True,
+    ),
 }
 
 
 @contextlib.contextmanager
-def served(patch: str = "") -> Iterator[Served]:
-    """Have a mount for a while."""
-    with tempfile.TemporaryDirectory(prefix="zbudfs-faults-") as folder:
-        found = Served(Path(folder).resolve(), patch)
-        watch = threading.Timer(1.5 * LIMIT_SECONDS, found.end)  # who waits in the kernel for it gets an error
+def served(patch: str = "", *, has_disk: bool = False) -> Iterator[Served]:
+    """Make a mount for this context."""
+    with tempfile.TemporaryDirectory(prefix="zbudfs-faults-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name).resolve()
+        disk = stack.enter_context(nbd_disk(folder, 96 << 20)) if has_disk else None
+        found = Served(folder, patch, disk)
+        # After this time, a caller that waits in the kernel for the mount gets an error.
+        watch = threading.Timer(1.5 * LIMIT_SECONDS + disk_seconds, found.end)
         watch.start()
         try:
             yield found
@@ -352,16 +399,16 @@ def served(patch: str = "") -> Iterator[Served]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Make a fault and wait until all is well again: the longest read, and what went wrong."""
+    """Cause a fault, wait until the mount has recovered, and return the longest read and the errors."""
     fault = FAULTS[name]
-    with served(fault.patch) as mount:
+    with served(fault.patch, has_disk=fault.has_disk) as mount:
         reader = Reader(mount.mountpoint / "swapfile")
         try:
             time.sleep(0.2)
             fault.act(mount)
-            time.sleep(2.0)
+            time.sleep(1.2)
             if fault.has_keeper:
-                mount.wait(lambda: mount.is_well, "all being well again")
+                mount.wait(lambda: mount.is_well, "the recovery of the mount")
             else:
                 mount.wait(lambda: bool(mount.field(Field.SERVING)), "a worker")
             processes = mount.pids
@@ -371,11 +418,19 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, and print a table."""
+    """Measure faults, print a table, and return the exit status."""
+    global disk_seconds
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(FAULTS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each fault (default: %(default)s)")
+    parser.add_argument(
+        "--disk-seconds",
+        type=float,
+        default=disk_seconds,
+        help="seconds for which the disk does not answer a write (default: %(default)g)",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"fault, one of {', '.join(FAULTS)} (default: all)")
     arguments = parser.parse_args()
+    disk_seconds = arguments.disk_seconds
     failed = 0
     print("| state | fault | longest read, s: median | worst |\n|---|---|---|---|", flush=True)
     for name in arguments.names or FAULTS:

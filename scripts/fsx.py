@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Many processes do anything that can be done to `swapfile`, and everything is compared with a plain file, byte for byte.
+"""Test `swapfile` with many processes that do every operation, and compare it byte for byte with a plain file.
 
-    |<-- each process has a part -->|<-- stripes of 1500 bytes, by turns -->|<-- everybody's -->|
+    |<-- each process has a part -->|<-- stripes of 1500 bytes, by turns -->|<-- shared by all -->|
 
-Parts are for large requests. In the stripes most pages belong to several processes, which change their bytes of it at the same
-time. Whatever a process reads there must be what it wrote. In the last part all write over each other: there each word tells
-which place it was written to, so one that turns up elsewhere is seen.
+The parts are for large requests. In the stripes, most pages belong to several processes, which change their own bytes of a
+page at the same time. Each process must read back its own bytes. In the last part, all processes overwrite each other. Each
+word there holds the place to which it was written, so a word in a wrong place is noticed.
 
-The mount has a small pool and a backing file, so pages are on their way to and from the disk all the time. A timer's signals
-interrupt requests. With --kill-seconds the process that serves is killed again and again.
+The mount has a small pool and a backing file, so pages move to and from the disk all the time. The signals of a timer
+interrupt requests. With --kill-seconds, the worker is killed repeatedly.
 
-A seed is a sequence of operations of each process; what went wrong is told with the seed and the last operations.
+A seed gives a sequence of operations for each process. A failure is printed with its seed and the last operations.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from zbudfs.core.tunables import MAX_WRITERS
 
 PAGE: Final = 4096
 STRIPE: Final = 1500
-"""Bytes of one stripe: not a divisor of a page, so that hardly any page has one owner."""
+"""Bytes of one stripe. It does not divide a page, so that few pages have a single owner."""
 LARGEST: Final = 300_000
-"""Bytes of the largest request of a process: the kernel makes several of it."""
+"""Bytes of the largest operation of a process. The kernel splits it into several requests."""
 OPERATIONS: Final = 60
-"""Of one process in one seed."""
+"""Operations of one process for one seed."""
 SHOWN_NR: Final = 12
 SIGNAL_SECONDS: Final = 0.003
 
@@ -56,15 +56,15 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 T = TypeVar("T")
 
 Span = tuple[int, int]
-"""First byte, and the one behind the last."""
+"""A range of bytes: the first byte, and the byte after the last."""
 
 
 class Mismatch(Exception):
-    """Something that was read is not what must be there."""
+    """A read returned wrong bytes, or a call was short."""
 
 
 class Layout:
-    """Who may write where, for so many processes."""
+    """The division of the swapfile among the processes."""
 
     def __init__(self, size: int, processes: int) -> None:
         self.size = size
@@ -76,13 +76,13 @@ class Layout:
         self.shared = (size * 7 // 8, size)
 
     def spans(self, process: int) -> list[Span]:
-        """The spans that a process has to itself."""
+        """Return the spans that belong to one process alone."""
         starts = range(self._stripes_at + process * STRIPE, self.shared[0] - STRIPE, self.processes * STRIPE)
         return [self._parts[process], *((start, start + STRIPE) for start in starts)]
 
 
 class Player:
-    """One process, which changes `path` and the plain file `shadow` in the same way."""
+    """One process. It changes the swapfile `path` and the plain file `shadow` in the same way."""
 
     def __init__(self, path: Path, shadow: Path, layout: Layout, number: int) -> None:
         self.number = number
@@ -97,11 +97,11 @@ class Player:
         self.operations = 0
         self.bytes = 0
         self.patience_seconds = 0.0
-        """How long a call may be refused, where the disk has faults."""
+        """Time for which a call may be refused, in seconds, if the disk has faults."""
         self.refused = 0
 
     def _again(self, call: Callable[..., T], *args: Any) -> T:
-        """Make a call on the swapfile; where faults are expected, until it succeeds: each may be repeated."""
+        """Make a call on the swapfile. If faults are expected, repeat it until it succeeds, as each call allows."""
         end = time.monotonic() + self.patience_seconds
         while True:
             try:
@@ -113,7 +113,7 @@ class Player:
                 time.sleep(0.02)
 
     def play(self, seed: int) -> None:
-        """One sequence of operations, then all is compared. Mismatch."""
+        """Do the operations of one seed, then compare a sample of the spans. Raises Mismatch."""
         self.source.seed(seed << 8 | self.number)
         self.last.clear()
         kinds: list[Callable[[], None]] = [
@@ -129,14 +129,14 @@ class Player:
             self._open_again()
 
     def compare_all(self) -> None:
-        """Everything that belongs to this process. Mismatch."""
+        """Compare all spans of this process. Raises Mismatch."""
         for span in self.spans:
             self._compare(*span)
 
-    # ---- what can be done ------------------------------------------------------------------------------------------
+    # ---- operations ------------------------------------------------------------------------------------------------
 
     def _span(self, largest: int = LARGEST) -> Span:
-        """A stretch of one of the spans: often short, often at an edge of a page."""
+        """Return a random part of one of the spans. It is often short, and often begins at a page."""
         low, high = self.spans[0] if self.source.random() < 0.5 else self.source.choice(self.spans)
         length = min(self.source.choice((1, 7, 512, 1000, PAGE, 2 * PAGE, 5 * PAGE + 3, largest)), high - low)
         length = self.source.randint(1, length) if self.source.random() < 0.5 else length
@@ -172,22 +172,33 @@ class Player:
 
     def _put(self, fd: int, data: bytes | mmap.mmap, start: int, length: int | None = None) -> None:
         length = len(data) if length is None else length
-        done = self._again(os.pwrite, fd, memoryview(data)[:length], start)
-        if done != length:
-            raise Mismatch(f"a write of {length} bytes took {done}")
+        self._write_whole(fd, memoryview(data)[:length], start)
         os.pwrite(self.shadow_fd, memoryview(data)[:length], start)
+
+    def _write_whole(self, fd: int, data: memoryview, start: int) -> None:
+        """Write all of `data`. If faults are expected, a write may be short: the kernel divides it, and a part was refused."""
+        done = 0
+        while done < len(data):
+            taken = self._again(os.pwrite, fd, data[done:], start + done)
+            if taken < len(data) - done:
+                if not taken or not self.patience_seconds:
+                    raise Mismatch(f"a write of {len(data) - done} bytes took {taken}")
+                self.refused += 1
+            done += taken
 
     def _vector(self) -> None:
         start, end = self._span(LARGEST // 4)
         data = self._data(end - start)
         cut = self.source.randint(0, len(data))
         self._note("writev", start, end)
-        if self._again(os.pwritev, self.fd, [data[:cut], data[cut:]], start) != len(data):
+        done = self._again(os.pwritev, self.fd, [data[:cut], data[cut:]], start)
+        if done != len(data) and not self.patience_seconds:
             raise Mismatch("a writev was short")
+        self._write_whole(self.fd, memoryview(data)[done:], start + done)
         os.pwrite(self.shadow_fd, data, start)
 
     def _direct(self) -> None:
-        """Whole pages past the page cache, from the part that belongs to this process alone."""
+        """Read or write whole pages with direct I/O, in the part that belongs to this process alone."""
         low, high = self.spans[0]
         first, last = -(-low // PAGE), high // PAGE
         if last - first < 1:
@@ -243,18 +254,18 @@ class Player:
     def _fallocate_once(self, mode: int, start: int, length: int) -> None:
         while _libc.fallocate(self.fd, mode, start, length):
             code = ctypes.get_errno()
-            if code != errno.EINTR:  # Python asks again for what it knows, and not for this
+            if code != errno.EINTR:  # Python itself repeats interrupted calls, but not this one
                 raise OSError(code, os.strerror(code))
 
     def _read_all(self, length: int, start: int) -> bytes:
-        """A read; where faults are expected, one that a lost page has cut short goes on behind what it gave."""
+        """Read bytes. If faults are expected and a failed page makes the read short, read the rest too."""
         got = os.pread(self.fd, length, start)
         while self.patience_seconds and 0 < len(got) < length:
             got += os.pread(self.fd, length - len(got), start + len(got))
         return got
 
     def _read_direct(self, buffer: mmap.mmap, start: int) -> int:
-        """The same into a buffer, past the page cache: how much it gave."""
+        """Do the same as `_read_all` into a buffer, with direct I/O. Return the number of bytes."""
         with memoryview(buffer) as view:
             done = os.preadv(self.direct_fd, [view], start)
             while self.patience_seconds and 0 < done < len(view):
@@ -270,7 +281,7 @@ class Player:
         os.close(self.fd)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
 
-    # ---- where all of them write -----------------------------------------------------------------------------------
+    # ---- the part that all processes share -------------------------------------------------------------------------
 
     def _shared_span(self) -> Span:
         low, high = (-(-self.layout.shared[0] // 8) * 8, self.layout.shared[1] // 8 * 8)
@@ -299,7 +310,7 @@ class Player:
 
 
 def run_process(player: Player, seeds: range, report_fd: int) -> None:
-    """Play the seeds and say how it went: one line of JSON."""
+    """Play the seeds, and write the result as one line of JSON to a pipe."""
     signal.signal(signal.SIGALRM, lambda number, frame: None)
     signal.setitimer(signal.ITIMER_REAL, SIGNAL_SECONDS, SIGNAL_SECONDS)
     seed = seeds.start
@@ -317,7 +328,7 @@ def run_process(player: Player, seeds: range, report_fd: int) -> None:
 def play_all(
     path: Path, shadow: Path, size: int, processes: int, seeds: range, patience_seconds: float = 0.0
 ) -> Iterator[dict[str, object]]:
-    """Play in so many processes; what each says at its end. Calls may be refused for `patience_seconds`."""
+    """Play in `processes` processes, and yield the result of each. Calls may be refused for `patience_seconds`."""
     layout = Layout(size, processes)
     read_fd, write_fd = os.pipe()
     children = []
@@ -342,19 +353,19 @@ def play_all(
             "operations": 0,
             "bytes": 0,
             "refused": 0,
-            "wrong": f"only {len(said)} of {processes} processes came to their end",
+            "wrong": f"only {len(said)} of {processes} processes reported a result",
         }
 
 
 def zbudfs(*arguments: str | Path) -> str:
-    """Run the command, which must succeed."""
+    """Run the command `zbudfs`, and return its output. Raises CalledProcessError."""
     command = [sys.executable, "-m", "zbudfs", *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 @contextlib.contextmanager
 def mounted(folder: Path, size: int, pool: str, packing: str) -> Iterator[Path]:
-    """Have a mount with a backing file."""
+    """Make a mount with a backing file for this context, and yield the mountpoint."""
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
     options = ("--size", str(size), "--pool", pool, "--packing", packing, "--backing", folder / "backing")
@@ -367,7 +378,7 @@ def mounted(folder: Path, size: int, pool: str, packing: str) -> Iterator[Path]:
 
 
 def kill_again_and_again(mountpoint: Path, seconds: float) -> Callable[[], int]:
-    """Start killing whoever serves, in a process of its own; what is returned ends that, and gives the number of kills."""
+    """Start a process that kills the worker at each interval. Return a function that ends it and returns the kills."""
     read_fd, write_fd = os.pipe()
     pid = os.fork()
     if not pid:
@@ -400,15 +411,17 @@ def kill_again_and_again(mountpoint: Path, seconds: float) -> Callable[[], int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run what is wanted; 1 if a byte was wrong."""
+    """Run the test, print the result, and return 1 if a byte was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2000, help="sequences of operations (default: 2000)")
-    parser.add_argument("--first-seed", type=int, default=0, help="to see a failure again (default: 0)")
-    parser.add_argument("--processes", type=int, default=6, help="at the same time (default: 6)")
-    parser.add_argument("--size", type=int, default=16, help="MiB of the swapfile (default: 16)")
-    parser.add_argument("--pool", default="2M", help="of the mount (default: 2M)")
-    parser.add_argument("--packing", default="zbud", help="of the mount (default: zbud)")
-    parser.add_argument("--kill-seconds", type=float, default=0, help="kill the worker so often (default: never)")
+    parser.add_argument("--seeds", type=int, default=2000, help="number of seeds (default: 2000)")
+    parser.add_argument("--first-seed", type=int, default=0, help="first seed, to repeat a failure (default: 0)")
+    parser.add_argument("--processes", type=int, default=6, help="number of processes (default: 6)")
+    parser.add_argument("--size", type=int, default=16, help="size of the swapfile in MiB (default: 16)")
+    parser.add_argument("--pool", default="2M", help="size of the pool (default: 2M)")
+    parser.add_argument("--packing", default="zbud", help="packing of the mount (default: zbud)")
+    parser.add_argument(
+        "--kill-seconds", type=float, default=0, help="seconds between two kills of the worker (default: never)"
+    )
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="zbudfs-fsx-"))
     size = options.size << 20

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the processes of a mount cost while nothing happens.
+"""Measure the cost of the processes of an idle mount.
 
     idle.py [--pool 64M] [--size 128M] [--fill 48M] [--seconds 60] [--threads]
 
-A mount without a backing file is filled with bytes that do not compress, and left alone. Prints, for each process and in all,
-the CPU time in per cent of one core and the wake-ups a second; with --threads for each thread as well.
+The script fills a mount without a backing file with bytes that do not compress, and leaves it alone. It prints the CPU time
+in percent of one core and the wake-ups a second, for each process and for all together, and with --threads for each thread.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from zbudfs.core.sizes import parse_size  # noqa: E402  after the path is known
 
 PIECE_BYTES: Final = 1 << 20
 SETTLE_SECONDS: Final = 15.0
-"""Until what is surplus after the filling has been given back."""
+"""Time after the filling in which the daemon returns surplus memory."""
 
 Cost = tuple[float, int]
-"""CPU seconds, and times that it slept."""
+"""CPU seconds, and the number of voluntary context switches."""
 
 
 def zbudfs(*arguments: str) -> None:
-    """Run the command. CalledProcessError."""
+    """Run the command `zbudfs`. Raises CalledProcessError."""
     subprocess.run([sys.executable, "-m", "zbudfs", *arguments], check=True, timeout=300, cwd=ROOT)
 
 
 def costs_of(pid: int) -> dict[str, Cost]:
-    """Return the costs of the threads of a process so far, by name and number."""
+    """Return the costs of the threads of a process since its start, by name and number."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         nanoseconds = int((task / "schedstat").read_text().split()[0])
@@ -48,7 +48,7 @@ def costs_of(pid: int) -> dict[str, Cost]:
 
 
 def fill(swapfile: Path, length: int) -> None:
-    """Write bytes that do not compress."""
+    """Write `length` bytes that do not compress."""
     noise = os.urandom(PIECE_BYTES)
     fd = os.open(swapfile, os.O_RDWR)
     try:
@@ -59,13 +59,13 @@ def fill(swapfile: Path, length: int) -> None:
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure, print the costs, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pool", default="64M")
-    parser.add_argument("--size", default="128M")
-    parser.add_argument("--fill", default="48M")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--threads", action="store_true")
+    parser.add_argument("--pool", default="64M", help="size of the pool (default: %(default)s)")
+    parser.add_argument("--size", default="128M", help="size of the swap file (default: %(default)s)")
+    parser.add_argument("--fill", default="48M", help="bytes to write first (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of the measurement (default: %(default)g)")
+    parser.add_argument("--threads", action="store_true", help="print the cost of each thread too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="zbudfs-idle-") as folder:
         zbudfs("mount", "--pool", arguments.pool, "--size", arguments.size, "--backing", "none", folder)

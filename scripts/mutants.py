@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Would the tests notice? Single changes to the allocator and the page table, each tried against the tests of its module.
+"""Mutation tests: make single changes to the allocator and the page table, and check that the tests notice each.
 
-A mutant is the module with one thing changed: `<` is `<=`, `+` is `-`, a number is one more, a condition is its contrary,
-a statement is gone. It is killed when a test fails or the tests do not end; one that survives shows a test that is missing,
-or code that says the same in two ways. Survivors that are understood stand in docs/mutants.md, as this script prints them;
-any other is a failure.
+A mutant is a module with one change: `<` becomes `<=`, `+` becomes `-`, a number is one larger, a condition is negated, a
+statement is removed. The mutant is killed if a test of the module fails or does not end. A survivor shows a missing test, or
+code that says the same thing twice. scripts/survivors.txt lists the understood survivors, as this script prints them. Any
+other survivor is a failure.
 
-Nothing is written: each mutant lives in a process of its own, forked from one that has imported what tests import, in which
-the module is compiled from the changed tree. Not changed are assertions and what is there for them (`check`), texts and
-annotations: no behaviour is in them.
+No file is written. Each mutant runs in its own process, forked from a process that has imported the libraries of the tests.
+There the module is compiled from the changed tree. Assertions, the functions that serve them (`check`), texts and
+annotations are not changed, since they have no behaviour.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from types import CodeType
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-EXPLAINED: Final = ROOT / "docs/mutants.md"
+EXPLAINED: Final = ROOT / "scripts/survivors.txt"
 _CORE: Final = "tests/core/"
 _PACKING_TESTS: Final = ("test_recovery.py", "test_allocator_rules.py", "test_allocator_model.py")
 TESTS: Final[dict[str, tuple[str, ...]]] = {
@@ -47,18 +47,18 @@ TESTS: Final[dict[str, tuple[str, ...]]] = {
     "block_map": ("test_block_recovery.py", "test_block_map.py"),
     "packing": ("test_packing.py",),
 }
-"""By module of zbudfs/core: the files in tests/core that are about it, the quickest first."""
+"""Test files in tests/core by the module of zbudfs/core that they test, the fastest file first."""
 
 CPU_SHARE: Final = 2
 CPU_EXTRA_SECONDS: Final = 2
-"""Each test has so much of the processor time that all take without a mutant (half of it), and so much more: two or three
-times what the dearest one needs, and a mutant that never ends is seen within seconds."""
+"""Limit of the CPU time of one test: the time of all tests without a mutant, divided by CPU_SHARE, and these seconds more.
+That is two or three times the time of the slowest test, and a mutant that never ends is found within seconds."""
 WAIT_SECONDS: Final = 10
 WAITS: Final = 60
-"""Longest wait for a mutant, which may sleep, or be one of many on a busy machine. In parts, of which each can pass while
-all of this is stopped."""
+"""Longest wait for a mutant: WAITS waits of WAIT_SECONDS. A mutant may sleep, or run on a busy machine. While this script is
+stopped, at most one wait passes."""
 MEMORY_BYTES: Final = 4 << 30
-"""Address space of a mutant, which may well fill a list for ever."""
+"""Limit of the address space of a mutant, which may fill a list without end."""
 
 PASSED, FAILED = 0, 1
 
@@ -87,19 +87,19 @@ _ORACLES: Final = ("check", "_check_frame")
 
 @dataclass(slots=True)
 class Site:
-    """One change that can be made to a tree."""
+    """One possible change of a tree."""
 
     scope: str
-    """Class and function."""
+    """Class and function of the change."""
     statement: ast.stmt
     owner: ast.AST
     field: str
     index: int | None
-    """Which of a list of children; None if the field is one child."""
+    """Index in a list of children; None if the field is a single child."""
     new: ast.AST
 
     def swap(self) -> None:
-        """Make the change; once more, and it is undone."""
+        """Make the change. A second call undoes it."""
         children = getattr(self.owner, self.field)
         if self.index is None:
             setattr(self.owner, self.field, self.new)
@@ -110,21 +110,21 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A change, in words: the same as long as nobody edits the statement."""
+    """A change as text, which stays the same as long as the statement is not edited."""
 
     module: str
     number: int
-    """Which of the module's."""
+    """Number of the change in its module."""
     line: int
     text: str
 
     def __str__(self) -> str:
-        """As it stands in docs/mutants.md."""
+        """Return the line of the mutant in scripts/survivors.txt."""
         return f"{self.module} {self.text}"
 
 
 def _alternatives(node: ast.AST) -> Iterator[ast.AST]:
-    """What a node could be instead."""
+    """Yield the changes of a node."""
     if isinstance(node, ast.Compare):
         for number, operator in enumerate(node.ops):
             changed: Any = copy.copy(node)
@@ -151,7 +151,7 @@ def _alternatives(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _can_go(node: ast.AST) -> bool:
-    """Whether it is a statement without which the rest still makes sense."""
+    """Return whether a node is a statement that can be removed."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Call)
     if isinstance(node, ast.Assign):
@@ -160,7 +160,7 @@ def _can_go(node: ast.AST) -> bool:
 
 
 def _sites(node: ast.AST, scope: str = "", statement: ast.stmt | None = None) -> Iterator[Site]:
-    """All changes below a node."""
+    """Yield all possible changes below a node."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
             continue
@@ -182,7 +182,7 @@ def _sites(node: ast.AST, scope: str = "", statement: ast.stmt | None = None) ->
 
 
 def _shown(statement: ast.AST) -> str:
-    """A statement in one line; of a compound one its head."""
+    """Return a statement in one line; for a compound statement, its head."""
     if isinstance(statement, ast.Pass):
         return "(gone)"
     text = ast.unparse(statement)
@@ -192,12 +192,12 @@ def _shown(statement: ast.AST) -> str:
 
 
 def path_of(module: str) -> Path:
-    """The source of a module of core/."""
+    """Return the path of a module of core/."""
     return ROOT / "zbudfs/core" / f"{module}.py"
 
 
 def mutants_of(module: str) -> list[Mutant]:
-    """All of a module."""
+    """Return all mutants of a module."""
     tree = ast.parse(path_of(module).read_text())
     found = []
     for number, site in enumerate(_sites(tree)):
@@ -214,46 +214,46 @@ def mutants_of(module: str) -> list[Mutant]:
 
 
 def tree_of(mutant: Mutant) -> ast.Module:
-    """The module, changed."""
+    """Return the changed tree of the module of a mutant."""
     tree = ast.parse(path_of(mutant.module).read_text())
     next(site for number, site in enumerate(_sites(tree)) if number == mutant.number).swap()
     return ast.fix_missing_locations(tree)
 
 
 class _Changed(importlib.machinery.SourceFileLoader):
-    """Has one module be compiled from a tree instead of its file."""
+    """A loader that compiles one module from a tree instead of its file."""
 
     def __init__(self, module: str, tree: ast.Module) -> None:
         super().__init__(f"zbudfs.core.{module}", str(path_of(module)))
         self._tree = tree
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        """It, if it is asked for."""
+        """Return the spec of the changed module; None for another module."""
         if name != self.name:
             return None
         return importlib.util.spec_from_file_location(name, self.path, loader=self)
 
     def get_code(self, fullname: str) -> CodeType:
-        """Of the tree."""
+        """Return the code of the changed tree."""
         code: CodeType = compile(self._tree, self.path, "exec")
         return code
 
 
 class _Limit:
-    """For pytest: each test is ended, and its process with it, when it has used so many seconds of the processor."""
+    """A plugin of pytest that ends a test, and its process, after `cpu_seconds` seconds of CPU time."""
 
     def __init__(self, cpu_seconds: int) -> None:
         self._cpu_seconds = cpu_seconds
         self.pytest_runtest_setup()
 
     def pytest_runtest_setup(self) -> None:
-        """Begin to count."""
+        """Set the limit for the next test."""
         limit = math.ceil(time.process_time()) + self._cpu_seconds
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
 
 def _run_tests(module: str, mutant: Mutant | None, cpu_seconds: int) -> None:
-    """Be the process of a mutant."""
+    """Run the tests of a module in the process of a mutant, and end the process."""
     import hypothesis
     import pytest
 
@@ -263,7 +263,7 @@ def _run_tests(module: str, mutant: Mutant | None, cpu_seconds: int) -> None:
             for fd in (1, 2):
                 os.dup2(output.fileno(), fd)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-            # The same examples for each, none kept, and none made small: that it fails is enough.
+            # Every mutant gets the same examples. They are neither kept nor made small: the failure is enough.
             phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
             hypothesis.settings.register_profile(
                 "mutants", derandomize=True, database=None, deadline=None, phases=phases
@@ -272,7 +272,7 @@ def _run_tests(module: str, mutant: Mutant | None, cpu_seconds: int) -> None:
             if mutant is not None:
                 sys.meta_path.insert(0, _Changed(module, tree_of(mutant)))
             tests = [str(ROOT / _CORE / name) for name in TESTS[module]]
-            early = "ignore::pytest.PytestAssertRewriteWarning"  # what tests import is there already, on purpose
+            early = "ignore::pytest.PytestAssertRewriteWarning"  # modules of the tests are imported early on purpose
             options = ["-x", "-q", "-p", "no:cacheprovider", "-W", early, f"--rootdir={ROOT}"]
             status = int(pytest.main([*options, *tests], plugins=[_Limit(cpu_seconds)]))
     finally:
@@ -280,9 +280,9 @@ def _run_tests(module: str, mutant: Mutant | None, cpu_seconds: int) -> None:
 
 
 def try_out(module: str, mutant: Mutant | None, cpu_seconds: int) -> tuple[int | None, float]:
-    """Whether the tests pass (0) with the mutant, or without one; None if they did not end. And their processor time.
+    """Run the tests of a module with a mutant, or without one. Return the exit status, None without an end, and the CPU time.
 
-    `cpu_seconds` of it are for each test.
+    Each test may use `cpu_seconds` seconds of CPU time.
     """
     pid = os.fork()
     if not pid:
@@ -298,13 +298,13 @@ def try_out(module: str, mutant: Mutant | None, cpu_seconds: int) -> tuple[int |
 
 
 def explained() -> set[str]:
-    """The mutants that docs/mutants.md names."""
+    """Return the mutants that scripts/survivors.txt lists."""
     lines = EXPLAINED.read_text().splitlines()
     return {line.strip() for line in lines if line.startswith("    ") and "  ->  " in line}
 
 
 def _chosen(options: argparse.Namespace) -> dict[str, list[Mutant]]:
-    """The mutants to be tried, by module."""
+    """Return the mutants to try, by module."""
     source = random.Random(options.seed)
     chosen = {}
     for module in options.module or TESTS:
@@ -317,14 +317,14 @@ def _chosen(options: argparse.Namespace) -> dict[str, list[Mutant]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Try mutants; 1 if one survived that docs/mutants.md does not explain."""
+    """Try mutants. Return 1 if one survives that scripts/survivors.txt does not explain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=20, help="of each module, chosen at random (default: 20)")
-    parser.add_argument("--all", action="store_true", help="all there are: an hour or two")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-    parser.add_argument("--module", action="append", choices=list(TESTS), help="this one alone; may be repeated")
-    parser.add_argument("--only", metavar="TEXT", help="all whose text has this in it")
-    parser.add_argument("--list", action="store_true", help="say which, and try none")
+    parser.add_argument("--number", type=int, default=20, help="random mutants of each module (default: 20)")
+    parser.add_argument("--all", action="store_true", help="try all mutants, which takes one or two hours")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (default: 0)")
+    parser.add_argument("--module", action="append", choices=list(TESTS), help="try this module only; may be repeated")
+    parser.add_argument("--only", metavar="TEXT", help="try all mutants whose text contains TEXT")
+    parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
     options = parser.parse_args(arguments)
     chosen = _chosen(options)
     if options.list:
@@ -332,8 +332,8 @@ def main(arguments: Sequence[str]) -> int:
             for mutant in mutants:
                 print(f"{mutant.line:5} {mutant}")
         return 0
-    for name in ("hypothesis.stateful", "pytest", "pytest_trio", "trio.testing", "zstandard"):
-        importlib.import_module(name)  # so that no mutant has to
+    for name in ("hypothesis.stateful", "pytest", "trio.testing", "zstandard"):
+        importlib.import_module(name)  # so that the processes of the mutants need not
     os.chdir(ROOT)
     known = explained()
     began = time.monotonic()
@@ -342,7 +342,7 @@ def main(arguments: Sequence[str]) -> int:
     for module, mutants in chosen.items():
         passed, seconds = try_out(module, None, 600)
         if passed != PASSED:
-            print(f"mutants: the tests of core/{module}.py fail without any", file=sys.stderr)
+            print(f"mutants: the tests of core/{module}.py fail without a mutant: mend them first", file=sys.stderr)
             return 1
         limit = math.ceil(seconds / CPU_SHARE) + CPU_EXTRA_SECONDS
         before = tried, killed
@@ -359,7 +359,9 @@ def main(arguments: Sequence[str]) -> int:
     unexplained = [mutant for mutant in survivors if str(mutant) not in known]
     print(f"  mutants          {tried:,} in {(time.monotonic() - began) / 60:.1f} minutes")
     print(f"  killed           {killed:,}, {endless:,} of them because the tests did not end")
-    print(f"  survivors        {len(survivors):,}, {len(survivors) - len(unexplained):,} explained in docs/mutants.md")
+    print(
+        f"  survivors        {len(survivors):,}, {len(survivors) - len(unexplained):,} explained in scripts/survivors.txt"
+    )
     return 1 if unexplained else 0
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Draws docs/top.svg: what `zbudfs top` shows while a program needs three times the memory that it gets. As root.
+"""Draw docs/top.svg: the screen of `zbudfs top` while a program needs three times the memory that it gets. Needs root.
 
 picture.py [FILE.svg]
 
-The mount is at /mnt/zswap, as in all documents: people read the path.
+The mountpoint is /mnt/zswap as in all documents, since readers see the path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from scripts.cell import Cell
+from kit.cell import Cell
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 MOUNTPOINT: Final = Path("/mnt/zswap")
@@ -24,20 +24,20 @@ NEEDED_MIB: Final = 384
 POOL: Final = "96M"
 AFTER_SECONDS: Final = 20
 INTERVAL_SECONDS: Final = 0.5
-"""As many looks as the picture has columns, while the program is at work."""
+"""Time between two updates of top, so that the picture has an update for each column while the program works."""
 _LIMIT_SECONDS: Final = 120.0
 
 
 def zbudfs(*arguments: str) -> None:
-    """Run the command, which must succeed."""
+    """Run the command `zbudfs`. Raises CalledProcessError."""
     subprocess.run([sys.executable, "-m", "zbudfs", *arguments], check=True, timeout=_LIMIT_SECONDS)
 
 
 def draw(path: Path) -> None:
-    """Draw the picture of a mount in a storm."""
+    """Draw the screen of top while a storm runs."""
     picture = ["--picture", str(path), "--after", str(AFTER_SECONDS)]
     with Cell("picture", LIMIT_MIB * MIB) as cell:
-        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(NEEDED_MIB)])
+        command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), str(NEEDED_MIB)])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as program:
             try:
                 assert program.stdin is not None
@@ -49,7 +49,7 @@ def draw(path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Draw the picture; return the exit status."""
+    """Draw the picture, and return the exit status."""
     path = Path(argv[1] if len(argv) > 1 else ROOT / "docs/top.svg").absolute()
     there = MOUNTPOINT.exists()
     MOUNTPOINT.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             finally:
                 zbudfs("swapoff", "--umount", str(MOUNTPOINT))
     except subprocess.CalledProcessError:
-        return 1  # it has said why
+        return 1  # the command has printed the reason
     finally:
         if not there:
             MOUNTPOINT.rmdir()

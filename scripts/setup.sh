@@ -1,10 +1,14 @@
 #!/bin/bash
 # SPDX-License-Identifier: MIT
-# Makes a fresh Debian 12 or 13 ready for `make test` and `make demo`: what is missing is installed with apt, then a
-# virtual environment is made with the pinned versions. Does nothing, quickly, when all that has been done before.
+# Prepare a checkout for development: check the system packages, then make a virtual environment with pinned versions.
+#
+#   scripts/setup.sh             report missing system packages and end with status 1; install nothing into the system
+#   scripts/setup.sh --install   install them with apt-get, as root (Debian 12 or 13)
 #
 #   PYTHON   the interpreter to build with (default: python3; 3.11 or later)
 #   VENV     where the virtual environment is (default: .venv)
+#
+# A second run finds nothing to do and takes a fraction of a second.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -38,12 +42,18 @@ missing_packages() {
     fi
 }
 
+report_packages() {
+    local packages
+    packages=$(missing_packages | tr '\n' ' ')
+    [ -z "$packages" ] || fail "missing system packages: ${packages% }. Run 'make setup' as root, or: apt-get install ${packages% }"
+}
+
 install_packages() {
     local packages
     mapfile -t packages < <(missing_packages | tr ' ' '\n')
     [ ${#packages[@]} -gt 0 ] || return 0
-    has apt-get || fail "missing, and there is no apt-get to install it: ${packages[*]} (Debian's names)"
-    [ "$(id -u)" = 0 ] || fail "missing: run as root: apt-get install ${packages[*]}"
+    has apt-get || fail "no apt-get here. Install these packages (Debian's names): ${packages[*]}"
+    [ "$(id -u)" = 0 ] || fail "not root. Run as root: apt-get install ${packages[*]}"
     echo "setup: installing ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -q
@@ -52,24 +62,41 @@ install_packages() {
     [ ${#packages[@]} -eq 0 ] || fail "still missing after apt-get: ${packages[*]} (is PYTHON=$PYTHON Debian's own?)"
 }
 
-# What the environment was made from: it is made again when any of this changes, or when the folder has moved.
-fingerprint() {
+# Print what the environment depends on. It is made again when any of this changes, or when the folder has moved.
+environment() {
     "$PYTHON" -VV
     pwd
-    cksum requirements-dev.txt pyproject.toml setup.py zbudfs/fuse/shim.c zbudfs/core/hot*.[ch] zbudfs/store/*.c
+    cksum requirements-dev.txt
+}
+
+# Print what the build of zbudfs in the environment depends on.
+build() {
+    cksum pyproject.toml setup.py zbudfs/*/*.[ch]
 }
 
 make_venv() {
-    local stamp=$VENV/made-from
-    [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ] || return 0
-    python_can 'import sys; assert sys.version_info >= (3, 11)' || fail "$PYTHON is older than 3.11: set PYTHON"
-    echo "setup: making $VENV"
-    "$PYTHON" -m venv --clear "$VENV"
-    "$VENV/bin/python" -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-    # With the pinned setuptools, not with one that pip looks for; its dependencies are pinned above.
-    "$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
-    fingerprint >"$stamp"
+    local made=$VENV/made-from built=$VENV/built-from
+    if [ "$(cat "$made" 2>/dev/null)" != "$(environment)" ]; then
+        python_can 'import sys; assert sys.version_info >= (3, 11)' || fail "$PYTHON is older than 3.11: set PYTHON"
+        echo "setup: making $VENV"
+        "$PYTHON" -m venv --clear "$VENV"
+        "$VENV/bin/python" -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+        environment >"$made"
+    fi
+    if [ "$(cat "$built" 2>/dev/null)" != "$(build)" ]; then
+        # With the pinned setuptools, not with one that pip looks for; its dependencies are pinned above.
+        # In development a warning of the C compiler is an error. "compat" installs a path instead of an import hook, which
+        # would load modules into the daemon that no user's installation loads.
+        CFLAGS="-Werror ${CFLAGS:-}" \
+            "$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps \
+            --config-settings editable_mode=compat -e .
+        build >"$built"
+    fi
 }
 
-install_packages
+case ${1:-} in
+    "") report_packages ;;
+    --install) install_packages ;;
+    *) fail "unknown argument: $1. Known: --install" ;;
+esac
 make_venv

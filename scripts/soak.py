@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Everything at once, for as long as wanted, and at the end no wrong byte and nothing that has grown.
+"""The soak test: every load and fault at the same time, for a given time. No byte may be wrong, and no process may grow.
 
-    swapfile   processes play scripts/fsx.py on it: anything that can be done, compared with a plain file
-    disk       made of nbdkit, nbdfuse, a loop device and ext4: reads fail, writes fail, nothing is answered, for seconds
+    swapfile   processes play scripts/fsx.py on it: every operation, compared with a plain file
+    disk       made of nbdkit, nbdfuse, a loop device and ext4: for seconds, reads fail, writes fail, or it does not answer
     worker     killed again and again
-    control/   settings are changed at random, writeback is ordered, clean copies are dropped
-    swap       with --swap: a second mount is swapped to by a program in a memory cgroup, off and on again
+    control/   tunables change at random, writeback is ordered, clean copies are dropped
+    swap       with --swap: a program in a memory cgroup swaps to a second mount, which comes and goes
 
-What is refused while the disk fails is asked for again: it must come right when the disk is. Between two rounds all is
-calm; then memory, open files and threads of the processes, and loop devices, are counted and compared with the first round's.
+A request that is refused while the disk fails is repeated: it must succeed after the disk has recovered. The load stops
+between two rounds. Then the memory, open files and threads of the processes, and the loop devices, are counted and compared
+with those of the first round.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from scripts.cell import Cell
+from kit.cell import Cell
+from kit.nbd import NbdDisk, nbd_disk
+from kit.programs import ROOT
 from scripts.fsx import play_all, zbudfs
-from scripts.nbd import NbdDisk, nbd_disk
 from zbudfs.core.tunables import MAX_WRITERS
 
 SIZE: Final = 24 << 20
@@ -40,15 +42,15 @@ PROCESSES: Final = 4
 SEEDS_A_ROUND: Final = 12
 PATIENCE_SECONDS: Final = 120.0
 CALM_SECONDS: Final = 60.0
-"""Longest wait until a round's traces are gone. A failure, not a measurement."""
+"""Longest wait until the mount is calm after a round. A longer time is a failure."""
 GROWTH_FILES: Final = 3
-"""Open files that a process may have more: whoever counts them has them counted while one is open."""
+"""Open files by which a process may grow: the count itself needs open files of the worker."""
 GROWTH_KIB: Final = 16 << 10
-"""Private memory that a process may have more than after the first round: what its heap had not needed before."""
+"""KiB of private memory by which a process may grow after the first round, since its heap may still need more."""
 
 
 class Troubles:
-    """A thread that does bad things to a mount and its disk until it is stopped; `done` counts them."""
+    """A thread that causes faults of a mount and its disk until it is stopped. `done` counts them by kind."""
 
     def __init__(self, mountpoint: Path, disk: NbdDisk, source: random.Random) -> None:
         self.done: Counter[str] = Counter()
@@ -59,14 +61,14 @@ class Troubles:
         self._thread = threading.Thread(target=self._work)
 
     def __enter__(self) -> Troubles:
-        """Begin."""
+        """Start the thread."""
         self._stop.clear()
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop, with the disk well and the settings as they were."""
+        """Stop the thread, and restore the tunables. The disk works again."""
         self._stop.set()
         self._thread.join()
         for name, value in (("writeback_enabled", "1"), ("age_seconds", "0"), ("pool_limit_bytes", str(POOL))):
@@ -118,12 +120,12 @@ class Troubles:
         self._set(name, self._source.choice(values))
 
     def _set(self, name: str, value: str) -> None:
-        with contextlib.suppress(OSError):  # what makes no sense is refused
+        with contextlib.suppress(OSError):  # the daemon refuses wrong values
             (self._mountpoint / "control" / name).write_text(value)
 
 
 def stats(mountpoint: Path) -> dict[str, Any]:
-    """All numbers of a mount; none while nobody answers."""
+    """Return all numbers of a mount; an empty dictionary if no worker answers."""
     try:
         found: dict[str, Any] = json.loads((mountpoint / "stats/all.json").read_bytes())
     except (OSError, ValueError):
@@ -132,7 +134,7 @@ def stats(mountpoint: Path) -> dict[str, Any]:
 
 
 def sizes(mountpoint: Path) -> dict[str, int]:
-    """What must not grow, once all is calm: memory in KiB, open files, threads, loop devices."""
+    """Wait until the mount is calm, and return the sizes that must not grow: memory in KiB, open files, threads, loops."""
     end = time.monotonic() + CALM_SECONDS
     counts = stats(mountpoint)
     while not counts.get("standby_ready") or counts["pers_zombie_count"]:
@@ -153,18 +155,18 @@ def sizes(mountpoint: Path) -> dict[str, int]:
 
 
 def grown(first: dict[str, int], last: dict[str, int]) -> list[str]:
-    """What is more than it was, in words."""
+    """Return a text for each size that has grown by more than is allowed."""
     allowed = {name: GROWTH_KIB if name.endswith("memory") else GROWTH_FILES * name.endswith("files") for name in first}
     return [f"{name}: {first[name]} to {last[name]}" for name in first if last[name] > first[name] + allowed[name]]
 
 
 def swap_round(folder: Path, seed: int) -> int:
-    """A program swaps to a mount of its own, which comes and goes: the pages that were wrong."""
+    """Make a second mount for one program that swaps to it, and return the number of wrong pages."""
     mountpoint = folder / "swap"
     mountpoint.mkdir(exist_ok=True)
     zbudfs("swapon", "--size", "192M", "--pool", "24M", "--backing", folder / "swap.backing", mountpoint)
     try:
-        storm = str(Path(__file__).with_name("storm.py"))
+        storm = str(ROOT / "kit/storm.py")
         with Cell("soak", 48 << 20) as cell:
             command = cell.command([sys.executable, "-I", storm, "112", str(seed)])
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
@@ -178,11 +180,11 @@ def swap_round(folder: Path, seed: int) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run for as long as wanted; 1 if a byte was wrong, a page lost, or something has grown."""
+    """Run the soak test. Return 1 if a byte was wrong, a page was lost, or a size has grown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="how long (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default: 0)")
-    parser.add_argument("--swap", action="store_true", help="swap as well, a program in each round")
+    parser.add_argument("--minutes", type=float, default=60, help="length of the test in minutes (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
+    parser.add_argument("--swap", action="store_true", help="run a program that swaps in each round")
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="zbudfs-soak-"))
     shadow = folder / "shadow"
@@ -201,7 +203,7 @@ def main(arguments: list[str]) -> int:
             sizes_and_disk = ("--size", str(SIZE), "--pool", str(POOL), "--backing", disk.mounted / "b")
             zbudfs(
                 "mount", *sizes_and_disk, "--force-backing", "yes", mountpoint
-            )  # its disk is FUSE, which makes the faults
+            )  # the disk is on FUSE, which makes the faults
             try:
                 (mountpoint / "control/writers").write_text(str(MAX_WRITERS))
                 troubles = Troubles(mountpoint, disk, random.Random(options.seed))

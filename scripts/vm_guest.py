@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Runs inside the virtual machine, as a service of its own, and shows one scenario: `vm_guest.py SCENARIO`.
+"""Run one scenario inside the virtual machine, as a service. The file /vm/scenario has its name.
 
-What it finds goes to the console as lines of JSON behind "@ ": {"check": ..., "ok": ..., "seen": ...}, and at last {"end":
-true}. Everything else on the console is for people. Only the standard library: it runs with the system's own Python.
+The results go to the console as lines of JSON after "@ ": {"check": ..., "ok": ..., "seen": ...}, and at last {"end": true}.
+Other lines on the console are for people. The script runs with the system's own Python and imports only the standard library.
 
-The process locks its memory, so that it can look on while everybody else waits for swap; under pressure it reads files
-itself rather than starting programs.
+The process locks its memory, so that it can observe while all other programs wait for swap. Under pressure it reads files
+itself instead of starting programs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import mmap
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,10 +36,10 @@ SWAP_UNIT: Final = "zbudfs-swap@swap.service"
 PAGE: Final = 4096
 MIB: Final = 1 << 20
 LIMIT_SECONDS: Final = 300.0
-"""Longest wait for anything. Generous: the machine is emulated."""
+"""Longest wait for a step. Long, since the machine is emulated."""
 
 PF_MEMALLOC_NOIO: Final = 0x00080000
-"""In the flags of /proc/PID/stat: what PR_SET_IO_FLUSHER sets."""
+"""Bit in the flags of /proc/PID/stat that PR_SET_IO_FLUSHER sets."""
 
 COMPLAINTS: Final = re.compile(
     r"blocked for more than|hung_task|Out of memory|oom-kill|Read-error|Write-error|I/O error|BUG:|stack trace|soft lockup"
@@ -46,20 +47,20 @@ COMPLAINTS: Final = re.compile(
 
 
 TOO_NEW: Final = re.compile("Unknown key '(RestartSteps|RestartMaxDelaySec|RestartMode|SurviveFinalKillSignal)'")
-"""What systemd 252 passes over, and says so."""
+"""Messages of systemd 252 about keys that it does not know and ignores."""
 
 
 class Failed(Exception):
-    """A scenario cannot go on."""
+    """The scenario cannot go on."""
 
 
 def report(**what: object) -> None:
-    """Tell the host."""
+    """Send a message to the host."""
     print("@ " + json.dumps(what), flush=True)
 
 
 def check(what: str, ok: bool, seen: object = "") -> bool:
-    """Tell the host whether something holds, and what was seen."""
+    """Report to the host whether `what` holds, with the observed value. Return `ok`."""
     report(check=what, ok=bool(ok), seen=str(seen))
     return bool(ok)
 
@@ -67,7 +68,7 @@ def check(what: str, ok: bool, seen: object = "") -> bool:
 def run(
     *command: str, limit: float = LIMIT_SECONDS, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program; what it printed goes to the console as well."""
+    """Run a program, and print its output to the console too. Raises Failed at the limit."""
     print(f"$ {' '.join(command)}", flush=True)
     try:
         done = subprocess.run(
@@ -86,7 +87,7 @@ def run(
 
 
 def must(*command: str, limit: float = LIMIT_SECONDS) -> str:
-    """Run a program that has to succeed: what it printed."""
+    """Run a program, and return its output. Raises Failed if the program fails."""
     done = run(*command, limit=limit)
     if done.returncode:
         raise Failed(f"{' '.join(command)} failed ({done.returncode}): {done.stdout.strip().splitlines()[-1:]}")
@@ -94,7 +95,7 @@ def must(*command: str, limit: float = LIMIT_SECONDS) -> str:
 
 
 def wait_for(condition: Callable[[], object], what: str, limit: float = LIMIT_SECONDS) -> float:
-    """Wait; how long it took. Failed."""
+    """Wait until `condition` is true, and return the seconds of the wait. Raises Failed at the limit."""
     began = time.monotonic()
     while True:
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
@@ -105,27 +106,27 @@ def wait_for(condition: Callable[[], object], what: str, limit: float = LIMIT_SE
         time.sleep(0.2)
 
 
-# ---- what is there ---------------------------------------------------------------------------------------------------
+# ---- the state of the machine ----------------------------------------------------------------------------------------
 
 
 def swaps() -> list[list[str]]:
-    """The lines of /proc/swaps."""
+    """Return the words of each line of /proc/swaps."""
     return [line.split() for line in Path("/proc/swaps").read_text().splitlines()[1:]]
 
 
 def swap_used_mib() -> int:
-    """What is swapped out."""
+    """Return the used swap in MiB."""
     return sum(int(words[3]) for words in swaps()) >> 10
 
 
 def stats() -> dict[str, Any]:
-    """What the mount says about itself."""
+    """Return stats/all.json of the mount."""
     found: dict[str, Any] = json.loads((MOUNTPOINT / "stats/all.json").read_text())
     return found
 
 
 def board(number: int) -> int:
-    """A number from the pool directory's board, which answers also while nobody serves."""
+    """Return a number from the board in the pool directory, which can be read even if no worker answers."""
     with open("/run/zbudfs/run-zbudfs.swap/board", "rb") as file:  # noqa: PTH123
         return int.from_bytes(os.pread(file.fileno(), 8, 8 * number), "little")
 
@@ -135,29 +136,29 @@ BACKING_FD = 43
 
 
 def show(unit: str, name: str) -> str:
-    """One property of a unit."""
+    """Return one property of a unit."""
     return must("systemctl", "show", "-P", name, unit).strip()
 
 
 def too_new_for_this_kernel() -> list[str]:
-    """The versions from which on there is something that zbudfs needs, and this is older than."""
+    """Return the versions of Linux with a feature that zbudfs needs and this kernel is too old for."""
     major, minor = (int(part) for part in os.uname().release.split(".")[:2])
     return [since for since in ("6.4", "6.9") if (major, minor) < tuple(int(part) for part in since.split("."))]
 
 
 def kernel_complaints() -> list[str]:
-    """What the kernel has complained about since it started."""
+    """Return the lines of the kernel's log since its start that report a problem."""
     return [line for line in must("dmesg", "--notime").splitlines() if COMPLAINTS.search(line)]
 
 
 def check_kernel(allowed: str = "") -> None:
-    """The kernel has nothing to complain about."""
+    """Check that the kernel's log reports no problem."""
     found = [line for line in kernel_complaints() if not allowed or not re.search(allowed, line)]
     check("nothing hung, nobody killed, no I/O error in the kernel's log", not found, found[:3] or "nothing")
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs."""
+    """Return whether a process runs."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -165,14 +166,14 @@ def is_alive(pid: int) -> bool:
 
 
 def configure(**keys: object) -> None:
-    """Write the drop-in of this scenario."""
+    """Write the drop-in file of this scenario with these keys."""
     folder = Path("/etc/zbudfs/swap.toml.d")
     folder.mkdir(exist_ok=True)
     folder.joinpath("vm.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in keys.items()))
 
 
 def start_swap(**keys: object) -> None:
-    """Have swap on with this configuration."""
+    """Turn on swap with these keys of the configuration."""
     run("systemctl", "stop", UNIT)
     configure(**keys)
     must("systemctl", "start", SWAP_UNIT)
@@ -183,18 +184,18 @@ def start_swap(**keys: object) -> None:
 
 
 NOISE_BYTES: Final = 1536
-"""Of each page of a storm: two of them fit into a frame, and no more."""
+"""Random bytes in each page of a storm: two such pages, and no more, fit into a frame."""
 DENSE_NOISE_BYTES: Final = 640
-"""Of each page of a storm on a dense pool: five of them fit into a frame."""
+"""Random bytes in each page of a storm on a dense pool: five such pages fit into a frame."""
 
 LAST_LOOK_SECONDS: Final = 3000.0
-"""Longest time for a look at all pages of a storm, most of them on disk, by an emulated processor that others use as well."""
+"""Longest time for the last check of all pages of a storm. Most are on disk, and the emulated processor is shared."""
 
 
 class Storm:
-    """A program that fills memory with pages of which it knows every byte, and reads and rewrites them all the time.
+    """A program that fills memory with known pages, and reads, checks and rewrites them all the time.
 
-    So many bytes of each page are random, and the rest is text.
+    `noise_bytes` bytes of each page are random, and the rest is text.
     """
 
     def __init__(self, mib: int, noise_bytes: int = NOISE_BYTES) -> None:
@@ -205,29 +206,29 @@ class Storm:
         self._process = subprocess.Popen(command, preexec_fn=_ordinary)
 
     def state(self) -> tuple[int, int, int, str]:
-        """Pages filled, pages checked, wrong pages, and what it does."""
+        """Return the number of filled, of checked and of wrong pages, and the name of the phase."""
         filled, checked, wrong, what = self._out.read_text().split()
         return int(filled), int(checked), int(wrong), what
 
     def wait_filled(self) -> None:
-        """Wait until all of it is there."""
+        """Wait until the whole memory is filled."""
         wait_for(lambda: self.state()[3] == "check" or self._process.poll() is not None, "the storm's memory", 900)
         self.must_live()
 
     def must_live(self) -> None:
-        """Fail if it has ended."""
+        """Raise Failed if the program has ended."""
         if self._process.poll() is not None:
             raise Failed(f"the storm has ended by itself: {self._process.returncode}")
 
     def wait_progress(self, pages: int = 2000) -> float:
-        """Wait until so many more pages were checked: how long that took."""
+        """Wait until `pages` more pages are checked, and return the seconds of the wait."""
         before = self.state()[1]
         took = wait_for(lambda: self.state()[1] >= before + pages or self._process.poll() is not None, "progress")
         self.must_live()
         return took
 
     def end(self) -> tuple[int, int]:
-        """Have it check all of it once more and end: pages checked and wrong."""
+        """Make the program check all pages again and end. Return the number of checked and of wrong pages."""
         self.must_live()
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(LAST_LOOK_SECONDS)
@@ -237,7 +238,7 @@ class Storm:
         return checked, wrong
 
     def kill(self) -> None:
-        """End it."""
+        """Kill the program."""
         self._process.kill()
         self._process.wait(LIMIT_SECONDS)
 
@@ -247,7 +248,7 @@ def _ordinary() -> None:
 
 
 def storm(mib: int, noise_bytes: int, out: str) -> None:
-    """Be the storm."""
+    """Run as the program of a storm."""
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     count = mib * MIB // PAGE
@@ -264,7 +265,7 @@ def storm(mib: int, noise_bytes: int, out: str) -> None:
     filled = checked = wrong = 0
     file = os.open(out, os.O_WRONLY)
 
-    def tell(what: str) -> None:
+    def note(what: str) -> None:
         os.pwrite(file, f"{filled} {checked} {wrong} {what}".ljust(64).encode(), 0)
 
     def look(number: int) -> None:
@@ -277,25 +278,25 @@ def storm(mib: int, noise_bytes: int, out: str) -> None:
         view[number * PAGE : (number + 1) * PAGE] = page(number)
         filled += 1
         if not number & 255:
-            tell("fill")
+            note("fill")
     chance = random.Random(2)
     while not ended:
         first = chance.randrange(count)
-        for number in range(first, min(first + 16, count)):  # some of it in order, as programs do
+        for number in range(first, min(first + 16, count)):  # some pages in order, as in real programs
             look(number)
             if chance.random() < 0.3:
                 generations[number] = (generations[number] + 1) & 255
                 view[number * PAGE : (number + 1) * PAGE] = page(number)
-        tell("check")
+        note("check")
     for number in range(count):
         look(number)
         if not number & 255:
-            tell("last")
-    tell("done")
+            note("last")
+    note("done")
 
 
 def stress(mib: int, seconds: int, workers: int = 1) -> subprocess.CompletedProcess[str]:
-    """stress-ng with verification."""
+    """Run stress-ng with verification."""
     words = ["--vm", str(workers), "--vm-bytes", f"{mib}M", "--vm-method", "all", "--verify", "-t", f"{seconds}s"]
     return run("choom", "-n", "0", "--", "stress-ng", *words, limit=seconds + 1200)
 
@@ -304,7 +305,7 @@ def stress(mib: int, seconds: int, workers: int = 1) -> subprocess.CompletedProc
 
 
 def install() -> None:
-    """`make install` from wheels, without a network; configuration; the unit enabled for the next boot."""
+    """Install with `make install` from wheels, without a network; configure; enable the unit for the next boot."""
     must("cp", "-r", str(PAYLOAD / "source"), "/root/zbudfs")
     must("make", "-C", "/root/zbudfs", "install", f"WHEELHOUSE={PAYLOAD}/wheels", limit=900)
     check("make install", Path("/usr/local/bin/zbudfs").exists(), must("zbudfs", "--version").strip())
@@ -328,11 +329,9 @@ def install() -> None:
 
 
 def boot() -> None:
-    """Booted with the unit enabled: swap is there without a hand, and the protections are real."""
+    """Boot with the enabled unit: swap is on without a command, and the protections are in force."""
     found = swaps()
-    if not check(
-        "swap is on after boot, nobody did anything", len(found) == 1, " ".join(found[0]) if found else "none"
-    ):
+    if not check("swap is on after boot, without a command", len(found) == 1, " ".join(found[0]) if found else "none"):
         raise Failed("there is no swap")
     affinity = Path("/sys/block", Path(found[0][0]).name, "queue/rq_affinity").read_text().strip()
     check("requests end on the CPU where they began", affinity == "2", affinity)
@@ -365,14 +364,17 @@ def boot() -> None:
     check(
         "both units are inactive", show(UNIT, "ActiveState") == show(SWAP_UNIT, "ActiveState") == "inactive", "inactive"
     )
-    check("nothing left in /run/zbudfs", not list(Path("/run/zbudfs").iterdir()), "nothing")
+    left = [
+        str(path) for path in Path("/run/zbudfs").rglob("*") if not re.match(r"\.(commands|mounting|lock)$", path.name)
+    ]
+    check("no mount has left anything in /run/zbudfs", not left, left or "nothing")
     must("systemctl", "start", SWAP_UNIT)
     check("systemctl start of the swap unit brings both", len(swaps()) == 1, "swap is on")
     check_kernel()
 
 
 def mounts() -> None:
-    """mount -t fuse.zbudfs, a line in fstab, and umount."""
+    """Check mount -t fuse.zbudfs, a line in fstab, and umount."""
     place = Path("/mnt/extra")
     place.mkdir(exist_ok=True)
     must("mount", "-t", "fuse.zbudfs", "-o", "size=64M,pool=8M,backing=none", "extra", str(place))
@@ -387,7 +389,7 @@ def mounts() -> None:
 
 
 def acceptance() -> None:
-    """A pool of 64 MiB and a backing file; stress-ng over 700 MiB with verification, three times; swapoff."""
+    """Run stress-ng over 700 MiB with verification, three times, on a pool of 64 MiB and a backing file; then swapoff."""
     start_swap(size="1400M", pool="64M")
     for number in (1, 2, 3):
         before = stats()
@@ -407,20 +409,20 @@ def acceptance() -> None:
 
 
 def pressure() -> None:
-    """Twice the machine's RAM, of data that compresses to less than half, and then stress-ng's own patterns."""
+    """Swap twice the machine's RAM, with data that compresses to less than half, and then the patterns of stress-ng."""
     start_swap(size="1900M", pool="96M")
     _press(NOISE_BYTES, "two pages", 0.8)
 
 
 def dense() -> None:
-    """The same with the dense packing: twice the machine's RAM, of pages of which five fit into a frame."""
+    """Swap twice the machine's RAM with the dense packing. Five of its pages fit into a frame."""
     start_swap(size="1900M", pool="64M", packing="dense")
     check("the pool is packed densely", stats()["packing"].startswith("dense"), stats()["packing"])
     _press(DENSE_NOISE_BYTES, "four pages and more", 0.25)
 
 
 def _press(noise_bytes: int, packed: str, most_of_a_page: float) -> None:
-    """Twice the RAM in pages with so much noise; a page written back takes at most this part of its size on disk."""
+    """Swap twice the RAM in pages with `noise_bytes` random bytes. A written page takes at most a part of its size on disk."""
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
     mib = 2 * ram
     before = stats()
@@ -448,13 +450,13 @@ def _press(noise_bytes: int, packed: str, most_of_a_page: float) -> None:
 
 
 def served_by(*old: int) -> bool:
-    """Whether somebody else serves, with a standby."""
+    """Return whether a worker other than `old` serves, with a standby."""
     return bool(board(SERVING) and board(STANDBY_READY) and board(WORKER) not in old and is_alive(board(WORKER)))
 
 
 @contextlib.contextmanager
 def storm_of(part: float, size: str) -> Iterator[Storm]:
-    """Have a program of a part of RAM live on swap of this size; then no page may be wrong or lost."""
+    """Run a storm of a part of RAM on swap of this size, in this context. At the end, no page may be wrong or lost."""
     start_swap(size=size, pool="96M")
     load = Storm(int(part * (int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10)))
     try:
@@ -469,7 +471,7 @@ def storm_of(part: float, size: str) -> Iterator[Storm]:
 
 
 def handover() -> None:
-    """Everything that may happen to the daemon, while a program lives on the swap it serves."""
+    """Restart, kill and stop the processes of the daemon, while a program uses the swap that they serve."""
     with storm_of(1, size="1900M") as load:
         for number in (1, 2):
             _restart(load, number)
@@ -491,7 +493,7 @@ def handover() -> None:
 
 
 def upgrade() -> None:
-    """The program is installed anew while swap is on; a worker dies after that, and the service is restarted."""
+    """Install the program again while swap is on. After that, a worker is killed, and the service is restarted."""
     with storm_of(0.75, size="1400M") as load:
         must("make", "-C", "/root/zbudfs", "install", f"WHEELHOUSE={PAYLOAD}/wheels", limit=1800)
         must("systemctl", "daemon-reload")
@@ -503,7 +505,7 @@ def upgrade() -> None:
 
 
 def restart() -> None:
-    """kill -9 of the keeper and `systemctl restart`, while a program lives on the swap: it stays on, on any kernel."""
+    """Kill the keeper, and run `systemctl restart`, while a program uses the swap: swap stays on, on any kernel."""
     with storm_of(1, size="1900M") as load:
         device = swaps()[0][0]
         steps: dict[str, Callable[[], object]] = {
@@ -515,12 +517,12 @@ def restart() -> None:
             time.sleep(10)
             stalled = load.wait_progress()
             kept = bool(swaps()) and swaps()[0][0] == device
-            seen = f"2000 more pages checked in {stalled:.1f} s; the service says: {show(UNIT, 'StatusText')}"
+            seen = f"2000 more pages checked in {stalled:.1f} s; status of the service: {show(UNIT, 'StatusText')}"
             check(f"{name}: swap stays on", kept, seen)
     must("zbudfs", "swapoff", "--umount", str(MOUNTPOINT), limit=900)
     check("swapoff --umount takes all of it away", not swaps() and not MOUNTPOINT.is_mount(), "no swap, no mount")
     must("systemctl", "restart", UNIT, SWAP_UNIT)
-    check("and it can be started anew", len(swaps()) == 1, "swap is on")
+    check("and it can be started again", len(swaps()) == 1, "swap is on")
     check_kernel()
 
 
@@ -568,7 +570,7 @@ def _stop(load: Storm, name: str, number: int) -> None:
 
 
 def stop() -> None:
-    """What has no room in RAM stays in swap: stop fails, and all goes on; with room it works."""
+    """Stop the service while RAM has no room for the swapped pages: stop fails, and swap stays on. With room, it works."""
     start_swap(size="1900M", pool="96M")
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
     load = Storm(ram * 3 // 2)
@@ -592,7 +594,7 @@ def stop() -> None:
 
 
 def reboot() -> None:
-    """With swap in use: a reboot, and then a power-off; the host measures how long they take."""
+    """Reboot with swap in use, and then power off. The host measures the times."""
     STATE.mkdir(exist_ok=True)
     first = not (STATE / "booted").exists()
     (STATE / "booted").touch()
@@ -611,12 +613,12 @@ def reboot() -> None:
 
 
 def full() -> None:
-    """The disk under the backing file fills up: writes are refused, nothing is lost; with room again it goes on."""
+    """Fill the disk of the backing file: writes are refused, and no page is lost. With room again, writeback goes on."""
     image, place = Path("/var/small.img"), Path("/mnt/small")
     place.mkdir(exist_ok=True)
     must("truncate", "-s", "192M", str(image))
     must("mkfs.ext4", "-q", "-m", "0", str(image))
-    # Not through the page cache: that would be a disk which needs memory to give memory back (zbudfs doctor warns).
+    # Direct I/O, since a disk behind the page cache needs memory in order to free memory (zbudfs doctor warns of it).
     device = must("losetup", "--show", "--find", "--direct-io=on", str(image)).strip()
     must("mount", device, str(place))
     start_swap(size="1900M", pool="64M", backing=f"{place}/backing")
@@ -626,7 +628,7 @@ def full() -> None:
             file.flush()
             if os.statvfs(place).f_bavail * PAGE < 48 * MIB:
                 break
-    # More than there is RAM now, by so much that the pool is too small for what has to go to swap, and the disk is not.
+    # 64 MiB more than the available RAM: too much for the pool, but not for the disk.
     load = Storm((int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0]) >> 10) + 64)
     try:
         wait_for(lambda: stats()["backing_ready_bytes"] > 0, "writeback", 900)
@@ -662,7 +664,7 @@ def full() -> None:
     must("losetup", "--detach", device)
 
 
-# ---- what cannot start at boot -----------------------------------------------------------------------------------------
+# ---- services that cannot start at boot --------------------------------------------------------------------------------
 
 EARLY_UNIT: Final = """\
 [Unit]
@@ -682,23 +684,23 @@ Environment=LC_ALL=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 [Install]
 WantedBy=multi-user.target
 """
-"""The scenario's own unit where the boot itself is looked at: it waits for nothing."""
+"""The unit of a scenario that observes the boot itself: it waits for no other unit."""
 BOOT_LIMIT_SECONDS: Final = 600.0
-"""How long this waits for multi-user.target. Longer than the time that is allowed, so that there is a figure."""
+"""Longest wait for multi-user.target. It is longer than the allowed time, so that a slow boot is measured too."""
 ALLOWED_BOOTS: Final = 4.0
-"""How much longer a boot may take with what cannot start, in boots without zbudfs. Arbitrary: starting several Pythons takes
-long on an emulated processor that others use as well. A boot that is held up does not end."""
+"""Allowed extra time of a boot with failing services, as a multiple of a boot without zbudfs. Arbitrary: several starts of
+Python take long on a shared, emulated processor. A boot that is blocked does not end."""
 LIBRARY: Final = Path("/usr/local/lib/zbudfs/lib")
 
 
 def boot_seconds() -> float:
-    """Wait for multi-user.target, and return when it was reached, in seconds from the kernel's start. Failed."""
+    """Wait for multi-user.target, and return the seconds from the kernel's start until it was reached. Raises Failed."""
     wait_for(lambda: show("multi-user.target", "ActiveState") == "active", "multi-user.target", BOOT_LIMIT_SECONDS)
     return int(show("multi-user.target", "ActiveEnterTimestampMonotonic")) / 1e6
 
 
 def boot_again(phase: str) -> None:
-    """Reboot; the scenario goes on with this phase."""
+    """Reboot, and continue the scenario with this phase."""
     (STATE / "phase").write_text(phase)
     os.sync()
     report(ends="reboot", again=True, **{"with": "no swap"})
@@ -707,20 +709,20 @@ def boot_again(phase: str) -> None:
 
 
 def phase_now() -> str:
-    """Return the phase that the scenario is in: "first" before it reboots."""
+    """Return the phase of the scenario; "first" before its first reboot."""
     STATE.mkdir(exist_ok=True)
     return (STATE / "phase").read_text() if (STATE / "phase").exists() else "first"
 
 
 def write_configuration(name: str, **keys: object) -> None:
-    """Have a configuration of that name, and its swap from the next boot on; keys as for `configure`, `text` as it is."""
+    """Write a configuration, and enable its swap for the next boot. The keys are as for `configure`; `text` comes first."""
     text = str(keys.pop("text", "")) + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
     Path("/etc/zbudfs", f"{name}.toml").write_text(text)
     must("systemctl", "enable", f"zbudfs-swap@{name}.service")
 
 
 def check_failed(name: str, words: str) -> None:
-    """The unit of this configuration has failed, and is listed; the log has one line of zbudfs that says why."""
+    """Check that the unit of a configuration has failed, is listed, and has one line in the log that says why."""
     unit = f"zbudfs@{name}.service"
     failed = must("systemctl", "--failed", "--plain", "--no-legend")
     state, restarts = show(unit, "ActiveState"), show(unit, "NRestarts")
@@ -731,7 +733,7 @@ def check_failed(name: str, words: str) -> None:
 
 
 def broken() -> None:
-    """What cannot start at boot costs swap and nothing else; a mount that holds pages is tried for ever."""
+    """Boot with services that cannot start: only their swap is missing. A mount that holds pages is tried again for ever."""
     phase = phase_now()
     if phase == "first":
         Path("/etc/systemd/system/vm-guest.service").write_text(EARLY_UNIT)
@@ -758,7 +760,7 @@ def broken() -> None:
         for name in ("missing", "full", "foreign", "syntax"):
             must("systemctl", "disable", f"zbudfs-swap@{name}.service")
             Path("/etc/zbudfs", f"{name}.toml").unlink()
-        check("the file of somebody else is as it was", Path("/var/foreign").read_text() == "not ours\n", "unchanged")
+        check("the foreign file is unchanged", Path("/var/foreign").read_text() == "not ours\n", "unchanged")
         Path("/etc/systemd/system/no-fuse.service").write_text(
             "[Unit]\nDefaultDependencies=no\nAfter=local-fs.target\nBefore=zbudfs@swap.service zbudfs@two.service\n"
             "[Service]\nType=oneshot\nExecStart=rm /dev/fuse\n[Install]\nWantedBy=sysinit.target\n"
@@ -816,7 +818,7 @@ def _break_backings() -> None:
 
 
 def _break_python() -> None:
-    """Do what an upgrade of the distribution does: the interpreter looks for its packages in another folder."""
+    """Rename the folder of the libraries: after an upgrade of the distribution, Python searches in another folder too."""
     (found,) = LIBRARY.glob("python3.*")
     found.rename(LIBRARY / "python3.0")
 
@@ -830,7 +832,7 @@ def _mend_python() -> None:
 
 
 def late() -> None:
-    """A backing file on a disk with `nofail` waits for the disk, and is never made below its empty mountpoint."""
+    """Use a backing file on a disk with `nofail`: zbudfs waits for the disk, and makes no file in its empty mountpoint."""
     phase, place = phase_now(), Path("/mnt/ssd")
     backing = place / "z"
     if phase == "first":
@@ -864,7 +866,7 @@ def late() -> None:
 
 
 def _fstab(device: str, place: Path) -> None:
-    """Have the disk mounted late, and nothing else at that place."""
+    """Write a line for the disk with `nofail` into /etc/fstab, and remove other lines with that mountpoint."""
     file = Path("/etc/fstab")
     lines = [line for line in file.read_text().splitlines() if f" {place} " not in line]
     file.write_text("\n".join([*lines, f"{device} {place} ext4 nofail 0 0", ""]))
@@ -874,7 +876,7 @@ def _fstab(device: str, place: Path) -> None:
 
 
 def session() -> None:
-    """A daemon that a shell starts outlives the session: its scope is stopped, runs out of memory, is frozen."""
+    """Start a daemon from a shell: it survives its session, whose scope is stopped, runs out of memory, and is frozen."""
     must("systemctl", "stop", UNIT)
     place = Path("/mnt/z")
     place.mkdir(exist_ok=True)
@@ -909,7 +911,7 @@ def session() -> None:
             "-c",
             "x = bytearray(300 << 20)",
         )
-        check("a program of a session is killed for want of memory", done.returncode != 0, done.returncode)
+        check("a program of a session is killed for lack of memory", done.returncode != 0, done.returncode)
         run("systemctl", "stop", "s.scope")
         freeze = Path("/sys/fs/cgroup/user.slice/cgroup.freeze")
         freeze.write_text("1")
@@ -931,7 +933,7 @@ def session() -> None:
 
 
 def shutdown() -> None:
-    """Power-off while a tmpfs that stays mounted holds more than RAM: swap cannot go off, and the machine ends."""
+    """Power off while a tmpfs holds more than RAM: swap cannot be turned off, and the machine still ends."""
     start_swap(size="1900M", pool="96M")
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
     must("mount", "-o", "remount,size=1500M", "/dev/shm")
@@ -950,45 +952,56 @@ def shutdown() -> None:
 # ---- sleep -------------------------------------------------------------------------------------------------------------
 
 WAKE_SECONDS: Final = 8
-"""From the alarm's setting to the alarm: freezing takes a part of that. Arbitrary: an emulated processor."""
-WAKE_HOOK: Final = f"""\
-#!/bin/sh
-case $1 in
-pre) rtcwake -m no -s {WAKE_SECONDS} ;;
-esac
-"""
+"""Seconds from the setting of the alarm to the alarm, which include the freezing. Arbitrary: the processor is emulated."""
+
+
+@contextlib.contextmanager
+def woken() -> Iterator[None]:
+    """Make the host wake the machine every few seconds in this context: from idle by the power button, from RAM by a wake-up.
+
+    The emulated clock does not wake a machine from idle, and an alarm may ring before a busy machine sleeps.
+    """
+    to_idle = "[s2idle]" in Path("/sys/power/mem_sleep").read_text()
+    report(monitor="system_powerdown" if to_idle else "system_wakeup")
+    try:
+        yield
+    finally:
+        report(monitor="")
 
 
 def suspend_counts() -> tuple[int, int]:
-    """Return how often the machine has slept, and how often it could not."""
+    """Return the numbers of successful and of failed suspends."""
     folder = Path("/sys/power/suspend_stats")
     return int((folder / "success").read_text()), int((folder / "fail").read_text())
 
 
 def frozen_groups() -> list[str]:
-    """Return the cgroups that are frozen now."""
+    """Return the paths of the frozen cgroups."""
     return [
         str(path.parent) for path in Path("/sys/fs/cgroup").rglob("cgroup.freeze") if path.read_text().strip() == "1"
     ]
 
 
 def suspend_once() -> bool:
-    """Suspend the machine as a user does, and return whether it slept. Failed, if it neither slept nor said so."""
+    """Suspend the machine as a user does, and return whether it slept. Raises Failed without an answer of the system."""
     before = suspend_counts()
     wait_for(lambda: show("sleep.target", "ActiveState") == "inactive", "the end of the last sleep")
-    must("systemctl", "suspend")
-    wait_for(lambda: suspend_counts() != before or show("systemd-suspend.service", "Result") != "success", "sleep")
-    wait_for(lambda: show("systemd-suspend.service", "ActiveState") in ("inactive", "failed"), "the end of sleep")
+    with woken():
+        must("systemctl", "suspend")
+        wait_for(lambda: suspend_counts() != before or show("systemd-suspend.service", "Result") != "success", "sleep")
+        # After a failure systemd-sleep tries again, so the machine must be woken until the service has ended.
+        wait_for(lambda: show("systemd-suspend.service", "ActiveState") in ("inactive", "failed"), "the end of sleep")
     return suspend_counts() == (before[0] + 1, before[1])
 
 
 def sleep_() -> None:
-    """Suspend to RAM and to idle under a storm, 20 times each; the hook and systemd-sleep are killed in the middle."""
-    hook = Path("/usr/lib/systemd/system-sleep/wake")
-    hook.write_text(WAKE_HOOK)
-    hook.chmod(0o755)
+    """Suspend to RAM and to idle under a storm, 20 times each. Then the hook and systemd-sleep are killed halfway."""
     modes = [mode for mode in ("s2idle", "deep") if mode in Path("/sys/power/mem_sleep").read_text()]
-    print(Path("/sys/power/mem_sleep").read_text(), flush=True)
+    check("the kernel offers both ways to sleep", len(modes) == 2, modes)
+    ignored = Path("/etc/systemd/logind.conf.d/button.conf")
+    ignored.parent.mkdir(exist_ok=True)
+    ignored.write_text("[Login]\nHandlePowerKey=ignore\n")
+    must("systemctl", "restart", "systemd-logind")
     with storm_of(1, size="1900M") as load:
         for mode in modes:
             Path("/sys/power/mem_sleep").write_text(mode)
@@ -1006,15 +1019,18 @@ def sleep_() -> None:
         check("no task refused to freeze", not refusing, refusing[:3] or "none")
         slept = 0
         for _ in range(3):
-            done = run("/usr/local/lib/zbudfs/libexec/sleep", "run", "rtcwake", "-m", "mem", "-s", str(WAKE_SECONDS))
+            with woken():
+                done = run(
+                    "/usr/local/lib/zbudfs/libexec/sleep", "run", "rtcwake", "-m", "mem", "-s", str(WAKE_SECONDS)
+                )
             slept += done.returncode == 0
         check("sleep run rtcwake -m mem", slept == 3, f"{slept} of 3")
         for victim in ("libexec/sleep\0pre", "system-sleep/zbudfs\0pre", "systemd-sleep\0suspend"):
-            _kill_while_frozen(victim)
+            with woken():
+                _kill_while_frozen(victim)
             wait_for(lambda: not frozen_groups() and show("sleep.target", "ActiveState") == "inactive", "the thaw")
             check(f"kill -9 of {victim.replace(chr(0), ' ')}: all is thawed", not frozen_groups(), "nothing is frozen")
             load.wait_progress()
-    hook.unlink()
     check_kernel(allowed=r"refusing to freeze|Freezing")
 
 
@@ -1032,7 +1048,7 @@ for path in Path("/proc").glob("[0-9]*/cmdline"):
     except OSError:
         pass
 """
-"""Kills a process as soon as the first cgroup is frozen; its own is not, by the unit's name."""
+"""A program that kills a process as soon as the first cgroup is frozen. Because of its unit's name, it is not frozen."""
 
 
 def _kill_while_frozen(victim: str) -> None:
@@ -1048,20 +1064,159 @@ def _kill_while_frozen(victim: str) -> None:
     run("systemctl", "stop", unit)
 
 
+# ---- the Debian package ------------------------------------------------------------------------------------------------
+
+
+def package() -> None:
+    """Install, upgrade and remove the Debian package on a machine without a compiler and without PyPI."""
+    if phase_now() == "first":
+        _package_first_minute()
+        _package_upgrade()
+        return
+    check("swap is on again after the reboot", len(swaps()) == 1, swaps())
+    _package_removal()
+
+
+def _installed_version() -> str:
+    return must("dpkg-query", "--show", "--showformat=${Version}", "zbudfs")
+
+
+def _package_first_minute() -> None:
+    there = [name for name in ("gcc", "cc", "pip", "pip3") if shutil.which(name)]
+    check("no compiler and no pip", not there, there or "none")
+    # Making an initramfs takes an emulated machine ten minutes.
+    Path("/etc/initramfs-tools/update-initramfs.conf").write_text("update_initramfs=no\nbackup_initramfs=no\n")
+    began = time.monotonic()
+    apt = ["apt-get", "-y", "-q", "--no-install-recommends", "install"]
+    debs = [str(path) for folder in ("needs", "old") for path in sorted((PAYLOAD / "packages" / folder).glob("*.deb"))]
+    done = run(*apt, *debs, limit=1800)
+    check(
+        "apt-get install ./zbudfs_*.deb",
+        done.returncode == 0,
+        f"{time.monotonic() - began:.0f} s, {_installed_version()}",
+    )
+    for unit in (UNIT, SWAP_UNIT):
+        check(f"{unit} is not started unasked", show(unit, "ActiveState") == "inactive", show(unit, "ActiveState"))
+    began = time.monotonic()
+    must("systemctl", "enable", "--now", SWAP_UNIT)
+    found = swaps()
+    check("systemctl enable --now zbudfs-swap@swap", len(found) == 1, f"{time.monotonic() - began:.0f} s, {found}")
+    wait_for(lambda: stats()["standby_ready"], "a standby")
+    shown = must("zbudfs", "config", "swap")
+    check(
+        "zbudfs config swap shows the values and their reasons",
+        "pool" in shown and "backing" in shown,
+        shown.replace("\n", "; "),
+    )
+    doctor = run("zbudfs", "doctor")
+    said = [line for line in doctor.stdout.splitlines() if line.startswith(("problem", "warning"))]
+    known = [line for line in said if too_new_for_this_kernel() and line.split()[1] == "kernel"]
+    check("zbudfs doctor has nothing to add", said == known, said or "nothing")
+    for command, words in (("top", "textual"), ("exporter", "prometheus")):
+        lines = run("zbudfs", command).stdout.splitlines()
+        check(
+            f"zbudfs {command} without its library says what to install", len(lines) == 1 and words in lines[0], lines
+        )
+    readme()
+
+
+def readme() -> None:
+    """Run the lines of README that turn swap on and off."""
+    text = (
+        (PAYLOAD / "packages/README.md")
+        .read_text()
+        .partition("\n## Five lines to working swap\n")[2]
+        .partition("\n## ")[0]
+    )
+    lines = [line.strip().partition("  #")[0] for line in text.splitlines() if line.startswith("    zbudfs ")]
+    place = Path("/mnt/zswap")
+    place.mkdir(exist_ok=True)
+    for line in lines:
+        if line != "zbudfs top":
+            done = run(*line.replace("--size 8G", "--size 512M").split())
+            held = done.returncode == 0
+            if too_new_for_this_kernel() and "restart" in line:
+                held = done.returncode == 1 and "runs on as before" in done.stdout
+            check(f"README: {line}", held, done.stdout.strip().splitlines()[-1:] or "no output")
+    check("README leaves nothing behind", not place.is_mount() and len(swaps()) == 1, swaps())
+
+
+def _package_upgrade() -> None:
+    ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
+    load = Storm(ram)
+    try:
+        load.wait_filled()
+        check("a storm as large as RAM is in swap", swap_used_mib() > 100, f"{swap_used_mib()} MiB in swap")
+        load.wait_progress()
+        device, before, old = swaps()[0][0], stats()["version"], stats()["worker_pid"]
+        new = str(next((PAYLOAD / "packages/new").glob("*.deb")))
+        done = run("apt-get", "-y", "-q", "install", new, limit=1800)
+        check("apt-get install of the next version under the storm", done.returncode == 0, _installed_version())
+        stalled = load.wait_progress()
+        wait_for(lambda: stats()["standby_ready"], "a standby")
+        after = stats()["version"]
+        if too_new_for_this_kernel():
+            said = "goes on with the version before" in done.stdout
+            check("no hand-over on this kernel, and the package says so", after == before and said, f"{after} serves")
+        else:
+            check(
+                "the new version serves",
+                after != before and stats()["worker_pid"] != old,
+                f"{before} before, {after} now",
+            )
+        check("swap stayed on", swaps()[0][0] == device, f"2000 more pages checked in {stalled:.1f} s")
+        if "deep" in Path("/sys/power/mem_sleep").read_text():
+            Path("/sys/power/mem_sleep").write_text("deep")
+            check("systemctl suspend under the storm", suspend_once(), "the machine slept, and woke up")
+            load.wait_progress()
+        done = run("apt-get", "-y", "-q", "purge", "zbudfs", limit=1800)
+        refused = done.returncode != 0 and "no room" in done.stdout and bool(swaps())
+        check("a removal without room is refused", refused, done.stdout.strip().splitlines()[-6:])
+        load.wait_progress()
+        checked, wrong = load.end()
+        check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+        check("no page was lost", stats()["lost_pages"] == 0, stats()["lost_pages"])
+    finally:
+        load.kill()
+    must("dpkg", "--configure", "-a", limit=900)
+    check("the package is whole", "ok installed" in must("dpkg", "-s", "zbudfs"), _installed_version())
+    check_kernel(allowed=r"refusing to freeze|Freezing")
+    load = Storm(ram)
+    load.wait_filled()
+    (STATE / "phase").write_text("rebooted")
+    os.sync()
+    report(ends="reboot", again=True)
+    must("systemctl", "--no-block", "reboot")
+    time.sleep(LIMIT_SECONDS)
+
+
+def _package_removal() -> None:
+    load = Storm(100)
+    load.wait_filled()
+    done = run("apt-get", "-y", "-q", "purge", "zbudfs", limit=1800)
+    check("apt-get purge zbudfs", done.returncode == 0 and not swaps(), "no swap")
+    checked, wrong = load.end()
+    check("no wrong page after the removal", wrong == 0, f"{checked} pages checked, {wrong} wrong")
+    folders = ("/etc", "/usr/lib", "/usr/bin", "/usr/sbin", "/usr/share", "/var/lib")
+    left = [str(path) for folder in folders for path in Path(folder).rglob("*zbudfs*") if "dpkg" not in path.parts]
+    check("nothing is left", not left and not MOUNTPOINT.is_mount(), left or "nothing")
+    check_kernel()
+
+
 # ---- hibernation -------------------------------------------------------------------------------------------------------
 
 
 def hibernate() -> None:
-    """Hibernation: refused where swap on zbudfs cannot go off; else it is off before and on afterwards."""
+    """Hibernate: refused if swap on zbudfs cannot be turned off; otherwise swap is off before, and on afterwards."""
     phase = phase_now()
     if phase != "first":
-        raise Failed("the machine has started afresh: the image was not used")
+        raise Failed("the machine has booted again: the image was not used")
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
     start_swap(size="1900M", pool="96M")
     _refused("there is no swap for the image", "without other swap")
     must("update-initramfs", "-u", limit=900)
     check("the initramfs does not resume from zbudfs", "loop" not in _resume_device(), _resume_device() or "no device")
-    must("mkswap", "/dev/vdc")
+    must("mkswap", "/dev/vdc", str(512 << 10))
     must("swapon", "--priority", "0", "/dev/vdc")
     uuid = must("blkid", "-s", "UUID", "-o", "value", "/dev/vdc").strip()
     must("update-initramfs", "-u", limit=900)
@@ -1079,11 +1234,20 @@ def hibernate() -> None:
     finally:
         load.kill()
     must("swapoff", "/dev/vdc")
+    must("mkswap", "/dev/vdc", str(256 << 10))
     load = Storm(ram * 6 // 10)
     load.wait_filled()
     must("swapon", "--priority", "0", "/dev/vdc")
+    _refused("memory and image need", "without room for the image")
+    load.wait_progress()
+    must("swapoff", "/dev/vdc")
+    must("mkswap", "/dev/vdc")
+    must("swapon", "--priority", "0", "/dev/vdc")
     before = swaps()
     loops = [words for words in before if "loop" in words[0]]
+    # logind asks the kernel for the device of the image. The initramfs does that only if it finds an image.
+    number = Path("/dev/vdc").stat().st_rdev
+    Path("/sys/power/resume").write_text(f"{os.major(number)}:{os.minor(number)}")
     (STATE / "phase").write_text("hibernated")
     os.sync()
     began = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -1101,7 +1265,7 @@ def hibernate() -> None:
     kernel = must("dmesg", "--notime")
     check(
         "the machine went on from the image",
-        "PM: hibernation: hibernation exit" in kernel,
+        "PM: hibernation: hibernation exit" in kernel and "Image saving failed" not in kernel,
         must("journalctl", "-b", "-o", "cat", "-u", "systemd-hibernate.service")[-300:],
     )
     now = [words for words in swaps() if "loop" in words[0]]
@@ -1125,7 +1289,7 @@ def _refused(words: str, why: str) -> None:
 
 
 def _resume_device() -> str:
-    """Return what the initramfs resumes from; empty: nothing."""
+    """Return the device from which the initramfs resumes, or an empty string if it resumes from no device."""
     (image,) = Path("/boot").glob("initrd.img-*")
     must("rm", "-rf", "/run/initramfs-look")
     must("unmkinitramfs", str(image), "/run/initramfs-look")
@@ -1155,18 +1319,19 @@ SCENARIOS: Final[dict[str, Callable[[], None]]] = {
     "shutdown": shutdown,
     "sleep": sleep_,
     "hibernate": hibernate,
+    "package": package,
 }
 
 
 def lock_memory() -> None:
-    """Stay out of swap."""
+    """Lock the memory of this process."""
     if ctypes.CDLL(None).mlockall(3):
         print("this process could not lock its memory")
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Tell of what ends a scenario."""
+def _errors_reported() -> Iterator[None]:
+    """Report an exception that ends the scenario, with the state of the units and the kernel's log."""
     try:
         yield
     except Exception as error:
@@ -1178,12 +1343,12 @@ def _told() -> Iterator[None]:
 
 
 def main() -> None:
-    """Show the scenario that is named."""
+    """Run the scenario of the payload, and power off."""
     name = (PAYLOAD / "scenario").read_text().strip()
     lock_memory()
     kernel, version = os.uname().release, must("systemctl", "--version").splitlines()[0]
     report(kernel=kernel, systemd=version, uptime=time.clock_gettime(time.CLOCK_BOOTTIME))
-    with _told():
+    with _errors_reported():
         if name not in ("install", "broken", "late"):
             run("systemctl", "is-system-running", "--wait", limit=240)
         SCENARIOS[name]()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The virtual machine's parts: an emulator that works, and a disk with Debian and the wheels for it.
+"""The parts of the virtual machine: an emulator that works, and a disk with Debian and the wheels.
 
-    QEMU       this machine's, or Debian's backport of it     unpacked, never installed
-    rootfs     mmdebstrap: systemd, kernel, compilers         once; a folder
-    wheels     built in it with chroot, at this machine's speed: what pip would download or compile inside
-    disk       ext4 made from the folder; machines write to a layer over it
+    QEMU       the one of this machine, or a backport of Debian, which is unpacked and not installed
+    rootfs     a folder that mmdebstrap makes: systemd, kernel, compilers
+    wheels     the packages that pip would download or compile in the machine; they are built in the rootfs with chroot
+    disk       an ext4 image made from the rootfs; a machine gets a copy
 
-Everything is made once and kept in CACHE, under a name that changes with what it is made from. The archive is the one
-that this machine itself uses.
+Each part is made once and kept in CACHE, under a name that depends on its ingredients. The packages come from the Debian
+archive that this machine uses.
 """
 
 from __future__ import annotations
@@ -20,25 +20,32 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
+
+from kit.programs import PATH, find_program
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 CACHE: Final = Path(os.environ.get("ZBUDFS_VM_CACHE", "/var/tmp/zbudfs-test-vm"))
 SUITES: Final = {"trixie": "Debian 13", "bookworm": "Debian 12"}
 SUITE: Final = os.environ.get("ZBUDFS_VM_SUITE", "trixie")
-"""Which Debian it is."""
+"""The Debian of the virtual machine."""
 OLDEST_QEMU: Final = 8
-"""QEMU 7.2 (Debian 12) crashes this guest at random when it emulates: seen as general protection faults."""
+"""Oldest version of QEMU. The emulation of QEMU 7.2 (Debian 12) crashes the guest at random, with general protection faults."""
 
 PACKAGES: Final = (
     *("systemd", "systemd-sysv", "udev", "dbus", "util-linux", "mount", "kmod", "procps", "e2fsprogs", "iproute2"),
     *("fuse3", "python3", "python3-venv", "python3-dev", "python3-pip", "gcc", "libc6-dev", "make", "pkg-config"),
     *("libfuse3-dev", "stress-ng", "initramfs-tools", "zstd", "busybox", "linux-image-cloud-amd64"),
 )
+USER_PACKAGES: Final = (
+    *("systemd", "systemd-sysv", "udev", "dbus", "util-linux", "mount", "kmod", "procps", "e2fsprogs", "python3"),
+    *("initramfs-tools", "zstd", "busybox", "linux-image-cloud-amd64"),
+)
+"""Packages of a user's machine: no compiler, no pip, no library that zbudfs needs."""
 INITRD_MODULES: Final = "virtio_pci virtio_blk ext4"
-"""The root disk's drivers and nothing else: an initrd that starts quickly."""
+"""Modules of the initrd: only the drivers of the root disk, so that it starts quickly."""
 QEMU_PACKAGES: Final = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
 MASKED: Final = (
     *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer"),
@@ -48,9 +55,9 @@ RUN_NEEDS: Final = (
     *("pyfuse3", "trio", "zstandard", "cryptography", "cffi", "pycparser", "attrs", "idna", "outcome", "sniffio"),
     *("sortedcontainers", "setuptools"),
 )
-"""What zbudfs runs with, and is built with itself."""
+"""Packages that zbudfs needs to run and to be built."""
 BUILD_NEEDS: Final = ("setuptools>=78.1.1", "setuptools_scm>=8", "Cython", "wheel")
-"""What pyfuse3 is built with."""
+"""Packages that the build of pyfuse3 needs."""
 GUEST_UNIT: Final = """\
 [Unit]
 After=basic.target dbus.service
@@ -70,31 +77,30 @@ Environment=LC_ALL=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 [Install]
 WantedBy=multi-user.target
 """
-"""What runs a scenario. At the end of a machine it is one more program whose memory is in swap."""
+"""The unit that runs a scenario. At the shutdown it is one more program whose memory is in swap."""
 
 DISK_MIB: Final = 4096
 KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
 class VmError(Exception):
-    """The machine cannot be made; the text is for the user."""
+    """The virtual machine cannot be made. The text is for the user."""
 
 
 def why_not() -> str | None:
-    """Return why no virtual machine can be had here, with the remedy; None if one can."""
+    """Return why this machine cannot run a virtual machine, with the remedy; None if it can."""
     if os.geteuid() != 0:
         return "not root: run it with sudo"
     if SUITE not in SUITES:
-        return f"ZBUDFS_VM_SUITE is {SUITE!r}: it must be one of {', '.join(SUITES)}"
+        return f"ZBUDFS_VM_SUITE is {SUITE!r}: set it to one of {', '.join(SUITES)}"
     wanted = {"qemu-system-x86_64": "qemu-system-x86", "mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs"}
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    missing = [package for program, package in wanted.items() if shutil.which(program, path=path) is None]
-    return f"missing: apt-get install --no-install-recommends {' '.join(missing)}" if missing else None
+    missing = [package for program, package in wanted.items() if find_program(program) is None]
+    return f"programs are missing: apt-get install --no-install-recommends {' '.join(missing)}" if missing else None
 
 
 def run(*command: str | Path, log: Path | None = None, **more: str) -> str:
-    """Run a program and return what it prints. VmError, with its last words, when it fails."""
-    environment = {**os.environ, "LC_ALL": "C", "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin", **more}
+    """Run a program, and return its output. Raises VmError with its last lines."""
+    environment = {**os.environ, "LC_ALL": "C", "PATH": PATH, **more}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if log is not None:
         log.write_text(done.stdout + done.stderr)
@@ -105,22 +111,22 @@ def run(*command: str | Path, log: Path | None = None, **more: str) -> str:
 
 
 def archive() -> str:
-    """The Debian archive that this machine uses."""
+    """Return the URI of the Debian archive that this machine uses. Raises VmError."""
     found = run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages").split()
     for uri in sorted(set(found)):
         if "debian" in uri and "security" not in uri:
             return uri
-    raise VmError("no Debian archive among this machine's package sources")
+    raise VmError("the package sources of this machine have no Debian archive: add one")
 
 
 def key(*parts: object) -> str:
-    """A name for what is made from `parts`."""
+    """Return a name that depends on `parts`, the ingredients of a file."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
 def made(path: Path) -> Iterator[Path]:
-    """Have `path` made under another name first, so that it is whole whenever it is there."""
+    """Yield a temporary name, and rename it to `path` at the end, so that `path` is complete if it exists."""
     draft = path.with_name(f"{path.name}.draft-{os.getpid()}")
     try:
         yield draft
@@ -130,7 +136,7 @@ def made(path: Path) -> Iterator[Path]:
 
 
 def remove(tree: Path) -> None:
-    """Remove a file or folder, if it is there. Never what is mounted in it: an interrupted mmdebstrap leaves /proc there."""
+    """Remove a file or folder, if it exists. First unmount everything in it: an interrupted mmdebstrap leaves a /proc."""
     for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
         place = line.split()[1]
         if place.startswith(f"{tree}/"):
@@ -145,7 +151,7 @@ def remove(tree: Path) -> None:
 
 
 def qemu() -> list[str]:
-    """The command that starts an emulator which is new enough."""
+    """Return the command of an emulator that is new enough."""
     version = re.search(r"version (\d+)", run("qemu-system-x86_64", "--version"))
     if version and int(version[1]) >= OLDEST_QEMU:
         return ["qemu-system-x86_64"]
@@ -159,7 +165,7 @@ def qemu() -> list[str]:
 
 
 def _unpack_backport(tree: Path) -> None:
-    """Unpack QEMU from bookworm-backports; the machine's own package sources stay as they are."""
+    """Unpack QEMU from bookworm-backports. The package sources of this machine do not change."""
     apt = tree / "apt"
     for folder in ("lists/partial", "cache/archives/partial", "deb"):
         (apt / folder).mkdir(parents=True)
@@ -185,21 +191,21 @@ def _unpack_backport(tree: Path) -> None:
 # ---- the system ----------------------------------------------------------------------------------------------------
 
 
-def system() -> Path:
-    """The folder of a Debian that boots."""
-    tree = CACHE / f"{SUITE}-{key(PACKAGES, INITRD_MODULES, MASKED, GUEST_UNIT)}"
+def system(packages: Sequence[str] = PACKAGES) -> Path:
+    """Return the folder of a Debian that boots."""
+    tree = CACHE / f"{SUITE}-{key(packages, INITRD_MODULES, MASKED, GUEST_UNIT)}"
     if not tree.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         with made(tree) as draft:
-            _bootstrap(draft)
+            _bootstrap(draft, packages)
     return tree
 
 
-def _bootstrap(tree: Path) -> None:
+def _bootstrap(tree: Path, packages: Sequence[str]) -> None:
     sources = tree.with_name("sources.list")
     sources.write_text(f"deb [signed-by={KEYRING}] {archive()} {SUITE} main\n")
     run(
-        *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}"),
+        *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(packages)}"),
         *("--aptopt=APT::Install-Recommends false", "--aptopt=Acquire::Languages none"),
         *("--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/locale/*"),
         '--customize-hook=printf "MODULES=list\\nCOMPRESS=zstd\\n" > "$1/etc/initramfs-tools/conf.d/small"',
@@ -218,26 +224,26 @@ def _bootstrap(tree: Path) -> None:
     for unit in MASKED:
         (tree / "etc/systemd/system" / unit).symlink_to("/dev/null")
     for stamp in ("etc/.updated", "var/.updated"):
-        (tree / stamp).touch()  # nothing of what a system does when it was updated
+        (tree / stamp).touch()  # so that systemd does not run the services after an update
 
 
 # ---- the wheels ----------------------------------------------------------------------------------------------------
 
 
 def pinned(*names: str) -> list[str]:
-    """The lines of requirements-dev.txt for these packages."""
+    """Return the lines of requirements-dev.txt for these packages."""
     lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
     return [line for line in lines if line.partition("==")[0].lower() in names]
 
 
 def sources() -> list[str]:
-    """What of this project a machine gets: the files that git knows, as they are now."""
+    """Return the names of the source files for a machine: the files in git, and new files that git does not ignore."""
     listed = run("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
     return [name for name in listed if (ROOT / name).is_file()]
 
 
 def wheels() -> Path:
-    """The folder of the wheels that zbudfs needs in the system, pip's own needs included."""
+    """Return the folder of the wheels that zbudfs needs in the virtual machine, with all their dependencies."""
     wanted = pinned(*RUN_NEEDS)
     tree = system()
     folder = CACHE / f"wheels-{key(tree.name, wanted)}"
@@ -248,7 +254,7 @@ def wheels() -> Path:
 
 
 def _build(tree: Path, folder: Path, wanted: list[str]) -> None:
-    """Download here, for the system's Python, and build there without a network."""
+    """Download packages here, for the Python of the rootfs, and build the wheels in the rootfs without a network."""
     python = run("chroot", tree, "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
     inside = Path("var/tmp/wheels")
     work = tree / inside
@@ -285,9 +291,9 @@ def _build(tree: Path, folder: Path, wanted: list[str]) -> None:
 # ---- the disk ------------------------------------------------------------------------------------------------------
 
 
-def disk() -> Path:
-    """A folder with `root.img`, `vmlinuz` and `initrd`."""
-    tree = system()
+def disk(packages: Sequence[str] = PACKAGES) -> Path:
+    """Return a folder with `root.img`, `vmlinuz` and `initrd`."""
+    tree = system(packages)
     folder = CACHE / f"disk-{key(tree.name, DISK_MIB)}"
     if not folder.is_dir():
         with made(folder) as draft:
@@ -299,7 +305,7 @@ def disk() -> Path:
 
 
 def make_ext4(image: Path, tree: Path, size_mib: int) -> None:
-    """Make a file system of `size_mib` with what is in `tree`."""
+    """Make an ext4 image of `size_mib` MiB with the files of `tree`."""
     options = ["-E", "lazy_itable_init=1,lazy_journal_init=1", "-m", "0", "-d", str(tree)]
     run("mke2fs", "-q", "-F", "-t", "ext4", *options, image, f"{size_mib}M")
 

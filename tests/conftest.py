@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Needs are declared by tests, and nothing is left behind by them.
+"""Tests declare their needs, and leave nothing behind.
 
-    @pytest.mark.needs("root", "fuse")     skipped, with the reason, where the machine has not got that
+    @pytest.mark.needs("root", "fuse")     skipped, with the reason, where the machine lacks one of them
 
-A test that leaves a mount, loop device, swap, cgroup or daemon behind fails, and what it left is taken away.
+A test that leaves a mount, loop device, swap, cgroup or daemon behind fails, and this module removes the remains.
 
-`make test` runs two tests at a time (pytest-xdist). What one of them makes lies in its process's own folder, so they do
-not meet; but swap is the whole machine's, and the memory of a full cgroup goes to any that is on: tests that turn swap on or
-fill a cgroup are, with all of their files, one group, which has one process and therefore one at a time. (By the file, since
-the marks are not known to the process that deals the tests out.)
+`make test` runs two tests at a time (pytest-xdist). Each process has its own folder, so most tests do not meet. Swap is
+shared: the kernel may send the memory of a full cgroup to any swap of the machine. So all tests of the files that turn
+swap on or fill a cgroup run in one process, one at a time. The choice is by file, since the process that distributes
+the tests does not know their marks.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ from typing import Final
 import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
-from scripts.needs import NEEDS, why_not
+from kit.needs import NEEDS, why_not
 from tests.support import ROOT, RUN_VARIABLE, sweep
 
 WITH_SWAP: Final = re.compile(r'needs\([^)]*"(swap|cell)"')
-"""What a file says whose tests would meet others in the machine's swap."""
+"""The source of a file contains one of these if its tests use the swap of the machine."""
 MADE_ONCE: Final = ("test_install.py", "test_exporter.py", "test_crash_points.py")
-"""Files whose tests look at something dear that is made once for all of them, in each process that runs any."""
+"""Files whose tests share an expensive fixture, which each process makes once."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known; have temporary files on a disk: /tmp is often memory, which cannot do all that a disk can."""
+    """Register the marker, and put temporary files on a disk, since /tmp is often memory, which cannot do as much."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/var/tmp")
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as shells have it for what runs behind them: tests press Ctrl-C
+    # A shell lets its background processes ignore SIGINT, but tests press Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line(
+        "markers", "race(*numbers): the races of docs/understand/concurrency.md that the test shows"
+    )
     config.addinivalue_line("markers", f"needs(*names): what of {', '.join(NEEDS)} the machine must have")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    """Deal the tests out: one by one, but for those that have to be in one process."""
+    """Distribute the tests one by one, except for those that must run in one process."""
     return InGroups(config, log)
 
 
@@ -61,7 +63,7 @@ class InGroups(LoadScopeScheduling):  # type: ignore[misc]
 
 @functools.cache
 def shares_swap(file: str) -> bool:
-    """Whether a file of tests, named from the project's folder, has one that uses swap or fills a cgroup."""
+    """Return whether a file of tests, named from the project's folder, has a test that uses swap or fills a cgroup."""
     return WITH_SWAP.search((ROOT / file).read_text()) is not None
 
 
@@ -75,7 +77,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that holds everything this run makes; its name marks every process that is started."""
+    """Return the folder that holds all files of this run. Its name marks each process that the run starts."""
     folder = tmp_path_factory.getbasetemp().resolve()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(RUN_VARIABLE, str(folder))
@@ -84,7 +86,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_process_a_signal() -> Iterator[None]:
-    """Refuse kill(0): a `standby_pid` of 0 means that there is none, and the signal would reach the whole test run."""
+    """Refuse kill(0). A `standby_pid` of 0 means that no standby exists. A signal to process 0 reaches the whole test run."""
     kill = os.kill
 
     def guarded(pid: int, number: int) -> None:
@@ -98,7 +100,7 @@ def one_process_a_signal() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(run_folder: Path, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test with needs that leaves something on the machine, and clean up after it."""
+    """Fail a test with needs if it leaves something on the machine, and clean up."""
     yield
     if request.node.get_closest_marker("needs") and (left := sweep(run_folder)):
         pytest.fail(f"left behind: {', '.join(left)}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What tests of the whole thing share: the command, waiting with a limit, and what is left on the machine.
+"""Helpers that tests share: run the command, wait with a limit, and find what a test left on the machine.
 
-Everything that a test makes lies under pytest's temporary directory or carries this process's id, so what a test left
-behind can be told from what somebody else runs on the same machine, and only the former is ever touched.
+A test works below pytest's temporary directory, or marks its things with the id of this process. So the clean-up finds
+the things of this run, and touches no others on the same machine.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from scripts.cell import PREFIX, CellError, find_tree
+from kit.cell import PREFIX, CellError, find_tree
 from zbudfs.service.mountpoint import MountError, unmount, zbudfs_mounts
 from zbudfs.swap.loop import SwapError, loop_devices, run_tool, swaps
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 LIMIT_SECONDS: Final = 60.0
-"""Longest wait for anything. A failure, not a measurement: no test passes or fails by the clock otherwise."""
+"""The longest wait for any event. Its end is a failure: apart from this, no test depends on the clock."""
 RUN_VARIABLE: Final = "ZBUDFS_TEST_RUN"
-"""Environment variable that marks every process that a test run has started, daemons as well."""
+"""The environment variable that marks each process that a test run has started, daemons included."""
 PACKING: Final = os.environ.get("ZBUDFS_TEST_PACKING", "zbud")
-"""Packing of a mount for which the test says none."""
+"""The packing of each mount for which a test names none."""
 
 
 def run_zbudfs(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -45,7 +45,7 @@ def zbudfs(*arguments: str | Path, cwd: Path | None = None) -> str:
 
 
 def printed_by(module: str, *arguments: str) -> dict[str, Any]:
-    """Run a module of tests as a program, which must succeed; return the JSON object that it printed."""
+    """Run a module of tests as a program, which must succeed, and return the JSON object that it prints."""
     command = [sys.executable, "-m", module, *arguments]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * LIMIT_SECONDS, cwd=ROOT, check=True)
     found = json.loads(run.stdout)
@@ -62,9 +62,9 @@ def status_of(mountpoint: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def mounted(mountpoint: Path, *options: str | Path, writers: int = 1) -> Iterator[Path]:
-    """Have a zbudfs of 64 MiB with a pool of 16 MiB and no backing file, or as `options` say, for a while.
+    """Mount a zbudfs for the block: 64 MiB, a pool of 16 MiB, no backing file, unless `options` say otherwise.
 
-    `writers` is how many files may have its swapfile open for writing at the same moment.
+    `writers` is the number of files that may have its swapfile open for writing at the same moment.
     """
     mountpoint.mkdir(exist_ok=True)
     zbudfs("mount", "--size", "64M", "--pool", "16M", "--packing", PACKING, "--backing", "none", *options, mountpoint)
@@ -78,12 +78,12 @@ def mounted(mountpoint: Path, *options: str | Path, writers: int = 1) -> Iterato
 
 
 def is_mounted(mountpoint: Path) -> bool:
-    """Whether a zbudfs is mounted there, alive or dead."""
+    """Return whether a zbudfs is mounted there, alive or dead."""
     return any(mount.mountpoint == str(mountpoint) for mount in zbudfs_mounts())
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait until `condition` holds; fail the test when it does not within `LIMIT_SECONDS`."""
+    """Wait until `condition` holds. Fail the test if it does not hold within `LIMIT_SECONDS`."""
     end = time.monotonic() + LIMIT_SECONDS
     while not condition():
         assert time.monotonic() < end, f"waited {LIMIT_SECONDS:g} s for {what}"
@@ -91,18 +91,63 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and has not ended; one that nobody has waited for has ended."""
+    """Return whether a process exists and has not ended. A zombie has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def sweep(folder: Path) -> list[str]:
-    """Take away what tests left behind, and return what that was.
+def stop(pid: int) -> None:
+    """Stop a process with SIGSTOP, and wait until each of its threads has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(_state(task) == "T" for task in Path(f"/proc/{pid}/task").iterdir()), "the stop")
 
-    Swap, loop devices and mounts count if their path lies below `folder`; cgroups if they carry the id of this
-    process; daemons if they were started with `folder` in the environment.
+
+@contextlib.contextmanager
+def stopped(mountpoint: Path) -> Iterator[None]:
+    """Stop all processes of a mount for the block, so that none serves it."""
+    wait_until(lambda: status_of(mountpoint)["standby_ready"] is True, "the standby")
+    status = status_of(mountpoint)
+    pids = [status[name] for name in ("keeper_pid", "standby_pid", "worker_pid")]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _state(task: Path) -> str:
+    """Return the state of a task, one letter, as in /proc/PID/stat."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def detach(device: str) -> None:
+    """Detach a loop device. The kernel does that when the last program closes the device, so wait for it."""
+    run_tool(["losetup", "--detach", device], limit_seconds=LIMIT_SECONDS)
+    try:
+        wait_until(lambda: all(loop.path != device for loop in loop_devices()), f"the end of {device}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}, open in {_users_of(device)}") from None
+
+
+def _users_of(device: str) -> str:
+    """Return the processes that have a device open, by name and id, for a message."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(fd.is_symlink() and str(fd.readlink()) == device for fd in (entry / "fd").iterdir()):
+                found.append(f"{(entry / 'comm').read_text().strip()} ({entry.name})")
+    return ", ".join(found) or "no process"
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove what tests left behind, and return a list of it.
+
+    Swap, loop devices and mounts count if their path is below `folder`. Cgroups count if their names have the id of
+    this process. Daemons count if `folder` is in their environment.
     """
     inside = f"{folder}/"
     found = []
@@ -113,16 +158,16 @@ def sweep(folder: Path) -> list[str]:
             found.append(f"swap on {loop.path}")
             with contextlib.suppress(SwapError):
                 run_tool(["swapoff", loop.path], limit_seconds=LIMIT_SECONDS)
-        found.append(f"loop device {loop.path} ({loop.backing_file})")
-        with contextlib.suppress(SwapError):
-            run_tool(["losetup", "--detach", loop.path], limit_seconds=LIMIT_SECONDS)
+        found.append(f"loop device {loop.path} ({loop.backing_file}), open in {_users_of(loop.path)}")
+        with contextlib.suppress(SwapError, AssertionError):
+            detach(loop.path)
     for mount in zbudfs_mounts():
         if mount.mountpoint.startswith(inside):
             found.append(f"mount on {mount.mountpoint}")
             with contextlib.suppress(MountError):
                 unmount(mount.mountpoint, lazy=True)
     for pid in _daemons(folder):
-        # One that was just told to end, or lost its mount above, may be on its way.
+        # One that has just got the order to end, or lost its mount above, may be about to end.
         with contextlib.suppress(AssertionError):
             wait_until(lambda pid=pid: not is_running(pid), "a daemon's end")  # type: ignore[misc]
             continue
@@ -138,7 +183,7 @@ def sweep(folder: Path) -> list[str]:
 
 
 def _daemons(folder: Path) -> list[int]:
-    """Return the processes called zbudfs that were started in this test run."""
+    """Return the processes called zbudfs that this test run started."""
     mark = f"{RUN_VARIABLE}={folder}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m zbudfs` is the command `zbudfs`."""
+"""The module that makes `python -m zbudfs` the command `zbudfs`."""
 
 from zbudfs.cli.entry import main
 

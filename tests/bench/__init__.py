@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Tests of the measurements: that each still works, and that what it tells is worked out rightly. Not how fast anything is."""
+"""Tests of the measurements: each one works, and its figures are computed correctly. They test no speed."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Each measurement in its short form, as a user would start it: every row that is promised comes, with real figures."""
+"""Each measurement in its short form, started as a user starts it, has each promised row, with real figures."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench.fio import SHORT_JOBS
 from bench.store import PARTS
 from bench.strangers import ATTACKS, ON_TMPFS, ON_ZBUDFS
 from bench.targets import why_not
+from kit import needs
 from tests.fuse.calls import require_tools
 from tests.support import LIMIT_SECONDS, ROOT
 
@@ -26,7 +27,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def short(folder: Path, name: str, *options: str) -> list[dict[str, Any]]:
-    """Run one measurement and return its tables."""
+    """Run one measurement, and return its tables."""
     run = bench(name, "--short", "--json", "--dir", str(folder), *options)
     assert run.returncode == 0, run.stderr
     results = json.loads(run.stdout)
@@ -37,7 +38,7 @@ def short(folder: Path, name: str, *options: str) -> list[dict[str, Any]]:
 
 
 def figures(table: dict[str, Any], row: str, *columns: str) -> list[float]:
-    """The values of one row of one round; all of them must be there and more than nothing."""
+    """Return the values of one row of one round. Each must exist and be above zero."""
     (sample,) = table["rows"][row]
     found = [sample[column] for column in columns]
     assert all(value is not None and value > 0 for value in found), f"{row}: {sample}"
@@ -46,7 +47,7 @@ def figures(table: dict[str, Any], row: str, *columns: str) -> list[float]:
 
 @pytest.mark.needs("root", "fuse", "loop", "swap", "cell")
 def test_storm(tmp_path: Path) -> None:
-    """With room in RAM nothing is written; with a pool of a quarter it is, in fewer bytes than pages swapped out."""
+    """With room in RAM nothing is written. With a pool of a quarter, fewer bytes are written than were swapped out."""
     speeds = ("fill_mib_s", "scan_mib_s", "random_s", "random_p50_us", "random_p99_us")
     in_ram, on_disk = short(tmp_path, "storm")
     for name in ("floor-zstd", "zbudfs"):
@@ -57,9 +58,22 @@ def test_storm(tmp_path: Path) -> None:
     assert in_ram["rows"]["zbudfs"][0]["written_mib"] == 0
 
 
+@pytest.mark.needs("root", "fuse", "loop", "swap", "cell")
+def test_real(tmp_path: Path) -> None:
+    """A program with much of its memory on swap finds every value, on the machine's disk and on a slow one."""
+    for table in short(tmp_path, "real"):
+        if table["notes"]:
+            assert table["notes"] == [f"Skipped: {needs.why_not('nbd')}."]
+            continue
+        seconds, base, speed = figures(table, "python", "zbudfs", "swapfile", "zbudfs_speed")
+        assert speed == pytest.approx(base / seconds)
+        figures(table, "python", "zbudfs_written_mib", "swapfile_written_mib")
+        assert figures(table, "python", "compression")[0] > 2
+
+
 @pytest.mark.needs("root", "fuse")
 def test_strangers(tmp_path: Path) -> None:
-    """Each attack goes round, on a tmpfs and on the mount, and pages are read meanwhile."""
+    """Each attack runs, on a tmpfs and on the mount, and pages are read meanwhile."""
     require_tools("gcc")
     tables = short(tmp_path, "strangers")
     assert len(tables) == len(ATTACKS)
@@ -70,7 +84,7 @@ def test_strangers(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_fio(tmp_path: Path) -> None:
-    """Both servers answer, small requests and large ones."""
+    """Both servers answer small requests and large ones."""
     require_tools("fio")
     (table,) = short(tmp_path, "fio")
     assert list(table["rows"]) == list(SHORT_JOBS)
@@ -82,12 +96,12 @@ def test_fio(tmp_path: Path) -> None:
 
 
 def test_store(tmp_path: Path) -> None:
-    """Every path is there; the parts and the rest make up the whole."""
-    (table, dense) = short(tmp_path, "store", "--packings", "zbud,dense")
+    """The table has each path, and the parts and the rest add up to the whole."""
+    table, dense, from_disk = short(tmp_path, "store", "--packings", "zbud,dense")
     assert list(dense["rows"]) == list(table["rows"])
     paths = [
         *("same-filled", "discard of same-filled pages", "write", "overwrite", "read 4 KiB", "read 32 KiB", "discard"),
-        *("writeback, the file grows", "writeback", "page-in 32 KiB", "page-in 4 KiB"),
+        *("writeback, the file grows", "writeback", "page-in 32 KiB, threads", "page-in 4 KiB, threads"),
     ]
     assert list(table["rows"]) == paths
     for path in paths:
@@ -100,14 +114,17 @@ def test_store(tmp_path: Path) -> None:
         ("write", "codec"),
         ("overwrite", "allocator"),
         ("writeback", "disk"),
-        ("page-in 4 KiB", "disk"),
+        ("page-in 4 KiB, threads", "disk"),
     ):
         figures(table, path, f"{part}_us")
+    for depth in ("depth 1", "depth 16"):
+        store, disk, times = figures(from_disk, depth, "store_us", "disk_us", "times")
+        assert times == pytest.approx(store / disk)
 
 
 @pytest.mark.needs("root", "fuse")
 def test_memory(tmp_path: Path) -> None:
-    """Three processes make up the whole, and a pool that is filled has frames."""
+    """The three processes add up to the whole, and a full pool has frames."""
     empty, full = short(tmp_path, "memory")
     whole, *parts = figures(empty, "32 MiB device", "pss_mib", "keeper_mib", "worker_mib", "standby_mib")
     assert whole == pytest.approx(sum(parts))
@@ -116,7 +133,7 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_size(tmp_path: Path) -> None:
-    """A row for each size, filled to the same part."""
+    """The table has a row for each size, filled to the same part."""
     (table,) = short(tmp_path, "size")
     assert list(table["rows"]) == ["16 MiB", "64 MiB"]
     stored = [figures(table, row, "stored_mib", "read_us", "overwrite_us", "discard_us")[0] for row in table["rows"]]
@@ -124,7 +141,7 @@ def test_size(tmp_path: Path) -> None:
 
 
 def test_packing(tmp_path: Path) -> None:
-    """On the memory of a real program: dense packs at least 3.5 pages to a frame, also after twice as many overwrites."""
+    """On the memory of a real program, dense packs at least 3.5 pages to a frame, also after many overwrites."""
     (table,) = short(tmp_path, "packing")
     assert list(table["rows"]) == ["zbud", "dense:7"]
     filled, churned, written = figures(table, "zbud", "filled", "churned", "written")
@@ -138,7 +155,7 @@ def test_packing(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_recovery(tmp_path: Path) -> None:
-    """All that was stored is there afterwards, alone and in a mount."""
+    """All stored pages are there after the recovery, in a store alone and in a mount."""
     tables = list(short(tmp_path, "recovery"))
     assert tables
     for table in tables:
@@ -146,11 +163,11 @@ def test_recovery(tmp_path: Path) -> None:
         assert pages == 2048
 
 
-def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
-    """A name that does not exist, no rounds, and a file that holds no results."""
+def test_wrong_arguments(tmp_path: Path) -> None:
+    """An unknown name, zero rounds and a file without results are errors."""
     assert bench("speed").returncode == 2
     assert bench("store", "--rounds", "0").returncode == 2
     (tmp_path / "results").write_text("{}")
     run = bench("show", str(tmp_path / "results"))
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
-    assert "is not what --json prints" in run.stderr
+    assert "is not a file of results" in run.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables: medians, ratios, ranges, and their way through JSON into a document."""
+"""Tables have medians, ratios and ranges, and go through JSON into a document."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from bench.document import rewrite
-from bench.kit import BenchError, in_turns
+from bench.kit import in_turns
 from bench.table import Column, Table, shown
+from kit.programs import KitError
 
 
 @pytest.fixture
 def table() -> Table:
-    """Three rounds of two rows."""
+    """Return a table with three rounds of two rows."""
     made = Table("Speed", [Column("speed", "MiB/s"), Column("size", "MiB", ratio=False), Column("odd", "odd")], "slow")
     for slow, fast in ((100.0, 150.0), (90.0, 210.0), (300.0, 200.0)):
         made.add("slow", {"speed": slow, "size": 7.0, "odd": None})
@@ -25,7 +26,7 @@ def table() -> Table:
 
 
 def test_a_cell_is_the_median_its_ratio_and_the_range(table: Table) -> None:
-    """The ratio is that of the medians; a column whose ratio means nothing has none, nor has one without values."""
+    """A ratio is that of the medians. A column whose ratio means nothing has none, nor has one without values."""
     speed, size, odd = table.columns
     assert table.cell("fast", speed) == "200 (2.00 x) 150..210"
     assert table.cell("slow", speed) == "100 (1.00 x) 90..300"
@@ -34,14 +35,14 @@ def test_a_cell_is_the_median_its_ratio_and_the_range(table: Table) -> None:
 
 
 def test_numbers_have_three_digits() -> None:
-    """As many digits as can be meant."""
+    """Numbers have as many digits as are significant."""
     assert [shown(value) for value in (0.1234, 1.234, 12.34, 123.4, 12345.6, 7.0)] == [
         *("0.12", "1.23", "12.3", "123", "12,346", "7"),
     ]
 
 
-def test_what_is_kept_is_what_was_measured(table: Table) -> None:
-    """JSON has every value of every round."""
+def test_json_keeps_each_value(table: Table) -> None:
+    """JSON has each value of each round."""
     again = Table.of_object(json.loads(json.dumps(table.as_object())))
     assert again == table
     assert again.as_text() == table.as_text()
@@ -49,12 +50,12 @@ def test_what_is_kept_is_what_was_measured(table: Table) -> None:
 
 
 def test_rounds_take_turns() -> None:
-    """Everybody is once first, so that nobody always comes after the same one."""
+    """Each row is first once, so that no row always comes after the same one."""
     assert list(in_turns(["a", "b", "c"], 2)) == [(0, "a"), (0, "b"), (0, "c"), (1, "b"), (1, "c"), (1, "a")]
 
 
 def test_the_document_keeps_what_people_wrote(table: Table, tmp_path: Path) -> None:
-    """Only what stands between the markers of a measurement is replaced; twice is the same as once."""
+    """Only the text between the markers of a measurement is replaced, and a second time changes nothing."""
     page = tmp_path / "page.md"
     page.write_text(
         "# Page\n\n<!-- bench: machine -->\nold\n<!-- bench end -->\n\nWords.\n\n"
@@ -72,8 +73,8 @@ def test_the_document_keeps_what_people_wrote(table: Table, tmp_path: Path) -> N
 
 
 def test_a_table_without_a_place_is_an_error(table: Table, tmp_path: Path) -> None:
-    """Rather than lost."""
+    """A table without a place in the document is an error, and is not dropped silently."""
     page = tmp_path / "page.md"
     page.write_text("<!-- bench: machine -->\n<!-- bench end -->\n")
-    with pytest.raises(BenchError, match="no place for storm"):
+    with pytest.raises(KitError, match="no place for storm"):
         rewrite("A machine.", {"storm": [table]}, page)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Workers are killed at random moments while programs live on the swap they serve: no byte may be wrong."""
+"""A short kill campaign: workers are killed at random moments while programs use their swap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KILLS = 6
 
 @pytest.mark.parametrize(("packing", "pool"), [("zbud", "16M"), ("dense", "8M")])
 def test_no_byte_is_wrong(packing: str, pool: str) -> None:
-    """A short campaign: every kill is followed by a takeover, every byte is right, nothing fails and nobody hangs."""
+    """Each kill is followed by a takeover, every byte is right, nothing fails and no process hangs."""
     report = run(kills=KILLS, mib=96, limit=32, pool=pool, seed=2, packing=packing)
     assert sound(report), json.dumps(report)
     assert report["kills"] >= KILLS
@@ -27,8 +27,8 @@ def test_no_byte_is_wrong(packing: str, pool: str) -> None:
 @pytest.mark.parametrize(
     "name", ["bad", "failed_storms", "lost_pages", "probe_errors", "kernel_errors", "recoveries", "kills"]
 )
-def test_what_is_not_sound(name: str) -> None:
-    """A single wrong byte, failed program, lost page or error condemns a campaign, as do a missing takeover and no kill."""
+def test_unsound_results(name: str) -> None:
+    """A wrong byte, a failed program, a lost page, an error, a missing takeover or no kill fails a campaign."""
     report = dict.fromkeys(("bad", "failed_storms", "lost_pages", "probe_errors", "kernel_errors"), 0)
     report |= {"recoveries": KILLS, "kills": KILLS}
     assert sound(report)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Two commands on one mountpoint: one waits for the other, whatever the two are, and nothing is mixed."""
+"""Two commands on one mountpoint: one waits for the other, for each pair of commands, and nothing is mixed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, zbudfs
 from zbudfs.cli.alone import alone
-from zbudfs.cli.target import CommandError
+from zbudfs.cli.errors import CommandError
 from zbudfs.service.launch import LaunchError, start
 from zbudfs.service.locks import COMMANDS, LockHeld, MountpointLock, coming_up
 from zbudfs.service.mountpoint import MountError
@@ -36,7 +36,7 @@ def started(*words: str | Path) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a command; return its exit status and what it said on stderr."""
+    """Wait for a command, and return its exit status and its stderr."""
     try:
         _, err = process.communicate(timeout=2 * LIMIT_SECONDS)
     finally:
@@ -45,13 +45,13 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def locks_left(mountpoint: Path) -> list[str]:
-    """Return the files of locks on a mountpoint."""
+    """Return the lock files of a mountpoint."""
     return [str(path) for path in Path(RUN_FOLDER).glob(".*/*") if path.name == Path(path_of(str(mountpoint))).name]
 
 
 @pytest.mark.parametrize("command", ["mount", "umount", "swapon", "swapoff", "restart"])
 def test_every_command_takes_the_lock(command: str, tmp_path: Path) -> None:
-    """It waits until the lock is free, tells for whom, and then does or refuses what it was asked for."""
+    """Each command waits until the lock is free, says whom it waits for, and then acts or refuses."""
     place = tmp_path / "not there"
     with alone("made-up", str(place)):
         process = started("zbudfs", command, place)
@@ -70,11 +70,12 @@ def test_every_command_takes_the_lock(command: str, tmp_path: Path) -> None:
 
 
 def test_a_wait_has_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A command that waits in vain says who is at work and what to do."""
+    """A command that waits in vain says which command is at work, and what to do."""
     with (
         alone("swapoff", str(tmp_path)),
         pytest.raises(
-            CommandError, match=rf"another zbudfs command \(swapoff, pid {os.getpid()}\) works on .*: run this again"
+            CommandError,
+            match=rf"another zbudfs command \(swapoff, pid {os.getpid()}\) works on .*: run this command again",
         ),
         alone("swapon", str(tmp_path), 0.1),
     ):
@@ -90,7 +91,7 @@ def test_a_wait_has_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [("", "/1", True), ("/1", "", True), ("/1", "/1", True), ("/1", "/2", False), ("/99", "", False), ("", "x", False)],
 )
 def test_instances_and_the_whole(first: str, second: str, meet: bool, tmp_path: Path) -> None:
-    """A command on all instances keeps those on one of them off, and the other way round; two instances do not meet."""
+    """A command on all instances excludes those on one of them, and the reverse. Two instances do not exclude each other."""
     with alone("first", f"{tmp_path}/z{first}"), contextlib.ExitStack() as stack:
         if meet:
             with pytest.raises(CommandError, match="first, pid"):
@@ -100,7 +101,7 @@ def test_instances_and_the_whole(first: str, second: str, meet: bool, tmp_path: 
 
 
 def test_a_killed_holder_and_the_program_it_started(tmp_path: Path) -> None:
-    """The lock is free when both have ended, not before: what the dead command began is still going on."""
+    """The lock is free when both have ended, and not before, since the program of the dead command still works."""
     code = (
         "import sys; from zbudfs.cli.alone import alone; from zbudfs.swap.loop import run_tool\n"
         "with alone('swapon', sys.argv[1]): print('has it', flush=True); run_tool(['sleep', '60'], limit_seconds=None)"
@@ -125,7 +126,7 @@ def test_a_killed_holder_and_the_program_it_started(tmp_path: Path) -> None:
 
 
 def test_two_daemons_that_come_up(tmp_path: Path) -> None:
-    """The second is refused, whoever starts it."""
+    """The second daemon is refused, whichever command starts it."""
     place = tmp_path / "mnt"
     place.mkdir()
     with coming_up(str(place)):
@@ -133,7 +134,7 @@ def test_two_daemons_that_come_up(tmp_path: Path) -> None:
             pass
         with pytest.raises(LaunchError, match="is being mounted"):
             start(Settings(mountpoint=str(place), size_bytes=4 << 20, pool_bytes=1 << 20, backing=None))
-        with pytest.raises(CommandError, match="a daemon that comes up"), alone("mount", str(place), 0.1):
+        with pytest.raises(CommandError, match="a daemon that starts up"), alone("mount", str(place), 0.1):
             pass
     assert not is_mounted(place)
     with coming_up(str(place)):
@@ -142,7 +143,7 @@ def test_two_daemons_that_come_up(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    """A directory to mount on, with nothing on it afterwards."""
+    """Return a directory to mount on. Nothing is mounted there afterwards."""
     folder = tmp_path / "mnt"
     folder.mkdir()
     yield folder
@@ -151,7 +152,7 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
 
 
 def state_of(mountpoint: Path) -> tuple[int, int, int]:
-    """Return how many mounts, loop devices and swaps there are."""
+    """Return the number of mounts, loop devices and swaps."""
     mounts = sum(f" {mountpoint} " in line for line in Path("/proc/self/mountinfo").read_text().splitlines())
     loops = [loop.path for loop in loop_devices() if loop.backing_file == f"{mountpoint}/swapfile"]
     return mounts, len(loops), len([swap for swap in swaps() if swap.path in loops])
@@ -169,7 +170,7 @@ def state_of(mountpoint: Path) -> tuple[int, int, int]:
     ],
 )
 def test_a_race(before: str, first: str, second: str, possible: set[tuple[int, int, int]], mountpoint: Path) -> None:
-    """Both at the same moment: what is there afterwards is what one after the other makes, and who lost says why."""
+    """Two commands at once leave the same state as one after the other, and the one that fails gives the reason."""
     if before:
         zbudfs("mount", *OPTIONS, mountpoint)
     if before == "swap":
@@ -191,7 +192,7 @@ def test_a_race(before: str, first: str, second: str, possible: set[tuple[int, i
 
 
 def test_swapon_that_is_killed(mountpoint: Path) -> None:
-    """At any moment: the next swapon takes over what the dead one left, and all of it is there once."""
+    """The next swapon takes over the remains of one that was killed at any moment, and each thing is there once."""
     for step in range(8):
         first = started("zbudfs", "swapon", *OPTIONS, mountpoint)
         time.sleep(0.15 + 0.08 * step)

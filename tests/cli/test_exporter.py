@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The exporter: what it gives keeps to Prometheus's conventions, over HTTP and as a file, whatever the mounts do."""
+"""The exporter keeps Prometheus's conventions, over HTTP and as a file, in any state of the mounts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ import pytest
 from tests.fuse.calls import aligned, all_stats, opened, stat_of
 from tests.support import LIMIT_SECONDS, ROOT, mounted, run_zbudfs, wait_until, zbudfs
 from zbudfs.cli import exporter
-from zbudfs.cli.exporter import Asker, Collector, listen_address
+from zbudfs.cli.exporter import Asker, Collector
+from zbudfs.cli.installation import Installation
 from zbudfs.cli.metrics import HISTOGRAMS, METRICS, PREFIX, buckets
+from zbudfs.cli.values import listen_address
 
 DASHBOARD: Final = ROOT / "docs/grafana-dashboard.json"
 _SAMPLE: Final = re.compile(r"([a-z_:][a-z0-9_:]*)(?:\{(.*)\})? (\S+)")
@@ -31,7 +33,7 @@ _LABEL: Final = re.compile(r'([a-z_]+)="((?:[^"\\]|\\.)*)"')
 
 
 def exposed(*mountpoints: Path, folder: Path) -> str:
-    """Return what the command writes for these mounts."""
+    """Return the output of the command for these mounts."""
     target = folder / "zbudfs.prom"
     zbudfs("exporter", "--textfile", target, *mountpoints)
     return target.read_text()
@@ -57,7 +59,7 @@ def types(text: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What is exposed for two mounts, one of them with a backing file and something written back."""
+    """Return the metrics of two mounts. One of them has a backing file with pages."""
     folder = tmp_path_factory.mktemp("exporter").resolve()
     with (
         mounted(folder / "one", "--backing", folder / "backing") as one,
@@ -73,7 +75,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.needs("root", "fuse")
 def test_names_and_units_keep_to_the_conventions(text: str) -> None:
-    """One prefix, base units as suffixes, _total for counters and for nothing else, help for all."""
+    """Names have one prefix, base units as suffixes, _total for counters alone, and each metric has help."""
     found = types(text)
     assert len(found) == len(METRICS) + len(HISTOGRAMS) + 2
     helps = dict(re.findall(r"^# HELP (\S+) (.+)$", text, re.MULTILINE))
@@ -91,7 +93,7 @@ def test_names_and_units_keep_to_the_conventions(text: str) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_promtool_finds_nothing(text: str) -> None:
-    """The tool of Prometheus itself."""
+    """Prometheus's own tool finds no mistake."""
     if shutil.which("promtool") is None:
         pytest.skip("no promtool (apt-get install prometheus)")
     run = subprocess.run(
@@ -102,7 +104,7 @@ def test_promtool_finds_nothing(text: str) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_the_numbers_are_those_of_the_mount(text: str) -> None:
-    """A page written, written back and read back is seen as such; the histogram adds up."""
+    """The metrics show a page that was written, written back and read back, and the histogram adds up."""
     found = samples(text)
     one = next(dict(labels)["mountpoint"] for name, labels in found if name == "zbudfs_up" and "one" in str(labels))
 
@@ -130,7 +132,7 @@ def test_the_numbers_are_those_of_the_mount(text: str) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_the_dashboard_uses_what_there_is(text: str) -> None:
-    """Each name and each label value in an expression of the dashboard exists in what is exposed."""
+    """Each name and each label value in the dashboard exists in the metrics."""
     dashboard = json.loads(DASHBOARD.read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     expressions += [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
@@ -148,7 +150,7 @@ def test_the_dashboard_uses_what_there_is(text: str) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_over_http(tmp_path: Path) -> None:
-    """Scrapes are answered until SIGTERM; a mount that goes away is not there any more, and one that is dead is down."""
+    """Scrapes are answered until SIGTERM. An unmounted zbudfs disappears, and a dead one is down."""
     with mounted(tmp_path / "mnt") as mountpoint:
         command = [sys.executable, "-m", "zbudfs", "exporter", "--listen", "127.0.0.1:0"]
         command += [str(mountpoint), str(tmp_path / "none")]
@@ -178,7 +180,7 @@ def test_over_http(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_a_file_again_and_again(tmp_path: Path) -> None:
-    """It is whole whenever it is looked at, and readable by everybody; SIGTERM ends it."""
+    """The file is whole at each moment, and all users can read it. SIGTERM ends the command."""
     target = tmp_path / "zbudfs.prom"
     with mounted(tmp_path / "mnt") as mountpoint:
         command = [sys.executable, "-m", "zbudfs", "exporter", "--textfile", str(target), "--interval", "0.1"]
@@ -198,11 +200,11 @@ def test_a_file_again_and_again(tmp_path: Path) -> None:
 
 
 def test_a_mount_that_hangs_is_down_and_asked_once(tmp_path: Path) -> None:
-    """Within the limit the others are there; while it hangs nobody asks again."""
+    """The other mounts answer within the limit, and the hung one gets no second question meanwhile."""
     for name in ("good", "hanging"):
         (tmp_path / name / "stats").mkdir(parents=True)
     (tmp_path / "good/stats/all.json").write_text('{"stored_pages": 1}')
-    os.mkfifo(tmp_path / "hanging/stats/all.json")  # opening it waits for a writer
+    os.mkfifo(tmp_path / "hanging/stats/all.json")  # the open waits for a writer
     asker = Asker(limit_seconds=0.2)
     before = threading.active_count()
     both = [str(tmp_path / "good"), str(tmp_path / "hanging")]
@@ -210,12 +212,12 @@ def test_a_mount_that_hangs_is_down_and_asked_once(tmp_path: Path) -> None:
         answers = asker.ask(both)
         assert answers == {both[0]: {"stored_pages": 1}, both[1]: None}
     assert threading.active_count() == before + 1
-    (tmp_path / "hanging/stats/all.json").write_text('{"stored_pages": 2}')  # it answers at last
+    (tmp_path / "hanging/stats/all.json").write_text('{"stored_pages": 2}')  # it answers now
     wait_until(lambda: threading.active_count() == before, "the thread's end")
 
 
 def test_two_scrapes_at_once_share_one_answer(tmp_path: Path) -> None:
-    """Whoever asks while another is waiting gets what that one gets."""
+    """A scrape that comes while another one waits gets the same answer."""
     (tmp_path / "slow/stats").mkdir(parents=True)
     fifo = tmp_path / "slow/stats/all.json"
     os.mkfifo(fifo)
@@ -228,7 +230,7 @@ def test_two_scrapes_at_once_share_one_answer(tmp_path: Path) -> None:
         wait_until(lambda: is_joining(thread), "a thread that waits for the answer")
 
     start()
-    with opened(fifo, os.O_WRONLY) as fd:  # when the question has opened it
+    with opened(fifo, os.O_WRONLY) as fd:  # after the question has opened it
         start()
         os.write(fd, b'{"stored_pages": 7}')
     wait_until(lambda: len(answers) == 2, "both answers")
@@ -236,7 +238,7 @@ def test_two_scrapes_at_once_share_one_answer(tmp_path: Path) -> None:
 
 
 def test_a_mount_is_asked_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever scrapes, an answer that is fresh is given again."""
+    """All scrapes within a second get the same answer."""
     (tmp_path / "stats").mkdir()
     numbers = tmp_path / "stats/all.json"
     asker = Asker(limit_seconds=LIMIT_SECONDS)
@@ -252,7 +254,7 @@ def test_a_mount_is_asked_once_a_second(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_clients_that_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They get a bounded number of threads, for a bounded time; then others are answered again."""
+    """Idle clients get a limited number of threads for a limited time. Then others are answered again."""
     monkeypatch.setattr(exporter._Handler, "timeout", 2.0)
     server = exporter._Server("127.0.0.1", 0)
 
@@ -288,7 +290,7 @@ def test_clients_that_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def is_joining(thread: threading.Thread) -> bool:
-    """Whether a thread waits for the end of another."""
+    """Return whether a thread waits for the end of another."""
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
         if frame.f_code.co_name == "join":
@@ -298,13 +300,13 @@ def is_joining(thread: threading.Thread) -> bool:
 
 
 def test_no_mount_at_all(tmp_path: Path) -> None:
-    """There is nothing to tell, and that is no error."""
+    """Without mounts there are no metrics, and that is no error."""
     families = list(Collector(list).collect())
     assert [family.samples for family in families] == [[]] * len(families)
 
 
 def test_an_older_daemon_gives_what_it_has() -> None:
-    """Numbers that it does not know are left out."""
+    """Statistics that the daemon does not have are left out."""
 
     class Old(Asker):
         def ask(self, mountpoints: list[str]) -> dict[str, dict[str, Any] | None]:
@@ -319,7 +321,7 @@ def test_an_older_daemon_gives_what_it_has() -> None:
 
 
 def test_a_path_of_any_bytes_is_a_label() -> None:
-    """What is no UTF-8 is escaped."""
+    """Bytes that are no UTF-8 are escaped."""
 
     class One(Asker):
         def ask(self, mountpoints: list[str]) -> dict[str, dict[str, Any] | None]:
@@ -330,7 +332,7 @@ def test_a_path_of_any_bytes_is_a_label() -> None:
 
 
 def test_buckets_are_cumulative() -> None:
-    """In seconds, each with all below it, and what took longest in +Inf alone."""
+    """Buckets are in seconds, each contains all below it, and the longest times are in +Inf alone."""
     counts = [1, 2, 0, 4, *[0] * 27, 5]
     found = buckets(counts)
     assert found[:5] == [("1e-06", 1), ("2e-06", 3), ("4e-06", 3), ("8e-06", 7), ("1.6e-05", 7)]
@@ -347,7 +349,7 @@ def test_buckets_are_cumulative() -> None:
     ],
 )
 def test_addresses(text_: str, address: tuple[str, int]) -> None:
-    """As people write them."""
+    """Each usual form of an address is understood."""
     assert listen_address(text_) == address
 
 
@@ -355,14 +357,14 @@ def test_addresses(text_: str, address: tuple[str, int]) -> None:
     "words", [["--listen", "9824"], ["--listen", "::1:80"], ["--listen", "a:65536"], ["--listen", "a:x"]]
 )
 def test_wrong_addresses(words: list[str]) -> None:
-    """They are usage errors."""
+    """Wrong addresses are usage errors."""
     run = run_zbudfs("exporter", *words)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "is not ADDR:PORT" in run.stderr
 
 
 def test_without_the_library(tmp_path: Path) -> None:
-    """It is said what is missing and how to get it."""
+    """The message names the missing library and how to install it."""
     (tmp_path / "prometheus_client.py").write_text("raise ImportError")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from zbudfs.cli.main import main; sys.exit(main(['exporter']))"
     run = subprocess.run(
@@ -370,5 +372,5 @@ def test_without_the_library(tmp_path: Path) -> None:
     )
     assert (run.returncode, run.stderr) == (
         1,
-        "zbudfs: the exporter needs the package prometheus-client: pip install 'zbudfs[exporter]'\n",
+        f"zbudfs: the exporter needs prometheus-client: {Installation().command_for('exporter')}\n",
     )

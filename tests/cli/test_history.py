@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rates, ratios and percentiles from snapshots."""
+"""Rates, ratios and percentiles are computed from snapshots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zbudfs.cli.history import LONGEST, History
 
 
 def history_of(*snapshots: Mapping[str, object]) -> History:
-    """Return a history with a snapshot every two seconds."""
+    """Return a history with a snapshot for every two seconds."""
     history = History()
     for number, numbers in enumerate(snapshots):
         history.add(100.0 + 2 * number, numbers)
@@ -19,7 +19,7 @@ def history_of(*snapshots: Mapping[str, object]) -> History:
 
 
 def test_rates() -> None:
-    """A second, between neighbours; one that goes back is none."""
+    """A rate is between neighbours, for a second. A number that falls has no rate."""
     history = history_of({"a": 10}, {"a": 30}, {"a": 30}, {"a": 5}, {"a": 6})
     assert history.rates("a") == [10.0, 0.0, 0.0, 0.5]
     assert history.rates("a", 2) == [0.0, 0.5]
@@ -30,7 +30,7 @@ def test_rates() -> None:
 
 
 def test_nothing_yet() -> None:
-    """No snapshot, or one: nothing can be said."""
+    """With one snapshot or none there is no rate."""
     empty, one = history_of(), history_of({"cumul_read_pages": 9, "read_latency_us": [1, 2]})
     assert empty.last is None
     for history in (empty, one):
@@ -40,7 +40,7 @@ def test_nothing_yet() -> None:
 
 
 def test_another_mount_in_the_same_place() -> None:
-    """Begins anew; a takeover does not."""
+    """The history starts again for another mount, and continues through a takeover."""
     history = history_of(
         {"keeper_pid": 1, "worker_pid": 5, "a": 50},
         {"keeper_pid": 1, "worker_pid": 6, "a": 60},
@@ -49,14 +49,14 @@ def test_another_mount_in_the_same_place() -> None:
     assert history.values("a") == [3.0]
 
 
-def test_it_is_bounded() -> None:
-    """The oldest go."""
+def test_the_history_is_bounded() -> None:
+    """The oldest snapshots are dropped."""
     history = history_of(*({"a": number} for number in range(LONGEST + 50)))
     assert history.values("a") == [float(number) for number in range(50, LONGEST + 50)]
 
 
 def test_hit_ratio() -> None:
-    """Of the last few snapshots alone."""
+    """The ratio is that of the last few snapshots alone."""
     snapshots = [{"cumul_read_pages": 0, "cumul_pagein_pages": 0}] + [
         {"cumul_read_pages": 1000, "cumul_pagein_pages": 1000}
     ] * 20
@@ -75,7 +75,7 @@ def test_hit_ratio() -> None:
     ],
 )
 def test_latencies(counts: list[int], expected: list[int] | None) -> None:
-    """The upper bound of the bucket in which so many percent are."""
+    """A percentile is the upper bound of its bucket."""
     before = [7, 0, 3, 0, 9]
     after = [old + new for old, new in zip(before, counts, strict=True)]
     history = history_of({"read_latency_us": before}, {"read_latency_us": after})
@@ -83,7 +83,7 @@ def test_latencies(counts: list[int], expected: list[int] | None) -> None:
 
 
 def test_public_numbers_have_a_time_of_their_own() -> None:
-    """The same numbers seen twice are one snapshot, and rates are those between two renewals."""
+    """Equal public numbers are one snapshot, and rates are between two renewals."""
     history = History()
     for at, renewed_at, read in ((1.0, 10.0, 0), (1.5, 10.0, 0), (2.1, 11.0, 160)):
         history.add(at, {"keeper_pid": 1, "renewed_at": renewed_at, "cumul_read_pages": read})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whatever is typed, and whatever lies about: one line for the user, never a traceback, and nothing done that should not be."""
+"""Any input and any file in the way give one line for the user, no traceback, and no unwanted action."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.tracing.samples import trace_file
-from zbudfs.cli import commands, exporter, top, trace_replay
+from zbudfs.cli import exporter, status, top, trace_replay
 from zbudfs.cli.main import main
 from zbudfs.cli.teardown import _empty
 from zbudfs.core.errors import LayoutError
@@ -90,20 +90,20 @@ Words = st.lists(
 
 @pytest.fixture
 def nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would start a daemon, or look at other mounts of this machine, does not."""
+    """Stop each step that would start a daemon, or look at other mounts of this machine."""
 
     def refuse(*_: object, **__: object) -> int:
         raise LaunchError("nothing is started here")
 
     monkeypatch.setattr(launch, "start", refuse)
     monkeypatch.setattr(launch, "run_in_foreground", refuse)
-    monkeypatch.setattr(commands, "zbudfs_mounts", list)
+    monkeypatch.setattr(status, "zbudfs_mounts", list)
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(command=st.sampled_from(COMMANDS), words=Words)
 def test_any_words(command: str, words: list[str], nothing_is_started: None) -> None:
-    """The exit status is one of those that are documented; each line on stderr is one of ours."""
+    """The exit status is a documented one, and each line of stderr is one of ours."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([command, *words])
@@ -133,7 +133,7 @@ LOOKING: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
         *("1M,2M", "dense:3", "zbud,dense", "2%:5%", "5%:2%", "1:2:3", ":"),
     ),
 }
-"""The commands whose words are drawn below, with some that belong to each."""
+"""The commands with random words below, and some words that belong to each."""
 
 BEGINNINGS: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
     ("set",): ("level=1", "/nonexistent"),
@@ -143,20 +143,20 @@ BEGINNINGS: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
     ("trace", "show"): ("trace",),
     ("trace", "replay"): ("trace", "--backing", "none"),
 }
-"""What would be right by itself, which half of the command lines begin with."""
+"""Right beginnings, with which half of the command lines start."""
 
 SAFE_VALUES: Final = tuple(value for value in VALUES if value not in ("1", "4G", "19"))
-"""Not process 1, no sample of gigabytes, and no level that takes minutes."""
+"""Values that are safe to use: not process 1, no sample of gigabytes, and no level that takes minutes."""
 
 
 class Watch:
-    """What this process opens for writing, makes, moves or removes outside one folder, while it is on; and what it starts."""
+    """A record of the files that this process writes, makes, moves or removes outside one folder, and of the programs."""
 
     def __init__(self, folder: Path) -> None:
         self.on = False
         self.folder = folder.resolve()
         self.seen: list[str] = []
-        sys.addaudithook(self._hook)  # there is no way to take it out again
+        sys.addaudithook(self._hook)  # an audit hook cannot be removed
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.on:
@@ -177,7 +177,7 @@ class Watch:
 
     def _touched(self, event: str, path: str | bytes | int) -> None:
         if isinstance(path, int):
-            return  # a descriptor: it was opened before
+            return  # a descriptor of a file that was open before
         where = Path(os.path.realpath(os.fsdecode(path)))
         allowed = (self.folder, *WRITABLE)
         if not any(each in (where, *where.parents) for each in allowed):
@@ -185,12 +185,12 @@ class Watch:
 
 
 WRITABLE: Final = tuple(map(Path, ("/nonexistent", "/dev/null", "/dev/fuse", "/dev/loop-control")))
-"""Where it is tried in vain, and what doctor opens to see whether it can."""
+"""Places where a write is tried in vain, or that doctor opens to see whether it can write."""
 
 
 @pytest.fixture(scope="module")
 def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    """A folder with a trace and other files, which is the working directory; all that is done elsewhere is noticed."""
+    """Watch for actions outside the working directory, a folder with a trace and other files."""
     folder = tmp_path_factory.mktemp("words")
     records = [(1000 * number, Kind.WRITE, 20, number % 64, 1) for number in range(200)]
     (folder / "trace").write_bytes(trace_file(records))
@@ -201,7 +201,7 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
         patch.chdir(folder)
         patch.setattr(sys, "dont_write_bytecode", True)
         patch.setenv("MPLCONFIGDIR", str(folder))  # matplotlib keeps a list of the system's fonts,
-        importlib.import_module("matplotlib.font_manager")  # and asks fc-list for it where there is none yet
+        importlib.import_module("matplotlib.font_manager")  # and calls fc-list if there is none
         watch = Watch(folder)
         yield watch
         watch.on = False
@@ -209,7 +209,7 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
 
 @pytest.fixture
 def nothing_waits(watch: Watch, nothing_is_started: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What would serve for ever, become a daemon, show other mounts, read other programs' memory or use /var/tmp."""
+    """Stop each step that serves, becomes a daemon, shows other mounts, reads other programs' memory or uses /var/tmp."""
 
     def write_once(mountpoints: Callable[[], list[str]], path: str, interval_seconds: float | None) -> None:
         write(mountpoints, path, None)
@@ -242,7 +242,7 @@ THERE: Final = ("trace", "pages", "empty", "folder", "new.svg", "new.prom", "new
 def test_any_words_for_what_looks(
     command: tuple[str, ...], drawn: st.DataObject, watch: Watch, nothing_waits: None
 ) -> None:
-    """As above; and nothing is started, and nothing written but where it was told to: in the working directory."""
+    """The same holds as above. Also, nothing is started, and only the named files in the working directory are written."""
     own = st.sampled_from(LOOKING[command])
     there = st.sampled_from(THERE)
     any_word = st.one_of(there, own, st.sampled_from(SAFE_VALUES), st.just("--help"))
@@ -266,7 +266,7 @@ def test_any_words_for_what_looks(
     assert watch.seen == []
 
 
-# ---- what lies about ----------------------------------------------------------------------------------------------------
+# ---- files in the way ---------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -278,7 +278,7 @@ def test_any_words_for_what_looks(
     )
 )
 def test_any_settings(found: object) -> None:
-    """They are refused in one line, or they are settings."""
+    """Any settings are refused in one line, or are valid."""
     said = ""
     try:
         Settings.from_json(json.dumps(found))
@@ -290,7 +290,7 @@ def test_any_settings(found: object) -> None:
 @settings(max_examples=60, deadline=None)
 @given(junk=st.binary(min_size=64, max_size=512), at=st.sampled_from((0, 1 << 10, 2 << 10, 3 << 10, 4 << 10, 8 << 10)))
 def test_any_board(junk: bytes, at: int) -> None:
-    """A board with nonsense in it is refused, or gives nonsense of the right length; nothing is raised but LayoutError."""
+    """A board with any content is refused, or gives values of the right length. The only error is LayoutError."""
     arena = Arena("board", BOARD_BYTES)
     arena.view[at : at + len(junk)] = junk
     board = Board(arena)
@@ -304,7 +304,7 @@ def test_any_board(junk: bytes, at: int) -> None:
 
 
 def test_only_a_backing_file_is_emptied(tmp_path: Path) -> None:
-    """The remains of a dead mount may name any file: one that is no backing file stays as it is."""
+    """The remains of a dead mount may name any file. A file that is no backing file stays as it is."""
     precious, ours, pipe = tmp_path / "precious", tmp_path / "ours", tmp_path / "pipe"
     precious.write_bytes(b"precious" * 1000)
     ours.write_bytes(MAGIC.ljust(4096, b"\0") + b"pages")

@@ -38,12 +38,12 @@ COUNTERS = (
 
 
 def daemon_pid(mountpoint: Path) -> int:
-    """Return the process behind a mount."""
+    """Return the process of a mount."""
     return int((mountpoint / "stats/pid").read_text())
 
 
 def test_up_and_down(tmp_path: Path) -> None:
-    """mount returns when it is up; umount returns when the daemon has ended; nothing but the directory is left."""
+    """mount returns when the mount is up. umount returns when the daemon has ended, and only the directory is left."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     assert zbudfs("mount", "--size", "8M", "--pool", "2M", "--backing", "none", mountpoint) == ""
@@ -57,8 +57,8 @@ def test_up_and_down(tmp_path: Path) -> None:
     assert list(mountpoint.iterdir()) == []
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    """Bytes through the mount, whole pages and odd ranges."""
+def test_written_bytes_are_read_back(tmp_path: Path) -> None:
+    """Reads through the mount return the written bytes, in whole pages and odd ranges."""
     source = random.Random(5)
     with mounted(tmp_path / "mnt") as mountpoint:
         model = bytearray(64 << 20)
@@ -78,7 +78,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["with space", "ünïcödé €", "new\nline", "-dash", "quote'\"$`*", "back\\slash\ttab"])
 def test_a_mountpoint_may_have_any_name(name: str, tmp_path: Path) -> None:
-    """Mount, status and umount by relative path in the folder itself."""
+    """Mount, status and umount accept a relative path in the folder itself."""
     mountpoint = tmp_path / name
     mountpoint.mkdir()
     zbudfs("mount", "--size", "4M", "--pool", "1M", "--backing", "none", "--", name, cwd=tmp_path)
@@ -91,14 +91,14 @@ def test_a_mountpoint_may_have_any_name(name: str, tmp_path: Path) -> None:
 
 
 def test_a_mountpoint_need_not_be_text(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 work as well."""
+    """A path with bytes that are no UTF-8 works."""
     mountpoint = tmp_path / os.fsdecode(b"latin \xe4")
     with mounted(mountpoint, "--size", "4M", "--pool", "1M"):
         assert status_of(mountpoint)["mountpoint"] == str(mountpoint)
 
 
 def test_a_symbolic_link_leads_to_the_mountpoint(tmp_path: Path) -> None:
-    """What is mounted is the directory that the link leads to."""
+    """The mount is on the directory that the link leads to."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     zbudfs("mount", "--size", "4M", "--pool", "1M", "--backing", "none", tmp_path / "link")
@@ -108,14 +108,14 @@ def test_a_symbolic_link_leads_to_the_mountpoint(tmp_path: Path) -> None:
 
 
 def test_two_mounts_at_once(tmp_path: Path) -> None:
-    """Each keeps its own; status without a mountpoint lists both."""
+    """Each mount keeps its own content, and status without a mountpoint lists both."""
     with mounted(tmp_path / "one", "--size", "4M") as one, mounted(tmp_path / "two", "--size", "8M") as two:
         for mountpoint, byte in ((one, b"1"), (two, b"2")):
             with (mountpoint / "swapfile").open("r+b") as file:
                 file.write(byte * 8192)
         assert (one / "swapfile").read_bytes()[:8192] == b"1" * 8192
         assert (two / "swapfile").read_bytes()[:8192] == b"2" * 8192
-        # Its exit status is 1 if another zbudfs on this machine, nobody's here, does not answer.
+        # The exit status is 1 if another zbudfs on this machine does not answer.
         reports = json.loads(run_zbudfs("status", "--json").stdout)
         listed = {report["mountpoint"]: report.get("size_bytes") for report in reports}
         assert listed[str(one)] == 4 << 20
@@ -124,7 +124,7 @@ def test_two_mounts_at_once(tmp_path: Path) -> None:
 
 
 def test_one_backing_file_is_not_for_two(tmp_path: Path) -> None:
-    """A second daemon on the same backing file is refused, and the first one keeps running."""
+    """A second daemon on the same backing file is refused, and the first one continues."""
     with mounted(tmp_path / "one", "--backing", tmp_path / "backing") as one:
         (tmp_path / "two").mkdir()
         run = run_zbudfs("mount", "--size", "4M", "--pool", "1M", "--backing", tmp_path / "backing", tmp_path / "two")
@@ -136,14 +136,14 @@ def test_one_backing_file_is_not_for_two(tmp_path: Path) -> None:
 
 
 def test_mounting_twice_is_refused(tmp_path: Path) -> None:
-    """A directory carries one zbudfs."""
+    """A directory can have one zbudfs."""
     with mounted(tmp_path / "mnt") as mountpoint:
         run = run_zbudfs("mount", mountpoint)
         assert (run.returncode, run.stderr) == (1, f"zbudfs: zbudfs is mounted on {mountpoint} already\n")
 
 
 def test_status_has_every_number(tmp_path: Path) -> None:
-    """All that is promised is there, as JSON and as a page."""
+    """Status has each promised number, as JSON and as a page."""
     with mounted(tmp_path / "mnt", "--backing", tmp_path / "backing") as mountpoint:
         found = status_of(mountpoint)
         for name in COUNTERS:
@@ -161,7 +161,7 @@ def test_status_has_every_number(tmp_path: Path) -> None:
 
 
 def test_nothing_stays_in_the_backing_file(tmp_path: Path) -> None:
-    """More than the pool holds is written out, privately, and none of it is left after umount."""
+    """Pages beyond the pool are written to a private file, and none of them is left after umount."""
     backing = tmp_path / "backing"
     secret = b"somebody's memory "
     source = random.Random(8)
@@ -175,7 +175,7 @@ def test_nothing_stays_in_the_backing_file(tmp_path: Path) -> None:
 
 
 def test_a_loop_device_keeps_it_mounted(tmp_path: Path) -> None:
-    """umount refuses while a loop device is on it, says which, and works when it is gone."""
+    """umount names the loop device and refuses, and works when the device is gone."""
     with mounted(tmp_path / "mnt") as mountpoint:
         device = run_tool(["losetup", "--find", "--show", str(mountpoint / "swapfile")], limit_seconds=LIMIT_SECONDS)
         try:
@@ -189,7 +189,7 @@ def test_a_loop_device_keeps_it_mounted(tmp_path: Path) -> None:
 
 
 def test_an_open_file_keeps_it_mounted(tmp_path: Path) -> None:
-    """umount refuses, and nothing is lost."""
+    """umount refuses, and no page is lost."""
     with mounted(tmp_path / "mnt") as mountpoint, (mountpoint / "swapfile").open("r+b") as file:
         file.write(b"kept")
         file.flush()
@@ -201,7 +201,7 @@ def test_an_open_file_keeps_it_mounted(tmp_path: Path) -> None:
 
 
 def test_a_mountpoint_that_is_not_empty(tmp_path: Path) -> None:
-    """It is taken, as mount(8) takes it, and told."""
+    """The mount is made, as mount(8) would, and a message says that the directory is not empty."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     for entries in (0, 1):
@@ -209,12 +209,12 @@ def test_a_mountpoint_that_is_not_empty(tmp_path: Path) -> None:
             (mountpoint / "file").touch()
         run = run_zbudfs("mount", "--size", "4M", "--pool", "1M", "--backing", "none", mountpoint)
         assert run.returncode == 0
-        assert ("is not empty: the mount hides what is in it" in run.stderr) == bool(entries)
+        assert ("is not empty: the mount hides its files" in run.stderr) == bool(entries)
         zbudfs("umount", mountpoint)
 
 
 def test_umount_from_another_pid_namespace(tmp_path: Path) -> None:
-    """A daemon whose pid means nothing here is alive: its mount is left alone while it is in use, and waited for after that."""
+    """A daemon whose pid is unknown here is alive: its used mount stays, and umount waits for its end."""
     command = ["unshare", "--pid", "--fork", sys.executable, "-m", "zbudfs", "umount"]
     with mounted(tmp_path / "mnt") as mountpoint:
         pid = daemon_pid(mountpoint)
@@ -243,7 +243,7 @@ def test_umount_of_the_system_is_understood(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly(number: signal.Signals, tmp_path: Path) -> None:
-    """SIGTERM and SIGINT unmount when nothing is attached."""
+    """SIGTERM and SIGINT unmount if nothing is attached."""
     with mounted(tmp_path / "mnt") as mountpoint:
         pid = daemon_pid(mountpoint)
         os.kill(pid, number)
@@ -252,7 +252,7 @@ def test_a_signal_ends_it_cleanly(number: signal.Signals, tmp_path: Path) -> Non
 
 
 def test_a_signal_does_not_end_it_while_it_is_used(tmp_path: Path) -> None:
-    """With a loop device on it SIGTERM is refused, and a second one when that is gone is not."""
+    """With a loop device attached, SIGTERM is refused. Without the device, a second SIGTERM unmounts."""
     with mounted(tmp_path / "mnt") as mountpoint:
         pid = daemon_pid(mountpoint)
         device = run_tool(["losetup", "--find", "--show", str(mountpoint / "swapfile")], limit_seconds=LIMIT_SECONDS)
@@ -270,6 +270,7 @@ def test_a_signal_does_not_end_it_while_it_is_used(tmp_path: Path) -> None:
 
 def kill_all(mountpoint: Path) -> None:
     """Kill keeper, worker and standby at once, as the OOM killer might, and wait for their end."""
+    wait_until(lambda: bool(status_of(mountpoint)["standby_ready"]), "the standby")
     found = status_of(mountpoint)
     pids = [found[name] for name in ("keeper_pid", "worker_pid", "standby_pid") if found[name]]
     for pid in pids:
@@ -278,7 +279,7 @@ def kill_all(mountpoint: Path) -> None:
 
 
 def test_after_a_daemon_was_killed(tmp_path: Path) -> None:
-    """status says so, mount says what to do, umount cleans up, and the directory can be used again."""
+    """status reports it, mount says what to do, umount cleans up, and the directory can be used again."""
     mountpoint = tmp_path / "mnt"
     with mounted(mountpoint):
         kill_all(mountpoint)
@@ -298,7 +299,7 @@ def test_after_a_daemon_was_killed(tmp_path: Path) -> None:
 
 
 def test_the_default_backing_file(tmp_path: Path) -> None:
-    """It lies under /var/lib/zbudfs, named after the mountpoint; after a crash umount empties it."""
+    """The file is below /var/lib/zbudfs, named after the mountpoint, and umount empties it after a crash."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     zbudfs("mount", "--size", "16M", "--pool", "1M", mountpoint)
@@ -314,7 +315,7 @@ def test_the_default_backing_file(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_in_the_foreground(tmp_path: Path) -> None:
-    """The command stays until Ctrl-C, which unmounts; its exit status is the daemon's."""
+    """The command stays until Ctrl-C, which unmounts, and has the daemon's exit status."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     options = ["--foreground", "--size", "4M", "--pool", "1M", "--backing", "none"]
@@ -327,7 +328,7 @@ def test_ctrl_c_in_the_foreground(tmp_path: Path) -> None:
                 lines.append(process.stderr.readline())
                 assert lines[-1], f"it ended: {lines}"
             assert is_mounted(mountpoint)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
             _, err = process.communicate(timeout=LIMIT_SECONDS)
         finally:
             process.kill()
@@ -337,7 +338,7 @@ def test_ctrl_c_in_the_foreground(tmp_path: Path) -> None:
 
 
 def test_a_mount_taken_away_lazily_is_no_obstacle(tmp_path: Path) -> None:
-    """An old mount that somebody still uses does not count as the new one's user."""
+    """An old mount that another process still uses does not count as a user of the new one."""
     mountpoint = tmp_path / "mnt"
     with mounted(mountpoint):
         pid = daemon_pid(mountpoint)
@@ -351,13 +352,13 @@ def test_a_mount_taken_away_lazily_is_no_obstacle(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 @pytest.mark.parametrize(
-    ("ram_mib", "words"), [(256, "not worthwhile below 400 MiB of RAM"), (512, "which saves"), (4096, "")]
+    ("ram_mib", "words"), [(256, "does not pay below 304 MiB of RAM"), (512, "which saves"), (4096, "")]
 )
 def test_a_machine_with_little_ram(
     ram_mib: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line says what zbudfs takes of the RAM and what it saves; elsewhere nothing does."""
-    monkeypatch.setattr("zbudfs.cli.commands.ram_bytes", lambda root="/": ram_mib << 20)
+    """One line says how much RAM zbudfs takes and saves. With more RAM there is no such line."""
+    monkeypatch.setattr("zbudfs.cli.plan.ram_bytes", lambda root="/": ram_mib << 20)
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     assert main(["mount", "--size", f"{ram_mib}M", "--backing", "none", str(mountpoint)]) == 0

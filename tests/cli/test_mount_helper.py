@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """mount(8), umount(8) and /etc/fstab with the type fuse.zbudfs.
 
-The helpers must lie in /sbin. The real tests put them there in a mount namespace of their own, in which /sbin is a
-folder with nothing but them; the machine's own is not touched.
+The helpers must be in /sbin. The tests use their own mount namespace, in which /sbin is a folder with the helpers
+alone.
 """
 
 import json
@@ -16,9 +16,9 @@ import pytest
 
 from tests.cli.test_config import make_root
 from tests.support import LIMIT_SECONDS
-from zbudfs.cli.config import ConfigError
-from zbudfs.cli.keys import KEYS
-from zbudfs.cli.mount_helper import mount_main, read_options, settings_for, split_options, umount_main
+from zbudfs.cli.errors import ConfigError
+from zbudfs.cli.mount_helper import mount_main, plan_for, read_options, split_options, umount_main
+from zbudfs.cli.option_table import OPTIONS
 from zbudfs.service.settings import SettingsError
 
 RAM = 8 << 30
@@ -38,16 +38,16 @@ HELPERS = ("mount.fuse.zbudfs", "umount.fuse.zbudfs")
     ],
 )
 def test_options_are_parted(text: str, options: list[str]) -> None:
-    """By commas, but not by those of an expression."""
+    """Commas separate options, except for commas in an expression."""
     assert list(split_options(text)) == options
 
 
-def test_what_an_fstab_line_says() -> None:
-    """Our options are read; what is for mount(8) and the service manager passes without a word."""
+def test_options_of_an_fstab_line() -> None:
+    """The options of zbudfs are read. Those of mount(8) and of the service manager have no effect and no message."""
     ours = "size=ram/2,pool=min(ram/4,1G),backing=/srv/x,level=3"
     theirs = "rw,defaults,nofail,noauto,auto,_netdev,nosuid,x-systemd.requires=a.mount,X-mount.mkdir,comment=x"
     assert read_options(f"{theirs},{ours}", RAM) == (
-        {"size": RAM // 2, "pool": str(1 << 30), "backing": "/srv/x", "level": 3},
+        {"size": RAM // 2, "pool": 1 << 30, "backing": "/srv/x", "level": 3},
         [],
     )
 
@@ -55,14 +55,14 @@ def test_what_an_fstab_line_says() -> None:
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ("exec", "it is always mounted nosuid, nodev and noexec"),
-        ("relatime", "it keeps no access times"),
+        ("exec", "zbudfs is always mounted nosuid, nodev and noexec"),
+        ("relatime", "zbudfs keeps no access times"),
         ("user", "only root may mount"),
-        ("sync", "a page that was written is stored"),
+        ("sync", "every written page is stored"),
     ],
 )
-def test_what_is_ignored_is_told(option: str, reason: str) -> None:
-    """Nothing that was asked for is dropped in silence."""
+def test_ignored_options_are_reported(option: str, reason: str) -> None:
+    """Each ignored option gives a message."""
     values, (notice,) = read_options(f"rw,{option}", RAM)
     assert values == {}
     assert notice == f"the option {option} is ignored: {notice.partition(': ')[2]}"
@@ -72,29 +72,29 @@ def test_what_is_ignored_is_told(option: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ("ro", "ro is refused: swap has to be written"),
+        ("ro", "ro is refused: swap must be writable"),
         ("remount", "unmount it and mount it again"),
         ("bind", "leave out -t fuse.zbudfs"),
-        ("uid=1000", "swapfile is always root's"),
+        ("uid=1000", "swapfile always belongs to root"),
         ("priority=5", r"it can only be set in /etc/zbudfs/NAME\.toml"),
         ("mountpoint=/x", "can only be set in"),
         ("size", "size needs a value: write size=VALUE"),
-        ("size=4GB", "size=4GB cannot work: .* makes no sense"),
-        ("level=20", "level=20 cannot work: it is not a level: write a whole number from -7 to 19"),
+        ("size=4GB", "size=4GB has a wrong value: .* is not a size"),
+        ("level=20", "level=20 has a wrong value: it is not a level: write a whole number from -7 to 19"),
         ("backing=x", "write an absolute path"),
         ("sise=1G", "'sise=1G' is unknown: did you mean size"),
         ("nofial", "did you mean nofail"),
         ("zzz", "known are size, pool, backing, force-backing, level"),
     ],
 )
-def test_what_is_refused_is_told(option: str, reason: str) -> None:
-    """What would be a lie to ignore is an error that says what to do."""
+def test_refused_options_are_reported(option: str, reason: str) -> None:
+    """An option that must not be ignored is an error that says what to do."""
     with pytest.raises(SettingsError, match=reason):
         read_options(f"rw,{option}", RAM)
 
 
 def test_sloppy_passes_over_the_unknown() -> None:
-    """With -s, as mount(8) has it, but not over what is refused."""
+    """-s skips unknown options, as in mount(8), but not refused ones."""
     assert read_options("zzz=1,level=2", RAM, sloppy=True) == (
         {"level": 2},
         ["the option zzz=1 is unknown, and ignored because of -s"],
@@ -104,31 +104,31 @@ def test_sloppy_passes_over_the_unknown() -> None:
 
 
 def test_every_key_is_an_option_or_refused() -> None:
-    """None of them falls through to "unknown"."""
-    for key in KEYS:
+    """No key of a configuration falls through to "unknown"."""
+    for option in OPTIONS:
         try:
-            read_options(f"{key.name}=\0", RAM)
+            read_options(f"{option.name}=\0", RAM)
         except SettingsError as error:
             assert "unknown" not in str(error)  # noqa: PT017  either way it must be known
 
 
 def test_a_configuration_as_source(tmp_path: Path) -> None:
-    """Its values hold where the options say nothing; where it is mounted is said by fstab."""
+    """The values of the configuration hold for options that are not given. fstab gives the mountpoint."""
     root = make_root(
         tmp_path, {"disk.toml": 'size = "1G"\nlevel = 7\nmountpoint = "/elsewhere"', "bad.toml": "size = 1"}
     )
-    found = settings_for("disk", "/mnt/x", {"size": 2 << 30}, root)
+    found = plan_for("disk", "/mnt/x", {"size": 2 << 30}, root).settings
     assert (found.source, found.mountpoint, found.size_bytes, found.level) == ("disk", "/mnt/x", 2 << 30, 7)
     assert found.backing == "/var/lib/zbudfs/mnt-x.backing"
     for source in ("anything", "/dev/none", "-x", "a b"):
-        found = settings_for(source, "/mnt/x", {}, root)
+        found = plan_for(source, "/mnt/x", {}, root).settings
         assert (found.source, found.size_bytes, found.level) == (source, RAM, -1)
     with pytest.raises(ConfigError, match=r"bad\.toml: size"):
-        settings_for("bad", "/mnt/x", {}, root)
+        plan_for("bad", "/mnt/x", {}, root)
 
 
 def test_exit_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those that mount(8) documents, and one line for each error."""
+    """The statuses are those that mount(8) documents, with one line for each error."""
     assert mount_main(["x", str(tmp_path), "-o", "ro"]) == 1
     assert mount_main(["x"]) == 1
     assert mount_main(["x", str(tmp_path / "none"), "-o", "rw,level=2", "-f"]) == 0
@@ -143,7 +143,7 @@ def test_exit_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_fake_and_verbose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """-f mounts nothing, and -v says what would be."""
+    """-f mounts nothing, and -v prints the plan."""
     assert mount_main(["some name", str(tmp_path), "-f", "-v", "-n", "-o", "rw,exec", "-o", "size=8M"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["size_bytes"] == 8 << 20
@@ -153,7 +153,7 @@ def test_fake_and_verbose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def sbin(tmp_path: Path) -> Path:
-    """A folder with the helpers alone, to be /sbin."""
+    """Return a folder with the helpers alone, for /sbin."""
     folder = tmp_path / "sbin"
     folder.mkdir()
     for name in HELPERS:
@@ -164,7 +164,7 @@ def sbin(tmp_path: Path) -> Path:
 
 
 def in_namespace(sbin: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script in a mount namespace in which /sbin is `sbin`; it is in its parent folder."""
+    """Run a shell script in the parent folder of `sbin`, in a mount namespace in which /sbin is `sbin`."""
     prepare = 'mount --bind "$0" "$(readlink -f /sbin)" && set -e\n'
     return subprocess.run(
         ["unshare", "--mount", "--propagation", "private", "bash", "-c", prepare + script, str(sbin)],
@@ -178,7 +178,7 @@ def in_namespace(sbin: Path, script: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.needs("root", "fuse")
 def test_mount_and_umount(sbin: Path) -> None:
-    """mount -t, findmnt, umount; when umount returns the daemon has gone and its backing file is empty."""
+    """mount -t, findmnt and umount work. After umount the daemon has ended and its backing file is empty."""
     run = in_namespace(
         sbin,
         """
@@ -200,7 +200,7 @@ def test_mount_and_umount(sbin: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_an_fstab(sbin: Path) -> None:
-    """mount -a mounts what is not noauto, once; a mount by name, umount; all that fstab may say."""
+    """mount -a mounts each line without noauto once. A mount by name, umount, and all options of fstab work."""
     run = in_namespace(
         sbin,
         """
@@ -228,8 +228,8 @@ END
 
 
 @pytest.mark.needs("root", "fuse")
-def test_what_mount_says_when_it_fails(sbin: Path) -> None:
-    """The reason, in one line, and mount's own exit statuses."""
+def test_a_failed_mount_has_a_reason(sbin: Path) -> None:
+    """The error is the reason in one line, with mount's own exit status."""
     run = in_namespace(
         sbin,
         """
@@ -243,13 +243,13 @@ def test_what_mount_says_when_it_fails(sbin: Path) -> None:
     )
     assert run.stdout.split()[:3] == ["1", "1", "32"]
     assert run.stdout.split()[3] != "0"
-    for reason in ("swap has to be written", "'8MB' makes no sense", "for the backing file does not exist"):
+    for reason in ("swap must be writable", "'8MB' is not a size", "for the backing file does not exist"):
         assert run.stderr.count(reason) == 1
 
 
 @pytest.mark.needs("root", "fuse", "loop")
 def test_umount_refuses_what_is_used(sbin: Path) -> None:
-    """It says by what; a lazy umount is done all the same, and the daemon ends with its last user."""
+    """umount names the user and refuses. A lazy umount succeeds, and the daemon ends with its last user."""
     if shutil.which("losetup", path="/usr/sbin:/sbin") is None:
         pytest.skip("no losetup")
     run = in_namespace(

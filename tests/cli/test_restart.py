@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs restart`: another keeper, another version perhaps, and the same bytes; or a refusal, and nothing has happened.
+"""`zbudfs restart` gives another keeper, perhaps of another version, and the same bytes. Otherwise it changes nothing.
 
-A version other than the one under test is a copy of the package with one line changed, and a virtual environment whose
-interpreter finds that copy.
+The other version is a copy of the package with one changed line, and a virtual environment whose interpreter finds it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any, Final
 import pytest
 
 import zbudfs as package
-from scripts.cell import Cell
+from kit.cell import Cell
 from tests.service.test_keeper import MIB, PAGE, Served, compare, fill, mount, opened
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, run_zbudfs, status_of, wait_until, zbudfs
 from zbudfs.service import launch
@@ -40,7 +39,7 @@ Mount = Callable[..., Served]
 
 
 def version_at(folder: Path, file: str = "", old: str = "", new: str = "") -> str:
-    """Return an interpreter that finds a copy of the package, in one file of which `old` is `new`."""
+    """Return an interpreter that finds a copy of the package. In one file of the copy, `new` replaces `old`."""
     copytree(Path(package.__file__).parent, folder / "copy/zbudfs", ignore=ignore_patterns("__pycache__"))
     if file:
         path = folder / "copy/zbudfs" / file
@@ -67,7 +66,7 @@ def restart_with(interpreter: str, mountpoint: Path) -> subprocess.CompletedProc
 
 
 def order(served: Served, data: bytes) -> dict[str, Any]:
-    """Send something to the keeper's socket; its answer."""
+    """Send an order to the keeper's socket, and return its answer."""
     with socket.socket(socket.AF_UNIX) as channel:
         channel.settimeout(LIMIT_SECONDS)
         channel.connect(str(served.pool / "control"))
@@ -94,7 +93,7 @@ def processes(served: Served) -> list[int]:
 
 @pytest.mark.parametrize("packing", ["zbud", "dense:6"])
 def test_the_same_bytes(mount: Mount, tmp_path: Path, packing: str) -> None:
-    """All that was stored, in RAM and on disk, is there for new processes; open files go on, and so does all else."""
+    """New processes have all stored pages, in RAM and on disk. Open files continue to work."""
     served = mount("--pool", "2M", "--level", "1", "--packing", packing, "--backing", tmp_path / "backing")
     with opened(served.swapfile) as fd:
         fill(fd, 0, 2048)
@@ -127,7 +126,7 @@ def test_the_same_bytes(mount: Mount, tmp_path: Path, packing: str) -> None:
 
 
 def test_twice_in_a_row(mount: Mount) -> None:
-    """At once after the first, before there is a standby; also a kill in between does no harm."""
+    """A restart right after another one, before there is a standby, and a kill in between do no harm."""
     served = mount()
     keepers = {served.keeper}
     with opened(served.swapfile) as fd:
@@ -145,7 +144,7 @@ def test_twice_in_a_row(mount: Mount) -> None:
 
 
 def test_another_version(mount: Mount, tmp_path: Path) -> None:
-    """The version that runs the command is the one that serves afterwards, and the way back is open as well."""
+    """The version that runs the command serves afterwards, and a restart with the old version works as well."""
     newer = version_at(tmp_path, "__init__.py", package.__version__, "99.1")
     served = mount()
     with opened(served.swapfile) as fd:
@@ -163,11 +162,11 @@ def test_another_version(mount: Mount, tmp_path: Path) -> None:
 
 @pytest.mark.needs("loop", "swap", "cell")
 def test_swap_stays_on(mount: Mount, tmp_path: Path) -> None:
-    """A program that lives on the swap does not notice: restarted while it is filled, and when all of it is out."""
+    """A program on the swap does not notice a restart while it is filled, nor when all of it is swapped out."""
     served = mount("--priority", "32767", "--backing", tmp_path / "backing", "--pool", "4M", command="swapon")
     keepers = {served.keeper}
     with Cell("restart", 18 * MIB) as cell:
-        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "30"])
+        command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), "30"])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
             try:
                 wait_until(lambda: served.stats()["stored_pages"] > 1000, "something being swapped out")
@@ -194,7 +193,7 @@ def test_swap_stays_on(mount: Mount, tmp_path: Path) -> None:
 
 
 def goes_on(served: Served, fd: int, old: list[int]) -> None:
-    """The processes are those that were there, the bytes as well, and a death is still survived."""
+    """The processes and the bytes are the same, and the mount survives a death."""
     assert processes(served) == old
     assert all(map(is_running, old))
     found = served.stats()
@@ -207,7 +206,7 @@ def goes_on(served: Served, fd: int, old: list[int]) -> None:
 
 
 def test_a_layout_that_is_not_known(mount: Mount, tmp_path: Path) -> None:
-    """A version that could not read what is in memory does not get it, says why, and what to do."""
+    """A version that cannot read the memory does not get it, and says why and what to do."""
     other = version_at(tmp_path, "store/board.py", f"LAYOUT: Final = 0x{LAYOUT >> 16:X}_", "LAYOUT: Final = 0x1234_")
     served = mount()
     with opened(served.swapfile) as fd:
@@ -215,7 +214,7 @@ def test_a_layout_that_is_not_known(mount: Mount, tmp_path: Path) -> None:
         old = processes(served)
         run = restart_with(other, served.mountpoint)
         assert (run.returncode, run.stdout) == (1, "")
-        assert run.stderr.startswith(f"zbudfs: {served.mountpoint} goes on as it was: ")
+        assert run.stderr.startswith(f"zbudfs: {served.mountpoint} was not restarted, and runs on as before: ")
         assert "another layout" in run.stderr
         assert f"{LAYOUT:#x}" in run.stderr
         assert run.stderr.count("\n") == 1
@@ -223,7 +222,7 @@ def test_a_layout_that_is_not_known(mount: Mount, tmp_path: Path) -> None:
 
 
 def test_settings_that_are_not_known(mount: Mount, tmp_path: Path) -> None:
-    """The same for a version that does not know what the mount was told."""
+    """A version that does not know a setting of the mount does not get it either."""
     other = version_at(
         tmp_path, "service/settings.py", "    level: int = DEFAULT_LEVEL", "    grade: int = DEFAULT_LEVEL"
     )
@@ -235,7 +234,7 @@ def test_settings_that_are_not_known(mount: Mount, tmp_path: Path) -> None:
         old = processes(served)
         run = restart_with(other, served.mountpoint)
         assert run.returncode == 1
-        assert "goes on as it was: unknown settings: level" in run.stderr
+        assert "was not restarted, and runs on as before: unknown settings: level" in run.stderr
         goes_on(served, fd, old)
 
 
@@ -243,8 +242,8 @@ def test_settings_that_are_not_known(mount: Mount, tmp_path: Path) -> None:
     ("file", "old", "new", "why"),
     [
         (
-            *("service/keeper.py", "Packing.parse(settings.packing)", 'Packing.parse("zbud")'),
-            "packs its frames as dense:7 and cannot be handed over to zbud: swapoff and unmount it, then mount it anew",
+            *("service/resources.py", "Packing.parse(settings.packing)", 'Packing.parse("zbud")'),
+            "packs its frames as dense:7 and cannot be handed over to zbud: swapoff and unmount it, then mount it again",
         ),
         (
             *("core/dense.py", "_LAYOUT: Final = 0xD1", "_LAYOUT: Final = 0xD2"),
@@ -254,7 +253,7 @@ def test_settings_that_are_not_known(mount: Mount, tmp_path: Path) -> None:
     ids=["another packing", "another layout of frames"],
 )
 def test_across_packings(mount: Mount, tmp_path: Path, file: str, old: str, new: str, why: str) -> None:
-    """What could not read the frames says so, and the running one goes on."""
+    """A version that does not know the packing refuses with the reason, and the running version continues."""
     other = version_at(tmp_path, file, old, new)
     served = mount("--packing", "dense")
     with opened(served.swapfile) as fd:
@@ -262,16 +261,16 @@ def test_across_packings(mount: Mount, tmp_path: Path, file: str, old: str, new:
         before = processes(served)
         run = restart_with(other, served.mountpoint)
         assert run.returncode == 1
-        assert f"goes on as it was: the running zbudfs {why}" in run.stderr
+        assert f"was not restarted, and runs on as before: the running zbudfs {why}" in run.stderr
         goes_on(served, fd, before)
 
 
 def test_a_version_whose_worker_fails(mount: Mount, tmp_path: Path) -> None:
-    """A worker that cannot get ready is found out before anything is handed over."""
+    """A worker that cannot get ready is found before anything is handed over."""
     other = version_at(
         tmp_path,
         "service/worker.py",
-        "await _warm_up(settings.level, mounted.memory.packing)",
+        "await _warm_up(settings.level, resources.memory.packing)",
         "raise OSError('not in the mood')",
     )
     served = mount()
@@ -281,13 +280,13 @@ def test_a_version_whose_worker_fails(mount: Mount, tmp_path: Path) -> None:
         run = restart_with(other, served.mountpoint)
         assert (run.returncode, run.stderr) == (
             1,
-            f"zbudfs: {served.mountpoint} goes on as it was: not in the mood\n",
+            f"zbudfs: {served.mountpoint} was not restarted, and runs on as before: not in the mood\n",
         )
         goes_on(served, fd, old)
 
 
 def test_an_interpreter_that_does_not_come_up(mount: Mount, tmp_path: Path) -> None:
-    """One that is not there, dies at once, is no program, or does not know zbudfs."""
+    """An interpreter that is missing, dies at once, is no program or does not know zbudfs is refused."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
@@ -304,7 +303,7 @@ def test_an_interpreter_that_does_not_come_up(mount: Mount, tmp_path: Path) -> N
 
 
 def test_an_order_that_makes_no_sense(mount: Mount) -> None:
-    """It is answered with an error; one who says nothing at all is not waited for."""
+    """A wrong order gets an error, and a silent client is not waited for."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
@@ -331,11 +330,11 @@ from zbudfs.service import daemon, pooldir
 pooldir._mount_tmpfs = lambda path, settings: False
 sys.exit(daemon.main(sys.argv[1:]))
 """
-"""The daemon on a system where the pool directory cannot be a tmpfs."""
+"""The daemon on a system whose pool directory cannot be a tmpfs."""
 
 
 def test_memory_without_a_name(tmp_path: Path) -> None:
-    """It cannot be handed over: refused with the way out, announced by a warning; a death is survived all the same."""
+    """Such memory cannot be handed over. A warning says so, restart refuses with the remedy, and a death is survived."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     served = Served(mountpoint)
@@ -350,7 +349,7 @@ def test_memory_without_a_name(tmp_path: Path) -> None:
             fill(fd, 0, 64)
             run = run_zbudfs("restart", mountpoint)
             assert run.returncode == 1
-            assert "goes on as it was: the pool is in memory without a name" in run.stderr
+            assert "was not restarted, and runs on as before: the pool is in memory without a name" in run.stderr
             os.kill(old[1], signal.SIGKILL)
             compare(fd, 0, 64)
             assert served.stats()["worker_pid"] == old[2]
@@ -359,8 +358,8 @@ def test_memory_without_a_name(tmp_path: Path) -> None:
     assert not served.pool.exists()
 
 
-def test_nobody_who_could_hand_over(mount: Mount) -> None:
-    """Without a keeper the worker serves on, and without anybody the mount stays what it is: one line says so."""
+def test_a_mount_without_a_keeper(mount: Mount) -> None:
+    """Without a keeper the worker continues, and without any process the mount stays as it is. One line says so."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
@@ -376,8 +375,8 @@ def test_nobody_who_could_hand_over(mount: Mount) -> None:
     assert is_mounted(served.mountpoint)
 
 
-def test_what_is_no_zbudfs(tmp_path: Path) -> None:
-    """A directory, a file, a path that is not there."""
+def test_paths_without_a_zbudfs(tmp_path: Path) -> None:
+    """A directory, a file and a missing path are refused."""
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file", tmp_path / "nothing", Path("/")):
         run = run_zbudfs("restart", path)
@@ -388,7 +387,7 @@ def test_what_is_no_zbudfs(tmp_path: Path) -> None:
 
 
 def test_the_new_worker_dies_at_the_handover(mount: Mount, tmp_path: Path) -> None:
-    """When the old ones are gone there is no way back: the new keeper forks another worker, as for any death."""
+    """When the old processes are gone, the new keeper forks another worker, as after any death."""
     other = version_at(
         tmp_path,
         "service/worker.py",
@@ -411,7 +410,7 @@ SLOW_TO_DIE: Final = "#!/bin/sh\nsleep 1.0\nexit 1\n"
 
 
 def test_a_standby_that_becomes_ready_meanwhile(mount: Mount, tmp_path: Path) -> None:
-    """A refused restart does not forget what the standby has said."""
+    """A refused restart keeps the message of the standby."""
     slow = tmp_path / "slow"
     slow.write_text(SLOW_TO_DIE)
     slow.chmod(0o755)
@@ -437,8 +436,27 @@ def test_a_standby_that_becomes_ready_meanwhile(mount: Mount, tmp_path: Path) ->
     assert served.standby == new
 
 
+def test_a_standby_that_is_forked_meanwhile(mount: Mount, tmp_path: Path) -> None:
+    """A failed restart is answered at once: the standby has no copy of the connection."""
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nsleep 3.0\nexit 1\n")
+    slow.chmod(0o755)
+    served = mount()
+    old = served.standby
+    with socket.socket(socket.AF_UNIX) as channel:
+        channel.settimeout(LIMIT_SECONDS)
+        channel.connect(str(served.pool / "control"))
+        channel.sendall(restart_order(str(slow)))
+        served.kill(old)
+        wait_until(lambda: served.standby not in (0, old), "the next standby")
+        standby = served.standby
+        assert b"error" in channel.recv(4096)
+        assert channel.recv(4096) == b"", "the connection is still open"
+    assert is_running(standby)
+
+
 def test_a_worker_that_dies_while_a_restart_fails(mount: Mount, tmp_path: Path) -> None:
-    """It is replaced, as soon as it is clear that the new version does not come up."""
+    """The worker is replaced as soon as it is clear that the new version does not start."""
     slow = tmp_path / "slow"
     slow.write_text(SLOW_TO_DIE)
     slow.chmod(0o755)

@@ -21,18 +21,18 @@ pytestmark = pytest.mark.needs("root", "fuse")
 
 @pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
-    """A small mount with a backing file."""
+    """Return a small mount with a backing file."""
     with mounted(tmp_path / "mnt", "--backing", tmp_path / "backing") as mountpoint:
         yield mountpoint
 
 
 def values(mountpoint: Path) -> dict[str, int]:
-    """Return what is in force."""
+    """Return the values in force."""
     return {name: int((mountpoint / "control" / name).read_text()) for name in NAMES}
 
 
 def test_everything_is_listed(mnt: Path) -> None:
-    """Each key with its value and what it means; as JSON the same numbers."""
+    """Each key is listed with its value and its meaning, and JSON has the same numbers."""
     lines = zbudfs("set", mnt).splitlines()
     found = values(mnt)
     assert json.loads(zbudfs("set", "--json", mnt)) == found
@@ -41,12 +41,12 @@ def test_everything_is_listed(mnt: Path) -> None:
 
 
 def test_setting_is_in_force_and_survives(mnt: Path) -> None:
-    """What was set is told, is in stats/, and is still so when the worker has died."""
+    """A new value is printed, is in stats/, and stays when the worker has died."""
     told = zbudfs("set", "pool_limit_bytes=8M", "level=7", "writeback_budget_bytes_per_day=1G", mnt)
     assert "8388608  (8 MiB)" in told
     assert "age_seconds" not in told
     zbudfs("set", "low_watermark_frames=500", "high_watermark_frames=900", mnt)
-    zbudfs("set", "low_watermark_frames=10", "high_watermark_frames=20", mnt)  # below what low was
+    zbudfs("set", "low_watermark_frames=10", "high_watermark_frames=20", mnt)  # below the old low watermark
     before = values(mnt)
     assert (before["low_watermark_frames"], before["high_watermark_frames"]) == (10, 20)
     report = status_of(mnt)
@@ -77,7 +77,7 @@ def test_setting_is_in_force_and_survives(mnt: Path) -> None:
     ("words", "status", "reason"),
     [
         (["levl=3"], 2, "did you mean level?"),
-        (["level=3", "level=4"], 2, "level is there twice"),
+        (["level=3", "level=4"], 2, "level is set twice"),
         (["level"], 2, "is not KEY=VALUE"),
         (
             ["level=3", "pool_limit_bytes=1T"],
@@ -88,8 +88,8 @@ def test_setting_is_in_force_and_survives(mnt: Path) -> None:
         (["age_seconds=soon"], 2, "it must be a whole number"),
     ],
 )
-def test_what_is_wrong_is_told_and_changes_nothing(words: list[str], status: int, reason: str, mnt: Path) -> None:
-    """One line, before anything is set."""
+def test_a_wrong_value_is_reported_and_changes_nothing(words: list[str], status: int, reason: str, mnt: Path) -> None:
+    """A wrong value gives one line, before anything is set."""
     before = values(mnt)
     run = run_zbudfs("set", *words, mnt)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (status, "", 1)
@@ -98,7 +98,7 @@ def test_what_is_wrong_is_told_and_changes_nothing(words: list[str], status: int
 
 
 def test_without_a_backing_file(tmp_path: Path) -> None:
-    """Writeback cannot be had, and that is said."""
+    """Writeback cannot be turned on, and a message says so."""
     with mounted(tmp_path / "mnt") as mountpoint:
         assert values(mountpoint)["writeback_enabled"] == 0
         run = run_zbudfs("set", "writeback=all", mountpoint)
@@ -106,7 +106,7 @@ def test_without_a_backing_file(tmp_path: Path) -> None:
 
 
 def test_the_manners_of_sysfs(mnt: Path) -> None:
-    """A bad value is EINVAL and changes nothing; a shell's redirection works; reading goes on from the start."""
+    """A bad value is EINVAL and changes nothing, a shell's redirection works, and a read starts at the beginning."""
     level = mnt / "control/level"
     level.write_text("4\n")  # with O_TRUNC
     assert level.read_text() == "4\n"
@@ -132,7 +132,7 @@ def test_the_manners_of_sysfs(mnt: Path) -> None:
 
 
 def test_root_is_needed(mnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else is told so."""
+    """Another user gets a message that root is needed."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     from zbudfs.cli.main import main
 

@@ -17,9 +17,10 @@ import pytest
 
 from tests.fuse.calls import opened
 from tests.support import LIMIT_SECONDS, mounted, run_zbudfs
-from zbudfs.cli.page import WIDTH, below, page
-from zbudfs.cli.remedies import is_thrashing, remedies
+from zbudfs.cli.page import MOST_LINES, WIDTH, below, page
+from zbudfs.cli.remedies import is_thrashing, problems, remedies
 from zbudfs.cli.status import as_json, as_pages, report
+from zbudfs.core.errors import Refusal
 from zbudfs.core.public import NAMES
 from zbudfs.service.mountpoint import Mount
 
@@ -69,7 +70,7 @@ EARLIER: dict[str, Any] = {
 
 
 def test_a_full_page() -> None:
-    """Every question has its line, and the parts of the pages add up."""
+    """Each question has its line, and the parts of the pages add up."""
     assert page(FULL, EARLIER, 2.0).splitlines() == [
         "/mnt/z                   zbudfs 0.1.0, zstd level -1, standby ready, 1 recovery",
         "  device     8 GiB, loop device /dev/loop9",
@@ -77,12 +78,7 @@ def test_a_full_page() -> None:
         "  stored     1.9 GiB in 500,000 pages",
         "  takes      512 MiB of RAM, 256 MiB on disk",
         "  saved      1.2 GiB (60.7 %); a page takes 1,610 of 4,096 bytes",
-        "",
-        "  RAM, packed in pairs       250,000   50.0 %  ████████████",
-        "  RAM, alone in a frame       10,000    2.0 %  █",
-        "  RAM, raw: incompressible         6    0.0 %  █",
-        "  same-filled, in the table  139,994   28.0 %  ███████",
-        "  disk alone                 100,000   20.0 %  █████",
+        "  places     pairs 50 %, alone 2 %, raw <1 %, same-filled 28 %, disk 20 %",
         "",
         "  pool       ██████░░░░░░░░░░░░░░░░░░  25.0 % of 2 GiB",
         "  backing    ██████░░░░░░░░░░░░░░░░░░  25.0 % of 1 GiB",
@@ -90,34 +86,36 @@ def test_a_full_page() -> None:
         "  written    150,000 pages as 300 MiB; 20 blocks read back, 0 of them too soon",
         "  budget     ██████░░░░░░░░░░░░░░░░░░  25.0 % of 20 GiB a day",
         "",
-        "  speed      in 5 MiB/s, out 0 B/s, to disk 512 KiB/s, from disk 0 B/s",
-        "             (over 2.0 s)",
-        "  latency              half below  99 % below     longest",
-        "             read           32 us      128 us     1.23 ms",
+        "                        write        read     discard     to disk   from disk",
+        "  speed (2.0 s)       5 MiB/s       0 B/s       0 B/s   512 KiB/s       0 B/s",
+        "  half within               -       32 us           -           -           -",
+        "  99 % within               -      128 us           -           -           -",
+        "  longest                   -     1.23 ms           -           -           -",
     ]
 
 
 def test_speeds_of_public_numbers() -> None:
-    """They are renewed once a second: the time between two of them counts, not that between two looks."""
+    """The rate of numbers that are renewed once a second uses the time between two renewals, not between two looks."""
     now, before = {**FULL, "renewed_at": 11.0}, {**EARLIER, "renewed_at": 9.0}
-    assert "  speed      in 5 MiB/s, out 0 B/s, to disk 512 KiB/s, from disk 0 B/s" in page(now, before, 0.5)
+    speeds = "speed (2.0 s)       5 MiB/s       0 B/s       0 B/s   512 KiB/s       0 B/s"
+    assert speeds in page(now, before, 0.5)
     assert "speed" not in page({**now, "renewed_at": 9.0}, before, 0.5)
 
 
 def test_a_page_of_public_numbers() -> None:
-    """It says that they are rounded; what is missing is not shown as 0."""
+    """The page says that the numbers are rounded, and does not show missing ones as 0."""
     told = {name: value for name, value in FULL.items() if name in NAMES}
     text = page({**told, "rounded": True, "as_of": 1_800_000_000}, None, 1.0)
     assert "public     rounded, as of " in text
     assert "512 MiB of RAM" in text
     assert "same-filled" not in text
     assert "packed" not in text
-    (read,) = (line.split() for line in text.splitlines() if line.strip().startswith("read "))
-    assert read[-1] == "-"
+    assert "99 % within               -      128 us" in text
+    assert "longest" not in text
 
 
 def test_a_text_gives_the_terminal_no_orders() -> None:
-    """Control characters are shown as what they are, and letters of any language are letters."""
+    """Control characters are shown as escapes, and letters of any language are letters."""
     hostile = "\x1b]0;title\x07 \x9b2J\u202e über 空き\r"
     for numbers in ({**FULL, "warnings": [hostile], "version": hostile}, {"mountpoint": "/mnt/z", "error": hostile}):
         text = page(numbers)
@@ -127,7 +125,7 @@ def test_a_text_gives_the_terminal_no_orders() -> None:
 
 
 def test_an_empty_page() -> None:
-    """Nothing stored, no backing file, no trouble: no lines about them, and no division by zero."""
+    """Without pages, backing file and problems there are no lines about them, and no division by zero."""
     empty = {"mountpoint": "/a b", "size_bytes": 1 << 20, "pool_limit_bytes": 1 << 20, "stored_pages": 0}
     assert page({**empty, "version": "1", "level": 3, "mounted_at": 1}, blocks=False).splitlines() == [
         "'/a b'                                   zbudfs 1, zstd level 3, no standby yet",
@@ -139,20 +137,20 @@ def test_an_empty_page() -> None:
         "  pool       ........................  0.0 % of 1 MiB",
         "  backing    none: nothing is ever written to disk",
         "",
-        "  speed      in 0 B/s, out 0 B/s, to disk 0 B/s, from disk 0 B/s",
-        "             (since the mount)",
+        "                        write        read     discard     to disk   from disk",
+        "  mean speed            0 B/s       0 B/s       0 B/s       0 B/s       0 B/s",
     ]
 
 
 def test_another_packing() -> None:
-    """Where frames hold more than two, unbuddied ones are no measure of who is alone."""
+    """If frames hold more than two, the unbuddied frames do not count the pages that are alone."""
     text = page({**FULL, "packing": "dense"})
-    assert "RAM, packed                260,000   52.0 %" in text
+    assert "places     packed 52 %, raw <1 %" in text
     assert "pairs" not in text
 
 
 def test_no_line_is_too_long() -> None:
-    """80 columns are enough for everything but a path that is longer than that."""
+    """80 columns are enough for each line, except for a longer path."""
     worst = {
         **FULL,
         **dict.fromkeys(("lost_pages", "writeback_failing", "backing_full", "refused_no_memory"), 10**12),
@@ -164,14 +162,14 @@ def test_no_line_is_too_long() -> None:
 
 
 def test_several_pages() -> None:
-    """One page for each mount, a line for one that does not answer, one sentence for none at all."""
+    """The report has a page for each mount, a line for one that does not answer, and one sentence if there is none."""
     dead = {"mountpoint": "/mnt/dead", "error": "the daemon has died"}
     assert as_pages([FULL, dead], [dead, FULL], 1.0).endswith("\n\n/mnt/dead\n  error      the daemon has died")
     assert as_pages([]) == "no zbudfs is mounted"
 
 
 def test_json_is_ascii() -> None:
-    """One object or a list of them; any path survives."""
+    """JSON is one object or a list of them, and any path survives."""
     odd = {"mountpoint": "/ä\udce4\n"}
     assert json.loads(as_json(odd)) == odd
     assert json.loads(as_json([odd, FULL])) == [odd, FULL]
@@ -179,8 +177,80 @@ def test_json_is_ascii() -> None:
 
 
 def test_a_mount_that_gives_nothing() -> None:
-    """A mount without numbers is reported, not raised."""
+    """A mount without numbers is reported and does not raise."""
     assert "does not answer: No such file or directory" in report(Mount("/none/at/all", "0:1"))["error"]
+
+
+TROUBLE: dict[str, Any] = {
+    **FULL,
+    "packing": "dense",
+    "recoveries": 1000,
+    "standby_ready": False,
+    "rounded": True,
+    "as_of": 1_800_000_000,
+    "swap_off": ["/dev/loop9"],
+    "lost_in_recovery": 3,
+    "lost_pages": 5,
+    "writeback_failing": 1,
+    "writeback_failures": 9,
+    "writeback_enabled": 0,
+    "pagein_failures": 2,
+    "backing_full": 1,
+    "writeback_budget_left_bytes": 4096,
+    "writeback_budget_full_in_seconds": 9000,
+    "cumul_refault_blocks": 20_000,
+    "pool_limit_bytes": 1 << 30,
+    **{f"refused_{cause}": 10**9 for cause in Refusal},
+    "warnings": [f"the system refused protection {number}: {'the machine may hang, ' * 5}" for number in range(10)],
+    "users": [f"{kind} /dev/loop{number}" for number in range(100) for kind in ("swap on", "loop device")],
+    **{f"{kind}_latency_us": [9] * 28 for kind in ("read", "write", "discard", "writeback", "pagein")},
+    **{f"{kind}_latency_max_us": 1 << 27 for kind in ("read", "write", "discard", "writeback", "pagein")},
+}
+"""The numbers of a mount that has every problem."""
+
+
+def test_every_problem_at_once() -> None:
+    """A page has 20 lines at most. Problems come first, those that need action before the others, and no count is lost."""
+    found = problems(TROUBLE)
+    assert len(found) > 20
+    lines = page(TROUBLE, EARLIER, 2.0).splitlines()
+    assert len(lines) == MOST_LINES == 20
+    first = next(number for number, line in enumerate(lines) if line.startswith("  ! "))
+    assert first <= 2  # after the header, which may need two lines
+    assert "the swap on /dev/loop9 was turned off by another program: zbudfs swapon" in lines[first]
+    shown = sum(line.startswith(("  ! ", "  - ")) for line in lines)
+    assert shown >= 4
+    assert f"more       zbudfs status --json: {len(found) - shown} more problems, " in lines[-1]
+    assert "device, budget, speeds" in lines[-1]
+    for label in ("stored", "takes", "saved", "pool", "backing"):
+        assert any(line.startswith(f"  {label} ") for line in lines), label
+
+
+@pytest.mark.parametrize("count", range(25))
+def test_any_number_of_problems(count: int) -> None:
+    """The page has 20 lines at most with any number of warnings, also in the report of several instances."""
+    numbers = {**FULL, "warnings": TROUBLE["warnings"][:1] * count}
+    for each in (numbers, {**numbers, "users": TROUBLE["users"], "instances": [FULL] * 32, "level": list(range(32))}):
+        lines = page(each, EARLIER, 2.0).splitlines()
+        assert len(lines) <= 20
+        shown = sum(line.startswith("  ! ") for line in lines)
+        assert shown == count or f"{count - shown} more problem" in lines[-1]
+
+
+def test_problems_without_action_come_last() -> None:
+    """A problem that the daemon ends by itself has another mark and stands below the others."""
+    lines = page({**FULL, "pool_limit_bytes": 1 << 30, "refused_no_backing": 1, "warnings": ["it is broken: mend it"]})
+    marked = [line for line in lines.splitlines() if line.startswith(("  ! ", "  - "))]
+    assert [line[:4] for line in marked] == ["  ! ", "  ! ", "  - "]
+    assert "memory is short" in marked[2]
+
+
+def test_an_error_is_short() -> None:
+    """The page of many instances that do not answer has 20 lines at most."""
+    error = "; ".join(
+        f"the daemon of /mnt/z/{number} has died: run zbudfs umount /mnt/z to clean up" for number in range(32)
+    )
+    assert len(page({"mountpoint": "/mnt/z", "error": error}).splitlines()) == 20
 
 
 @pytest.mark.parametrize(
@@ -194,7 +264,7 @@ def test_a_mount_that_gives_nothing() -> None:
     ],
 )
 def test_percentiles(counts: list[int], half: str, most: str) -> None:
-    """The bound of the bucket in which they are."""
+    """A percentile is the bound of its bucket."""
     assert (below(counts, 50), below(counts, 99)) == (half, most)
 
 
@@ -202,7 +272,7 @@ def test_percentiles(counts: list[int], half: str, most: str) -> None:
 
 
 def test_all_is_well() -> None:
-    """Nothing is said of a mount that has nothing."""
+    """A mount without problems gives no warning."""
     assert remedies(FULL) == []
 
 
@@ -210,28 +280,28 @@ def test_all_is_well() -> None:
     ("numbers", "said"),
     [
         ({"lost_in_recovery": 3, "lost_pages": 3}, "3 pages were lost when a worker died"),
-        ({"lost_pages": 5, "lost_in_recovery": 3}, "2 reads met pages that were damaged or lost"),
-        ({"writeback_failing": 1, "writeback_failures": 9}, "the backing file does not take pages"),
-        ({"writeback_failures": 9}, "did not take 9 batches at some time"),
-        ({"pagein_failures": 2}, "2 reads that the backing file refused"),
+        ({"lost_pages": 5, "lost_in_recovery": 3}, "2 reads failed because the page was damaged or lost"),
+        ({"writeback_failing": 1, "writeback_failures": 9}, "writes to the backing file fail, so pages stay in RAM"),
+        ({"writeback_failures": 9}, "9 batches of writes to the backing file failed"),
+        ({"pagein_failures": 2}, "2 reads from the backing file failed"),
         ({"backing_full": 1}, "make room on its disk"),
-        ({"writeback_budget_left_bytes": 4096, "writeback_budget_full_in_seconds": 9000}, "whole again in 2.5 hours"),
-        ({"cumul_refault_blocks": 20_000}, "the pool is thrashing: 20,000 blocks were read back"),
-        ({"pool_limit_bytes": 1 << 30}, "the pool's limit is 1 GiB instead of 2 GiB for now"),
-        ({"refused_no_backing": 4}, "4 writes were refused: the pool is full and there is no backing file"),
+        ({"writeback_budget_left_bytes": 4096, "writeback_budget_full_in_seconds": 9000}, "full again in 2.5 hours"),
+        ({"cumul_refault_blocks": 20_000}, "20,000 were read back within half a minute"),
+        ({"pool_limit_bytes": 1 << 30}, "the pool's limit is now 1 GiB instead of 2 GiB"),
+        ({"refused_no_backing": 4}, "4 writes were refused: the pool was full, without a backing file"),
         ({"refused_writeback_off": 4}, "zbudfs set writeback_enabled=1 /mnt/z"),
         ({"warnings": ["the system refused this"]}, "the system refused this"),
     ],
 )
 def test_each_trouble_has_its_remedy(numbers: dict[str, Any], said: str) -> None:
-    """It is said, and in one sentence."""
+    """Each problem has a warning with a remedy, in one sentence."""
     found = remedies({**FULL, **numbers})
     assert any(said in sentence for sentence in found)
     assert not any("\n" in sentence for sentence in found)
 
 
 def test_thrashing_needs_numbers() -> None:
-    """A few blocks prove nothing; a fifth of what was written does."""
+    """A few blocks prove nothing. A fifth of the written ones is thrashing."""
     assert not is_thrashing(10, 10)
     assert not is_thrashing(10_000, 1999)
     assert is_thrashing(10_000, 2000)
@@ -242,7 +312,7 @@ def test_thrashing_needs_numbers() -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_watching(tmp_path: Path) -> None:
-    """A line of JSON at each look, until Ctrl-C, which is no error."""
+    """Each look prints a line of JSON until Ctrl-C, which is no error."""
     with mounted(tmp_path / "mnt") as mountpoint:
         command = [sys.executable, "-m", "zbudfs", "status", "--json", "--watch", "0.1", str(mountpoint)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
@@ -265,7 +335,7 @@ def test_watching(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_watching_in_a_terminal(tmp_path: Path) -> None:
-    """The page replaces itself; `--watch MOUNTPOINT` needs no number."""
+    """The page replaces itself, and `--watch MOUNTPOINT` needs no number."""
     with mounted(tmp_path / "mnt") as mountpoint:
         master, slave = os.openpty()
         command = [sys.executable, "-m", "zbudfs", "status", "--watch", str(mountpoint)]
@@ -287,7 +357,7 @@ def test_watching_in_a_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--watch", "0"], ["--watch", "soon"], ["--watch", "1e9"]])
 def test_wrong_times(words: list[str]) -> None:
-    """They are usage errors."""
+    """Wrong times are usage errors."""
     run = run_zbudfs("status", *words)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "from 0.1 to 86400" in run.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Several instances as one: how things are divided, how reports are added up, and the commands on real ones."""
+"""Several instances as one: how settings are divided and reports are added up, and the commands on real instances."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MIB = 1 << 20
 
 
 def settings(size: int = 100 * MIB, pool: int = 10 * MIB, backing: str | None = "/disk/file") -> Settings:
-    """Settings of a whole."""
+    """Return settings of a whole."""
     return Settings(mountpoint="/mnt/z", size_bytes=size, pool_bytes=pool, backing=backing)
 
 
 def test_size_and_pool_are_divided() -> None:
-    """Each instance has its own place, its own file, and a part in whole pages; together never more than was asked for."""
+    """Each instance has its own place, file, and part in whole pages. The parts are together no more than the whole."""
     parts = divided(settings(), 3, "/disk/file")
     assert [part.mountpoint for part in parts] == ["/mnt/z/0", "/mnt/z/1", "/mnt/z/2"]
     assert [part.backing for part in parts] == ["/disk/file.0", "/disk/file.1", "/disk/file.2"]
@@ -40,34 +40,34 @@ def test_size_and_pool_are_divided() -> None:
 
 
 def test_backing_files_that_are_not_named() -> None:
-    """The default file of each instance is that of its mountpoint; none stays none."""
+    """The default file of each instance is that of its mountpoint. none stays none."""
     assert len({part.backing for part in divided(settings(), 2, None)}) == 2
     assert [part.backing for part in divided(settings(backing=None), 2, "none")] == [None, None]
 
 
 def test_a_device_is_not_divided() -> None:
-    """One instance can have it; of several each would need its own."""
+    """One instance can have a device. Several would each need their own."""
     device = next((str(each) for each in Path("/dev").glob("*") if each.is_block_device()), None)
     if device is None:
         pytest.skip("needs a block device in /dev")
     assert divided(settings(backing=device), 1, device) == [settings(backing=device)]
-    with pytest.raises(SettingsError, match="is one device, which is not divided: write a file"):
+    with pytest.raises(SettingsError, match="is a device, which instances cannot share: write the path of a file"):
         divided(settings(backing=device), 2, device)
 
 
 def test_one_instance_is_the_whole() -> None:
-    """Nothing is divided, and nothing has another name."""
+    """A single instance has all of it, under its usual names."""
     assert divided(settings(), 1, None) == [settings()]
 
 
 def test_a_part_that_is_too_small() -> None:
-    """The error says that it is a part's."""
+    """The error says that the size is that of a part."""
     with pytest.raises(SettingsError, match="each of 16 instances: pool of"):
         divided(settings(), 16, None)
 
 
-def test_instances_are_told_from_other_mounts() -> None:
-    """0 and 1 side by side are a stripe; a lone number is a name like any other."""
+def test_instances_differ_from_other_mounts() -> None:
+    """0 and 1 side by side are a stripe. A lone number is an ordinary name."""
     paths = ["/mnt/z/0", "/mnt/other", "/mnt/z/10", "/mnt/z/1", "/srv/5", "/mnt/z/2"]
     found = grouped(Mount(path, f"0:{number}") for number, path in enumerate(paths, 1))
     assert [(whole, [mount.mountpoint for mount in mounts]) for whole, mounts in found] == [
@@ -78,12 +78,12 @@ def test_instances_are_told_from_other_mounts() -> None:
 
 
 def report(number: int, **values: Any) -> dict[str, Any]:
-    """What one instance tells."""
+    """Return the report of one instance."""
     return {"mountpoint": f"/mnt/z/{number}", **values}
 
 
 def test_reports_are_added_up() -> None:
-    """Numbers and histograms are sums, times the largest, yes only if all say so, words once or one by one."""
+    """Numbers and histograms are sums, times are the largest, yes needs all, and words are listed once or one by one."""
     own = [
         report(
             0,
@@ -121,7 +121,7 @@ def test_reports_are_added_up() -> None:
 
 
 def test_lists_of_words_are_joined() -> None:
-    """What all instances warn of is said once, and who uses any of them uses the whole."""
+    """Each warning is listed once, and a user of any instance is a user of the whole."""
     own = [report(0, warnings=["same"], users=["swap on /dev/loop1"]), report(1, warnings=["same"], users=[])]
     whole = summed("/mnt/z", own)
     assert whole["warnings"] == ["same"]
@@ -129,14 +129,14 @@ def test_lists_of_words_are_joined() -> None:
 
 
 def test_an_instance_is_missing_or_silent() -> None:
-    """A gap is a warning; an instance that gives no answer makes an error of the whole."""
+    """A missing number is a warning. An instance that does not answer makes the whole an error."""
     assert "/mnt/z/1" in summed("/mnt/z", [report(0), report(2)])["warnings"][0]
     whole = summed("/mnt/z", [report(0, stored_pages=1), report(1, error="it has died")])
     assert whole["error"] == "it has died"
     assert "stored_pages" not in whole
 
 
-def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
+def test_wrong_numbers_of_instances(tmp_path: Path) -> None:
     """A number that makes no sense is a usage error."""
     for number in ("0", "two", str(MAX_INSTANCES + 1)):
         run = run_zbudfs("mount", "--instances", number, tmp_path)
@@ -145,7 +145,7 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    """A directory to mount on, which is free again afterwards."""
+    """Return a directory to mount on, which is free again afterwards."""
     folder = tmp_path / "mnt"
     folder.mkdir()
     yield folder
@@ -155,7 +155,7 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.needs("root", "fuse")
 def test_mounted_and_unmounted_as_one(mountpoint: Path, tmp_path: Path) -> None:
-    """One command makes all of them, one takes all away; where one cannot be had there is none."""
+    """One command makes all instances and one removes all. If one cannot be made, none is."""
     options = ("--size", "64M", "--pool", "16M", "--backing", tmp_path / "backing", "--instances", "2")
     assert "--foreground is for one instance" in run_zbudfs("mount", "--foreground", *options, mountpoint).stderr
     (tmp_path / "backing.1").write_text("somebody else's")
@@ -180,7 +180,7 @@ def test_mounted_and_unmounted_as_one(mountpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse", "loop", "swap", "cell")
 def test_the_kernel_fills_them_in_turns(mountpoint: Path, tmp_path: Path) -> None:
-    """Each instance gets its part of what is swapped out, a worker that is killed loses nothing, and every byte comes back."""
+    """Each instance gets its part of the swapped-out pages, a killed worker loses nothing, and every byte comes back."""
     options = ("--size", "64M", "--pool", "4M", "--backing", tmp_path / "backing", "--priority", "32767")
     devices = zbudfs("swapon", "--instances", "2", *options, mountpoint).split()
     assert [swap.priority for swap in swaps() if swap.path in devices] == [32767, 32767]
@@ -202,7 +202,7 @@ def test_the_kernel_fills_them_in_turns(mountpoint: Path, tmp_path: Path) -> Non
 
 @pytest.mark.needs("root", "fuse", "loop", "swap")
 def test_without_a_priority_they_are_equal_all_the_same(mountpoint: Path) -> None:
-    """The kernel's own choice would be another one for each, and the first would be filled before the second is used."""
+    """The kernel would choose a different priority for each, and fill the first before it uses the second."""
     devices = zbudfs(
         "swapon", "--instances", "2", "--size", "32M", "--pool", "4M", "--backing", "none", mountpoint
     ).split()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Real swap: a program in a memory cgroup that needs more than it gets, and compares every byte."""
+"""Real swap: a program in a memory cgroup needs more than it gets, and compares every byte."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.cell import Cell
+from kit.cell import Cell
 from tests.fuse.calls import require_tools
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
 from zbudfs.cli.main import main
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    """A directory to mount on, which is free again afterwards."""
+    """Return a directory to mount on, which is free again afterwards."""
     folder = tmp_path / "mnt"
     folder.mkdir()
     yield folder
@@ -35,9 +35,9 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
 
 
 def storm(mountpoint: Path, name: str, *, limit_mib: int, needed_mib: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the hungry program; return the status when its memory was full, and what it found."""
+    """Run the hungry program. Return the status at the moment when its memory was full, and its result."""
     with Cell(name, limit_mib * MIB) as cell:
-        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), str(needed_mib)])
+        command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), str(needed_mib)])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
             try:
                 assert program.stdout is not None
@@ -51,7 +51,7 @@ def storm(mountpoint: Path, name: str, *, limit_mib: int, needed_mib: int) -> tu
 
 
 def test_there_and_back(mountpoint: Path) -> None:
-    """One command has swap, one has none of it left."""
+    """One command turns swap on, and one removes everything."""
     device = zbudfs(
         "swapon", "--size", "64M", "--pool", "16M", "--backing", "none", "--priority", "5", mountpoint
     ).strip()
@@ -66,7 +66,7 @@ def test_there_and_back(mountpoint: Path) -> None:
 
 
 def test_step_by_step(mountpoint: Path) -> None:
-    """On a mount that is there already; swapoff leaves it there; what cannot be done now is refused."""
+    """swapon uses an existing mount, swapoff leaves it, and an impossible command is refused."""
     zbudfs("mount", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint)
     run = run_zbudfs("swapon", "--size", "64M", mountpoint)
     assert run.returncode == 1
@@ -90,7 +90,7 @@ def test_step_by_step(mountpoint: Path) -> None:
 def test_a_step_that_fails_undoes_those_before(
     mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """When swapon itself fails there is no loop device, no mount and no daemon."""
+    """If swapon itself fails, there is no loop device, no mount and no daemon."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "swapon").write_text("#!/bin/sh\necho swapon: not today >&2\nexit 255\n")
@@ -103,7 +103,7 @@ def test_a_step_that_fails_undoes_those_before(
 
 
 def test_beside_other_swap(mountpoint: Path, tmp_path: Path) -> None:
-    """Without a priority it is filled before a swap that got its own from the kernel, and that is told."""
+    """Without a priority the swap is filled before one with a priority of the kernel, and a message says so."""
     image = tmp_path / "image"
     image.write_bytes(bytes(8 << 20))
     words = ["losetup", "--find", "--show", str(image)]
@@ -116,7 +116,7 @@ def test_beside_other_swap(mountpoint: Path, tmp_path: Path) -> None:
         priorities = {swap.path: swap.priority for swap in swaps()}
         assert priorities[device] > priorities[other]
         order = f"zbudfs ({priorities[device]}) first, then {other} ({priorities[other]})"
-        if len(priorities) == 2:  # this machine may have others
+        if len(priorities) == 2:  # this machine may have other swap
             assert f"zbudfs: the kernel fills {order}\n" in run.stderr
             assert f"filled     {order}" in zbudfs("status", mountpoint)
         zbudfs("swapoff", "--umount", mountpoint)
@@ -127,7 +127,7 @@ def test_beside_other_swap(mountpoint: Path, tmp_path: Path) -> None:
 
 
 def test_swap_that_another_program_turns_off(mountpoint: Path) -> None:
-    """After swapoff by hand status says what to do; swapon turns it on again, and swapoff detaches what is left."""
+    """status says what to do. swapon turns the swap on again, and swapoff detaches the loop device."""
     options = ("--size", "64M", "--pool", "16M", "--backing", "none")
     device = zbudfs("swapon", *options, mountpoint).strip()
     (mine,) = [swap for swap in swaps() if swap.path == device]
@@ -148,7 +148,7 @@ def test_swap_that_another_program_turns_off(mountpoint: Path) -> None:
 
 
 def test_a_loop_device_with_something_else_on_it(mountpoint: Path) -> None:
-    """swapon refuses to overwrite it, and swapoff to detach it while it is mounted."""
+    """swapon does not overwrite it, and swapoff does not detach it while it is mounted."""
     require_tools("mkfs.ext4")
     zbudfs("mount", "--size", "64M", "--pool", "64M", "--backing", "none", mountpoint)
     words = ["losetup", "--find", "--show", str(mountpoint / "swapfile")]
@@ -169,7 +169,7 @@ def test_a_loop_device_with_something_else_on_it(mountpoint: Path) -> None:
 
 
 def test_a_program_that_has_the_swapfile_open(mountpoint: Path) -> None:
-    """swapon says who is in the way, and leaves nothing."""
+    """swapon names the program that has the swapfile open, and leaves nothing."""
     zbudfs("mount", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint)
     with (mountpoint / "swapfile").open("r+b"):
         run = run_zbudfs("swapon", mountpoint)
@@ -179,7 +179,7 @@ def test_a_program_that_has_the_swapfile_open(mountpoint: Path) -> None:
 
 
 def test_swap_that_proc_does_not_show(mountpoint: Path, tmp_path: Path) -> None:
-    """Where a container's /proc/swaps is empty, swapoff refuses to guess the memory that it takes, and --force does it."""
+    """If /proc/swaps of a container is empty, swapoff does not guess the memory. --force turns swap off."""
     device = zbudfs("swapon", "--size", "64M", "--pool", "16M", "--backing", "none", mountpoint).strip()
     root = tmp_path / "root"
     (root / "proc").mkdir(parents=True)
@@ -196,7 +196,7 @@ def test_swap_that_proc_does_not_show(mountpoint: Path, tmp_path: Path) -> None:
 
 
 def test_every_byte_comes_back(mountpoint: Path, tmp_path: Path) -> None:
-    """A program three times as large as its memory; the pool holds a part of it, the rest is written back."""
+    """The program is three times as large as its memory. The pool holds a part of it, and the rest is written back."""
     options = ["--size", "256M", "--pool", "16M", "--backing", str(tmp_path / "backing"), "--priority", "32767"]
     zbudfs("swapon", *options, mountpoint)
     full, outcome = storm(mountpoint, "storm", limit_mib=32, needed_mib=96)
@@ -213,7 +213,7 @@ def test_every_byte_comes_back(mountpoint: Path, tmp_path: Path) -> None:
 
 
 def test_in_memory_alone(mountpoint: Path) -> None:
-    """Without a backing file everything is in the pool, and comes back as well."""
+    """Without a backing file all pages are in the pool, and come back as well."""
     zbudfs("swapon", "--size", "128M", "--pool", "64M", "--backing", "none", "--priority", "32767", mountpoint)
     full, outcome = storm(mountpoint, "memory", limit_mib=32, needed_mib=80)
     assert outcome == {"pages": 80 * 256, "bad": 0}
@@ -223,10 +223,10 @@ def test_in_memory_alone(mountpoint: Path) -> None:
 
 
 def test_a_full_pool_loses_nothing(mountpoint: Path) -> None:
-    """With a pool much too small and nowhere to write, the kernel keeps its pages: given more RAM, all is there."""
+    """With a pool that is too small and no backing, the kernel keeps its pages. With more RAM, all are there."""
     zbudfs("swapon", "--size", "128M", "--pool", "2M", "--backing", "none", "--priority", "32767", mountpoint)
     with Cell("full", 32 * MIB) as cell:
-        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "48"])
+        command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), "48"])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
             try:
                 wait_until(lambda: status_of(mountpoint)["refused_pool_full"] > 0, "a full pool")
@@ -241,10 +241,10 @@ def test_a_full_pool_loses_nothing(mountpoint: Path) -> None:
 
 @pytest.mark.parametrize("setting", [[], ["--force"]])
 def test_swapoff_reads_everything_back(setting: list[str], mountpoint: Path) -> None:
-    """swapoff while a program's memory is out: it still has every byte."""
+    """swapoff reads back a program's memory, and every byte is right."""
     zbudfs("swapon", "--size", "128M", "--pool", "32M", "--backing", "none", "--priority", "32767", mountpoint)
     with Cell("off", 24 * MIB) as cell:
-        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "48"])
+        command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), "48"])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
             try:
                 assert program.stdout is not None
@@ -260,11 +260,11 @@ def test_swapoff_reads_everything_back(setting: list[str], mountpoint: Path) -> 
 
 
 def test_swapoff_in_a_cell_that_is_too_small(mountpoint: Path, tmp_path: Path) -> None:
-    """The kernel kills swapoff there, and not the program whose memory it is: that is told, and swap stays on."""
+    """The kernel kills swapoff there and not the program. A message says so, and swap stays on."""
     options = ["--size", "256M", "--pool", "32M", "--backing", str(tmp_path / "backing"), "--priority", "32767"]
     device = zbudfs("swapon", *options, mountpoint).strip()
     with Cell("small", 32 * MIB) as cell:
-        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "80"])
+        command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), "80"])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
             try:
                 assert program.stdout is not None
@@ -287,13 +287,13 @@ def test_swapoff_in_a_cell_that_is_too_small(mountpoint: Path, tmp_path: Path) -
 
 
 def test_daemon_and_program_in_one_cell(mountpoint: Path, tmp_path: Path) -> None:
-    """A program that swaps in the cell that its daemon is in: all goes to the disk and comes back, and nobody is killed."""
+    """All pages of a program in its daemon's cgroup go to the disk and come back, and no process is killed."""
     options = ["--size", "256M", "--pool", "64M", "--backing", str(tmp_path / "backing"), "--priority", "32767"]
     with Cell("together", 180 * MIB) as cell:
         swapon = cell.command([sys.executable, "-m", "zbudfs", "swapon", *options, str(mountpoint)])
         subprocess.run(swapon, check=True, timeout=LIMIT_SECONDS, capture_output=True, cwd=ROOT)
         try:
-            command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "144"])
+            command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), "144"])
             said = subprocess.run(
                 command, check=True, input="\n", capture_output=True, text=True, timeout=4 * LIMIT_SECONDS
             ).stdout
@@ -303,5 +303,5 @@ def test_daemon_and_program_in_one_cell(mountpoint: Path, tmp_path: Path) -> Non
             assert found["cumul_pagein_pages"] > 20 * 256
             assert (found["recoveries"], found["lost_pages"]) == (0, 0)
         finally:
-            cell.set_limit(1024 * MIB)  # whatever waits for memory in there goes on
+            cell.set_limit(1024 * MIB)  # the processes that wait for memory continue
             zbudfs("swapoff", "--umount", mountpoint)

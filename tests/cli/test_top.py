@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs top`: its pieces, its screen at several sizes and with keys pressed, and the real thing in a real terminal."""
+"""`zbudfs top`: its parts, its screen at several sizes and with keys, and the command in a real terminal."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +24,13 @@ from hypothesis import strategies as st
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from tests.support import LIMIT_SECONDS, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
+from tests.fuse.calls import opened
+from tests.support import LIMIT_SECONDS, is_mounted, mounted, run_zbudfs, status_of, wait_until, zbudfs
+from zbudfs.cli.installation import Installation
 from zbudfs.cli.main import main
 from zbudfs.cli.sparkline import sparkline
 from zbudfs.cli.top_screen import Answer, Ask, Top
-from zbudfs.cli.top_widgets import bar_lines, gauge, shown_time
+from zbudfs.cli.top_widgets import bar_lines, gauge, round_bytes, round_count, shown_time, spread
 from zbudfs.core.public import NAMES as PUBLIC_NAMES
 
 NUMBERS: Final[dict[str, Any]] = {
@@ -55,16 +59,20 @@ NUMBERS: Final[dict[str, Any]] = {
 }
 
 
+COLUMN_WIDTH: Final = 12.2
+"""Width of a column in a picture of the screen."""
+
+
 class Mounts:
-    """Mounts that say what a test has them say."""
+    """Mounts that give the answers of a test."""
 
     def __init__(self, *mountpoints: str) -> None:
         self.numbers: dict[str, dict[str, Any] | str] = {mountpoint: dict(NUMBERS) for mountpoint in mountpoints}
-        """By mountpoint: numbers, or why there are none."""
+        """The numbers by mountpoint, or the reason why there are none."""
         self.asked = 0
 
     def ask(self, wanted: str | None) -> Answer:
-        """Answer as the real ones do; each time something was written and read."""
+        """Answer like real mounts. Between two answers, pages were written and read."""
         self.asked += 1
         mountpoint = wanted or next(iter(self.numbers), None)
         if mountpoint is None:
@@ -79,16 +87,13 @@ class Mounts:
 
 
 def on_screen(app: Top) -> str:
-    """Return all text on the screen, line by line."""
-    tree = ElementTree.fromstring(app.export_screenshot())
-    texts = [
-        (float(node.get("y") or 0), float(node.get("x") or 0), "".join(node.itertext()))
-        for node in tree.iter("{http://www.w3.org/2000/svg}text")
-    ]
+    """Return all text on the screen, line by line; each character stands in its column."""
     lines: dict[float, str] = {}
-    for y, _, text in sorted(texts):
-        lines[y] = lines.get(y, "") + text
-    return "\n".join(lines.values()).replace("\xa0", " ")
+    for node in ElementTree.fromstring(app.export_screenshot()).iter("{http://www.w3.org/2000/svg}text"):
+        if (node.get("clip-path") or "").find("-line-") >= 0:
+            y, column = float(node.get("y") or 0), round(float(node.get("x") or 0) / COLUMN_WIDTH)
+            lines[y] = lines.get(y, "").ljust(column) + "".join(node.itertext()).replace("\xa0", " ").rstrip("\n")
+    return "\n".join(line.rstrip() for _, line in sorted(lines.items()))
 
 
 def drive(
@@ -99,7 +104,7 @@ def drive(
     *,
     unicode: bool = True,
 ) -> None:
-    """Run the screen without a terminal and do something with it."""
+    """Run the screen without a terminal, and do something with it."""
 
     async def run() -> None:
         app = Top(None, 0.1, ask, unicode=unicode)
@@ -110,8 +115,9 @@ def drive(
 
 
 async def until(app: Top, pilot: Pilot[None], *texts: str) -> str:
-    """Wait until all of these texts are on the screen; all of it."""
-    for _ in range(250):
+    """Wait until all of these texts are on the screen, and return all of it."""
+    end = time.monotonic() + LIMIT_SECONDS / 2
+    while time.monotonic() < end:
         shown = on_screen(app)
         if all(text in shown for text in texts):
             return shown
@@ -121,7 +127,7 @@ async def until(app: Top, pilot: Pilot[None], *texts: str) -> str:
 
 @pytest.mark.parametrize("size", [(80, 24), (100, 34), (200, 60)])
 def test_everything_is_on_the_screen(size: tuple[int, int]) -> None:
-    """Every panel with its figures, at the smallest size that is promised and at larger ones."""
+    """Each panel has its figures, at the smallest promised size and at larger ones."""
 
     async def steps(app: Top, pilot: Pilot[None]) -> None:
         shown = await until(
@@ -133,13 +139,13 @@ def test_everything_is_on_the_screen(size: tuple[int, int]) -> None:
                 "50.0 %",
                 "3.1 %",
                 "writeback on",
-                "at most 512 MiB",
-                "hits  100.00 % in RAM",
+                "512 MiB",
+                "hits     100.00 % in RAM",
             ),
             *("315 zpages", "3 of them", "something is to be known", "q Quit", "s Set"),
         )
         written = next(line for line in shown.splitlines() if "written" in line)
-        assert "iB/s" in written
+        assert "iB/s┤" in written
         assert "32 us" in next(line for line in shown.splitlines() if "read  " in line and "us" in line)
         for panel in app.query(".panel"):
             region = panel.region
@@ -150,8 +156,80 @@ def test_everything_is_on_the_screen(size: tuple[int, int]) -> None:
     drive(Mounts("/mnt/a").ask, steps, size)
 
 
+def looks(since: int, **last: Any) -> list[dict[str, Any]]:
+    """Return the numbers of 30 looks, a second apart, of a mount that fills; from `since` on they have the values `last`."""
+    found = []
+    for second in range(30):
+        numbers = {
+            **NUMBERS,
+            "renewed_at": float(second),
+            "warnings": [],
+            "stored_pages": 17476 * (second + 1),
+            "pool_used_bytes": min(second * 20, 500) << 20,
+            "pool_limit_set_bytes": 1 << 30,
+            "backing_used_bytes": max(second - 20, 0) * 20 << 20,
+            "backing_size_bytes": 1 << 30,
+            "cumul_written_pages": 256 * second**2,
+            "cumul_read_pages": 5000 * second,
+            "cumul_pagein_pages": 50 * second,
+            "cumul_writeback_bytes": max(second - 20, 0) * 20 << 20,
+            "read_latency_us": [0] * 5 + [900 * second, 90 * second, second] + [0] * 24,
+            "write_latency_us": [0] * 6 + [900 * second, 90 * second, 2 * second] + [0] * 23,
+        }
+        if second >= since:
+            numbers |= {name: value(second) if callable(value) else value for name, value in last.items()}
+        found.append(numbers)
+    return found
+
+
+NEAR: Final = {
+    "pool_used_bytes": (1 << 30) - 4096,
+    "writeback_enabled": 0,
+    "refused_pool_full": 7,
+    "refused_writeback_off": 7,
+    "standby_ready": False,
+}
+FAILING: Final = {
+    "pool_used_bytes": 1 << 30,
+    "backing_used_bytes": 1 << 30,
+    "backing_full": 1,
+    "refused_pool_full": lambda second: 7 * second,
+    "refused_backing_full": lambda second: 7 * second,
+    "lost_pages": 3,
+}
+
+
+@pytest.mark.parametrize("unicode", [True, False])
+@pytest.mark.parametrize(("name", "since", "last"), [("normal", 0, {}), ("near", 0, NEAR), ("failing", 20, FAILING)])
+def test_the_screen_as_text(name: str, since: int, last: dict[str, Any], unicode: bool) -> None:
+    """The screen of 80 x 24 is this text, in each state and without colour. The last line is textual's own.
+
+    With ZBUDFS_TEST_RENEW_SCREENS=1 in the environment, the test writes the texts: read them before you commit them.
+    """
+    path = Path(__file__).parent / f"screens/{name}{'' if unicode else '-ascii'}.txt"
+    stuck = threading.Event()
+
+    def ask(wanted: str | None) -> Answer:
+        stuck.wait(LIMIT_SECONDS)
+        return Answer([], None, None, "late")
+
+    async def steps(app: Top, pilot: Pilot[None]) -> None:
+        for numbers in looks(since, **last):
+            app.post_message(Answer(["/mnt/zswap"], "/mnt/zswap", numbers, ""))
+        await until(app, pilot, "524,280 pages")
+        shown = "\n".join(on_screen(app).splitlines()[:23]) + "\n"
+        if os.environ.get("ZBUDFS_TEST_RENEW_SCREENS"):
+            path.write_text(shown)
+        assert shown == path.read_text()
+
+    try:
+        drive(ask, steps, unicode=unicode)
+    finally:
+        stuck.set()
+
+
 def test_public_numbers() -> None:
-    """What is told to root alone is named as such, and not shown as 0; a text from the mount gives the terminal no orders."""
+    """Numbers for root alone are named so, and not shown as 0. A text from the mount gives the terminal no orders."""
     mounts = Mounts("/mnt/a")
     told = {name: value for name, value in NUMBERS.items() if name in PUBLIC_NAMES}
     mounts.numbers["/mnt/a"] = {**told, "warnings": ["clear \x1b[2J it"]}
@@ -161,17 +239,18 @@ def test_public_numbers() -> None:
             app, pilot, "524,288 pages", "rounded: exact for root", "for root alone", "clear \\x1b[2J it"
         )
         assert "same" not in shown
-        assert "zpages;" not in shown
+        assert "zpages\n" not in shown
+        assert "of them" not in shown
 
     drive(mounts.ask, steps)
 
 
 @pytest.mark.parametrize("unicode", [True, False])
 def test_blocks_where_the_terminal_has_them(unicode: bool) -> None:
-    """All panels are ASCII where the locale is not one of UTF-8; textual's own line of keys is left as it is."""
+    """All panels are ASCII if the locale is not one of UTF-8. textual's own line of keys stays as it is."""
 
     async def steps(app: Top, pilot: Pilot[None]) -> None:
-        shown = await until(app, pilot, "50.0 %", "hits  100.00 % in RAM")
+        shown = await until(app, pilot, "50.0 %", "hits     100.00 % in RAM")
         panels = "\n".join(line for line in shown.splitlines() if "Next mount" not in line)
         assert bool(set(panels) & set("█▄░╭│")) is unicode
         assert panels.isascii() is not unicode
@@ -179,8 +258,8 @@ def test_blocks_where_the_terminal_has_them(unicode: bool) -> None:
     drive(Mounts("/mnt/a").ask, steps, size=(100, 34), unicode=unicode)
 
 
-def test_it_is_resized() -> None:
-    """To something small and back: nothing is lost, and nothing fails."""
+def test_a_resize() -> None:
+    """The screen is whole after a small size and back."""
 
     async def steps(app: Top, pilot: Pilot[None]) -> None:
         await until(app, pilot, "315 zpages")
@@ -193,7 +272,7 @@ def test_it_is_resized() -> None:
 
 
 def test_several_mounts() -> None:
-    """Tab goes through them, and round."""
+    """Tab goes through the mounts and starts again."""
     mounts = Mounts("/mnt/a", "/mnt/b")
     mounts.numbers["/mnt/b"] = {**NUMBERS, "size_bytes": 3 << 30}
 
@@ -208,7 +287,7 @@ def test_several_mounts() -> None:
 
 
 def test_a_daemon_that_is_gone() -> None:
-    """Why is said, what was last known stays, and when one answers again it goes on."""
+    """The screen gives the reason and keeps the last numbers, and continues when a mount answers again."""
     mounts = Mounts("/mnt/a")
 
     async def steps(app: Top, pilot: Pilot[None]) -> None:
@@ -224,7 +303,7 @@ def test_a_daemon_that_is_gone() -> None:
 
 
 def test_no_mount_yet() -> None:
-    """It waits for one."""
+    """The screen waits for a mount."""
     mounts = Mounts()
 
     async def steps(app: Top, pilot: Pilot[None]) -> None:
@@ -237,7 +316,7 @@ def test_no_mount_yet() -> None:
 
 
 def test_a_mount_that_hangs() -> None:
-    """The keys work all the same."""
+    """The keys work while a mount hangs."""
     stuck = threading.Event()
 
     def ask(wanted: str | None) -> Answer:
@@ -258,7 +337,7 @@ def test_a_mount_that_hangs() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A folder that looks like a mount to those who set values."""
+    """Return a folder that looks like a mount to the code that sets values."""
     for folder in ("stats", "control"):
         (tmp_path / folder).mkdir()
     (tmp_path / "stats/all.json").write_text(json.dumps(NUMBERS))
@@ -282,7 +361,7 @@ def files(tmp_path: Path) -> Path:
     ],
 )
 def test_keys_for_the_controls(keys: list[str], name: str, value: str, files: Path) -> None:
-    """Each writes its file, and says so."""
+    """Each key writes its file, and the screen says so."""
     mounts = Mounts(str(files))
 
     async def steps(app: Top, pilot: Pilot[None]) -> None:
@@ -303,8 +382,8 @@ def test_keys_for_the_controls(keys: list[str], name: str, value: str, files: Pa
         ("level=99", "it must be"),
     ],
 )
-def test_what_cannot_be_set(typed: str, reason: str, files: Path) -> None:
-    """Is said, and nothing is written."""
+def test_values_that_cannot_be_set(typed: str, reason: str, files: Path) -> None:
+    """The screen says that the value cannot be set, and nothing is written."""
 
     async def steps(app: Top, pilot: Pilot[None]) -> None:
         await until(app, pilot, "524,288 pages")
@@ -315,34 +394,45 @@ def test_what_cannot_be_set(typed: str, reason: str, files: Path) -> None:
     assert (files / "control/level").read_text() == ""
 
 
-# ---- pieces ------------------------------------------------------------------------------------------------------
+# ---- parts -------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 1 << 40), max_size=80), st.integers(0, 90), st.integers(0, 12))
 def test_bars(values: list[int], width: int, height: int) -> None:
-    """They fill the room and no more; the largest is as high as it gets, and what is not 0 is seen."""
-    lines = bar_lines(values, width, height)
-    assert len(lines) == (height if width and values else 0)
-    assert all(len(line) <= width for line in lines)
-    if lines and any(values):
-        assert "█" in lines[0] or height * 8 < 8
-    if lines and len(values) <= width:
+    """Bars fill the room and no more; the largest has the full height, and a value that is not 0 is visible."""
+    columns = spread(values, width)
+    assert len(columns) <= width
+    assert sum(columns) >= sum(values) if width and values else not columns
+    lines = bar_lines(columns, height, max(columns, default=0))
+    assert len(lines) == height
+    assert all(len(line) == len(columns) for line in lines)
+    if lines and any(columns):
+        assert "█" in lines[0]
+    if lines and values and len(values) <= width:
         each = width // len(values)
         assert [lines[-1][at * each] != " " for at in range(len(values))] == [bool(value) for value in values]
 
 
+@given(st.floats(0, 1e18))
+def test_tops_of_axes(value: float) -> None:
+    """The top of an axis is round, not below the largest value, and at most 2.5 times as high."""
+    assert value <= round_bytes(value) <= max(2 * value, 1024)
+    assert value <= round_count(value) <= max(2.5 * value, 1)
+
+
 @given(st.integers(-5, 200), st.integers(0, 100), st.integers(0, 60))
 def test_gauge(part: int, whole: int, width: int) -> None:
-    """Always as wide as wanted."""
+    """The gauge always has the wanted width."""
     assert len(gauge(part, whole, width)) == width
 
 
 def test_more_pieces() -> None:
-    """By hand."""
+    """Single results are checked by hand."""
     assert gauge(1, 2, 8) == "████░░░░"
     assert gauge(0, 0, 4) == "░░░░"
-    assert bar_lines([1, 2, 4], 3, 1) == ["▂▄█"]
-    assert bar_lines([1, 1, 2, 2], 2, 1) == ["▄█"]
+    assert bar_lines([1, 2, 4], 1, 4) == ["▂▄█"]
+    assert bar_lines(spread([1, 1, 2, 2], 2), 1, 4) == ["▄█"]
+    assert bar_lines([8], 2, 4) == ["█", "█"]
     assert [shown_time(us) for us in (1, 999, 1024, 1 << 20)] == ["1 us", "999 us", "1.02 ms", "1.05 s"]
     assert sparkline([0, 1, 4, 8], unicode=True) == " ▁▄█"
     assert sparkline([0, 1, 4, 8], unicode=False) == " .=@"
@@ -354,12 +444,12 @@ def test_more_pieces() -> None:
 
 
 def test_without_textual(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line with the remedy."""
+    """One line gives the remedy."""
     for name in [name for name in sys.modules if name.startswith("zbudfs.cli.top_")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "textual", None)
     assert main(["top"]) == 1
-    assert capsys.readouterr().err == "zbudfs: top needs textual: pip install 'zbudfs[top]'\n"
+    assert capsys.readouterr().err == f"zbudfs: top needs textual: {Installation().command_for('top')}\n"
 
 
 @pytest.mark.parametrize(
@@ -372,7 +462,7 @@ def test_without_textual(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     ],
 )
 def test_refusals(arguments: list[str], status: int, reason: str) -> None:
-    """One line each."""
+    """Each refusal is one line."""
     run = run_zbudfs("top", *arguments)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (status, "", 1)
     assert reason in run.stderr
@@ -380,7 +470,7 @@ def test_refusals(arguments: list[str], status: int, reason: str) -> None:
 
 @pytest.fixture
 def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    """A real mount with something in it."""
+    """Return a real mount with some pages."""
     folder = tmp_path / "mnt"
     folder.mkdir()
     zbudfs("mount", "--size", "64M", "--pool", "16M", "--backing", tmp_path / "backing", folder)
@@ -394,7 +484,7 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.needs("root", "fuse")
 def test_a_picture(mountpoint: Path, tmp_path: Path) -> None:
-    """Of a real mount, without a terminal."""
+    """The picture shows a real mount, without a terminal."""
     path = tmp_path / "it.svg"
     zbudfs("top", "--picture", path, "--after", "1", "--interval", "0.1", mountpoint)
     text = "".join(ElementTree.fromstring(path.read_text()).itertext()).replace("\xa0", " ")
@@ -403,44 +493,95 @@ def test_a_picture(mountpoint: Path, tmp_path: Path) -> None:
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
 
 
-@pytest.mark.needs("root", "fuse")
-@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
-def test_in_a_real_terminal(mountpoint: Path, tmp_path: Path) -> None:
-    """Seen, steered, resized, with its daemon killed, and left."""
-    tmux = ["tmux", "-L", f"zbudfs-{os.getpid()}", "-f", "/dev/null"]
+class Terminal:
+    """A real terminal of 80 x 24 in which `zbudfs top` runs. `variables` are added to its environment."""
 
-    def capture() -> str:
+    def __init__(self, mountpoint: Path, **variables: str) -> None:
+        self._tmux = ["tmux", "-L", f"zbudfs-{os.getpid()}", "-f", "/dev/null"]
+        command = (
+            f"{sys.executable} -m zbudfs top --interval 0.2 {mountpoint}; echo ended with $?; sleep {LIMIT_SECONDS}"
+        )
+        # The terminal sets the width: pytest-xdist gives its processes another one.
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")
+        }
+        subprocess.run(
+            [*self._tmux, "-u", "new-session", "-d", "-x", "80", "-y", "24", command],
+            env={**environment, "LC_ALL": "C.UTF-8", **variables},
+            timeout=LIMIT_SECONDS,
+            check=True,
+        )
+
+    def capture(self, *options: str) -> str:
+        """Return the text on the screen; with the option "-e", with the escape sequences for colours."""
         run = subprocess.run(
-            [*tmux, "capture-pane", "-p"], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+            [*self._tmux, "capture-pane", "-p", *options],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            check=False,
         )
         return run.stdout
 
-    def press(*keys: str) -> None:
-        subprocess.run([*tmux, "send-keys", *keys], timeout=LIMIT_SECONDS, check=True)
+    def order(self, *words: str) -> None:
+        """Run a command of tmux, such as send-keys."""
+        subprocess.run([*self._tmux, *words], timeout=LIMIT_SECONDS, check=True)
 
-    command = f"{sys.executable} -m zbudfs top --interval 0.2 {mountpoint}; echo ended with $?; sleep {LIMIT_SECONDS}"
-    # The width is the terminal's: pytest-xdist tells its processes one of its own.
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    environment["LC_ALL"] = "C.UTF-8"
-    subprocess.run(
-        [*tmux, "-u", "new-session", "-d", "-x", "80", "-y", "24", command],
-        env=environment,
-        timeout=LIMIT_SECONDS,
-        check=True,
-    )
+    def close(self) -> None:
+        """End the terminal and the program in it."""
+        subprocess.run([*self._tmux, "kill-server"], timeout=LIMIT_SECONDS, check=False)
+
+
+@pytest.mark.needs("root", "fuse")
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+def test_in_a_real_terminal(mountpoint: Path) -> None:
+    """The screen shows the figures, obeys keys, follows the size of the terminal, and reports the death of the daemon."""
+    terminal = Terminal(mountpoint)
+    capture = terminal.capture
     try:
         wait_until(lambda: "256 pages" in capture() and "q Quit" in capture(), "the figures")
-        press("-")
+        terminal.order("send-keys", "-")
         wait_until(lambda: status_of(mountpoint)["pool_limit_bytes"] == 15 << 20, "the pool's limit is lowered")
         wait_until(lambda: "pool_limit_bytes=15728640" in capture(), "it is said")
-        subprocess.run([*tmux, "resize-window", "-x", "120", "-y", "40"], timeout=LIMIT_SECONDS, check=True)
+        terminal.order("resize-window", "-x", "120", "-y", "40")
         wait_until(lambda: any(len(line) == 120 for line in capture().splitlines()), "the screen is wider")
         numbers = status_of(mountpoint)
         for name in ("keeper_pid", "standby_pid", "worker_pid"):
             os.kill(numbers[name], signal.SIGKILL)
-        wait_until(lambda: "has died: run zbudfs umount" in capture(), "the daemon's death is said")
-        press("q")
+        wait_until(lambda: "has died: run zbudfs umount" in " ".join(capture().split()), "the daemon's death is said")
+        terminal.order("send-keys", "q")
         wait_until(lambda: "ended with 0" in capture(), "the end")
     finally:
-        subprocess.run([*tmux, "kill-server"], timeout=LIMIT_SECONDS, check=False)
+        terminal.close()
         zbudfs("umount", mountpoint)
+
+
+def fill(fd: int) -> None:
+    """Write 64 MiB of pages that do not compress."""
+    for number in range(64):
+        os.pwrite(fd, os.urandom(1 << 20), number << 20)
+
+
+@pytest.mark.needs("root", "fuse")
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+@pytest.mark.parametrize("coloured", [True, False])
+def test_colours_of_a_real_terminal(coloured: bool, tmp_path: Path) -> None:
+    """A full pool is failing, in red and as a word. The screen uses the colours of the terminal. With NO_COLOR it uses none."""
+    with mounted(tmp_path / "mnt") as mountpoint, opened(mountpoint / "swapfile") as fd:
+        with pytest.raises(OSError, match="No space left"):
+            fill(fd)
+        terminal = Terminal(mountpoint, **({} if coloured else {"NO_COLOR": "1"}))
+        try:
+            wait_until(lambda: "pool!!" in terminal.capture(), "the state of the pool")
+            assert terminal.capture().startswith(" failing!!  /")
+            sequences = {
+                code
+                for sequence in re.findall(r"\x1b\[([\d;:]*)m", terminal.capture("-e"))
+                for code in re.split("[;:]", sequence)
+            }
+        finally:
+            terminal.close()
+    assert ("41" in sequences) is coloured
+    colours = {code for code in sequences if re.fullmatch(r"3[0-8]|4[0-8]|9[0-7]|10[0-7]", code)}
+    assert bool(colours) is coloured
+    assert not colours & {"38", "48"}

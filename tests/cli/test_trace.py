@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs trace` as it is typed: recorded from a real mount, shown, replayed, and refused."""
+"""`zbudfs trace`: record from a real mount, show, replay, and refuse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from scripts.storm import make_page
+from kit.storm import make_page
 from tests.store.disks import tmpfs
 from tests.support import LIMIT_SECONDS, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
 from tests.tracing.samples import trace_file
@@ -27,7 +27,7 @@ PAGES = 3000
 
 @pytest.fixture
 def mountpoint(tmp_path: Path) -> Iterator[Path]:
-    """A mount with a pool that holds a part of PAGES."""
+    """Return a mount whose pool holds a part of PAGES."""
     folder = tmp_path / "mnt"
     folder.mkdir()
     zbudfs("mount", "--size", "64M", "--pool", "4M", "--backing", tmp_path / "backing", folder)
@@ -37,7 +37,7 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
 
 
 class Recorder:
-    """`zbudfs trace record`, running."""
+    """A running `zbudfs trace record`."""
 
     def __init__(self, mountpoint: Path, path: Path, *options: str) -> None:
         command = [sys.executable, "-m", "zbudfs", "trace", "record", *options, "-o", str(path), str(mountpoint)]
@@ -45,14 +45,14 @@ class Recorder:
         wait_until(lambda: (mountpoint / "control/trace").read_text() == "1\n", "the daemon records")
 
     def end(self, number: int = signal.SIGINT) -> tuple[int, str, str]:
-        """Send a signal; return exit status and what was printed."""
+        """Send a signal, and return the exit status and the output."""
         self.process.send_signal(number)
         out, err = self.process.communicate(timeout=LIMIT_SECONDS)
         return self.process.returncode, out, err
 
 
 def use(mountpoint: Path, first: int = 0) -> None:
-    """Write PAGES pages, read every third of them, compare, and punch some."""
+    """Write PAGES pages, read every third and compare, and punch some."""
     fd = os.open(mountpoint / "swapfile", os.O_RDWR)
     try:
         for page in range(first, first + PAGES, 8):
@@ -67,14 +67,14 @@ def use(mountpoint: Path, first: int = 0) -> None:
 
 
 def shown(path: Path) -> dict[str, Any]:
-    """Return what show says of a trace."""
+    """Return the output of show for a trace."""
     found: dict[str, Any] = json.loads(zbudfs("trace", "show", "--json", path))
     return found
 
 
 @pytest.mark.needs("root", "fuse")
 def test_record_show_replay(mountpoint: Path, tmp_path: Path) -> None:
-    """All that was asked is in the file, and a replay with the same settings does what the daemon did."""
+    """The file has all requests, and a replay with the same settings repeats the daemon's work."""
     path = tmp_path / "it.zbt"
     recorder = Recorder(mountpoint, path)
     use(mountpoint)
@@ -99,7 +99,7 @@ def test_record_show_replay(mountpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_a_takeover_does_not_end_a_recording(mountpoint: Path, tmp_path: Path) -> None:
-    """What the next worker serves is in the same file."""
+    """The requests that the next worker serves are in the same file."""
     path = tmp_path / "it.zbt"
     wait_until(lambda: bool(status_of(mountpoint)["standby_ready"]), "a standby")
     recorder = Recorder(mountpoint, path)
@@ -115,12 +115,15 @@ def test_a_takeover_does_not_end_a_recording(mountpoint: Path, tmp_path: Path) -
 
 @pytest.mark.needs("root", "fuse")
 def test_the_end_of_the_mount_ends_a_recording(mountpoint: Path, tmp_path: Path) -> None:
-    """The file is whole; a second recording is refused meanwhile."""
+    """The file is whole, and a second recording is refused meanwhile."""
     path = tmp_path / "it.zbt"
     recorder = Recorder(mountpoint, path, "--seconds", "1000")
     use(mountpoint)
     run = run_zbudfs("trace", "record", "-o", tmp_path / "other", mountpoint)
-    assert (run.returncode, run.stderr) == (1, f"zbudfs: {mountpoint} is being recorded already\n")
+    assert (run.returncode, run.stderr) == (
+        1,
+        f"zbudfs: {mountpoint} is being recorded already: end the other zbudfs trace record first\n",
+    )
     assert not (tmp_path / "other").exists()
     zbudfs("umount", mountpoint)
     out, err = recorder.process.communicate(timeout=LIMIT_SECONDS)
@@ -132,7 +135,7 @@ def test_the_end_of_the_mount_ends_a_recording(mountpoint: Path, tmp_path: Path)
 
 @pytest.mark.needs("root", "fuse")
 def test_a_full_disk_ends_a_recording(mountpoint: Path, tmp_path: Path) -> None:
-    """It is said where and why; the daemon stops recording, and goes on."""
+    """The message names the place and the reason. The daemon stops recording, and continues."""
     with tmpfs(tmp_path, 4096) as folder:
         recorder = Recorder(mountpoint, folder / "trace")
         with (mountpoint / "swapfile").open("r+b", buffering=0) as file:
@@ -147,7 +150,7 @@ def test_a_full_disk_ends_a_recording(mountpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_for_some_time(mountpoint: Path, tmp_path: Path) -> None:
-    """It ends by itself."""
+    """The recording ends by itself."""
     assert "0 records" in zbudfs("trace", "record", "--seconds", "0.2", "-o", tmp_path / "it", mountpoint)
     run = run_zbudfs("trace", "show", tmp_path / "it")
     assert (run.returncode, run.stderr) == (1, f"zbudfs: {tmp_path / 'it'}: the trace is empty\n")
@@ -155,7 +158,7 @@ def test_for_some_time(mountpoint: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def sample(tmp_path: Path) -> Path:
-    """A trace made by hand."""
+    """Return a trace made by hand."""
     path = tmp_path / "sample.zbt"
     records = [(at * 1000, 1 + at % 2, at % 40, at * 16 % 1600, 16) for at in range(500)]
     path.write_bytes(trace_file(sorted(records), started="2026-01-01T00:00:00+00:00", kernel="6.18", zbudfs="1"))
@@ -163,7 +166,7 @@ def sample(tmp_path: Path) -> Path:
 
 
 def test_a_page_for_people(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Figures, the working set over time, sizes."""
+    """The page has figures, the working set over time, and sizes."""
     assert main(["trace", "show", str(sample)]) == 0
     text = capsys.readouterr().out
     assert "recorded   on 2026-01-01T00:00:00+00:00 by zbudfs 1 on Linux 6.18" in text
@@ -175,14 +178,14 @@ def test_a_page_for_people(sample: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_picture(sample: Path) -> None:
-    """The working set over time."""
+    """The picture has the working set over time."""
     path = sample.parent / "it.svg"
     zbudfs("trace", "show", "--plot", path, sample)
-    assert "working set; 6.3 MiB were touched in all" in path.read_text()
+    assert "working set; 6.3 MiB of different pages in all" in path.read_text()
 
 
 def test_settings_side_by_side(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for each combination, and no page is wrong."""
+    """Each combination has a line, and no page is wrong."""
     options = ["--pool", "1M,2M", "--level", "-1,3", "--watermark", "2%:5%,25%:50%"]
     assert main(["trace", "replay", *options, "--backing", str(sample.parent), str(sample)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -210,18 +213,18 @@ def test_settings_side_by_side(sample: Path, capsys: pytest.CaptureFixture[str])
         (["show", "/dev/zero"], 1, "/dev/zero is not a file"),
         (["show", "garbage"], 1, "garbage: it is not a trace"),
         (["replay", "garbage"], 1, "garbage: it is not a trace"),
-        (["replay", "--pool", "1K", "sample.zbt"], 1, "it must be from 1M"),
-        (["replay", "--watermark", "9M:1M", "sample.zbt"], 1, "low must be a frame or more"),
-        (["replay", "--backing", "none/such", "sample.zbt"], 1, "none/such is no folder"),
+        (["replay", "--pool", "1K", "sample.zbt"], 1, "write a size from 1M"),
+        (["replay", "--watermark", "9M:1M", "sample.zbt"], 1, "write a low of at least one frame"),
+        (["replay", "--backing", "none/such", "sample.zbt"], 1, "none/such is not a folder"),
         (
             ["replay", "--level", ",".join(map(str, range(1, 20))), "--pool", "1M,2M,3M,4M", "sample.zbt"],
             1,
-            "the most is 64",
+            "write at most 64",
         ),
     ],
 )
 def test_refusals(arguments: list[str], status: int, reason: str, sample: Path) -> None:
-    """One line each."""
+    """Each refusal is one line."""
     (sample.parent / "garbage").write_bytes(b"garbage" * 100)
     run = run_zbudfs("trace", *arguments, cwd=sample.parent)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (status, "", 1)
@@ -230,14 +233,14 @@ def test_refusals(arguments: list[str], status: int, reason: str, sample: Path) 
 
 @pytest.mark.needs("root")
 def test_record_what_is_not_mounted(tmp_path: Path) -> None:
-    """Refused before a file is made."""
+    """A path without a mount is refused before a file is made."""
     run = run_zbudfs("trace", "record", "-o", tmp_path / "it", tmp_path)
     assert (run.returncode, run.stderr) == (1, f"zbudfs: no zbudfs is mounted on {tmp_path}\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_hostile_traces_are_replayed_safely(tmp_path: Path) -> None:
-    """One that claims a huge device and pool costs no more than what it touches, or is refused in a line."""
+    """A trace that claims a huge device and pool costs only the pages that it touches, or is refused in a line."""
     path = tmp_path / "huge.zbt"
     records = [(0, int(Kind.WRITE), 5, (1 << 32) - 5, 4), (1, int(Kind.DISCARD), 0, 0, (1 << 32) - 1)]
     path.write_bytes(trace_file(records, size_bytes=1 << 44, pool_limit_bytes=1 << 60))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command with wrong words: one line, the right exit status, nothing done; and what help and defaults say."""
+"""Wrong words give one line and the right exit status, and nothing happens. Help and defaults are complete."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -14,10 +15,11 @@ import pytest
 
 from tests.support import LIMIT_SECONDS, ROOT, mounted, run_zbudfs
 from zbudfs import __version__
-from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.commands import make_settings
+from zbudfs.cli.arguments import Arguments, Later
 from zbudfs.cli.main import main
-from zbudfs.cli.options import build_parser
+from zbudfs.cli.option_table import given_options
+from zbudfs.cli.parser import build_parser
+from zbudfs.cli.plan import make_plan
 from zbudfs.cli.stdio import shows_unicode
 from zbudfs.cli.target import resolve
 from zbudfs.service.mountpoint import zbudfs_mounts
@@ -48,7 +50,7 @@ COMMANDS = (
     ("arguments", "reason"),
     [
         ([], "required: COMMAND"),
-        (["frob"], "'frob' is no command of zbudfs: known are mount, umount"),
+        (["frob"], "'frob' is not a command of zbudfs: known are mount, umount"),
         (["mount"], "required: MOUNTPOINT"),
         (["mount", "--size", "5x", "/x"], "argument --size: '5x' is not a size: write digits"),
         (["mount", "--size", "4GB", "/x"], "is not a size"),
@@ -65,7 +67,7 @@ COMMANDS = (
         (["swapon", "--priority", "-1", "/x"], "'-1' is not a priority: write a whole number from 0 to 32767"),
         (
             ["mount", "--siz", "4G", "/x"],
-            "'--siz' is no option of zbudfs mount: did you mean --size? (see zbudfs mount --help)",
+            "'--siz' is not an option of zbudfs mount: did you mean --size? (see zbudfs mount --help)",
         ),
         (["swapon"], "write either MOUNTPOINT or --config NAME"),
         (["swapoff", "--config", "swap", "/x"], "write either MOUNTPOINT or --config NAME"),
@@ -75,11 +77,11 @@ COMMANDS = (
             for name, value in (("instances", "4"), ("level", "3"), ("backing", "none"), ("priority", "5"))
         ),
         (["serve"], "required: NAME"),
-        (["status", "/x", "/y"], "there are more words than this command takes: /y"),
+        (["status", "/x", "/y"], "this command does not take so many arguments: /y"),
     ],
 )
 def test_wrong_words_are_usage_errors(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 2 and one line that says what was wrong and what would be right."""
+    """A wrong word gives exit status 2 and one line with the mistake and the right form."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -108,7 +110,7 @@ def test_wrong_words_are_usage_errors(arguments: list[str], reason: str, capsys:
 def test_values_that_cannot_work_are_usage_errors(
     command: str, options: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 2 as well, and nothing is mounted."""
+    """A value that cannot work gives exit status 2, and nothing is mounted."""
     assert main([command, *options, str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert reason in err
@@ -135,8 +137,8 @@ def test_values_that_cannot_work_are_usage_errors(
         (["status", "new\nline"], r"$'/"),
     ],
 )
-def test_what_cannot_be_done_is_a_failure(arguments: list[str], reason: str, tmp_path: Path) -> None:
-    """Exit status 1 and one line on stderr, from the real command, in any folder."""
+def test_failures(arguments: list[str], reason: str, tmp_path: Path) -> None:
+    """A failure gives exit status 1 and one line on stderr, from the real command, in any folder."""
     (tmp_path / "file").touch()
     run = run_zbudfs(*arguments, cwd=tmp_path)
     assert run.returncode == 1
@@ -150,7 +152,7 @@ def test_what_cannot_be_done_is_a_failure(arguments: list[str], reason: str, tmp
 def test_root_is_needed(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those who are not root are told so, before anything else is looked at."""
+    """A user other than root gets that message before anything else."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert main([command, str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err == f"zbudfs: {command} needs root: run it with sudo\n"
@@ -158,7 +160,7 @@ def test_root_is_needed(
 
 @pytest.mark.needs("root")
 def test_a_service_without_a_configuration(tmp_path: Path) -> None:
-    """`serve` ends with the status that tells a service manager not to try again; the other two just fail."""
+    """`serve` ends with the status that makes a service manager give up. The other commands end with 1."""
     name = f"none-{os.getpid()}"
     for status, words in ((2, ["serve", name]), (1, ["swapon", "--config", name]), (1, ["swapoff", "--config", name])):
         run = run_zbudfs(*words, cwd=tmp_path)
@@ -167,14 +169,14 @@ def test_a_service_without_a_configuration(tmp_path: Path) -> None:
 
 
 def test_the_version() -> None:
-    """--version says it."""
+    """--version prints the version."""
     run = run_zbudfs("--version")
     assert (run.returncode, run.stdout) == (0, f"zbudfs {__version__}\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Help says what every option does."""
+    """The help of each command explains each option."""
     assert main([command, "--help"]) == 0
     metavars = {
         "serve": "NAME",
@@ -192,7 +194,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every example in the help can be parsed."""
+    """The parser accepts each example in the help."""
     assert main(["--help"]) == 0
     lines = [
         line.split("   ")[0].split() for line in capsys.readouterr().out.splitlines() if line.startswith("  zbudfs ")
@@ -203,8 +205,8 @@ def test_the_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_status_without_a_mount(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing mounted is no failure."""
-    monkeypatch.setattr("zbudfs.cli.commands.zbudfs_mounts", list)  # others may have one at the moment
+    """The status of no mount is no failure."""
+    monkeypatch.setattr("zbudfs.cli.status.zbudfs_mounts", list)  # other processes may have a mount at the moment
     assert main(["status"]) == 0
     assert capsys.readouterr().out == "no zbudfs is mounted\n"
     assert main(["status", "--json"]) == 0
@@ -212,15 +214,15 @@ def test_status_without_a_mount(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def settings_for(*options: str) -> dict[str, object]:
-    """Return the settings that `zbudfs mount OPTIONS /mnt/z` would start a daemon with."""
+    """Return the settings for the daemon of `zbudfs mount OPTIONS /mnt/z`."""
     arguments = build_parser().parse_args(["mount", *options, "/mnt/z"], Arguments())
-    loaded = json.loads(make_settings(arguments, "/mnt/z").to_json())
+    loaded = json.loads(make_plan(given_options(arguments), "/mnt/z").settings.to_json())
     assert isinstance(loaded, dict)
     return loaded
 
 
 def test_defaults() -> None:
-    """Size is RAM, the pool a quarter of it, level -1, and the backing file is named after the mountpoint."""
+    """The size is RAM, the pool a quarter of it, the level -1, and the backing file has the mountpoint's name."""
     found = settings_for()
     size, pool = found["size_bytes"], found["pool_bytes"]
     assert isinstance(size, int)
@@ -233,7 +235,7 @@ def test_defaults() -> None:
 
 
 def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every option arrives, with a relative path made absolute."""
+    """Each option arrives, and a relative path becomes absolute."""
     monkeypatch.chdir(tmp_path)
     found = settings_for(
         *("--size", "1.5G", "--pool", "64M", "--backing", "some file"),
@@ -255,7 +257,7 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_symbolic_link_to_a_backing_file_is_left_to_be_refused(tmp_path: Path) -> None:
-    """Folders are resolved, the last part is not."""
+    """Folders of the path are resolved, and its last part is not, so that the daemon refuses the link."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "way").symlink_to("folder")
     (tmp_path / "folder/link").symlink_to("/etc/passwd")
@@ -263,7 +265,7 @@ def test_a_symbolic_link_to_a_backing_file_is_left_to_be_refused(tmp_path: Path)
 
 
 def test_a_backing_file_on_the_mountpoint_is_refused() -> None:
-    """It would wait for itself."""
+    """A backing file on its own mountpoint would wait for itself."""
     with pytest.raises(SettingsError, match="lies on the mountpoint"):
         settings_for("--backing", "/mnt/z/backing")
 
@@ -277,7 +279,7 @@ def test_paths_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_daemons_own_modules_stay_lean() -> None:
-    """What the daemon imports of `service` imports neither programs nor parsers: it would all be locked in memory."""
+    """The parts of `service` that the daemon imports load no programs and no parsers, since all of them would be locked."""
     for name in ("settings", "hardening", "mountpoint", "log"):
         source = (ROOT / "zbudfs/service" / f"{name}.py").read_text()
         for heavy in ("argparse", "subprocess", "launch", "zbudfs.cli", "zbudfs.swap"):
@@ -288,10 +290,13 @@ def test_the_daemons_own_modules_stay_lean() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["moutn", "/x"], "'moutn' is no command of zbudfs: did you mean mount? (see zbudfs --help)"),
-        (["swap-on"], "'swap-on' is no command of zbudfs: did you mean swapon?"),
-        (["trace", "recrod"], "'recrod' is no command of zbudfs trace: did you mean record? (see zbudfs trace --help)"),
-        (["set", "level=1"], "'level=1' is the last word, where the MOUNTPOINT must be: write it behind"),
+        (["moutn", "/x"], "'moutn' is not a command of zbudfs: did you mean mount? (see zbudfs mount --help)"),
+        (["swap-on"], "'swap-on' is not a command of zbudfs: did you mean swapon?"),
+        (
+            ["trace", "recrod"],
+            "'recrod' is not a command of zbudfs trace: did you mean record? (see zbudfs trace record --help)",
+        ),
+        (["set", "level=1"], "the MOUNTPOINT is missing: write it after 'level=1', as the last word"),
         (["exporter", "--textfile", ""], "argument --textfile: '' is not a file name: write the path of a file"),
         (["estimate", "--file", ""], "argument --file: '' is not a file name"),
         (["trace", "record", "-o", "", "/x"], "argument -o/--output: '' is not a file name"),
@@ -299,13 +304,13 @@ def test_the_daemons_own_modules_stay_lean() -> None:
         (["config", "--root", "/nonexistent"], "argument --root: '/nonexistent' is not a directory"),
         (["doctor", "--root", ""], "argument --root: '' is not a directory: write the path of one that exists"),
         (["hibernate", "prepar"], "'prepar' is not one of the words prepare, finish (see zbudfs hibernate --help)"),
-        (["--sise", "1G"], "'--sise' is no option of zbudfs: known are --help, --version"),
-        (["mount", "--siez", "64M", "/x"], "'--siez' is no option of zbudfs mount: did you mean --size?"),
-        (["mount", "--siez=64M", "/x"], "'--siez' is no option of zbudfs mount: did you mean --size?"),
-        (["mount", "/x", "--poool"], "'--poool' is no option of zbudfs mount: did you mean --pool?"),
-        (["swapon", "-s", "/x"], "'-s' is no option of zbudfs swapon: known are --help, --size"),
+        (["--sise", "1G"], "'--sise' is not an option of zbudfs: known are --help, --version"),
+        (["mount", "--siez", "64M", "/x"], "'--siez' is not an option of zbudfs mount: did you mean --size?"),
+        (["mount", "--siez=64M", "/x"], "'--siez' is not an option of zbudfs mount: did you mean --size?"),
+        (["mount", "/x", "--poool"], "'--poool' is not an option of zbudfs mount: did you mean --pool?"),
+        (["swapon", "-s", "/x"], "'-s' is not an option of zbudfs swapon: known are --help, --size"),
         (["trace", "replay", "--watermarks", "1%:2%", "x"], "did you mean --watermark?"),
-        (["umount", "--force", "/x"], "'--force' is no option of zbudfs umount: known are --help"),
+        (["umount", "--force", "/x"], "'--force' is not an option of zbudfs umount: known are --help"),
         (["set", "pool-limit-bytes=1M", "/x"], "'pool-limit-bytes' cannot be set: did you mean pool_limit_bytes?"),
         (["set", "nonsense=1", "/x"], "'nonsense' cannot be set: known are pool_limit_bytes, "),
         (["mount", "--size", "\u0664G", "/x"], "is not a size: write digits"),
@@ -313,17 +318,19 @@ def test_the_daemons_own_modules_stay_lean() -> None:
         (["mount", "--level", "1_0", "/x"], "'1_0' is not a level"),
         (["mount", "--level", "9" * 5000, "/x"], "is not a level"),
         (["mount", "--instances", "", "/x"], "'' is not a number of instances: write a whole number from 1 to"),
-        (["mount", "--encrypt", "", "/x"], "'' is neither yes nor no: write one of them"),
+        (["mount", "--encrypt", "", "/x"], "'' is neither yes nor no: write yes or no"),
         (["status", "--watch", "nan"], "'nan' is not a number of seconds: write one from 0.1 to 86400"),
         (["status", "--watch", "1e3"], "'1e3' is not a number of seconds"),
         (["trace", "record", "--seconds", "0", "-o", "x", "/x"], "'0' is not a number of seconds: write one above 0"),
         (["estimate", "--sample", "0", "1"], "'0' is a size of zero bytes: write a size above 0, such as 64M"),
+        (["top", "--after", "5"], "--after is for --picture FILE: write both, or neither"),
+        (["config", "--check", "--json"], "argument --json: not allowed with argument --check"),
         (["estimate", "--levels", "0", "1"], "there is no level 0: write levels from -7 to -1 and from 1 to 19"),
         (["trace", "replay", "--watermark", "5%", "x"], "'5%' is not a pair of watermarks: write LOW:HIGH"),
     ],
 )
-def test_what_was_meant(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error names what is wrong, and only that, and what would be right."""
+def test_the_right_word_is_named(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error names the wrong word and no other, and the right one."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -337,14 +344,14 @@ FULL: Final = "/dev/full"
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["mount", "--help"], ["status", "--json"], ["config"]])
 def test_output_that_cannot_be_written(words: list[str]) -> None:
-    """A full disk behind stdout, or no stdout, is an error with a line that says so; a reader that has gone is none."""
+    """A full disk behind stdout, or no stdout, is an error of one line. A reader that has gone is no error."""
     command = shlex.join([sys.executable, "-m", "zbudfs", *words])
     for redirection, why in ((f">{FULL}", "No space left on device"), (">&-", "it is closed")):
         run = subprocess.run(
             ["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_SECONDS
         )
         assert run.returncode == 1
-        assert run.stderr == f"zbudfs: standard output cannot be written, so what was to be printed is lost: {why}\n"
+        assert run.stderr == f"zbudfs: standard output cannot be written, so the output is lost: {why}\n"
     run = subprocess.run(
         ["bash", "-c", f"({command}; echo $? >&2) | true"],
         capture_output=True,
@@ -352,12 +359,12 @@ def test_output_that_cannot_be_written(words: list[str]) -> None:
         cwd=ROOT,
         timeout=LIMIT_SECONDS,
     )
-    assert run.stderr in ("1\n", "0\n")  # 0 where the pipe took it all before it was closed
+    assert run.stderr in ("1\n", "0\n")  # 0 if the pipe took everything before it was closed
 
 
 @pytest.mark.parametrize("redirection", [f"2>{FULL}", "2>&-", "<&- 2>&-"])
 def test_errors_that_cannot_be_written(redirection: str) -> None:
-    """The exit status is what there is; nothing goes to stdout instead."""
+    """Only the exit status is left, and nothing goes to stdout instead."""
     for words, status in (("umount /nonexistent/x", 1), ("mount --level 99 /x", 2), ("frob", 2)):
         command = f"{shlex.quote(sys.executable)} -m zbudfs {words} {redirection}"
         run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_SECONDS)
@@ -381,8 +388,8 @@ def test_errors_that_cannot_be_written(redirection: str) -> None:
         ({"LC_ALL": "", "LANG": "en_GB.utf8"}, True),
     ],
 )
-def test_what_a_locale_shows(environment: dict[str, str], expected: bool) -> None:
-    """The first of LC_ALL, LC_CTYPE and LANG decides; what Python sets by itself does not count."""
+def test_the_locale_decides(environment: dict[str, str], expected: bool) -> None:
+    """The first of LC_ALL, LC_CTYPE and LANG decides, and not Python's own setting."""
     assert shows_unicode(environment, "utf-8") is expected
     assert not shows_unicode(environment, "ascii")
 
@@ -392,7 +399,7 @@ def test_what_a_locale_shows(environment: dict[str, str], expected: bool) -> Non
     ("name", "value", "ascii_only"), [("LANG", "C", True), ("LC_ALL", "POSIX", True), ("LC_ALL", "C.UTF-8", False)]
 )
 def test_no_characters_that_the_locale_lacks(name: str, value: str, ascii_only: bool, tmp_path: Path) -> None:
-    """Bars are made of ASCII where the locale is not one of UTF-8."""
+    """Bars are ASCII if the locale is not one of UTF-8."""
     environment = {key: text for key, text in os.environ.items() if key not in ("LANG", "LC_ALL", "LC_CTYPE")}
     with mounted(tmp_path / "mnt") as mountpoint:
         run = subprocess.run(
@@ -405,3 +412,30 @@ def test_no_characters_that_the_locale_lacks(name: str, value: str, ascii_only: 
     assert run.returncode == 0
     assert run.stdout.isascii() is ascii_only
     assert b"  pool " in run.stdout
+
+
+def later(parser: argparse.ArgumentParser) -> Iterator[Later]:
+    """The functions of a parser's commands, and of theirs."""
+    if isinstance(run := parser.get_default("run"), Later):
+        yield run
+    for action in parser._actions:
+        for each in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from later(each)
+
+
+def test_each_command_has_its_function() -> None:
+    """A command names its function as text, since the module is imported only when the command runs."""
+    found = list(later(build_parser()))
+    assert len(found) >= 14
+    for each in found:
+        assert callable(each.function()), each
+
+
+def test_a_command_imports_what_it_needs() -> None:
+    """`zbudfs --version` and a usage error need neither the code of the commands nor that of the daemon."""
+    code = "import sys; from zbudfs.cli.main import main; main(['--version']); print(*sorted(sys.modules))"
+    modules = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert "zbudfs.cli.parser" in modules
+    assert not modules & {"zbudfs.cli.commands", "zbudfs.cli.exporter", "zbudfs.service.launch", "http.server", "trio"}

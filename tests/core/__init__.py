@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Tests of the pure room: no file, no task, no clock."""
+"""Tests of the pure package: no file, no task, no clock."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An allocator with its memory, and a caller of it that counts the frames it hands in and gets back."""
+"""An allocator with its memory, and a caller that counts the frames that it hands in and gets back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import ClassVar, Final
 
-from zbudfs.core.allocator import HANDLE_SIZE, NO_REF, PERSISTENT_KIND
+from zbudfs.core.allocator import HANDLE_SIZE, NO_REF, PERSISTENT_KIND, Allocator
 from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.units import CHUNK_SIZE, NO_FRAME, PAGE_SIZE
 
 FILLER: Final = b"\xa5"
-"""What stands in every frame before anything is stored."""
+"""The content of each frame before anything is stored."""
 
 
 def size_of(chunks: int) -> int:
@@ -27,7 +27,7 @@ def content(page: int, size: int) -> bytes:
 
 @contextlib.contextmanager
 def packed_by(packing: Packing) -> Iterator[Packing]:
-    """Have callers that name no packing use this one."""
+    """Set the packing for callers that name none."""
     before = Caller.packing
     Caller.packing = packing
     try:
@@ -37,7 +37,7 @@ def packed_by(packing: Packing) -> Iterator[Packing]:
 
 
 class Caller:
-    """Hands in the lowest free frame, and takes frames back; `allocator` is of the packing in force."""
+    """A caller that hands in the lowest free frame and takes frames back. `allocator` has the packing in force."""
 
     packing: ClassVar[Packing] = ZBUD
 
@@ -52,7 +52,7 @@ class Caller:
         return self.free_frames.pop(0)
 
     def give(self, frame: int) -> bool:
-        """Take a frame back, if it is one; it must be out."""
+        """Take a frame back, if there is one. It must be in use."""
         if frame == NO_FRAME:
             return False
         assert frame not in self.free_frames
@@ -66,7 +66,7 @@ class Caller:
         return ref
 
     def match(self, page: int, size: int, kind: int = PERSISTENT_KIND, *, halves: bool = False) -> int:
-        """Store a zpage beside another, or return NO_REF. In one step where there is one, unless in `halves`."""
+        """Store a zpage beside another, or return NO_REF. If `halves`, prepare and finish are separate calls."""
         if kind == PERSISTENT_KIND and not halves:
             return self.allocator.match(page, content(page, size))
         ref = self.allocator.match_prep(size, kind)
@@ -75,7 +75,7 @@ class Caller:
         return ref
 
     def store(self, page: int, size: int, kind: int = PERSISTENT_KIND) -> int:
-        """Store a zpage beside another if possible, in a frame of its own otherwise."""
+        """Store a zpage beside another if possible, and in its own frame otherwise."""
         ref = self.match(page, size, kind)
         return ref if ref != NO_REF else self.create(page, size, kind)
 
@@ -84,7 +84,7 @@ class Caller:
         return self.allocator.create_raw(self.take(), page, content(page, PAGE_SIZE))
 
     def free(self, ref: int) -> bool:
-        """Free a zpage; whether its frame came back."""
+        """Free a zpage, and return whether its frame came back."""
         return self.give(self.allocator.free(ref))
 
     def zpage(self, ref: int, page: int) -> bytes | None:
@@ -94,4 +94,9 @@ class Caller:
 
     def lru(self, kind: int = PERSISTENT_KIND) -> list[int]:
         """Return the frames on an LRU list, oldest first."""
-        return list(self.allocator.frames_of(kind))
+        return lru_of(self.allocator, kind)
+
+
+def lru_of(allocator: Allocator, kind: int) -> list[int]:
+    """Return the frames on the LRU list of a kind, oldest first."""
+    return list(allocator._lru.members(kind))

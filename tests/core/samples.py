@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pages to try things with. A page is named by a seed, so two pages with different seeds differ, whatever their sizes."""
+"""Pages for tests. A seed names a page, so pages with different seeds differ, whatever their sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from zbudfs.core.units import PAGE_SIZE
 
 SMALL: Final = 300
-"""Bytes of noise in a page of which many would fit in a frame, if a frame could hold many."""
+"""Bytes of noise in a page that compresses so well that many would fit in a frame."""
 HALF: Final = 1900
 """Bytes of noise in a page of which two fit in a frame."""
 BIG: Final = 3000
@@ -24,7 +24,7 @@ def page(seed: int, noise: int = HALF) -> bytes:
 
 
 def text_page(seed: int) -> bytes:
-    """Return a page that zstd finds something in: matches, literals and entropy tables."""
+    """Return a page in which zstd finds matches, literals and entropy tables."""
     words = random.Random(seed)
     text = b" ".join(
         b"%s=%d" % (words.choice((b"frame", b"block", b"page", b"zombie")), words.randrange(999)) for _ in range(600)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Each allocator against a model: a dict of what was stored, and lists of frames by age. The model knows no columns.
+"""Each allocator is compared with a model: a dict of the stored pages, and lists of frames by age, without columns.
 
-Every way of putting a zpage in and taking it out, the asynchronous ones in halves, in any order; after each step the
-allocator recounts itself, and contents, ages, matches and counters are compared.
+The steps store and free zpages in every way, asynchronous ones in halves, in any order. After each step the allocator
+recounts itself, and contents, ages, matches and counters are compared.
 """
 
 from __future__ import annotations
@@ -40,41 +40,41 @@ PERSISTENT, EPHEMERAL, ZOMBIE, DYING = FrameState.PERSISTENT, FrameState.EPHEMER
 
 @dataclass
 class Frame:
-    """What the model knows of a frame that is the allocator's."""
+    """The model's knowledge of a frame that the allocator has."""
 
     state: FrameState
     zpages: dict[int, tuple[int, bytes]] = field(default_factory=dict)
-    """By ref: page and content."""
+    """Page and content by ref."""
     pending: dict[int, int] = field(default_factory=dict)
-    """By ref: size of a zpage whose place is taken and which is not filled yet."""
+    """The size of each zpage by ref whose place is taken and not filled yet."""
     raw: tuple[int, bytes] | None = None
     filling: bool = False
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By ref: offset and size; only a dense frame has them."""
+    """Offset and size by ref, for dense frames alone."""
     tail: int = 0
 
     @property
     def kind(self) -> int:
-        """Persistent or ephemeral."""
+        """Return whether the frame is persistent or ephemeral."""
         return EPHEMERAL_KIND if self.state in (EPHEMERAL, DYING) else PERSISTENT_KIND
 
     @property
     def pinned(self) -> bool:
-        """Whether it is unevictable."""
+        """Return whether the frame is unevictable."""
         return self.filling or bool(self.pending)
 
     @property
     def listed(self) -> bool:
-        """Whether it is on the LRU list of its kind."""
+        """Return whether the frame is on the LRU list of its kind."""
         return self.state in (PERSISTENT, EPHEMERAL)
 
     @property
     def sizes(self) -> list[int]:
-        """The size of each zpage, to come or there."""
+        """Return the size of each zpage, stored or pending."""
         return [*(len(data) for _, data in self.zpages.values()), *self.pending.values()]
 
     def used(self, packing: Packing) -> int:
-        """Return the unbuddied list on which the frame must be, FULL for none."""
+        """Return the unbuddied list on which the frame must be, or FULL."""
         if self.raw is not None or not self.sizes or len(self.sizes) == packing.zpages:
             return FULL
         if packing.name == "zbud":
@@ -84,7 +84,7 @@ class Frame:
         return used if used < NCHUNKS else FULL
 
     def add(self, ref: int, size: int, packing: Packing) -> None:
-        """A dense frame lays zpages from left to right, and moves them together when its tail is too short."""
+        """Add a zpage. A dense frame lays zpages from left to right, and compacts when its tail is too short."""
         if packing.name == "zbud":
             return
         start = HANDLE_SIZE * packing.zpages
@@ -100,7 +100,7 @@ class Frame:
         self.tail += size
 
     def remove(self, ref: int) -> None:
-        """What is freed at the end joins the tail."""
+        """Remove a zpage. The last zpage before the tail joins the tail."""
         if ref in self.places:
             offset, size = self.places.pop(ref)
             if offset + size == self.tail:
@@ -108,12 +108,12 @@ class Frame:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing in it."""
+        """Return whether the frame has no zpage."""
         return not self.zpages and not self.pending and self.raw is None
 
 
 class Machine(RuleBasedStateMachine):
-    """Steps of a caller who does all that the page store does, and more."""
+    """Steps of a caller that does all that the page store does, and more."""
 
     packing: ClassVar[Packing]
 
@@ -128,7 +128,7 @@ class Machine(RuleBasedStateMachine):
         self.cumul = [[0, 0], [0, 0]]
         self.evicted = [0, 0]
 
-    # ---- what the model thinks -----------------------------------------------------------------------------------
+    # ---- the model ---------------------------------------------------------------------------------------------------
 
     def next_page(self) -> int:
         """Return a page number that was not used yet."""
@@ -136,26 +136,26 @@ class Machine(RuleBasedStateMachine):
         return self.page
 
     def recent(self, frame: int) -> None:
-        """A zpage was added to a frame."""
+        """Note that a zpage was added to a frame."""
         ages = self.ages[self.frames[frame].kind]
         if frame in ages:
             ages.remove(frame)
         ages.append(frame)
 
     def count(self, kind: int, size: int) -> None:
-        """A zpage was stored."""
+        """Count a stored zpage."""
         self.cumul[kind][0] += 1
         self.cumul[kind][1] += size
 
     def handed_back(self, frame: int) -> None:
-        """The allocator gave a frame back."""
+        """Note that the allocator gave a frame back."""
         known = self.frames.pop(frame)
         if frame in self.ages[known.kind]:
             self.ages[known.kind].remove(frame)
         assert self.caller.give(frame)
 
     def best_match(self, size: int, kind: int) -> int | None:
-        """Return how many chunks the fullest frame uses that has room, None if none has."""
+        """Return the number of used chunks in the fullest frame that has room, or None."""
         zbud = self.packing.name == "zbud"
         chunks = chunks_for(size) if zbud else -(-size // CHUNK_SIZE)
         fitting = [
@@ -167,7 +167,7 @@ class Machine(RuleBasedStateMachine):
         return max(fitting, default=None)
 
     def of_state(self, *states: FrameState, pinned: bool = False) -> list[int]:
-        """Return the frames in one of some states, pinned ones only if asked for."""
+        """Return the frames in one of these states. Pinned frames are included only on request."""
         return [
             number for number, frame in self.frames.items() if frame.state in states and (pinned or not frame.pinned)
         ]
@@ -175,7 +175,7 @@ class Machine(RuleBasedStateMachine):
     # ---- storing ---------------------------------------------------------------------------------------------------
 
     def prepare(self, size: int, kind: int) -> int:
-        """Take a place, matched if possible; NO_REF if there is no frame for it."""
+        """Take a place, matched if possible, or return NO_REF if there is no frame."""
         expected = self.best_match(size, kind)
         ref = self.allocator.match_prep(size, kind)
         assert (ref == NO_REF) == (expected is None)
@@ -206,14 +206,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(size=SIZE, kind=KIND)
     def store(self, size: int, kind: int) -> None:
-        """Both halves at once, as the page store does it."""
+        """Do both halves at once, like the page store."""
         ref = self.prepare(size, kind)
         if ref != NO_REF:
             self.finish(ref)
 
     @rule(size=SIZE)
     def match(self, size: int) -> None:
-        """A match with what is at hand, in one step."""
+        """Match in one step."""
         expected, page = self.best_match(size, PERSISTENT_KIND), self.next_page()
         ref = self.allocator.match(page, content(page, size))
         assert (ref == NO_REF) == (expected is None)
@@ -229,19 +229,19 @@ class Machine(RuleBasedStateMachine):
 
     @rule(size=SIZE, kind=KIND)
     def prep(self, size: int, kind: int) -> None:
-        """The first half alone."""
+        """Do the first half alone."""
         self.prepare(size, kind)
 
     @precondition(lambda self: any(frame.pending for frame in self.frames.values()))
     @rule(data=st.data())
     def finish_one(self, data: st.DataObject) -> None:
-        """The second half, some time later."""
+        """Do the second half, some time later."""
         self.finish(data.draw(st.sampled_from(sorted(ref for frame in self.frames.values() for ref in frame.pending))))
 
     @precondition(lambda self: self.caller.free_frames)
     @rule()
     def store_raw(self) -> None:
-        """A raw page goes to the old end: it is the first to be written back."""
+        """Store a raw page, whose frame goes to the old end: it is written back first."""
         frame, page = self.caller.take(), self.next_page()
         assert self.allocator.create_raw(frame, page, content(page, PAGE_SIZE)) >> REF_BITS == frame
         self.frames[frame] = Frame(PERSISTENT, raw=(page, content(page, PAGE_SIZE)))
@@ -252,7 +252,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.caller.free_frames)
     @rule()
     def fill_prep(self) -> None:
-        """A block is being read into a free frame."""
+        """Begin to read a block into a free frame."""
         frame = self.caller.take()
         self.allocator.fill_prep(frame)
         self.frames[frame] = Frame(EPHEMERAL, filling=True)
@@ -265,7 +265,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.filling())
     @rule(data=st.data())
     def fill_cancel(self, data: st.DataObject) -> None:
-        """The read failed, or is not wanted any more."""
+        """Cancel the fill, since the read failed or its result is not wanted any more."""
         frame = data.draw(st.sampled_from(self.filling()))
         self.allocator.fill_cancel(frame)
         self.handed_back(frame)
@@ -273,7 +273,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.filling() and any(frame.zpages for frame in self.frames.values()))
     @rule(data=st.data(), which=st.integers(1, 127))
     def fill_finish(self, data: st.DataObject, which: int) -> None:
-        """The block is a copy of some frame, and some of its zpages are still wanted."""
+        """Finish the fill: the block is a copy of some frame, and some of its zpages are still wanted."""
         number = data.draw(st.sampled_from(self.filling()))
         source = data.draw(st.sampled_from([number for number, frame in self.frames.items() if frame.zpages]))
         self.allocator.frame_bytes(number)[:] = self.allocator.frame_bytes(source)
@@ -295,7 +295,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.filling())
     @rule(data=st.data())
     def fill_finish_raw(self, data: st.DataObject) -> None:
-        """The block holds a raw page."""
+        """Finish the fill with a raw page."""
         number, page = data.draw(st.sampled_from(self.filling())), self.next_page()
         self.allocator.frame_bytes(number)[:] = content(page, PAGE_SIZE)
         assert self.allocator.fill_finish_raw(number, page) >> REF_BITS == number
@@ -312,7 +312,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.refs())
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        """Any zpage goes, whatever is happening to its frame."""
+        """Free any zpage, in any state of its frame."""
         ref = data.draw(st.sampled_from(self.refs()))
         number = ref >> REF_BITS
         frame = self.frames[number]
@@ -334,7 +334,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.of_state(PERSISTENT))
     @rule(data=st.data())
     def writeback_begin(self, data: st.DataObject) -> None:
-        """Any persistent frame that is not unevictable may become a zombie, mostly the oldest."""
+        """Make any evictable persistent frame a zombie, in most cases the oldest."""
         number = data.draw(st.sampled_from([self.allocator.oldest(PERSISTENT_KIND), *self.of_state(PERSISTENT)]))
         self.allocator.writeback_begin(number)
         self.frames[number].state = ZOMBIE
@@ -343,7 +343,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.of_state(ZOMBIE))
     @rule(data=st.data())
     def writeback_done(self, data: st.DataObject) -> None:
-        """What is still in a zombie is in its block now."""
+        """Finish the writeback: the zpages of the zombie are in its block now."""
         number = data.draw(st.sampled_from(self.of_state(ZOMBIE)))
         assert self.allocator.writeback_done(number) == number
         self.evicted[PERSISTENT_KIND] += 1
@@ -352,7 +352,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.of_state(ZOMBIE))
     @rule(data=st.data())
     def writeback_failed(self, data: st.DataObject) -> None:
-        """A zombie goes back to the old end with what is left of it."""
+        """Fail the writeback: the zombie goes back to the old end with the zpages that are left."""
         number = data.draw(st.sampled_from(self.of_state(ZOMBIE)))
         empty = self.frames[number].empty
         assert self.allocator.writeback_failed(number) == (number if empty else NO_FRAME)
@@ -365,7 +365,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.of_state(EPHEMERAL))
     @rule()
     def drop_begin(self) -> None:
-        """The oldest ephemeral frame that is not unevictable is dropped."""
+        """Begin to drop the oldest evictable ephemeral frame."""
         number = self.allocator.oldest(EPHEMERAL_KIND)
         self.allocator.drop_begin(number)
         self.frames[number].state = DYING
@@ -374,7 +374,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.of_state(DYING))
     @rule(data=st.data())
     def drop_done(self, data: st.DataObject) -> None:
-        """Nothing refers to a dying frame any more."""
+        """Finish the drop: nothing refers to a dying frame any more."""
         number = data.draw(st.sampled_from(self.of_state(DYING)))
         assert self.allocator.drop_done(number) == number
         self.evicted[EPHEMERAL_KIND] += 1
@@ -389,7 +389,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def contents(self) -> None:
-        """Each zpage is there, under its page and no other, and each frame is what the model says."""
+        """Each zpage is there, under its own page, and each frame agrees with the model."""
         for number in range(FRAMES):
             frame = self.frames.get(number)
             assert self.allocator.state(number) is (frame.state if frame else FrameState.FREE)
@@ -402,7 +402,7 @@ class Machine(RuleBasedStateMachine):
                 assert self.caller.zpage(ref, page + 1) is None
                 assert self.allocator.handle_at(ref) == page
             if frame.raw is not None:
-                assert self.allocator.raw(number << REF_BITS) == frame.raw[1]
+                assert self.allocator.frame_bytes(number) == frame.raw[1]
             if not frame.pinned:
                 there = {ref: page for ref, (page, _) in frame.zpages.items()}
                 if frame.raw is not None:
@@ -411,7 +411,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def order(self) -> None:
-        """Both LRU lists are in the model's order, and the oldest is the first that may be evicted."""
+        """Both LRU lists have the model's order, and the oldest frame is the first that may be evicted."""
         for kind in (PERSISTENT_KIND, EPHEMERAL_KIND):
             assert self.caller.lru(kind) == self.ages[kind]
             evictable = [number for number in self.ages[kind] if not self.frames[number].pinned]
@@ -419,7 +419,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def counters(self) -> None:
-        """Every counter, list length and the histogram are what the model counts."""
+        """Each counter, list length and histogram equals the model's count."""
         counters = self.allocator.counters()
         histogram, unbuddied = [0] * NCHUNKS, [0] * NCHUNKS
         for kind, prefix in enumerate(KINDS):

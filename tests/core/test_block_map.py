@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The block map, against sets of numbers."""
+"""The block map is compared with sets of numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def blocks_of(segments: Iterable[int]) -> set[int]:
 
 
 class BlockMapMachine(RuleBasedStateMachine):
-    """The model knows sets: holes, free blocks, and of each used block the live zpages. It knows no lists and no masks."""
+    """The model has sets: holes, free blocks, and the live zpages of each used block. It has no lists and no masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class BlockMapMachine(RuleBasedStateMachine):
 
     @rule(most=st.integers(0, SEGMENTS))
     def take_holes(self, most: int) -> None:
-        """Holes come as neighbours, no more than asked for, and at least one if there is one."""
+        """Take holes: they are neighbours, at most as many as requested, and at least one if there is one."""
         first, count = self.blocks.take_holes(most)
         assert count <= most
         assert (count > 0) == (most > 0 and bool(self.holes))
@@ -61,7 +61,7 @@ class BlockMapMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.taken)
     @rule(data=st.data())
     def add_ready(self, data: st.DataObject) -> None:
-        """What was taken becomes free blocks."""
+        """Make the taken segments ready: their blocks are free."""
         run = self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1)))
         self.blocks.add_ready(min(run), len(run))
         self.free |= blocks_of(run)
@@ -69,14 +69,14 @@ class BlockMapMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.taken)
     @rule(data=st.data())
     def return_holes(self, data: st.DataObject) -> None:
-        """What was taken becomes holes again."""
+        """Return the taken segments: they are holes again."""
         run = self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1)))
         self.blocks.return_holes(min(run), len(run))
         self.holes |= run
 
     @rule(keep=st.integers(0, SEGMENTS * SEGMENT_BLOCKS))
     def take_free(self, keep: int) -> None:
-        """A wholly free segment can be had as long as enough others remain."""
+        """Take a free segment. It is available as long as enough other blocks remain."""
         whole = {segment for segment in range(SEGMENTS) if self.free_of(segment) == SEGMENT_BLOCKS}
         possible = bool(whole) and len(self.free) - SEGMENT_BLOCKS >= keep
         segment = self.blocks.take_free(keep)
@@ -88,7 +88,7 @@ class BlockMapMachine(RuleBasedStateMachine):
 
     @rule(most=st.integers(1, 70))
     def alloc(self, most: int) -> None:
-        """Neighbours of the emptiest segment, free until now; none only if there is none."""
+        """Allocate neighbours of the emptiest segment. There are none only if no block is free."""
         first, count = self.blocks.alloc(most)
         assert count <= most
         assert (count > 0) == bool(self.free)
@@ -105,7 +105,7 @@ class BlockMapMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.allocated)
     @rule(data=st.data(), live=st.integers(0, 255))
     def set_live(self, data: st.DataObject, live: int) -> None:
-        """An allocated block gets its zpages; without any it is free again."""
+        """Set the zpages of an allocated block. Without any it is free again."""
         block = data.draw(st.sampled_from(sorted(self.allocated)))
         self.allocated.remove(block)
         self.blocks.set_live(block, live)
@@ -117,7 +117,7 @@ class BlockMapMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.allocated)
     @rule(live=st.integers(0, 3))
     def set_all_live(self, live: int) -> None:
-        """The same for all of them, so that segments fill and empty within few steps."""
+        """Set all blocks of one allocation, so that segments fill and empty within few steps."""
         for block in sorted(self.allocated):
             self.blocks.set_live(block, live)
             if live:
@@ -129,7 +129,7 @@ class BlockMapMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def free_one(self, data: st.DataObject) -> None:
-        """The last zpage that goes frees the block."""
+        """Free a zpage. The last one frees the block."""
         block = data.draw(st.sampled_from(sorted(self.live)))
         index = data.draw(st.sampled_from([bit for bit in range(8) if self.live[block] >> bit & 1]))
         last = self.live[block] == 1 << index
@@ -141,7 +141,7 @@ class BlockMapMachine(RuleBasedStateMachine):
 
     @rule(segment=st.integers(0, SEGMENTS - 1))
     def free_a_segment(self, segment: int) -> None:
-        """Everything in one segment goes."""
+        """Free all blocks of one segment."""
         for block in sorted(blocks_of([segment]) & self.live.keys()):
             for index in range(8):
                 if self.live[block] >> index & 1:
@@ -151,7 +151,7 @@ class BlockMapMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        """All counters and lists are what the model says."""
+        """All counters and lists equal the model's."""
         blocks = self.blocks
         blocks.check()
         assert blocks.free_blocks == len(self.free)
@@ -168,7 +168,7 @@ TestBlockMapMachine.settings = settings(max_examples=60, stateful_step_count=40,
 
 
 def test_the_header_is_never_given_away() -> None:
-    """The first segment has one block less, and is never wholly free."""
+    """The first segment has one block less, and is never completely free."""
     blocks = make(1, ready=1)
     assert blocks.free_blocks == SEGMENT_BLOCKS - 1
     assert blocks.alloc(100) == (HEADER_BLOCK + 1, SEGMENT_BLOCKS - 1)
@@ -180,7 +180,7 @@ def test_the_header_is_never_given_away() -> None:
 
 
 def test_the_emptiest_segment_is_first() -> None:
-    """Blocks come from the segment that has room for the longest run, so that batches are neighbours."""
+    """Blocks come from the segment with room for the longest run, so that batches are neighbours."""
     blocks = make(3, ready=3)
     first, count = blocks.alloc(SEGMENT_BLOCKS)
     assert count == SEGMENT_BLOCKS
@@ -192,7 +192,7 @@ def test_the_emptiest_segment_is_first() -> None:
 
 
 def test_freed_blocks_are_used_before_a_hole() -> None:
-    """A block that was freed is given out again without growing."""
+    """A freed block is allocated again before the file grows."""
     blocks = make(2, ready=1)
     first, count = blocks.alloc(SEGMENT_BLOCKS)
     for block in range(first, first + count):
@@ -205,8 +205,8 @@ def test_freed_blocks_are_used_before_a_hole() -> None:
     assert blocks.holes == 1
 
 
-def test_what_is_not_live_cannot_be_freed() -> None:
-    """A zpage is freed once; a second time is a bug and raises."""
+def test_a_zpage_is_freed_once() -> None:
+    """A second free of a zpage is an error and raises."""
     blocks = make(1, ready=1)
     block, _ = blocks.alloc(1)
     blocks.set_live(block, 0b01)
@@ -220,7 +220,7 @@ def test_what_is_not_live_cannot_be_freed() -> None:
 
 
 def test_the_table_is_small() -> None:
-    """Less than a byte and a half a block, and a table that is too short is refused."""
+    """The table takes less than one and a half bytes a block, and a table that is too short is refused."""
     assert make(1000).nr_blocks == 1000 * SEGMENT_BLOCKS
     assert BlockMap.table_size(1000) <= 1000 * SEGMENT_BLOCKS * 1.5
     with pytest.raises(ValueError, match="too small"):
@@ -229,7 +229,7 @@ def test_the_table_is_small() -> None:
 
 @pytest.mark.parametrize("damage", ["free_blocks", "ready_segments"])
 def test_check_sees_a_wrong_counter(damage: str) -> None:
-    """A counter that is off by one is found by the recount."""
+    """The recount finds a counter that is off by one."""
     blocks = make(2, ready=1)
     setattr(blocks, damage, getattr(blocks, damage) + 1)
     with pytest.raises(AssertionError, match="a recount gives"):
@@ -237,7 +237,7 @@ def test_check_sees_a_wrong_counter(damage: str) -> None:
 
 
 def test_a_long_reset_gives_signs_of_life() -> None:
-    """A beat for each BEAT_SEGMENTS segments that were ever ready."""
+    """The reset gives a sign of life for each BEAT_SEGMENTS segments that were ever ready."""
     blocks = BlockMap(memoryview(bytearray(BlockMap.table_size(2 * BEAT_SEGMENTS + 1))), 2 * BEAT_SEGMENTS + 1)
     blocks.add_ready(*blocks.take_holes(2 * BEAT_SEGMENTS + 1))
     beats: list[int] = []
@@ -246,7 +246,7 @@ def test_a_long_reset_gives_signs_of_life() -> None:
 
 
 def test_a_disk_with_fewer_segments() -> None:
-    """Those beyond its end are no holes: they are never made ready, and they are none after a rebuild either."""
+    """Segments beyond the end of the disk are no holes: they are never made ready, not even after a rebuild."""
     buffer = memoryview(bytearray(BlockMap.table_size(10)))
     blocks = BlockMap(buffer, 10, limit=3)
     assert blocks.holes == 3
@@ -259,7 +259,7 @@ def test_a_disk_with_fewer_segments() -> None:
 
 
 def test_neighbours_that_are_holes() -> None:
-    """What was taken to be given back counts as one, what is ready does not."""
+    """A taken segment that will be returned counts as a hole, and a ready one does not."""
     blocks = BlockMap(memoryview(bytearray(BlockMap.table_size(8))), 8)
     first, count = blocks.take_holes(4)
     blocks.add_ready(first, count)

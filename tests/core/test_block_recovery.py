@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a new process makes of the block map of a dead one: which segments are ready, and which blocks somebody claims."""
+"""A new process rebuilds the block map of a dead one: the ready segments, and the blocks that are claimed."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def filled() -> tuple[memoryview, BlockMap, list[int]]:
 
 
 def test_everything_is_claimed_again() -> None:
-    """Then all counts are what they were, and the rest is free; a hole stays one."""
+    """All counts are as before after the claims, and the other blocks are free. A hole stays a hole."""
     buffer, before, used = filled()
     after = BlockMap(buffer, SEGMENTS, attach=True)
     assert (after.used_blocks, after.free_blocks, after.ready_segments) == (
         0,
         0,
         0,
-    )  # a standby is asked before it takes over
+    )  # a standby gets this question before it takes over
     after.reset()
     after.check()
     assert (after.used_blocks, after.free_blocks) == (0, 2 * SEGMENT_BLOCKS - 1)
@@ -54,8 +54,8 @@ def test_everything_is_claimed_again() -> None:
     assert after.used_blocks == 0
 
 
-def test_what_cannot_be_is_not_claimed() -> None:
-    """The header, a block of a hole, one beyond the file, a zpage that is claimed already; and nothing has changed."""
+def test_wrong_claims_are_refused() -> None:
+    """A claim in the header, a hole, beyond the file or of a claimed zpage is refused, and nothing changes."""
     buffer, _, used = filled()
     after = BlockMap(buffer, SEGMENTS)
     for block in (HEADER_BLOCK, -1, 2 * SEGMENT_BLOCKS, SEGMENTS * SEGMENT_BLOCKS - 1, SEGMENTS * SEGMENT_BLOCKS):
@@ -68,7 +68,7 @@ def test_what_cannot_be_is_not_claimed() -> None:
 
 
 def test_a_segment_that_was_being_punched_is_a_hole() -> None:
-    """Whoever dies between taking it and giving it back leaves it to be made ready anew."""
+    """A process that dies between taking a segment and returning it leaves a hole."""
     buffer = memoryview(bytearray(BlockMap.table_size(SEGMENTS)))
     before = BlockMap(buffer, SEGMENTS)
     before.add_ready(*before.take_holes(2))
@@ -81,7 +81,7 @@ def test_a_segment_that_was_being_punched_is_a_hole() -> None:
 
 
 def test_a_table_is_as_large_as_it_says() -> None:
-    """One byte less is refused, the last one is the last segment's; attaching writes nothing."""
+    """A table that is one byte too short is refused, and attaching writes nothing."""
     size = BlockMap.table_size(SEGMENTS)
     used = bytearray(size)
     blocks = BlockMap(memoryview(used), SEGMENTS)
@@ -94,8 +94,8 @@ def test_a_table_is_as_large_as_it_says() -> None:
     assert buffer == b"\xa5" * size
 
 
-def test_whoever_begins_anew_counts_anew() -> None:
-    """A map in use, reset, is the one that another process would find."""
+def test_a_reset_map_counts_again() -> None:
+    """A reset of a map in use gives the map that another process would find."""
     buffer, blocks, _ = filled()
     blocks.reset()
     blocks.check()
@@ -105,8 +105,8 @@ def test_whoever_begins_anew_counts_anew() -> None:
     )
 
 
-def test_what_was_never_ready_costs_nothing() -> None:
-    """A reset neither reads nor writes what belongs to segments that were never ready, however many there are."""
+def test_segments_that_were_never_ready_cost_nothing() -> None:
+    """A reset neither reads nor writes the table of segments that were never ready, however many there are."""
     segments = 1000
     buffer = bytearray(BlockMap.table_size(segments))
     before = BlockMap(memoryview(buffer), segments)
@@ -127,7 +127,7 @@ def test_what_was_never_ready_costs_nothing() -> None:
 
 
 def test_a_hole_that_was_taken_and_lost() -> None:
-    """A process that dies between taking segments and having them ready leaves them as holes, which are taken first."""
+    """A process that dies between taking segments and making them ready leaves holes, which are taken first."""
     buffer = memoryview(bytearray(BlockMap.table_size(SEGMENTS)))
     before = BlockMap(buffer, SEGMENTS)
     before.add_ready(*before.take_holes(1))
@@ -141,7 +141,7 @@ def test_a_hole_that_was_taken_and_lost() -> None:
 
 
 def test_no_segment_beyond_the_disk_is_taken() -> None:
-    """A disk that has room for fewer segments than the table ends what was never ready."""
+    """A disk with fewer segments than the table ends the range that was never ready."""
     blocks = BlockMap(memoryview(bytearray(BlockMap.table_size(SEGMENTS))), SEGMENTS, limit=3)
     assert blocks.holes == 3
     assert blocks.take_holes(2) == (0, 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The budget of what is written to the backing file: full at first, refilled all the time, never more than a day's."""
+"""The budget of writes to the backing file: full at first, refilled all the time, and never more than a day's worth."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def budget_of(bytes_per_day: int, now: float = 0.0) -> Budget:
 
 
 def test_without_a_budget_everything_is_allowed() -> None:
-    """0 is no limit: nothing is counted, and there is nothing left or used."""
+    """A budget of 0 is no limit: nothing is counted, used or left."""
     budget = Budget()
     budget.spend(1 << 50, 5.0)
     assert budget.allows(1 << 60, 5.0)
     assert (budget.left_bytes(6.0), budget.used_bytes(6.0), budget.seconds_until_full(6.0)) == (0, 0, 0)
 
 
-def test_it_is_full_when_it_is_set() -> None:
-    """A whole day's allowance may be written at once, and then no more."""
+def test_a_new_budget_is_full() -> None:
+    """A whole day's worth may be written at once, and then no more."""
     budget = budget_of(10 * MIB, 1000.0)
     assert budget.left_bytes(1000.0) == 10 * MIB
     assert budget.allows(10 * MIB, 1000.0)
@@ -37,8 +37,8 @@ def test_it_is_full_when_it_is_set() -> None:
     assert budget.seconds_until_full(1000.0) == DAY_SECONDS
 
 
-def test_it_is_refilled_all_the_time() -> None:
-    """Half a day gives half of it, ten days no more than one."""
+def test_a_budget_is_refilled_all_the_time() -> None:
+    """Half a day refills half of the budget, and ten days no more than all of it."""
     budget = budget_of(10 * MIB)
     budget.spend(10 * MIB, 0.0)
     assert budget.left_bytes(DAY_SECONDS / 2) == 5 * MIB
@@ -46,8 +46,8 @@ def test_it_is_refilled_all_the_time() -> None:
     assert budget.left_bytes(10.0 * DAY_SECONDS) == 10 * MIB
 
 
-def test_what_was_spent_stays_spent() -> None:
-    """Another budget does not give back what the old one has spent, and does not take what is left."""
+def test_a_new_budget_keeps_the_spent_bytes() -> None:
+    """A new budget does not give back the bytes that the old one has spent, and keeps the bytes that are left."""
     budget = budget_of(10 * MIB)
     budget.spend(4 * MIB, 0.0)
     budget.set(20 * MIB, 0.0)
@@ -59,7 +59,7 @@ def test_what_was_spent_stays_spent() -> None:
 
 
 def test_a_taken_over_budget_has_what_was_left() -> None:
-    """Never more than the allowance."""
+    """A takeover keeps the rest of the budget, which is never more than the whole."""
     budget = Budget()
     budget.set(MIB, 7.0, 1000)
     assert budget.left_bytes(7.0) == 1000
@@ -68,7 +68,7 @@ def test_a_taken_over_budget_has_what_was_left() -> None:
 
 
 def test_more_than_the_allowance_goes_when_it_is_whole() -> None:
-    """A batch that is larger than a day's allowance would otherwise never go."""
+    """A batch larger than a day's worth is written when the budget is whole, since it would never be written otherwise."""
     budget = budget_of(4096)
     assert budget.allows(MIB, 0.0)
     budget.spend(MIB, 0.0)
@@ -77,7 +77,7 @@ def test_more_than_the_allowance_goes_when_it_is_whole() -> None:
 
 
 def test_a_clock_that_stands_still_or_jumps_back_gives_nothing() -> None:
-    """Time only counts once."""
+    """A moment counts only once, even if the clock stands still or jumps back."""
     budget = budget_of(DAY_SECONDS)  # a byte a second
     budget.spend(DAY_SECONDS, 100.0)
     assert [budget.left_bytes(now) for now in (100.0, 90.0, 100.0, 101.0, 90.0, 102.0)] == [0, 0, 0, 1, 1, 2]
@@ -88,7 +88,7 @@ def test_a_clock_that_stands_still_or_jumps_back_gives_nothing() -> None:
     st.lists(st.tuples(st.floats(0, 3.0 * DAY_SECONDS), st.integers(1, 1 << 50)), max_size=30),
 )
 def test_in_the_long_run_there_is_one_allowance_a_day(bytes_per_day: int, wishes: list[tuple[float, int]]) -> None:
-    """Whoever asks before he writes never writes more than a whole allowance and what time has given."""
+    """A caller that asks before each write never writes more than a whole day's worth and the refill of the time since."""
     budget = budget_of(bytes_per_day)
     now, written = 0.0, 0
     for pause, wish in wishes:
@@ -101,8 +101,8 @@ def test_in_the_long_run_there_is_one_allowance_a_day(bytes_per_day: int, wishes
         assert 0 <= budget.left_bytes(now) <= bytes_per_day
 
 
-def test_what_was_not_written_is_given_back() -> None:
-    """It can be spent again; more than the whole allowance there never is, and without a budget nothing happens."""
+def test_unwritten_bytes_are_given_back() -> None:
+    """Unwritten bytes can be spent again, up to the whole budget. Without a budget nothing happens."""
     budget = Budget()
     budget.give_back(100, 0.0)
     assert budget.left_bytes(0.0) == 0

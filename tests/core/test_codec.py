@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The codec: what is stored of a page gives that page back, and damage is an error and never wrong bytes."""
+"""The stored form of a page gives that page back, and damage is an error and never wrong bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 import struct
+from typing import Any
 
 import pytest
 import zstandard
@@ -53,7 +54,7 @@ SAMPLES = {
 
 
 def decoded(zpage: bytes) -> bytes | None:
-    """Return the page of a zpage, None if it is lost. Any other exception is a failure of the test."""
+    """Return the page of a zpage, or None if it is lost. Any other exception fails the test."""
     try:
         return CODEC.decode(zpage)
     except PageLost:
@@ -65,7 +66,7 @@ def decoded(zpage: bytes) -> bytes | None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_goes_there_and_back(level: int) -> None:
-    """Each level's zpages give their pages back, with the decompressor of any other level."""
+    """The zpages of each level give their pages back, with the decompressor of any other level."""
     codec = Codec(level)
     assert codec.level == level
     for content in [*SAMPLES.values(), page(6, RAW)]:
@@ -78,18 +79,18 @@ def test_every_level_goes_there_and_back(level: int) -> None:
 
 @pytest.mark.parametrize("level", [0, MIN_LEVEL - 1, MAX_LEVEL + 1, 100])
 def test_other_levels_are_refused(level: int) -> None:
-    """A level that zstd would silently read as another one is refused."""
+    """A level that zstd would silently read as another level is refused."""
     with pytest.raises(ValueError, match=r"is not one of -7\.\.-1, 1\.\.19"):
         Codec(level)
 
 
 def test_the_default_level() -> None:
-    """The default is the fast level that was measured to pack as well."""
+    """The default is the fast level that packs as well in the measurement."""
     assert CODEC.level == DEFAULT_LEVEL == -1
 
 
 def test_levels_make_a_difference() -> None:
-    """The level reaches zstd: a high one is smaller than a low one."""
+    """The level reaches zstd: a high level gives smaller zpages than a low one."""
     content = text_page(9)
     assert len(Codec(19).encode(content)) < len(Codec(1).encode(content)) < len(Codec(-7).encode(content))
 
@@ -111,7 +112,7 @@ PIECES = st.lists(
 @example([bytes(PAGE_SIZE)])
 @example([random.Random(0).randbytes(PAGE_SIZE)])
 def test_any_page_goes_there_and_back(pieces: list[bytes]) -> None:
-    """A page made of noise, repetition and anything else comes back as it was."""
+    """A page of noise, repetition and any other bytes comes back unchanged."""
     whole = b"".join(pieces)
     content = (whole * (PAGE_SIZE // len(whole) + 1))[:PAGE_SIZE]
     zpage = CODEC.encode(content)
@@ -120,7 +121,7 @@ def test_any_page_goes_there_and_back(pieces: list[bytes]) -> None:
 
 
 def test_noise_is_too_large_for_a_buddy() -> None:
-    """A page that does not compress gives a zpage beyond the limit, by which it is known to be kept raw."""
+    """A page that does not compress gives a zpage beyond the limit, so it is kept raw."""
     assert len(CODEC.encode(page(1, RAW))) > max_zpage_size()
 
 
@@ -129,7 +130,7 @@ def test_noise_is_too_large_for_a_buddy() -> None:
 
 @pytest.mark.parametrize("word", WORDS, ids=hex)
 def test_a_word_is_found_and_comes_back(word: int) -> None:
-    """A page of one repeated word is that word's page, as a zpage of its own kind too."""
+    """A page of one repeated word is the page of that word, also as a zpage."""
     content = page_of_word(word)
     assert content == struct.pack("=Q", word) * PAGE_WORDS
     assert is_word(content, word)
@@ -142,7 +143,7 @@ def test_a_word_is_found_and_comes_back(word: int) -> None:
 
 @pytest.mark.parametrize("word", [0, 0x4141414141414141, (1 << 64) - 1], ids=hex)
 def test_one_other_byte_makes_it_no_word(word: int) -> None:
-    """A page that differs from the repeated word in one bit of any byte is not it."""
+    """A page that differs from the repeated word in one bit of any byte is not the page of the word."""
     content = bytearray(page_of_word(word))
     for at in range(PAGE_SIZE):
         content[at] ^= 1 << at % 8
@@ -152,14 +153,14 @@ def test_one_other_byte_makes_it_no_word(word: int) -> None:
 
 
 def test_another_word_is_not_it() -> None:
-    """The page of one word is not the page of another, nor of the same one shifted by a byte."""
+    """The page of one word is not the page of another, nor of the same word shifted by a byte."""
     assert not is_word(page_of_word(1), 2)
     assert not is_word(page_of_word(1), 1 << 8)
     assert not is_word(page_of_word(0), 1)
 
 
 def test_every_flip_of_a_word_zpage_is_seen() -> None:
-    """Whichever bit of the word or of its checksum is flipped: lost."""
+    """A flip of any bit of the word or of its checksum makes the page lost."""
     for word in WORDS:
         zpage = word_zpage(word)
         for bit in range(len(zpage) * 8):
@@ -180,7 +181,7 @@ def flipped(zpage: bytes, *bits: int) -> bytes:
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("level", [-7, -1, 1, 19])
 def test_every_flipped_bit_is_seen(name: str, level: int) -> None:
-    """Whichever single bit of a zpage is flipped: lost, or (a bit without a meaning) the right page; never another."""
+    """A flip of any bit makes the page lost or, if the bit has no meaning, gives the right page."""
     content = SAMPLES[name]
     zpage = Codec(level).encode(content)
     harmless = sum(decoded_or_right(flipped(zpage, bit), content) for bit in range(len(zpage) * 8))
@@ -188,7 +189,7 @@ def test_every_flipped_bit_is_seen(name: str, level: int) -> None:
 
 
 def decoded_or_right(zpage: bytes, content: bytes) -> bool:
-    """Whether a damaged zpage gives its page all the same; a failure of the test if it gives another."""
+    """Return whether a damaged zpage gives its page. Another page fails the test."""
     found = decoded(zpage)
     assert found in (None, content), "wrong bytes"
     return found is not None
@@ -196,7 +197,7 @@ def decoded_or_right(zpage: bytes, content: bytes) -> bool:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_truncation_is_seen(name: str) -> None:
-    """However much of a zpage's end is missing: lost."""
+    """A zpage that lacks any part of its end is lost."""
     zpage = CODEC.encode(SAMPLES[name])
     for length in range(len(zpage)):
         assert decoded(zpage[:length]) is None, f"{length} bytes of {len(zpage)}"
@@ -204,10 +205,10 @@ def test_every_truncation_is_seen(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["text", "half"])
 def test_no_first_byte_turns_the_checks_off(name: str) -> None:
-    """A damaged descriptor (it tells whether there is a checksum, and how much memory to take) does no harm.
+    """A damaged descriptor, which says whether there is a checksum and how much memory is needed, does no harm.
 
-    Whatever the first byte is, damage behind it is still seen, and no error but PageLost comes out: not a
-    MemoryError for the gigabytes that a damaged content size asks for.
+    With any first byte, damage behind it is found, and the only error is PageLost. There is no MemoryError for the
+    gigabytes that a damaged content size asks for.
     """
     content = SAMPLES[name]
     right = CODEC.encode(content)
@@ -224,13 +225,13 @@ def test_no_first_byte_turns_the_checks_off(name: str) -> None:
 
 @given(st.binary(max_size=200))
 def test_garbage_is_lost(garbage: bytes) -> None:
-    """Anything that is no zpage is lost, and no other error."""
+    """Bytes that are no zpage are lost, and give no other error."""
     assert decoded(garbage) is None
 
 
 @given(st.integers(0, 1 << 30), st.sampled_from([64, 512, 1024]), st.data())
 def test_a_torn_zpage_is_lost(seed: int, sector: int, data: st.DataObject) -> None:
-    """A zpage of which some sectors are another zpage's is lost."""
+    """A zpage with some sectors of another zpage is lost."""
     ours, theirs = CODEC.encode(page(seed, BIG)), CODEC.encode(page(seed + 1, BIG))
     first = data.draw(st.integers(0, len(ours) // sector - 1)) * sector
     torn = ours[:first] + theirs[first : first + sector] + ours[first + sector :]
@@ -238,7 +239,7 @@ def test_a_torn_zpage_is_lost(seed: int, sector: int, data: st.DataObject) -> No
 
 
 def magicless(content: bytes, *, checksum: bool) -> bytes:
-    """Return a zstd frame as the codec makes them, of content that need not be a page."""
+    """Return a zstd frame as the codec makes it, of content of any length."""
     parameters = zstandard.ZstdCompressionParameters.from_level(
         1, format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_checksum=checksum, write_content_size=False
     )
@@ -247,12 +248,12 @@ def magicless(content: bytes, *, checksum: bool) -> bytes:
 
 @pytest.mark.parametrize("size", [0, 1, PAGE_SIZE - 1, PAGE_SIZE + 1, 2 * PAGE_SIZE])
 def test_less_or_more_than_a_page_is_lost(size: int) -> None:
-    """A right zstd frame of anything but 4096 bytes is no page."""
+    """A valid zstd frame of more or fewer than 4096 bytes is no page."""
     assert decoded(magicless(bytes(size), checksum=True)) is None
 
 
 def test_a_page_without_checksum_is_refused() -> None:
-    """A zstd frame that carries no checksum cannot be trusted, and none was ever stored."""
+    """A zstd frame without a checksum is refused, since the codec never stores one."""
     content = text_page(3)
     assert decoded(magicless(content, checksum=True)) == content
     assert decoded(magicless(content, checksum=False)) is None
@@ -263,7 +264,7 @@ def test_a_page_without_checksum_is_refused() -> None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_magicless_saves_bytes(name: str) -> None:
-    """Leaving out the magic number and the content size saves at least four bytes against an ordinary zstd frame."""
+    """Without magic number and content size a zpage is at least four bytes shorter than an ordinary zstd frame."""
     content = SAMPLES[name]
     parameters = zstandard.ZstdCompressionParameters.from_level(
         DEFAULT_LEVEL,
@@ -283,13 +284,13 @@ def test_magicless_saves_bytes(name: str) -> None:
 
 
 def test_a_change_of_the_dictionary_is_a_change_of_the_layout() -> None:
-    """What zpages mean depends on it: whoever makes another one gives the layout another number, and this test both."""
-    known = {0x7A627564_0009: "1a4d9677523fe78b6f140ae1b3b43de4e979c809fe1f32583ee6b42e8edad4d3"}
+    """A change of the dictionary needs another number of the layout, and a change of this test."""
+    known = {0x7A627564_000B: "1a4d9677523fe78b6f140ae1b3b43de4e979c809fe1f32583ee6b42e8edad4d3"}
     assert known.get(LAYOUT) == hashlib.sha256(DICTIONARY).hexdigest()
 
 
 def test_every_page_uses_the_tables_of_the_dictionary() -> None:
-    """Without them a zpage means something else, or nothing: it is never the same page by chance."""
+    """Without the dictionary a zpage is damaged or another page, and never the same page by chance."""
     zpage = CODEC.encode(text_page(1))
     plain = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
     with pytest.raises(zstandard.ZstdError):
@@ -297,7 +298,7 @@ def test_every_page_uses_the_tables_of_the_dictionary() -> None:
 
 
 def test_the_check_is_the_end_of_the_checksum() -> None:
-    """The check is 24 bits of the checksum and depends on it alone; it is the same of a view."""
+    """The check is 24 bits of the checksum and depends on it alone. A view of the same bytes gives the same check."""
     zpage = CODEC.encode(text_page(4))
     check = check_of(zpage)
     assert check == int.from_bytes(zpage[-4:-1], "little") < 1 << CHECK_BITS
@@ -306,8 +307,8 @@ def test_the_check_is_the_end_of_the_checksum() -> None:
 
 
 @pytest.mark.parametrize("word", WORDS, ids=hex)
-def test_the_check_tells_a_word(word: int) -> None:
-    """One bit of the check says that a zpage is a word; no other zpage and no raw page has it set."""
+def test_the_check_marks_a_word(word: int) -> None:
+    """One bit of the check says that a zpage is a word. No other zpage and no raw page has this bit."""
     assert check_of(word_zpage(word)) & WORD_CHECK
     assert check_of(word_zpage(word)) < 1 << CHECK_BITS
     assert not check_of(CODEC.encode(page_of_word(word))) & WORD_CHECK
@@ -324,7 +325,7 @@ def test_versions_of_a_page_have_different_checks() -> None:
 
 
 def test_a_word_length_is_no_zstd_length() -> None:
-    """No page's zstd frame has the length by which word zpages are known."""
+    """No page's zstd frame has the length that marks a word."""
     lengths = {len(CODEC.encode(bytes(at) + b"x" + bytes(PAGE_SIZE - at - 1))) for at in range(0, PAGE_SIZE, 7)}
     lengths |= {
         len(CODEC.encode((bytes([number]) * run + b"y" * PAGE_SIZE)[:PAGE_SIZE]))
@@ -337,7 +338,7 @@ def test_a_word_length_is_no_zstd_length() -> None:
 
 @pytest.mark.parametrize("broken", ["raises", "other bytes"])
 def test_a_library_that_does_not_give_pages_back(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """zstandard before 0.24 cannot decompress frames without a magic number: no store is made with it."""
+    """A store with such a library is refused."""
 
     class Decompressor:
         def __init__(self, **options: object) -> None:
@@ -349,5 +350,28 @@ def test_a_library_that_does_not_give_pages_back(broken: str, monkeypatch: pytes
             return bytes(size)
 
     monkeypatch.setattr(zstandard, "ZstdDecompressor", Decompressor)
-    with pytest.raises(CodecError, match=r"install zstandard 0\.24 or later"):
+    with pytest.raises(CodecError, match=r"cannot decompress what it compresses \(.*\): install another version"):
         Codec()
+
+
+def test_a_library_that_looks_for_a_magic_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zstandard before 0.24 always looks for it. The zpages are the same, and damage is found as well."""
+
+    class Decompressor:
+        def __init__(self, **options: Any) -> None:
+            self._real = real(**options)
+
+        def decompress(self, zpage: bytes | memoryview, size: int) -> bytes:
+            if zstandard.frame_content_size(zpage) != -1:
+                raise AssertionError("there is a content size")
+            return self._real.decompress(zpage, size)
+
+    real = zstandard.ZstdDecompressor
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", Decompressor)
+    codec = Codec()
+    for content in SAMPLES.values():
+        zpage = codec.encode(content)
+        assert zpage == CODEC.encode(content)
+        assert codec.decode(zpage) == codec.decode(memoryview(zpage)) == content
+    with pytest.raises(PageLost, match="does not decompress"):
+        codec.decode(zpage[:-1] + bytes([zpage[-1] ^ 1]))

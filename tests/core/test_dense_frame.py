@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is the dense packing's own: how N zpages lie in a frame, holes, and compaction, which may end at any line."""
+"""The dense packing: the layout of N zpages in a frame, holes, and compaction, which may end at any line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.core.frames import FILLER, Caller, content, packed_by
-from tests.core.test_allocator_rules import STEPS, take_steps_in_one_and_in_two
 from zbudfs.core import dense
 from zbudfs.core.allocator import (
     EPHEMERAL_KIND,
@@ -39,13 +38,13 @@ ROOM = PAGE_SIZE - DIRECTORY
 
 @pytest.fixture(scope="module", autouse=True)
 def packing() -> Iterator[Packing]:
-    """All of this is about one packing."""
+    """Set the packing of this module."""
     with packed_by(DENSE) as packing:
         yield packing
 
 
 def holes(caller: Caller) -> list[int]:
-    """Fill frame 0 but for a short tail, free every second zpage; the refs of those that are left, of pages 1 and 3."""
+    """Fill frame 0 except for a short tail, and free each second zpage. Return the refs of pages 1 and 3."""
     refs = [caller.store(page, 900) for page in range(4)]
     assert {ref >> REF_BITS for ref in refs} == {0}
     caller.free(refs[0])
@@ -57,7 +56,7 @@ def holes(caller: Caller) -> list[int]:
 
 
 def test_a_directory_and_then_zpages_byte_to_byte() -> None:
-    """Zpages lie behind the directory, one behind the other, and nothing else of any frame is written."""
+    """Zpages lie behind the directory, one after the other, and no other byte of any frame is written."""
     caller = Caller(3)
     caller.take()
     sizes = [100, 1, 777, 64]
@@ -73,8 +72,8 @@ def test_a_directory_and_then_zpages_byte_to_byte() -> None:
 
 
 @pytest.mark.parametrize("zpages", range(FEWEST_ZPAGES, MOST_ZPAGES + 1))
-def test_as_many_as_the_packing_says(zpages: int) -> None:
-    """N small zpages share a frame, whatever room there is, and the next one needs another."""
+def test_a_frame_has_as_many_zpages_as_the_packing_says(zpages: int) -> None:
+    """N small zpages share a frame, however much room there is, and the next one needs another frame."""
     with packed_by(Packing("dense", zpages)):
         caller = Caller(2)
         refs = [caller.store(page, 1) for page in range(zpages)]
@@ -87,14 +86,14 @@ def test_as_many_as_the_packing_says(zpages: int) -> None:
 
 @pytest.mark.parametrize("zpages", [0, 1, MOST_ZPAGES + 1])
 def test_other_numbers_are_refused(zpages: int) -> None:
-    """One to a frame is no packing, and more than there are indices cannot be."""
+    """One zpage to a frame is no packing, and more than there are indices are impossible."""
     buffers = memoryview(bytearray(PAGE_SIZE)), memoryview(bytearray(Dense.table_size(1)))
     with pytest.raises(ValueError, match="zpages to a frame"):
         Dense(*buffers, 1, attach=False, most_zpages=zpages)
 
 
 def test_a_frame_says_its_layout() -> None:
-    """A frame of another layout, or of another packing, holds nothing that is taken for a zpage."""
+    """In a frame of another layout or packing, nothing is taken for a zpage."""
     caller = Caller(2)
     ref = caller.create(5, 500)
     words = caller.allocator.frame_bytes(0).cast("Q")
@@ -112,7 +111,7 @@ def test_a_frame_says_its_layout() -> None:
 
 @pytest.mark.parametrize("zpages", range(FEWEST_ZPAGES, MOST_ZPAGES + 1))
 def test_there_are_as_many_handles_as_zpages(zpages: int) -> None:
-    """What stands behind the directory is no handle, even if it looks like one."""
+    """Bytes behind the directory are no handle, even if they look like one."""
     with packed_by(Packing("dense", zpages)):
         caller = Caller(1)
         caller.allocator.frame_bytes(0).cast("Q")[:8] = memoryview(
@@ -129,7 +128,7 @@ def test_there_are_as_many_handles_as_zpages(zpages: int) -> None:
 @example(1000, 1)
 @given(st.integers(0, 4095), st.integers(0, 4095))
 def test_a_place_that_cannot_be(offset: int, size: int) -> None:
-    """A handle whose zpage would lie in the directory, beyond the frame, or be too large or nothing, is no zpage."""
+    """A handle is no zpage if its place is in the directory or beyond the frame, or its size is impossible."""
     caller = Caller(1)
     caller.allocator.frame_bytes(0).cast("Q")[2] = 0xD1 << 56 | 7 << 24 | offset << 12 | size
     possible = offset >= DIRECTORY and offset + size <= PAGE_SIZE and 0 < size <= max_zpage_size()
@@ -142,7 +141,7 @@ def test_a_place_that_cannot_be(offset: int, size: int) -> None:
 
 @pytest.mark.parametrize("page", [0, 1, MAX_PAGE_NUMBER - 1, MAX_PAGE_NUMBER])
 def test_every_page_number(page: int) -> None:
-    """Page numbers of 32 bits stand in a handle beside the layout."""
+    """A handle holds page numbers of 32 bits beside the layout."""
     caller = Caller(1)
     ref = caller.create(page, 321)
     assert caller.allocator.handle_at(ref) == page
@@ -153,8 +152,8 @@ def test_every_page_number(page: int) -> None:
 # ---- holes ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_freed_last_joins_the_tail() -> None:
-    """No compaction is needed for room at the end."""
+def test_a_freed_last_zpage_joins_the_tail() -> None:
+    """Room at the end needs no compaction."""
     caller = Caller(1)
     refs = [caller.store(page, 1000) for page in range(4)]
     before = bytes(caller.allocator.frame_bytes(0))
@@ -166,7 +165,7 @@ def test_what_is_freed_last_joins_the_tail() -> None:
 
 
 def test_holes_are_made_one_piece() -> None:
-    """A zpage that fits into no hole, but into all of them together, is taken; the others move, and keep their refs."""
+    """A zpage that fits only into all holes together is stored. The others move, and keep their refs."""
     caller = Caller(2)
     left = holes(caller)
     room = ROOM - 1800
@@ -183,7 +182,7 @@ def test_holes_are_made_one_piece() -> None:
 
 
 def test_only_the_frame_itself_is_touched() -> None:
-    """Compaction moves the bytes of one frame."""
+    """Compaction moves the bytes of one frame alone."""
     caller = Caller(3)
     filled = [caller.create(70 + page, max_zpage_size()) for page in range(2)]
     assert {ref >> REF_BITS for ref in filled} == {0, 1}
@@ -197,7 +196,7 @@ def test_only_the_frame_itself_is_touched() -> None:
 
 @pytest.mark.parametrize("kind", [PERSISTENT_KIND, EPHEMERAL_KIND])
 def test_an_unevictable_frame_offers_its_tail_alone(kind: int) -> None:
-    """While somebody fills a place, or reads, nothing moves: only what fits behind is matched; then the holes count again."""
+    """Nothing moves while a place is filled or read: only the tail is matched. Then the holes count again."""
     caller = Caller(2)
     refs = [caller.create(0, 900, kind), *(caller.match(page, 900, kind) for page in range(1, 4))]
     caller.free(refs[0])
@@ -219,7 +218,7 @@ def test_an_unevictable_frame_offers_its_tail_alone(kind: int) -> None:
 
 @pytest.mark.parametrize("state", [FrameState.ZOMBIE, FrameState.DYING, FrameState.FREE])
 def test_frames_that_others_use_are_not_compacted(state: FrameState) -> None:
-    """A zombie is on no list, so it is not asked; and if it were, it would refuse."""
+    """A zombie is on no list, so it is not matched, and a direct call refuses it."""
     caller = Caller(1)
     kind = EPHEMERAL_KIND if state is FrameState.DYING else PERSISTENT_KIND
     refs = [caller.create(0, 900, kind), caller.match(1, 900, kind)]
@@ -237,7 +236,7 @@ def test_frames_that_others_use_are_not_compacted(state: FrameState) -> None:
 
 
 def test_the_room_of_a_frame_is_never_lost() -> None:
-    """After any churn, a frame with one small zpage takes the largest that leaves room for both."""
+    """A frame with one small zpage takes, after any churn, the largest zpage that leaves room for both."""
     caller, order = Caller(1), random.Random(1)
     refs = [caller.create(0, 10)]
     for page in range(1, 3000):
@@ -256,7 +255,7 @@ def test_the_room_of_a_frame_is_never_lost() -> None:
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("used", range(60, 140))
 def test_no_byte_more_than_there_is_room(used: int, halves: bool) -> None:
-    """A zpage that fills its frame to the last chunk is taken, and one that is a byte larger is not."""
+    """A zpage that fills its frame to the last chunk is stored, and one that is a byte larger is not."""
     for more in (0, 1):
         caller = Caller(2)
         caller.create(1, used)
@@ -268,7 +267,7 @@ def test_no_byte_more_than_there_is_room(used: int, halves: bool) -> None:
 
 @pytest.mark.parametrize("halves", [False, True])
 def test_a_frame_that_is_being_filled_is_filled_up(halves: bool) -> None:
-    """What fits behind to the last byte needs no compaction, which would be refused."""
+    """A zpage that fits the tail to the last byte needs no compaction, which would be refused."""
     caller = Caller(1)
     pending = caller.allocator.create_prep(caller.take(), 128 - DIRECTORY)
     ref = caller.match(2, PAGE_SIZE - 128, halves=halves)
@@ -280,17 +279,11 @@ def test_a_frame_that_is_being_filled_is_filled_up(halves: bool) -> None:
     caller.allocator.check()
 
 
-@given(STEPS)
-def test_one_step_is_as_good_as_two(steps: list[int]) -> None:
-    """Here, a frame that was matched goes on to another list."""
-    take_steps_in_one_and_in_two(steps)
-
-
 # ---- being killed in the middle --------------------------------------------------------------------------------
 
 
 def killed_at(line: int, call: Callable[[], Any]) -> bool:
-    """Call something and raise at its Nth line in core/dense.py; whether it came so far."""
+    """Call something and raise at its Nth line in core/dense.py. Return whether it reached that line."""
 
     class Killed(BaseException):
         pass
@@ -319,11 +312,11 @@ def killed_at(line: int, call: Callable[[], Any]) -> bool:
 
 
 CROWDED = {1: 1600, 3: 1000, 4: 500}
-"""Zpages by page, which are left in a frame with small holes between them: each is moved onto bytes of its own."""
+"""Zpages by page that stay in a frame with small holes between them, so that each moves onto its own bytes."""
 
 
 def with_small_holes(caller: Caller) -> dict[int, int]:
-    """Make frame 1 hold CROWDED with holes before and between; the refs by page."""
+    """Make frame 1 hold CROWDED with holes before and between, and return the refs by page."""
     caller.create(100, max_zpage_size())
     refs = {page: caller.store(page, {**CROWDED, 0: 50, 2: 100}[page]) for page in range(5)}
     assert {ref >> REF_BITS for ref in refs.values()} == {1}
@@ -333,7 +326,7 @@ def with_small_holes(caller: Caller) -> dict[int, int]:
 
 
 def heir_with(caller: Caller, refs: dict[int, int]) -> Allocator:
-    """Return another process's allocator, which has claimed all that is in frame 1."""
+    """Return the allocator of another process, which has claimed all zpages of frame 1."""
     heir = DENSE.allocator(memoryview(caller.buffer), memoryview(caller.table), 2, attach=True)
     heir.reset([(0, 2)])
     for page, ref in refs.items():
@@ -344,8 +337,8 @@ def heir_with(caller: Caller, refs: dict[int, int]) -> Allocator:
     return heir
 
 
-def test_whoever_dies_in_a_compaction_leaves_every_zpage() -> None:
-    """At each line: a new allocator on the same memory finds all that was there, each at its ref, and works on."""
+def test_a_death_in_a_compaction_loses_no_zpage() -> None:
+    """A kill at each line leaves a state in which a new allocator finds every zpage at its ref, and works on."""
     undone = 0
     for line in itertools.count(1):
         caller = Caller(2)
@@ -370,8 +363,8 @@ def test_whoever_dies_in_a_compaction_leaves_every_zpage() -> None:
     assert undone > 5, "hardly any death needed the copy"
 
 
-def test_whoever_dies_while_undoing_leaves_it_to_the_next() -> None:
-    """The undo copy can be put back as often as needed."""
+def test_a_death_while_undoing() -> None:
+    """A process that dies while it puts the undo copy back leaves that to the next one."""
     for line in itertools.count(1):
         caller = Caller(2)
         refs = with_small_holes(caller)
@@ -387,7 +380,7 @@ def test_whoever_dies_while_undoing_leaves_it_to_the_next() -> None:
 
 
 def test_a_copy_is_put_back_once_and_into_its_own_frame() -> None:
-    """A copy that was put back is no copy any more, and the number of a frame that there is not names none."""
+    """A copy that was put back is no copy any more, and the number of a frame that does not exist names none."""
     caller = Caller(2)
     allocator = caller.allocator
     assert isinstance(allocator, Dense)
@@ -406,7 +399,7 @@ def test_a_copy_is_put_back_once_and_into_its_own_frame() -> None:
 
 
 def test_zpages_that_overlap_are_not_both_restored() -> None:
-    """A damaged handle costs its own page: what would lie on another's bytes is refused."""
+    """A damaged handle costs its own page: a zpage that would lie on the bytes of another is refused."""
     caller = Caller(1)
     refs = [caller.store(page, 900) for page in range(3)]
     words = caller.allocator.frame_bytes(0).cast("Q")
@@ -421,7 +414,7 @@ def test_zpages_that_overlap_are_not_both_restored() -> None:
 
 @given(st.permutations(range(4)))
 def test_zpages_come_back_in_any_order(order: list[int]) -> None:
-    """Neighbours that touch do not overlap, and the tail begins where the last of them ends."""
+    """Neighbours that touch do not overlap, and the tail begins at the end of the last one."""
     caller = Caller(1)
     refs = [caller.store(page, 900) for page in range(4)]
     table, counters = bytes(caller.table), caller.allocator.counters()
@@ -437,7 +430,7 @@ def test_zpages_come_back_in_any_order(order: list[int]) -> None:
 
 
 def test_all_buddies_come_back_with_one() -> None:
-    """A frame filled from a block keeps all zpages that are wanted, and nothing of the others' room is lost."""
+    """A frame filled from a block keeps all wanted zpages, and the room of the others is free."""
     source, caller = Caller(1), Caller(2)
     refs = [source.store(page, 500) for page in range(6)]
     caller.allocator.fill_prep(caller.take())
@@ -456,7 +449,7 @@ def test_all_buddies_come_back_with_one() -> None:
 
 
 def test_packings_by_name() -> None:
-    """What is written is read again; each has a number of its own, and the number leads back."""
+    """The name of a packing can be read again, and each packing has its own number, which leads back to it."""
     packings = [ZBUD, *(Packing("dense", zpages) for zpages in range(FEWEST_ZPAGES, MOST_ZPAGES + 1))]
     assert [Packing.parse(str(packing)) for packing in packings] == packings
     assert Packing.parse("dense") == DENSE
@@ -469,7 +462,7 @@ def test_packings_by_name() -> None:
 @pytest.mark.parametrize(
     "text", ["", "Zbud", "zbud:2", "dense:", "dense:1", "dense:8", "dense:06", "dense:\u0666", "z3fold"]
 )
-def test_what_is_no_packing(text: str) -> None:
-    """The error says what would be right."""
+def test_wrong_names_of_packings(text: str) -> None:
+    """The error names the right forms."""
     with pytest.raises(ValueError, match=r"is not a packing: write zbud, dense, or dense:N with N from 2 to 7"):
         Packing.parse(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Histograms of time: what goes into which bucket, and that the shim's layout is the same."""
+"""Histograms of time have the right buckets, and the shim has the same layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def made() -> Latencies:
     ],
 )
 def test_bounds(nanoseconds: int, bucket: int) -> None:
-    """Bucket n counts what took less than 2**n microseconds."""
+    """Bucket n counts times below 2**n microseconds."""
     latencies = made()
     latencies.record(Timed.WRITE, nanoseconds)
     numbers = latencies.numbers()
@@ -36,7 +36,7 @@ def test_bounds(nanoseconds: int, bucket: int) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(Timed), st.integers(0, 10**13))))
 def test_every_time_is_in_one_bucket(times: list[tuple[Timed, int]]) -> None:
-    """No kind counts for another; sums and longest are exact."""
+    """Each time is in one bucket of its kind, and sums and longest times are exact."""
     latencies = made()
     for kind, nanoseconds in times:
         latencies.record(kind, nanoseconds)
@@ -54,7 +54,7 @@ def test_every_time_is_in_one_bucket(times: list[tuple[Timed, int]]) -> None:
 
 
 def test_the_shim_has_the_same_layout() -> None:
-    """The numbers stand in C once more."""
+    """The C code repeats the numbers of the layout."""
     source = (ROOT / "zbudfs/fuse/shim.c").read_text()
     assert int(re.search(r"\bBUCKETS = (\d+)", source)[1]) == BUCKETS  # type: ignore[index]
     assert int(re.search(r"\bROWS = (\d+)", source)[1]) == len(Timed)  # type: ignore[index]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The intrusive lists, against Python's lists."""
+"""The intrusive lists are compared with Python's lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LISTS = 3
 
 
 def make() -> IndexLists:
-    """Return lists over a buffer in which something else stood before."""
+    """Return lists over a buffer with other content."""
     nexts, prevs = (memoryview(bytearray(b"\xff" * 4 * (NODES + LISTS))).cast("I") for _ in range(2))
     return IndexLists(nexts, prevs, NODES, LISTS)
 
@@ -24,7 +24,7 @@ def contents(lists: IndexLists) -> list[list[int]]:
 
 
 def test_all_lists_are_empty_at_first() -> None:
-    """A new list has no member, whatever stood in the buffer, and its oldest member is no node."""
+    """A new list has no member, whatever the buffer contains, and its oldest member is no node."""
     lists = make()
     assert contents(lists) == [[]] * LISTS
     assert all(lists.oldest(which) >= NODES for which in range(LISTS))
@@ -32,7 +32,7 @@ def test_all_lists_are_empty_at_first() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, NODES - 1), st.integers(0, LISTS - 1), st.booleans())))
 def test_any_sequence_agrees_with_a_list(moves: list[tuple[int, int, bool]]) -> None:
-    """Whatever is put at either end and taken out of the middle, each list has its members in their order."""
+    """Each list has its members in order after any inserts at both ends and removals from the middle."""
     lists = make()
     model: list[list[int]] = [[] for _ in range(LISTS)]
     for node, which, newest in moves:
@@ -55,7 +55,7 @@ def test_any_sequence_agrees_with_a_list(moves: list[tuple[int, int, bool]]) -> 
 
 @given(st.lists(st.integers(0, NODES - 1), unique=True, min_size=1))
 def test_both_directions_agree(nodes: list[int]) -> None:
-    """Following the links back from the newest end gives the members in reverse."""
+    """The links back from the newest end give the members in reverse."""
     lists = make()
     for node in nodes:
         lists.append(1, node)
@@ -68,7 +68,7 @@ def test_both_directions_agree(nodes: list[int]) -> None:
 
 
 def test_the_member_just_given_may_go() -> None:
-    """A walk goes on when the member that it has just given is removed or moved to another list."""
+    """A walk continues when the member that it has just given is removed or moved to another list."""
     lists = make()
     for node in range(NODES):
         lists.append(0, node)
@@ -80,7 +80,7 @@ def test_the_member_just_given_may_go() -> None:
 
 
 def test_clear_empties_every_list() -> None:
-    """After `clear` each member can be linked anew."""
+    """Each member can be linked again after `clear`."""
     lists = make()
     for node in range(NODES):
         lists.append(node % LISTS, node)

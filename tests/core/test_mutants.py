@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The short form of `make mutants`: changes that must be noticed, and one that cannot be."""
+"""The short form of `make mutants`: some mutants must be noticed, and one cannot be."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tests.support import LIMIT_SECONDS, ROOT
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    """Run the script: its exit status, and what it printed."""
+    """Run the script, and return its exit status and its output."""
     command = [sys.executable, "-m", "scripts.mutants", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS, check=False)
     assert done.stderr == ""
     return done.returncode, done.stdout
 
 
-def test_what_must_be_noticed_is() -> None:
-    """A list that is not linked back, and others of the kind, are killed by the tests of lists."""
+def test_mutants_of_lists_are_killed() -> None:
+    """The tests of the lists kill the mutants of `append`, such as a missing link back."""
     status, said = run("--module", "lists", "--only", "IndexLists.append")
     assert status == 0, said
     assert "core/lists.py: 5 of 5 killed" in said
 
 
-def test_what_nobody_can_notice_survives() -> None:
-    """So what is called killed was killed by a failing test."""
+def test_an_equivalent_mutant_survives() -> None:
+    """A mutant that no test can notice survives, so a killed one was killed by a failing test."""
     status, said = run("--module", "page_table", "--only", "(_WORD_ZPAGES + 2)")
     assert status == 0, said
     assert "killed           0" in said
@@ -36,7 +36,7 @@ def test_what_nobody_can_notice_survives() -> None:
 
 
 def test_mutants_differ_from_their_source() -> None:
-    """Every module has some, each says what it changes, and no two of a module are the same place twice."""
+    """Each module has mutants, each describes its change, and no two are the same place twice."""
     for module in TESTS:
         mutants = mutants_of(module)
         assert len(mutants) > 20
@@ -47,7 +47,7 @@ def test_mutants_differ_from_their_source() -> None:
 
 
 def test_the_explained_ones_exist() -> None:
-    """What docs/mutants.md explains is still in the source."""
+    """Each mutant of scripts/survivors.txt still exists in the source."""
     known = explained()
     assert known, f"{EXPLAINED} explains none"
     assert known <= {str(mutant) for module in TESTS for mutant in mutants_of(module)}
@@ -55,6 +55,6 @@ def test_the_explained_ones_exist() -> None:
 
 @pytest.mark.parametrize("module", TESTS)
 def test_the_tests_of_a_module_are_there(module: str) -> None:
-    """Each is a file."""
+    """Each test file of the table exists."""
     assert TESTS[module]
     assert all((ROOT / "tests/core" / name).is_file() for name in TESTS[module])

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Packings by name and by code, and what is there without the hot path in C."""
+"""Packings by name and by code."""
 
 from __future__ import annotations
-
-import importlib.util
-import sys
 
 import pytest
 
 from tests.core.frames import Caller, packed_by
-from tests.core.test_recovery import some_table
-from zbudfs.core import hot
 from zbudfs.core.codec import WORD_ZPAGE_SIZE, Codec
 from zbudfs.core.packing import DENSE, ZBUD, Packing
 from zbudfs.core.units import PAGE_SIZE
@@ -20,7 +15,7 @@ NAMES = ["zbud", *(f"dense:{zpages}" for zpages in range(2, 8))]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_codes(name: str) -> None:
-    """Each packing is found by both, and makes an allocator of its own kind."""
+    """The name and the code give the same packing, which makes an allocator of its own kind."""
     packing = Packing.parse(name)
     assert str(packing) == name
     assert Packing.of_code(packing.code) == packing
@@ -36,7 +31,7 @@ def test_names_and_codes(name: str) -> None:
 
 
 def test_codes_are_apart() -> None:
-    """No two packings have the same, and any other number is none."""
+    """No two packings have the same code, and any other number is no packing."""
     codes = {Packing.parse(name).code for name in NAMES}
     assert len(codes) == len(NAMES)
     assert [code for code in range(1 << 16) if Packing.of_code(code) is not None] == sorted(codes)
@@ -47,31 +42,13 @@ def test_codes_are_apart() -> None:
     "text", ["", "zbud:2", "dense:", "dense:1", "dense:8", "dense:02", "dense:7 ", "dense:²", "Dense"]
 )
 def test_other_words_are_refused(text: str) -> None:
-    """With what would be right."""
+    """The error names the right words."""
     with pytest.raises(ValueError, match=r"is not a packing: write zbud, dense, or dense:N with N from 2 to 7"):
         Packing.parse(text)
 
 
-def test_without_the_hot_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it was not built there is none, for any packing."""
-    stored_at = memoryview(bytearray(4 * 3)).cast("I")
-    assert (Caller(3).allocator.hot(some_table(3, {}), stored_at) is not None) == hot.BUILT
-    monkeypatch.setattr(hot, "BUILT", False)
-    for packing in (ZBUD, DENSE):
-        with packed_by(packing):
-            assert Caller(3).allocator.hot(some_table(3, {}), stored_at) is None
-    monkeypatch.setitem(sys.modules, "zbudfs.core._hot", None)
-    assert hot.__file__ is not None
-    spec = importlib.util.spec_from_file_location("hot_again", hot.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    again = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(again)
-    assert again.BUILT is False
-
-
 def test_a_zpage_as_long_as_a_word_is_not_used() -> None:
-    """zstd gives none; one that did would be taken for a same-filled page, so the page would be kept raw."""
+    """A zstd frame of this length would look like a same-filled page, so such a page would be kept raw."""
     codec = Codec()
     codec.compress = lambda data: bytes(WORD_ZPAGE_SIZE)
     assert codec.encode(b"x" * PAGE_SIZE) == b"x" * PAGE_SIZE

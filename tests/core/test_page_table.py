@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The page table: entries of every kind, words at the borders of what fits, and the scan for stored pages."""
+"""The page table: entries of each kind, words at the borders of the possible ones, and the scan for stored pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from zbudfs.core.page_table import (
     RAW_BLOCK,
     RAW_FRAME,
     REF_MASK,
-    TO_BLOCK,
     WORD,
     WORD_HALVES,
     WORD_INVERTED,
@@ -52,28 +51,27 @@ def make(nr_pages: int) -> PageTable:
 @example(BLOCK, REF_MASK, 0)
 @example(FRAME, 0, LARGEST_CHECK)
 def test_an_entry_keeps_its_parts(kind: int, ref: int, check: int) -> None:
-    """Kind, place and check come out of an entry as they went in, and it fits into 8 bytes."""
+    """Kind, place and check come out of an entry unchanged, and the entry fits into 8 bytes."""
     value = entry(kind, ref, check)
     assert (value & KIND_MASK, value >> KIND_BITS & REF_MASK, value >> CHECK_SHIFT) == (kind, ref, check)
     assert value < 1 << 64
 
 
 def test_all_ones_are_the_inverse_of_nothing() -> None:
-    """The code in C says the same."""
+    """The C code has the same encoding."""
     assert entry_of_word(ALL_ONES) == WORD_INVERTED
     assert entry_of_word(0) == WORD
 
 
 def test_kinds_are_apart() -> None:
-    """All kinds differ, fit their field, an absent page's entry is 0, and a frame's kind becomes its block's."""
+    """All kinds differ and fit their field, and the entry of an absent page is 0."""
     kinds = [ABSENT, WORD, WORD_INVERTED, WORD_HALVES, *PLACES]
     assert sorted(kinds) == list(range(KIND_MASK + 1))
     assert ABSENT == 0
-    assert (FRAME + TO_BLOCK, RAW_FRAME + TO_BLOCK) == (BLOCK, RAW_BLOCK)
 
 
 def test_a_device_of_16_tib_has_room() -> None:
-    """The place of an entry holds every ref of 2**32 blocks."""
+    """The place in an entry can hold each ref of 2**32 blocks."""
     assert REF_MASK >= (1 << 32) * 2 + 1
 
 
@@ -99,7 +97,7 @@ ODD += [struct.unpack("Q", struct.pack("d", 0.1))[0]]
 
 @pytest.mark.parametrize(("word", "kind"), FITTING, ids=lambda value: f"{value:x}")
 def test_a_word_that_fits(word: int, kind: int) -> None:
-    """The words next to each border go in as they are."""
+    """The words next to each border are stored unchanged."""
     value = entry_of_word(word)
     assert value is not None
     assert value < 1 << 64
@@ -109,7 +107,7 @@ def test_a_word_that_fits(word: int, kind: int) -> None:
 
 @pytest.mark.parametrize("word", ODD, ids=hex)
 def test_a_word_that_does_not_fit(word: int) -> None:
-    """A word beyond each border is told apart, and not cut."""
+    """A word beyond each border is refused, and not cut."""
     assert entry_of_word(word) is None
 
 
@@ -127,7 +125,7 @@ def test_no_word_comes_back_as_another(word: int) -> None:
 
 @given(st.integers(0, (1 << 32) - 1))
 def test_every_pattern_of_32_bits_fits(half: int) -> None:
-    """Any 32-bit number, zero-extended, sign-extended or twice repeated, needs no frame."""
+    """Any 32-bit number needs no frame, whether it is zero-extended, sign-extended or repeated."""
     negative = half | 0xFFFFFFFF_00000000
     for word in (half, negative, half << 32 | half):
         value = entry_of_word(word)
@@ -154,7 +152,7 @@ def test_store_gives_what_stood_there() -> None:
 
 
 def test_words_in_zpages_are_counted() -> None:
-    """A word too odd for an entry is known by its check, in a frame and in a block; a word of 61 bits is not one of them."""
+    """A zpage of an odd word is known by its check, in a frame and in a block. A word of 61 bits is in the entry."""
     table = make(3)
     table.store(0, entry(FRAME, 1, WORD_CHECK | 5))
     table.store(1, entry(FRAME, 2, WORD_CHECK - 1))
@@ -174,7 +172,7 @@ def test_words_in_zpages_are_counted() -> None:
 
 
 def test_check_sees_a_wrong_count() -> None:
-    """An entry that was changed behind the table's back is found by the recount."""
+    """The recount finds an entry that was changed without the table."""
     table = make(2)
     table.entries[0] = entry(FRAME, 1, 1)
     with pytest.raises(AssertionError, match="a recount gives"):
@@ -201,7 +199,7 @@ SOME = st.integers(0, 1700)
 @example({1699}, 1, 1700)
 @example({1699}, 0, 1699)
 def test_next_stored_agrees_with_a_walk(stored: set[int], page: int, stop: int) -> None:
-    """The scan finds the first stored page below the stop, wherever it starts and ends."""
+    """The scan finds the first stored page below the stop, with any start and end."""
     table = make(1700)
     for number in stored:
         if number < 1700:
@@ -211,35 +209,35 @@ def test_next_stored_agrees_with_a_walk(stored: set[int], page: int, stop: int) 
 
 
 def test_next_stored_sees_the_last_byte_of_an_entry() -> None:
-    """An entry of which only the highest bits are set is not skipped with an empty stretch."""
+    """The scan does not skip an entry of which only the highest bits are set."""
     table = make(1024)
     table.entries[700] = 1 << 62
     assert table.next_stored(0, 1024) == 700
 
 
 def test_a_long_look_gives_signs_of_life() -> None:
-    """A beat for each stretch of the table that may have been used, also where nothing is stored."""
+    """The scan gives a sign of life for each stretch that may have been used, also if nothing is stored."""
     table = PageTable(memoryview(bytearray(8 * 5000)), 5000)
     table.store(4999, 1 << 3 | 1)
     beats: list[int] = []
     assert len(list(table.stretches(lambda: beats.append(1)))) == 1
     assert len(beats) == 10
     table.recount(lambda: beats.append(1))
-    assert (len(beats), table.stored_pages) == (11, 1)  # the other nine were found to be empty
+    assert (len(beats), table.stored_pages) == (11, 1)  # the other nine are marked as empty
 
 
-# ---- what was never used is not looked at ---------------------------------------------------------------------------------
+# ---- stretches that were never used ---------------------------------------------------------------------------------------
 
 
 def with_touched(nr_pages: int) -> tuple[PageTable, memoryview]:
-    """Return a table that knows which stretches were used, and its entries."""
+    """Return a table that marks used stretches, and its entries."""
     buffer = memoryview(bytearray(nr_pages * ENTRY_SIZE))
     return PageTable(buffer, nr_pages, memoryview(bytearray(touched_size(nr_pages)))), buffer.cast("Q")
 
 
 @pytest.mark.parametrize("nr_pages", [1, 512, 513, 5 * 512 + 7])
 def test_the_first_store_marks_its_stretch(nr_pages: int) -> None:
-    """Each stretch that has an entry is found, also the last, shorter one; and one that was emptied is forgotten by a scan."""
+    """The scan finds each stretch that has an entry, also the short last one, and forgets one that was emptied."""
     table, _ = with_touched(nr_pages)
     assert list(table.stretches()) == []
     table.store(nr_pages - 1, entry(FRAME, 1, 1))
@@ -255,7 +253,7 @@ def test_the_first_store_marks_its_stretch(nr_pages: int) -> None:
 
 
 def test_stretches_that_were_never_used_are_passed_over() -> None:
-    """Not even read: what stands there behind the table's back is not seen, by no scan, and found by the check."""
+    """No scan reads such a stretch, so an entry written there without the table is found only by the check."""
     table, entries = with_touched(10_000 * 512)
     table.store(9_000 * 512 + 3, entry(FRAME, 1, 1))
     entries[4_000 * 512] = entry(FRAME, 2, 2)

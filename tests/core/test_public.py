@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What other users are told: which numbers, and what can be learned from how they are rounded."""
+"""Public statistics: the list of numbers, and the information that their rounding gives away."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ATTACKS_NR: Final = 400
 
 
 def test_a_blur_is_near() -> None:
-    """What is told is a multiple of the step, and less than two steps off, wherever the number goes."""
+    """The public number is a multiple of the step, and less than two steps off, for any walk of the number."""
     source = random.Random(1)
     blur = Blur(STEP, source.randrange)
     value = 0
@@ -36,8 +36,8 @@ def test_a_blur_is_near() -> None:
         assert abs(told - value) < 2 * STEP
 
 
-def test_a_counter_is_told_as_a_counter() -> None:
-    """It never goes back, and stands still while the number does."""
+def test_a_public_counter_never_falls() -> None:
+    """The public counter never goes back, and stands still while the number does."""
     source = random.Random(2)
     blur = Blur(STEP, source.randrange)
     value = told = 0
@@ -50,18 +50,18 @@ def test_a_counter_is_told_as_a_counter() -> None:
 
 
 class Rounded:
-    """What is not good enough: a number rounded down."""
+    """A number that is only rounded down, which is not good enough."""
 
     def __init__(self, step: int) -> None:
         self._step = step
 
     def tell(self, value: int) -> int:
-        """Return what is told."""
+        """Return the public number."""
         return value // self._step * self._step
 
 
 def found_by_moving(told: Blur | Rounded, secret: int) -> int:
-    """The attack of a user who moves the number himself, one by one, until another one is told: what he takes it for."""
+    """Return the guess of an attacker who moves the number one by one until another one is published."""
     first = told.tell(secret)
     moved = 0
     while told.tell(secret + moved) == first:
@@ -69,8 +69,8 @@ def found_by_moving(told: Blur | Rounded, secret: int) -> int:
     return first + STEP - moved
 
 
-def test_a_user_who_moves_the_number_himself() -> None:
-    """He finds a number that is only rounded, exactly; from a blur he learns no more than within half a step."""
+def test_an_attacker_who_moves_the_number() -> None:
+    """An attacker finds a number that is only rounded exactly. A blur leaves an error of half a step."""
     source = random.Random(3)
     errors = {"rounded": [], "blurred": []}  # type: dict[str, list[int]]
     for _ in range(ATTACKS_NR):
@@ -84,7 +84,7 @@ def test_a_user_who_moves_the_number_himself() -> None:
 
 
 def numbers(**changed: Value) -> dict[str, Value]:
-    """A snapshot of stats/, with everything that is told of it, and one number that is not."""
+    """Return a snapshot of stats/, with all public numbers and one that is not public."""
     found: dict[str, Value] = {
         "compressed_bytes": 77,
         **dict.fromkeys((*EXACT, *PAGES, *BLURRED), 0),
@@ -94,8 +94,8 @@ def numbers(**changed: Value) -> dict[str, Value]:
     return {**found, **changed}
 
 
-def test_what_is_told_is_the_list() -> None:
-    """No name more, none less; what follows from another number agrees with it."""
+def test_the_list_of_public_numbers() -> None:
+    """The public numbers are exactly those of the list, and numbers that follow from others agree with them."""
     discretion = Discretion(random.Random(4).randrange)
     counts = [100] * BUCKETS
     budget = 1 << 30

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""When writeback starts and stops, and how the pool's limit yields to pressure and comes back."""
+"""The start and the end of writeback, and how the pool's limit follows memory pressure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zbudfs.core.reclaim import BATCH_FRAMES, PressureGovernor, Watermarks
+from zbudfs.core.reclaim import BATCH_FRAMES, LARGE_BATCH_FRAMES, PressureGovernor, Watermarks
 
 # ---- watermarks ---------------------------------------------------------------------------------------------------
 
 
 def test_watermarks_are_in_order() -> None:
-    """Low is below high where the pool allows, and at most a half of the pool is kept free."""
+    """Low is below high if the pool allows, and at most half of the pool is kept free."""
     for limit in [*range(1, 600), 8192, 1 << 20]:
         marks = Watermarks.of(limit)
         assert 0 <= marks.low_frames <= marks.high_frames <= max(1, limit // 2), limit
@@ -22,19 +22,19 @@ def test_watermarks_are_in_order() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 100, 1 << 20])
 def test_a_pool_without_a_free_frame_is_always_written_back(limit: int) -> None:
-    """Whatever the pool's size: when no frame is free there is something to do, or a write would wait for nothing."""
+    """With any pool size, no free frame means writeback, since a write would wait for nothing otherwise."""
     assert Watermarks.of(limit).frames_to_free(0, under_way=False) > 0
 
 
 def test_watermarks_of_a_large_pool() -> None:
-    """They are parts of a large pool, and whole batches in a middling one."""
+    """The watermarks are parts of a large pool, and whole batches in a middle-sized one."""
     assert Watermarks.of(1 << 20) == Watermarks((1 << 20) // 64, (1 << 20) // 24)
     assert Watermarks.of(1024) == Watermarks(BATCH_FRAMES, 2 * BATCH_FRAMES)
 
 
 @given(st.integers(0, 300), st.integers(-50, 600), st.integers(0, 300))
 def test_hysteresis(low: int, free: int, more: int) -> None:
-    """It starts below low and nowhere else, goes on until high, and never asks for more than high."""
+    """Writeback starts only below low, continues until high, and never asks for more than high."""
     marks = Watermarks(low, low + more)
     assert marks.frames_to_free(free, under_way=True) == max(0, low + more - free)
     starts = marks.frames_to_free(free, under_way=False)
@@ -58,16 +58,15 @@ def test_a_whole_cycle() -> None:
 
 
 def test_pressure_lowers_the_limit_step_by_step() -> None:
-    """Each report takes an eighth off what is left, and is counted."""
+    """Each report takes an eighth off the present limit."""
     governor = PressureGovernor(8000)
     assert [governor.pressure(now) for now in (1.0, 3.0, 5.0)] == [7000, 6125, 5360]
-    assert governor.reports == 3
     assert governor.limit_frames == 5360
 
 
 @pytest.mark.parametrize("configured", [1, 3, 100, 8000])
 def test_the_limit_has_a_floor(configured: int) -> None:
-    """However long the pressure lasts, a quarter of the pool stays, and never less than a frame."""
+    """A quarter of the pool stays under any pressure, and never less than a frame."""
     governor = PressureGovernor(configured)
     limits = [governor.pressure(float(now)) for now in range(100)]
     assert min(limits) >= max(1, configured // PressureGovernor.FLOOR)
@@ -77,7 +76,7 @@ def test_the_limit_has_a_floor(configured: int) -> None:
 
 
 def test_the_limit_comes_back_when_it_is_calm() -> None:
-    """After ten calm seconds an eighth of the pool comes back, and another each ten seconds, up to all of it."""
+    """An eighth of the pool comes back after ten calm seconds, and so on each ten seconds, up to all of it."""
     governor = PressureGovernor(8000)
     for _ in range(20):
         governor.pressure(100.0)
@@ -90,7 +89,7 @@ def test_the_limit_comes_back_when_it_is_calm() -> None:
 
 
 def test_new_pressure_stops_the_recovery() -> None:
-    """A report while the limit comes back lowers it again, and the calm is counted anew."""
+    """A report while the limit comes back lowers it again, and the calm time starts again."""
     governor = PressureGovernor(8000)
     for _ in range(20):
         governor.pressure(0.0)
@@ -101,7 +100,16 @@ def test_new_pressure_stops_the_recovery() -> None:
 
 
 def test_without_pressure_nothing_changes() -> None:
-    """A governor that hears nothing keeps the configured limit."""
+    """A governor without reports keeps the configured limit."""
     governor = PressureGovernor(77)
     assert [governor.tick(now) for now in (0.0, 11.0, 1000.0)] == [77, 77, 77]
-    assert governor.reports == 0
+
+
+def test_a_large_pool_is_written_back_in_large_batches() -> None:
+    """A batch is at most half of the low watermark, so that writers have room meanwhile."""
+    for frames in (1, 64, 1024, 4096):
+        assert Watermarks.of(frames).batch_frames == BATCH_FRAMES
+    assert Watermarks.of(12288).batch_frames == 96
+    for frames in (32768, 1 << 22):
+        assert Watermarks.of(frames).batch_frames == LARGE_BATCH_FRAMES
+    assert Watermarks.of(32768, 10, 20).batch_frames == BATCH_FRAMES

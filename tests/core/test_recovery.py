@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a new process finds in the tables of a dead one: recounting the page table, claiming zpages by their handles."""
+"""A new process recounts the page table of a dead one, and claims zpages by their handles."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.core.frames import Caller, packed_by, size_of
+from tests.core.frames import Caller, lru_of, packed_by, size_of
 from zbudfs.core.allocator import (
-    CUMULATIVE_COUNTERS,
     INDEX_MASK,
     KINDS,
     MAX_CHUNKS,
@@ -36,12 +35,12 @@ from zbudfs.core.units import PAGE_WORDS, WORD_SIZE
 
 FRAMES = 6
 WORD_CHECK = 1 << 24
-"""The highest bit of a check: of a same-filled page that is kept as a zpage."""
+"""The highest bit of a check marks a same-filled page that is kept as a zpage."""
 
 
 @pytest.fixture(autouse=True, params=["zbud", "dense:2", "dense:7"])
 def packing(request: pytest.FixtureRequest) -> Iterator[Packing]:
-    """Every packing in turn."""
+    """Return each packing in turn."""
     with packed_by(Packing.parse(request.param)) as packing:
         yield packing
 
@@ -54,7 +53,7 @@ def heir_of(caller: Caller) -> Allocator:
 
 
 def filled() -> tuple[Caller, dict[int, int]]:
-    """Return a caller with zpages of many sizes, alone and in company, and a raw page; and their refs by page."""
+    """Return a caller with zpages of many sizes, alone and in company, and a raw page, and their refs by page."""
     caller = Caller(FRAMES)
     refs = {}
     for number, chunks in enumerate((20, MAX_CHUNKS, 30, 10, 1)):
@@ -65,10 +64,9 @@ def filled() -> tuple[Caller, dict[int, int]]:
 
 
 def test_everything_is_claimed_and_counts_again() -> None:
-    """Each zpage at its ref and nowhere else; then lists, masks and counters are what the frames give."""
+    """Each zpage is claimed at its ref and nowhere else. Lists, masks and counters then follow from the frames."""
     caller, refs = filled()
     before = caller.allocator.counters()
-    assert len(caller.allocator.cumulative()) == CUMULATIVE_COUNTERS
     contents = {page: caller.zpage(ref, page) for page, ref in refs.items() if page != 500}
     heir = heir_of(caller)
     for page, ref in refs.items():
@@ -86,7 +84,7 @@ def test_everything_is_claimed_and_counts_again() -> None:
         assert bytes(view) == content
     raw = refs[500] >> REF_BITS
     assert heir.residents(raw) == [Resident(refs[500], 500)]
-    assert next(iter(heir.frames_of(PERSISTENT_KIND))) == raw, "raw frames go first"
+    assert lru_of(heir, PERSISTENT_KIND)[0] == raw, "raw frames go first"
     for ref in refs.values():
         caller.give(heir.free(ref))
         heir.check()
@@ -94,20 +92,21 @@ def test_everything_is_claimed_and_counts_again() -> None:
 
 
 def test_counting_goes_on() -> None:
-    """What only grows is not forgotten with a process."""
-    caller, _ = filled()
-    values = [11, 22, 33, 44, 55, 66]
-    caller.allocator.go_on_from(values)
-    assert caller.allocator.cumulative() == values
-    counters = caller.allocator.counters()
+    """Counters that only grow continue in another process from their old value."""
+    caller, refs = filled()
+    caller.allocator.writeback_begin(refs[100] >> REF_BITS)
+    caller.give(caller.allocator.writeback_done(refs[100] >> REF_BITS))
     names = [f"{kind}_{name}" for name in ("cumul_zpages", "cumul_zbytes", "evicted_pageframes") for kind in KINDS]
-    assert [counters[name] for name in names] == values
-    caller.store(9, 100)
-    assert caller.allocator.cumulative() == [12, 22, 133, 44, 55, 66]
+    before = [caller.allocator.counters()[name] for name in names]
+    assert before[0::2] == [5, sum(map(size_of, (20, MAX_CHUNKS, 30, 10, 1))), 1]
+    heir = heir_of(caller)
+    assert [heir.counters()[name] for name in names] == before
+    heir.create_finish(heir.create_prep(caller.take(), 100), 9, bytes(100))
+    assert [heir.counters()[name] for name in names] == [before[0] + 1, before[1], before[2] + 100, *before[3:]]
 
 
 def test_attaching_writes_nothing() -> None:
-    """The memory may be another process's still: until `reset` not a byte of table or frames is changed."""
+    """Attaching changes no byte of table or frames until `reset`, since another process may still use the memory."""
     caller, _ = filled()
     before = bytes(caller.table), bytes(caller.buffer)
     caller.packing.allocator(memoryview(caller.buffer), memoryview(caller.table), FRAMES, attach=True)
@@ -117,8 +116,8 @@ def test_attaching_writes_nothing() -> None:
     assert junk == b"\xa5" * len(junk)
 
 
-def test_what_cannot_be_is_not_claimed() -> None:
-    """Another page's zpage, one that is claimed already, one beyond the frames, at an index there is not, in a raw frame."""
+def test_wrong_claims_are_refused() -> None:
+    """Another page's zpage, a claimed one, one beyond the frames, a wrong index and a raw frame are refused."""
     caller, refs = filled()
     heir = heir_of(caller)
     ref = refs[100]
@@ -142,7 +141,7 @@ def test_what_cannot_be_is_not_claimed() -> None:
 
 
 def test_a_size_that_cannot_be_is_not_claimed() -> None:
-    """None, or more than a frame gives away."""
+    """A size of zero or more than the room of a frame is refused."""
     for size in (0, size_of(MAX_CHUNKS) + 1, 4095):
         caller, refs = filled()
         words = memoryview(caller.buffer).cast("Q")
@@ -158,7 +157,7 @@ def test_a_size_that_cannot_be_is_not_claimed() -> None:
 
 
 def some_table(nr_pages: int, stored: dict[int, int]) -> PageTable:
-    """Return a table in whose buffer somebody else has put entries."""
+    """Return a table over a buffer with entries of another process."""
     buffer = memoryview(bytearray(nr_pages * WORD_SIZE))
     words = buffer.cast("Q")
     for page, value in stored.items():
@@ -168,7 +167,7 @@ def some_table(nr_pages: int, stored: dict[int, int]) -> PageTable:
 
 @pytest.mark.parametrize("nr_pages", [1, 511, 512, 513, 1024, 2000])
 def test_recount(nr_pages: int) -> None:
-    """Counts are what a walk over the entries gives, wherever in a stretch they lie."""
+    """Counts equal those of a walk over the entries, at any place of a stretch."""
     source = random.Random(nr_pages)
     kinds = [
         entry(FRAME, 5, 7),
@@ -197,7 +196,7 @@ def test_recount(nr_pages: int) -> None:
 
 @pytest.mark.parametrize("nr_pages", [1, 512, 700, 1024, 2000])
 def test_stretches_have_everything_that_is_stored(nr_pages: int) -> None:
-    """Each stored page in one of them, at its number; those where nothing is are left out."""
+    """Each stored page is in one of the stretches, at its number. Empty stretches are left out."""
     word = entry(WORD, 0, 0)
     for stored in ([0], [nr_pages - 1], [511 % nr_pages], [512 % nr_pages], []):
         table = some_table(nr_pages, dict.fromkeys(stored, word))
@@ -208,7 +207,7 @@ def test_stretches_have_everything_that_is_stored(nr_pages: int) -> None:
 
 
 def test_a_word_that_is_overwritten_is_no_longer_counted() -> None:
-    """`store` counts same-filled pages kept as a zpage, whether they come or go."""
+    """`store` counts same-filled pages kept as a zpage, both when they come and when they go."""
     table = some_table(4, {})
     table.store(0, entry(FRAME, 1, WORD_CHECK))
     table.store(1, entry(RAW_FRAME, 1, WORD_CHECK))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What can be changed while a mount runs: which texts are right, and what is said of the others."""
+"""Settings that can change while a mount runs: the right texts, and the errors of the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BARE = Limits(pool_bytes=16 * MIB, backed=False, low_watermark_frames=64, high_w
         ("pool_limit_bytes", "8M\n", 8 * MIB),
         ("pool_limit_bytes", "16777216", 16 * MIB),
         ("pool_limit_bytes", "1.5M", 3 * MIB // 2),
-        ("pool_limit_bytes", "1048577", MIB),  # a part of a frame is not used
+        ("pool_limit_bytes", "1048577", MIB),  # zbudfs does not use a part of a frame
         ("low_watermark_frames", "1", 1),
         ("low_watermark_frames", "170", 170),
         ("low_watermark_frames", "auto", 0),
@@ -76,7 +76,7 @@ def test_right_values(name: str, text: str, value: int) -> None:
     ],
 )
 def test_wrong_values_say_what_would_be_right(name: str, text: str) -> None:
-    """One line that names the key."""
+    """The error is one line that names the key and the right form."""
     with pytest.raises(ValueError, match=name) as caught:
         parse(name, text, LIMITS)
     assert "\n" not in str(caught.value)
@@ -87,32 +87,32 @@ def test_wrong_values_say_what_would_be_right(name: str, text: str) -> None:
     ("name", "text"),
     [("writeback_enabled", "1"), ("writeback_budget_bytes_per_day", "1G"), ("age_seconds", "9"), ("writeback", "all")],
 )
-def test_what_needs_a_backing_file(name: str, text: str) -> None:
-    """It is said where there is none."""
+def test_settings_that_need_a_backing_file(name: str, text: str) -> None:
+    """Without a backing file the setting is refused with that reason."""
     with pytest.raises(ValueError, match="no backing file"):
         parse(name, text, BARE)
 
 
 def test_off_needs_no_backing_file() -> None:
-    """What a script writes to have it off is right everywhere."""
+    """A script can turn the setting off on any mount."""
     for name in ("writeback_enabled", "writeback_budget_bytes_per_day", "age_seconds"):
         assert parse(name, "0", BARE) == 0
 
 
 def test_a_small_pool_can_be_its_own_limit() -> None:
-    """A pool of less than 1 MiB does not make its own size wrong."""
+    """A pool of less than 1 MiB accepts its own size as the limit."""
     assert parse("pool_limit_bytes", "256K", Limits(256 << 10, False, 1, 2)) == 256 << 10
 
 
 def test_unknown_names_are_no_values() -> None:
-    """Names are for the caller to know."""
+    """Unknown names are left to the caller."""
     with pytest.raises(KeyError):
         parse("none", "1", LIMITS)
 
 
 @given(st.sampled_from(NAMES), st.text(max_size=80))
 def test_any_text_is_a_number_or_a_sentence(name: str, text: str) -> None:
-    """Nothing else comes out, whatever goes in."""
+    """Any text gives a number or an error of one sentence."""
     try:
         found: int | str = parse(name, text, LIMITS)
     except ValueError as error:
@@ -121,7 +121,7 @@ def test_any_text_is_a_number_or_a_sentence(name: str, text: str) -> None:
 
 
 def test_every_key_is_explained() -> None:
-    """Names are unique, and each says what it means in its unit."""
+    """Names are unique, and each has a meaning and a unit."""
     assert len(set(NAMES)) == len(TUNABLES)
     assert {"writeback", "drop_ephemeral"} == ORDERS
     for tunable in TUNABLES:

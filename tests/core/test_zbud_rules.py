@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The rules that are zbud's own: how two zpages lie in a frame, and what room that leaves."""
+"""The rules of zbud alone: the places of two zpages in a frame, and the room that is left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zbudfs.core.units import CHUNK_SIZE, NCHUNKS, PAGE_SIZE, PAGE_WORDS
 
 
 def test_rule_1_the_first_starts_at_the_start() -> None:
-    """A first zpage of any size lies behind its handle at the start of its frame, and nothing else is written."""
+    """A first zpage of any size lies behind its handle at the start of its frame, and no other byte is written."""
     for size in range(1, max_zpage_size() + 1):
         caller = Caller(3)
         caller.take()
@@ -38,7 +38,7 @@ def test_rule_1_the_first_starts_at_the_start() -> None:
 
 
 def test_rule_1_the_last_is_right_justified_on_a_boundary() -> None:
-    """A last zpage of any size starts on a chunk's boundary, ends with its handle at the frame's end, and touches no other."""
+    """A last zpage starts on a chunk's boundary, ends with its handle at the frame's end, and changes no other."""
     for size in range(1, size_of(NCHUNKS - 1) + 1):
         caller = Caller(3)
         caller.take()
@@ -57,7 +57,7 @@ def test_rule_1_the_last_is_right_justified_on_a_boundary() -> None:
 
 
 def test_rule_1_free_space_is_one_piece() -> None:
-    """Any two zpages whose chunks together fit into a frame share one, and no other two do."""
+    """Two zpages share a frame exactly if their chunks together fit into it."""
     for first in range(1, NCHUNKS):
         for second in range(1, NCHUNKS):
             caller = Caller(1)
@@ -66,7 +66,7 @@ def test_rule_1_free_space_is_one_piece() -> None:
 
 
 def test_rule_1_never_a_third() -> None:
-    """A frame with two buddies is matched with nothing, however small and however much room there is."""
+    """A frame with two buddies is matched with nothing, however much room there is."""
     caller = Caller(1)
     caller.create(1, 1)
     assert caller.match(2, 1) != NO_REF
@@ -76,7 +76,7 @@ def test_rule_1_never_a_third() -> None:
 @pytest.mark.parametrize("freed", [0, 1])
 @pytest.mark.parametrize("kind", BOTH)
 def test_rule_1_the_hole_joins_the_slack(freed: int, kind: int) -> None:
-    """Whichever buddy goes, the other stays where it is, and its place and the slack are one piece again."""
+    """If either buddy goes, the other one stays in its place, and the free room is one piece again."""
     caller = Caller(1)
     refs = [caller.create(0, size_of(20), kind), caller.match(1, size_of(30), kind)]
     kept, used = 1 - freed, (30, 20)[freed]
@@ -98,7 +98,7 @@ def test_rule_2_the_handle_counts_towards_the_chunks() -> None:
 
 
 def test_rule_2_a_frame_of_nonsense_holds_nothing() -> None:
-    """A handle with an impossible size is no zpage, whatever page it names."""
+    """A handle with an impossible size is no zpage, whichever page it names."""
     allocator = Caller(1).allocator
     for size in (0, max_zpage_size() + 1, PAGE_SIZE - 1):
         allocator.frame_bytes(0).cast("Q")[0] = 5 << 12 | size
@@ -110,7 +110,7 @@ def test_rule_2_a_frame_of_nonsense_holds_nothing() -> None:
 
 
 def test_rule_2_the_largest_zpage() -> None:
-    """63 chunks less the handle fit; the frame has a chunk left, and it can be used."""
+    """The largest zpage takes 63 chunks with its handle. The chunk that is left can be used."""
     assert max_zpage_size() == 63 * 64 - 8 == size_of(MAX_CHUNKS)
     caller = Caller(1)
     ref = caller.create(1, max_zpage_size())
@@ -123,7 +123,7 @@ def test_rule_2_the_largest_zpage() -> None:
 @pytest.mark.parametrize("halves", [False, True])
 @given(st.lists(st.integers(1, MAX_CHUNKS), min_size=1, max_size=12), st.integers(1, MAX_CHUNKS), st.sampled_from(BOTH))
 def test_rule_3_the_fullest_frame_that_fits(halves: bool, used: list[int], wanted: int, kind: int) -> None:
-    """Of all frames with one buddy, the one with the most chunks that leaves room is taken; a frame of its own if none does."""
+    """The match is the fullest frame that has room. If none has room, the zpage gets its own frame."""
     caller = Caller(len(used))
     for page, chunks in enumerate(used):
         caller.create(page, size_of(chunks), kind)
@@ -137,7 +137,7 @@ def test_rule_3_the_fullest_frame_that_fits(halves: bool, used: list[int], wante
 
 @pytest.mark.parametrize("freed", [0, 1])
 def test_rule_7_what_is_left_of_a_failed_writeback_can_be_matched(freed: int) -> None:
-    """A frame that lost a buddy as a zombie is unbuddied when it is back, with the right amount of room."""
+    """A frame that lost a buddy as a zombie is unbuddied afterwards, with the right amount of room."""
     caller = Caller(1)
     refs = zombie(caller)
     caller.free(refs[freed])
@@ -151,7 +151,7 @@ def test_rule_7_what_is_left_of_a_failed_writeback_can_be_matched(freed: int) ->
 @pytest.mark.parametrize("damaged", [0, 1])
 @pytest.mark.parametrize("chunks", [34, 35])
 def test_rule_8_zpages_that_overlap_are_not_both_restored(damaged: int, chunks: int) -> None:
-    """A handle that says more than its zpage has costs its own page, if the other buddy lies there, and only then."""
+    """A handle with a wrong length costs its own page, and only if the zpage would lie on the other buddy."""
     caller = Caller(1)
     refs = [caller.create(0, size_of(30)), caller.match(1, size_of(30))]
     words = caller.allocator.frame_bytes(0).cast("Q")
@@ -164,7 +164,7 @@ def test_rule_8_zpages_that_overlap_are_not_both_restored(damaged: int, chunks: 
 
 
 def test_rule_9_what_the_kernel_could_not_show() -> None:
-    """The length of each unbuddied list, and how many zpages there are of each number of chunks, of both kinds together."""
+    """Statistics have the length of each unbuddied list, and the number of zpages by chunks, of both kinds together."""
     caller = Caller(8)
     caller.create(1, size_of(1))
     for page in range(2):
@@ -181,7 +181,7 @@ def test_rule_9_what_the_kernel_could_not_show() -> None:
 
 
 def test_rule_9_check_finds_what_does_not_add_up() -> None:
-    """The recount notices a handle, a chunk count or a frame that was changed behind the allocator's back."""
+    """The recount finds a handle, a chunk count or a frame that was changed without the allocator."""
     for offset, value in ((0, 5), (PAGE_SIZE - HANDLE_SIZE, 3900)):
         caller = Caller(1)
         caller.create(1, HALF)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What the documents say is done."""
+"""Tests of the documents: their commands, links, names and claims."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every command that a document shows is one that there is: its options are understood, its files and targets exist."""
+"""Each command in a document is valid: the parser knows its options, and its files and targets exist."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Final
 import pytest
 
 from tests.support import ROOT
-from zbudfs.cli.options import build_parser
+from zbudfs.cli.parser import build_parser
 
-DOCUMENTS: Final = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE: Final = re.compile(r"^```.*$")
 COMMAND: Final = re.compile(r"^(?:sudo |[#$] )?(?:\S*/)?(zbudfs .*)$")
 INLINE: Final = re.compile(r"`((?:zbudfs|make) [^`]+)`")
@@ -24,12 +24,12 @@ ABBREVIATED: Final = re.compile(r"\.\.\.|…|\[|\{|<")
 """A command with one of these is a pattern and not a command."""
 SHELL: Final = re.compile(r"\s+#.*$|\s*[|>;&].*$")
 PLACEHOLDERS: Final = {"PID": "1", "COMMAND": "status", "N": "1"}
-"""What stands in a document for something that the parser looks at."""
+"""Values for the placeholders of the documents that the parser checks."""
 LINK: Final = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 def shown_lines(text: str) -> Iterator[str]:
-    """The lines of a document's blocks of code, and what stands in code in its sentences."""
+    """Yield the lines of a document's code blocks, and the code in its sentences."""
     fenced = False
     for line in text.splitlines():
         if FENCE.match(line.strip()):
@@ -41,7 +41,7 @@ def shown_lines(text: str) -> Iterator[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Every whole command `zbudfs ...` that the text shows, without what a shell would do with it."""
+    """Return each whole command `zbudfs ...` in the text, without pipes, redirections and comments."""
     found = []
     for line in shown_lines(text):
         match = COMMAND.match(line)
@@ -53,7 +53,7 @@ def commands(text: str) -> list[str]:
 
 
 def not_understood(command: str) -> str | None:
-    """Why the command line is not understood; None if it is. One that lacks an argument is taken for a name of it."""
+    """Return the error of the parser, or None if it accepts the command. A missing argument is accepted as a name."""
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)[1:]]
     said = io.StringIO()
     try:
@@ -68,7 +68,7 @@ def not_understood(command: str) -> str | None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_are_understood(document: Path) -> None:
-    """Each is parsed by the program's own parser."""
+    """The parser of the program accepts each command."""
     wrong = {command: why for command in commands(document.read_text()) if (why := not_understood(command))}
     assert wrong == {}
 
@@ -87,7 +87,7 @@ def test_targets_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    """Each file that a document refers to is there."""
+    """Each file that a document links to exists."""
     text = document.read_text()
     missing = [link for link in LINK.findall(text) if not (document.parent / link).exists()]
     missing += [path for path in re.findall(r"\btests/[\w/]+\.py\b", text) if not (ROOT / path).exists()]
@@ -95,7 +95,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_a_wrong_command_is_found() -> None:
-    """Options and commands that do not exist, in blocks and in sentences; shell and comments are no part of a command."""
+    """The checks find wrong options and commands, in blocks and in sentences, and ignore shell syntax and comments."""
     text = "Use `zbudfs mount --sise 4G /mnt` or\n\n    zbudfs nonsense   # no\n    zbudfs status --json /mnt | jq .\n"
     found = commands(text)
     assert found == ["zbudfs mount --sise 4G /mnt", "zbudfs nonsense", "zbudfs status --json /mnt"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What must be said is said: every module, class and function tells what it is, and every error has its errno."""
+"""Each public module, class and function has a docstring, and each error has an errno."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Named = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def public_names(tree: ast.Module | ast.ClassDef, above: str = "") -> Iterator[tuple[str, Named]]:
-    """Yield every class and function that others may use, with the classes that it is in; not what is inside functions."""
+    """Yield each public class and function with the classes around it, but not those inside functions."""
     for node in statements(tree.body):
         if isinstance(node, Named) and not node.name.startswith("_"):
             yield f"{above}{node.name}", node
@@ -32,7 +32,7 @@ def public_names(tree: ast.Module | ast.ClassDef, above: str = "") -> Iterator[t
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield statements, those inside `if` and `try` as well."""
+    """Yield statements, including those inside `if` and `try`."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -49,14 +49,14 @@ def undocumented(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_everything_public_has_a_docstring(path: Path) -> None:
-    """A module opens with its licence and its theory; each public class, method and function says what it does."""
+    """A module begins with its licence and a docstring. Each public class, method and function has a docstring."""
     source = path.read_text()
     assert source.startswith(LICENCE_LINE)
     assert undocumented(source) == []
 
 
-def test_what_lacks_a_docstring_is_found() -> None:
-    """Methods, properties, coroutines, and what stands in an `if`; not what is private or inside a function."""
+def test_a_missing_docstring_is_found() -> None:
+    """The check finds methods, properties, coroutines and code in an `if`, and ignores private and inner functions."""
     source = '''
 class Public:
     async def method(self): pass
@@ -82,9 +82,9 @@ finally:
 
 
 def errors_and_errnos() -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Return each class below ZbudfsError with those below it, and the errno of each that has one.
+    """Return each class below ZbudfsError with its subclasses, and the errno of each that has one.
 
-    From a fresh interpreter, in which all of the daemon is loaded: the shim must come before pyfuse3.
+    A fresh interpreter loads all of the daemon, since the shim must come before pyfuse3.
     """
     code = (
         "import json, zbudfs.service.daemon\n"
@@ -105,7 +105,7 @@ def errors_and_errnos() -> tuple[dict[str, list[str]], dict[str, int]]:
 
 
 def test_every_error_has_an_errno() -> None:
-    """Whatever core and store may raise, leaf or not, the kernel is told a number that exists; nothing else is listed."""
+    """Each error that core and store may raise has an errno that exists, and the table lists no other class."""
     tree, codes = errors_and_errnos()
     assert len(tree) >= 6
     assert set(codes) == set(tree)
@@ -113,14 +113,14 @@ def test_every_error_has_an_errno() -> None:
 
 
 def test_errnos_mean_what_they_say() -> None:
-    """Full is ENOSPC and lost is EIO; none is ENOSYS, after which the kernel would never ask again."""
+    """Full is ENOSPC and lost is EIO. None is ENOSYS, after which the kernel would never ask again."""
     _, codes = errors_and_errnos()
     assert (codes["PoolFull"], codes["BackingFull"], codes["PageLost"]) == (errno.ENOSPC, errno.ENOSPC, errno.EIO)
     assert errno.ENOSYS not in codes.values()
 
 
 def test_the_tree_of_errors_is_drawn_as_it_is() -> None:
-    """The picture at the head of core/errors.py names every class."""
+    """The picture at the head of core/errors.py names each class."""
     tree, _ = errors_and_errnos()
     picture = ast.get_docstring(ast.parse((ROOT / "zbudfs/core/errors.py").read_text()))
     assert picture is not None

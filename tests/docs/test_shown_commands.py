@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The commands that the documents show are run, on a mount that is there: what they look at and set is real.
+"""The commands of the documents run on a real mount.
 
-The tutorial is run as a whole by test_tutorial.py, and with it whatever mounts, swaps, restarts and takes away. Left out here
-is what never ends by itself: watching, serving, and the live view, which have tests of their own.
+test_tutorial.py runs the tutorial as a whole, with all commands that mount, swap, restart and unmount. This module
+leaves out the commands that never end by themselves (watching, serving, the live view), which have their own tests.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ import pytest
 from tests.docs.test_commands import DOCUMENTS, commands
 from tests.support import mounted, run_zbudfs
 
-ELSEWHERE: Final = {"mount", "umount", "swapon", "swapoff", "restart", "serve", "config"}
-"""Commands that are run by the tutorial, or (serve, config) need files of the system: tests/service, tests/cli."""
+ELSEWHERE: Final = {"mount", "umount", "swapon", "swapoff", "restart", "serve", "config", "doctor", "hibernate"}
+"""Commands that the tutorial runs, or that depend on the whole system (tests/service, tests/cli).
+
+`hibernate` would turn off every swap on zbudfs of this machine.
+"""
 ENDLESS: Final = {"--watch", "--listen", "--interval"}
 SHORT: Final = {"60": "1", "30": "1"}
-"""Seconds that a document has time for."""
+"""Shorter times for the seconds in a document."""
 
 
 def to_run(command: str, folder: Path, mountpoint: Path) -> list[str] | None:
-    """The words of a shown command, with its places and programs exchanged for real ones; None if it is not to be run."""
+    """Return the words of a command, with real places and processes, or None if this module does not run it."""
     real = {
         **SHORT,
         "/mnt/zswap": str(mountpoint),
@@ -52,14 +55,14 @@ def to_run(command: str, folder: Path, mountpoint: Path) -> list[str] | None:
         or ENDLESS & set(words)
         or (words[0] == "top" and "--picture" not in words)
     ):
-        return None  # one word is a name in a sentence
+        return None  # a single word is a name in a sentence
     words = [real.get(word, word) for word in words]
     return [str(folder / word) if word.endswith((".svg", ".zbt")) else word for word in words]
 
 
 @contextlib.contextmanager
 def writing(swapfile: Path) -> Iterator[None]:
-    """Have something written now and then, so that there is something to be seen."""
+    """Write pages to the swapfile in the background, so that the commands have something to show."""
     end = threading.Event()
 
     def write() -> None:
@@ -80,19 +83,19 @@ def writing(swapfile: Path) -> Iterator[None]:
 
 @pytest.mark.needs("root", "fuse")
 def test_shown_commands(tmp_path: Path) -> None:
-    """Each ends with status 0."""
+    """Each command ends with status 0."""
     with mounted(tmp_path / "mnt", "--backing", tmp_path / "backing") as mountpoint, writing(mountpoint / "swapfile"):
         (tmp_path / "core").write_bytes(os.urandom(1 << 20))
         shown = [command for document in DOCUMENTS for command in commands(document.read_text())]
         found = [to_run(command, tmp_path, mountpoint) for command in shown]
         whole = {tuple(words) for words in found if words is not None}
-        # What shows or replays a recording comes after what makes it.
+        # Commands that show or replay a recording come after the command that makes it.
         ordered = sorted(whole, key=lambda words: ("replay" in words or "show" in words, words))
         names = {words[0] for words in ordered}
         assert names >= {"estimate", "set", "status", "top", "trace"}, names
         failed: dict[str, str] = {}
         for words in ordered:
             run = run_zbudfs(*words)
-            if run.returncode != 0 and not (run.returncode == 2 and "required" in run.stderr):  # a name of it
+            if run.returncode != 0 and not (run.returncode == 2 and "required" in run.stderr):  # a name of the command
                 failed[" ".join(words)] = run.stderr
         assert failed == {}, failed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tutorial does what it says: all of its commands, in their order, in one shell."""
+"""The commands of the tutorial succeed, in their order, in one shell."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLACES: Final = ("/mnt/zswap", "/mnt/zplay")
 
 
 def script_of(document: str, folder: Path) -> str:
-    """The commands of a document, with its places moved into `folder`."""
+    """Return the commands of a document, with its places moved into `folder`."""
     script = "\n".join(BLOCK.findall(document))
     for place in PLACES:
         script = script.replace(place, str(folder / Path(place).name))
@@ -31,8 +31,8 @@ def script_of(document: str, folder: Path) -> str:
 @pytest.mark.needs("root", "fuse", "loop", "swap")
 @pytest.mark.timeout(15 * LIMIT_SECONDS)
 def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
-    """From nothing to swap that survives its daemon, and back to nothing."""
-    script = script_of((ROOT / "docs/tutorial.md").read_text(), tmp_path)
+    """The tutorial turns swap on, survives the kill of its daemon, and leaves nothing behind."""
+    script = script_of((ROOT / "docs/use/tutorial.md").read_text(), tmp_path)
     assert script.count("zbudfs ") >= 12
     assert not re.search(r"^[^#\n]*/mnt/", script, re.MULTILINE)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"

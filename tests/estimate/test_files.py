@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Samples of files and core dumps, whole ones and broken ones."""
+"""Samples of files and core dumps, whole and damaged."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def sample_of(path: Path, wanted: int = 1 << 20, seed: int = 1) -> Sample:
 
 
 def pages(first: int, count: int) -> bytes:
-    """Return pages that tell their numbers."""
+    """Return pages whose content shows their numbers."""
     return b"".join(b"%08d" % number * (PAGE // 8) for number in range(first, first + count))
 
 
 def core_dump(segments: list[tuple[int, int, bytes]], *, wide: bool = True, order: str = "<", kind: int = 4) -> bytes:
-    """Return a core dump with segments (type, flags, content), as the kernel writes it."""
+    """Return a core dump with segments (type, flags, content), in the kernel's format."""
     ident = b"\x7fELF" + bytes([2 if wide else 1, 1 if order == "<" else 2, 1]).ljust(12, b"\0")
     head_size, entry_size = (64, 56) if wide else (52, 32)
     form = order + ("HHIQQQIHHHHHH" if wide else "HHIIIIIHHHHHH")
@@ -53,7 +53,7 @@ def core_dump(segments: list[tuple[int, int, bytes]], *, wide: bool = True, orde
 
 
 def test_a_plain_file(tmp_path: Path) -> None:
-    """All its pages in order, the last one filled up with zeros."""
+    """The sample of a plain file has all its pages in order, and zeros fill the last one."""
     path = tmp_path / "file"
     path.write_bytes(pages(0, 5) + b"end")
     sample = sample_of(path)
@@ -62,7 +62,7 @@ def test_a_plain_file(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_drawn_by_its_seed(tmp_path: Path) -> None:
-    """As many as wanted, the same ones again for the same seed, in the order of the file."""
+    """The sample has the wanted size and the order of the file, and the same seed chooses the same pages."""
     path = tmp_path / "file"
     path.write_bytes(pages(0, 300))
     first, again, other = (sample_of(path, wanted=100, seed=seed).pages for seed in (1, 1, 2))
@@ -74,7 +74,7 @@ def test_a_sample_is_drawn_by_its_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_a_core_dump(tmp_path: Path, order: str, *, wide: bool) -> None:
-    """Only what was writable memory counts."""
+    """Only the segments of writable memory count."""
     path = tmp_path / "core"
     segments = [(4, 0, b"notes"), (1, READABLE, pages(0, 2)), (1, WRITABLE, pages(2, 3)), (1, WRITABLE, pages(5, 1))]
     path.write_bytes(core_dump(segments, wide=wide, order=order))
@@ -85,21 +85,21 @@ def test_a_core_dump(tmp_path: Path, order: str, *, wide: bool) -> None:
 
 
 def test_a_core_dump_with_very_many_segments(tmp_path: Path) -> None:
-    """Their number does not fit its field, and stands elsewhere."""
+    """A number of segments that does not fit its field is read from the other place that ELF has for it."""
     path = tmp_path / "core"
     path.write_bytes(core_dump([(1, READABLE, b"")] * 70000 + [(1, WRITABLE, pages(0, 1))]))
     assert sample_of(path).pages == [pages(0, 1)]
 
 
 def test_other_elf_files_are_plain(tmp_path: Path) -> None:
-    """A program is pages like any other file."""
+    """An ELF file that is no core dump is read as plain pages."""
     path = tmp_path / "program"
     path.write_bytes(core_dump([(1, WRITABLE, pages(0, 1))], kind=2))
     assert sample_of(path).population_pages == 2
 
 
 def test_a_core_dump_that_was_cut_off(tmp_path: Path) -> None:
-    """Within the memory: what is there is taken. Within the headers: an error."""
+    """A cut within the memory leaves the pages before it. A cut within the headers is an error."""
     path = tmp_path / "core"
     whole = core_dump([(1, WRITABLE, pages(0, 4))])
     path.write_bytes(whole[: -2 * PAGE])
@@ -113,15 +113,15 @@ def test_a_core_dump_that_was_cut_off(tmp_path: Path) -> None:
     ("content", "reason"), [(b"", "is empty"), (core_dump([(1, READABLE, b"x")]), "without writable memory")]
 )
 def test_nothing_to_look_at(content: bytes, reason: str, tmp_path: Path) -> None:
-    """One sentence says why."""
+    """A file without pages gives a message of one sentence."""
     path = tmp_path / "it"
     path.write_bytes(content)
     with pytest.raises(SampleError, match=reason):
         sample_of(path)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
-    """A pipe would be waited for, a directory has no pages."""
+def test_paths_that_are_no_file(tmp_path: Path) -> None:
+    """A pipe and a directory are refused: a read of the pipe would wait, and the directory has no pages."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
         with pytest.raises(SampleError, match="neither a file nor a block device"):
@@ -132,7 +132,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 @given(st.binary(max_size=200), st.integers(0, 200), st.booleans())
 def test_hostile_core_dumps(tmp_path_factory: pytest.TempPathFactory, noise: bytes, at: int, wide: bool) -> None:
-    """Whatever the headers say, there are pages or one sentence."""
+    """Any headers give either pages or a message of one sentence."""
     path = tmp_path_factory.getbasetemp() / "hostile"
     content = bytearray(core_dump([(1, WRITABLE, pages(0, 1)), (1, WRITABLE, pages(1, 1))], wide=wide))
     content[16 + at : 16 + at + len(noise)] = noise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Samples of real processes: what they wrote is found, what they never touched is not, and nothing in them changes."""
+"""The sample of a real process has the pages that it wrote and no others, and changes nothing in the process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def child() -> Iterator[int]:
-    """A process that has written WRITTEN_PAGES pages of a mapping, and not the rest of it."""
+    """Start a process that has written WRITTEN_PAGES pages of a mapping, and not the rest of it."""
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -46,7 +46,7 @@ def child() -> Iterator[int]:
 
 
 def quiet(done: int, total: int) -> None:
-    """Take a word about progress."""
+    """Ignore a message of progress."""
     assert 0 <= done <= total
 
 
@@ -60,8 +60,8 @@ def sample_of(*pids: int, wanted: int = 1 << 20, strict: bool = True, proc: Proc
     return sample_processes(pids, wanted, 1, quiet, strict=strict, source="the test", proc=proc)
 
 
-def test_what_was_written_is_found_once(child: int) -> None:
-    """Every written page is there, the untouched ones are not, and reading has made none of them."""
+def test_written_pages_are_found_once(child: int) -> None:
+    """The sample has each written page and no untouched one, and reading makes no page resident."""
     before = resident_pages(child)
     sample = sample_of(child, child)
     assert resident_pages(child) == before
@@ -72,14 +72,14 @@ def test_what_was_written_is_found_once(child: int) -> None:
 
 
 def test_a_sample_is_a_part(child: int) -> None:
-    """As many pages as wanted, of more that there are."""
+    """The sample has as many pages as wanted, of a larger number."""
     sample = sample_of(child, wanted=100)
     assert len(sample.pages) == 100
     assert sample.population_pages > WRITTEN_PAGES
 
 
 def test_draw() -> None:
-    """All of a small population; else different ones in order."""
+    """A draw has all of a small population, or different members of a larger one in order."""
     assert draw(5, 9, 1) == draw(5, 5, 1) == [0, 1, 2, 3, 4]
     some = draw(1 << 40, 1000, 7)
     assert some == sorted(set(some))
@@ -87,7 +87,7 @@ def test_draw() -> None:
 
 
 def test_processes_that_are_gone(child: int) -> None:
-    """Asked for by number: an error. Among others: counted."""
+    """A process that has ended is an error if it was named, and is counted if it is one of all."""
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait(timeout=LIMIT_SECONDS)
     with pytest.raises(SampleError, match=f"there is no process {ended.pid}"):
@@ -98,7 +98,7 @@ def test_processes_that_are_gone(child: int) -> None:
 
 
 def test_a_process_without_memory() -> None:
-    """A thread of the kernel, or one that has ended and was not waited for."""
+    """A thread of the kernel and a zombie have no memory to read."""
     with subprocess.Popen([sys.executable, "-c", ""]) as zombie:
         os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(SampleError, match="has no memory of its own"):
@@ -108,8 +108,8 @@ def test_a_process_without_memory() -> None:
 
 
 @pytest.mark.needs("root")
-def test_what_may_not_be_read(child: int) -> None:
-    """Somebody else's process is an error when asked for, and counted among others; one's own can be read."""
+def test_processes_of_other_users(child: int) -> None:
+    """Another user's process is an error if it was named, and is counted otherwise. The user's own can be read."""
     program = (
         "import os, sys\n"
         "from zbudfs.estimate.processes import sample_processes\n"
@@ -132,7 +132,7 @@ def test_what_may_not_be_read(child: int) -> None:
 
 
 def test_this_process_is_not_among_all() -> None:
-    """Its memory is the sample itself."""
+    """The measuring process is not one of all, since its memory holds the sample."""
     assert os.getpid() not in Proc().pids()
     assert os.getppid() in Proc().pids()
 
@@ -159,7 +159,7 @@ sys.stdin.read()
 
 @contextmanager
 def odd_process(folder: Path, name: bytes = b"file", reserve: int = 0) -> Iterator[int]:
-    """A process that maps a file of that name, writable and private, and reserves that many bytes of addresses."""
+    """Start a process that maps a file of that name, writable and private, and reserves so many bytes of addresses."""
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", ODD_PROGRAM, name, str(reserve)],
         stdin=subprocess.PIPE,
@@ -185,7 +185,7 @@ def odd_process(folder: Path, name: bytes = b"file", reserve: int = 0) -> Iterat
     ],
 )
 def test_odd_names_of_mapped_files(tmp_path: Path, name: bytes) -> None:
-    """A file name may hold all that Python takes for the end of a line: the mapping is found, and no other."""
+    """A file name may contain any line break that Python knows: the sample has this mapping and no other."""
     with odd_process(tmp_path, name) as pid:
         sample = sample_of(pid)
     assert any(page.startswith(b"sample        1") for page in sample.pages)
@@ -193,7 +193,7 @@ def test_odd_names_of_mapped_files(tmp_path: Path, name: bytes) -> None:
 
 
 def test_terabytes_that_are_not_there(tmp_path: Path) -> None:
-    """The kernel skips holes if it can; elsewhere the limit of time holds, and what is small was looked at before."""
+    """The kernel skips holes if it can. Otherwise the limit of time holds, and small mappings come first."""
     with odd_process(tmp_path, reserve=32 << 40) as pid:
         scanned = sample_of(pid, proc=Proc(process_limit_seconds=60))
         limited = sample_of(pid, proc=Proc(process_limit_seconds=0.5, scan=False))
@@ -205,13 +205,13 @@ def test_terabytes_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_scan_and_pagemap_agree(child: int) -> None:
-    """The same pages are found with and without PAGEMAP_SCAN."""
+    """The scan with PAGEMAP_SCAN and the scan without it find the same pages."""
     with_scan, without = (sample_of(child, proc=Proc(scan=scan)) for scan in (True, False))
     assert with_scan.pages == without.pages
 
 
 def made_up(proc: Path, pid: int, maps: bytes, entries: dict[int, int], page_bytes: int) -> None:
-    """Write maps, pagemap and mem of a process: `entries` are those of pagemap, by the number of the kernel's page."""
+    """Write maps, pagemap and mem of a process. `entries` are those of pagemap, by the number of the kernel's page."""
     folder = proc / str(pid)
     folder.mkdir(parents=True)
     (folder / "maps").write_bytes(maps)
@@ -228,7 +228,7 @@ OWN, SHARED, SWAPPED, FILE = 1 << 63 | 1 << 56, 1 << 63, 1 << 62, 1 << 63 | 1 <<
 
 @pytest.mark.parametrize("page_bytes", [4096, 16384, 65536])
 def test_pages_of_the_kernel(tmp_path: Path, page_bytes: int) -> None:
-    """Pagemap has an entry for each page of the kernel, and each such page is that many samples of 4096 bytes."""
+    """Pagemap has an entry for each page of the kernel, and each large page is several samples of 4096 bytes."""
     parts = page_bytes // 4096
     first = 0x10000000 // page_bytes
     maps = b"10000000-%x rw-p 00000000 00:00 0 \n" % (0x10000000 + 8 * page_bytes)
@@ -262,13 +262,13 @@ def test_pages_of_the_kernel(tmp_path: Path, page_bytes: int) -> None:
     ],
 )
 def test_lines_that_make_no_sense(tmp_path: Path, line: bytes) -> None:
-    """They are skipped, and what stands beside them counts."""
+    """Lines that make no sense are skipped, and the lines beside them count."""
     made_up(tmp_path, 77, line + b"30000000-30001000 rw-p 00000000 00:00 0 \n", {0x30000: OWN}, 4096)
     assert sample_of(77, proc=Proc(str(tmp_path), 4096)).population_pages == 1
 
 
 def test_high_numbers_of_pages(tmp_path: Path) -> None:
-    """RAM at high addresses, as arm64 servers have it, takes no memory for what lies below."""
+    """RAM at high addresses, as on arm64 servers, needs no memory for the addresses below."""
     maps = b"10000000-10004000 rw-p 00000000 00:00 0 \n"
     numbers = (1, 1 << 30, 1 << 40, 1 << 54)
     made_up(tmp_path, 77, maps, {0x10000 + at: SHARED | frame for at, frame in enumerate(numbers)}, 4096)
@@ -281,7 +281,7 @@ def test_high_numbers_of_pages(tmp_path: Path) -> None:
 
 
 def test_frames_are_a_set() -> None:
-    """Each number is new once, whatever its piece, and a piece is small."""
+    """Each frame number is new once, and the pieces of the set stay small."""
     frames = Frames()
     numbers = [0, 1, 7, 8, (1 << 15) - 1, 1 << 15, 1 << 54]
     assert [frames.add(number) for number in numbers] == [True] * len(numbers)
@@ -291,7 +291,7 @@ def test_frames_are_a_set() -> None:
 
 @pytest.mark.parametrize("name", ["maps", "pagemap", "mem"])
 def test_a_process_that_keeps_the_kernel_waiting(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is never opened (a FIFO stands in) costs the limit of time; the other processes are looked at."""
+    """A file whose open hangs (a FIFO stands in) costs the limit of time, and the other processes are read."""
     monkeypatch.setattr("zbudfs.estimate.processes._GRACE_SECONDS", 0.1)
     maps = b"10000000-10001000 rw-p 00000000 00:00 0 \n"
     for pid in (77, 78):
@@ -308,7 +308,7 @@ def test_a_process_that_keeps_the_kernel_waiting(tmp_path: Path, name: str, monk
 
 
 def test_no_time_for_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes whose turn does not come are counted, and those before are not lost."""
+    """Processes whose turn does not come are counted, and the results before them are kept."""
     monkeypatch.setattr("zbudfs.estimate.processes._GRACE_SECONDS", 0.1)
     maps = b"10000000-10001000 rw-p 00000000 00:00 0 \n"
     for pid in (76, 77, 78, 79):
@@ -322,7 +322,7 @@ def test_no_time_for_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_errors_of_one_process(tmp_path: Path) -> None:
-    """An error that nobody expects is counted, and ends nothing; asked for by number it is told."""
+    """An unexpected error of one process is counted and ends nothing. For a named process it is reported."""
     made_up(tmp_path, 78, b"10000000-10001000 rw-p 00000000 00:00 0 \n", {0x10000: OWN}, 4096)
     (tmp_path / "77/maps").mkdir(parents=True)
     proc = Proc(str(tmp_path), 4096)
@@ -332,7 +332,7 @@ def test_errors_of_one_process(tmp_path: Path) -> None:
 
 
 def test_which_mappings_count(tmp_path: Path) -> None:
-    """Private and writable ones, whatever is mapped."""
+    """The private and writable mappings count, for any mapped file."""
     maps = b"""\
 00400000-00401000 r-xp 00000000 08:01 1 /bin/a b
 00601000-00603000 rw-p 00001000 08:01 1 /bin/a b

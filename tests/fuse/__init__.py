@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The filesystem as programs see it: the real command, a real mount, real system calls."""
+"""Tests of the filesystem as programs see it: the real command, a real mount, real system calls."""

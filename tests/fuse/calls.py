@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""System calls that Python has no name for, and the pieces around a mount that tests put together.
+"""System calls that Python lacks, and helpers for tests with a mount.
 
-Nothing here uses the product's own wrappers for the same calls: what is tested does not test itself.
+None of these uses the product's wrappers of the same calls, so that no test relies on the code under test.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import fcntl
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from kit.programs import find_program
 from tests.support import LIMIT_SECONDS
 from zbudfs.swap.attach import release
 from zbudfs.swap.loop import SwapError, run_tool
@@ -35,7 +35,7 @@ UNSHARE_RANGE: Final = 0x40
 PUNCH: Final = PUNCH_HOLE | KEEP_SIZE
 
 _CACHESTAT: Final = 451
-"""The number of cachestat(2), the same on every architecture that was there when it came (Linux 6.5)."""
+"""The number of cachestat(2), which is the same on each architecture (Linux 6.5)."""
 
 _FIFREEZE: Final = 0xC0045877
 _FITHAW: Final = 0xC0045878
@@ -46,22 +46,22 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """Call fallocate(2); OSError where it fails. Never the C library's emulation, which writes."""
+    """Call fallocate(2), or raise OSError. The C library would emulate it with writes, and is not used."""
     if _libc.fallocate(fd, mode, offset, length) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
 def renameat2(old: Path, new: Path, flags: int) -> None:
-    """Call renameat2(2) with absolute paths; OSError where it fails."""
+    """Call renameat2(2) with absolute paths, or raise OSError."""
     if _libc.renameat2(-1, os.fsencode(old), -1, os.fsencode(new), ctypes.c_uint(flags)) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
 def cached_pages(fd: int) -> int:
-    """Return how many pages of an open file the page cache holds. Skips the test on a kernel that does not tell."""
-    reach = (ctypes.c_uint64 * 2)(0, 0)  # to the end
+    """Return the number of an open file's pages in the page cache. Skip the test if the kernel cannot say."""
+    reach = (ctypes.c_uint64 * 2)(0, 0)  # to the end of the file
     found = (ctypes.c_uint64 * 5)()
     if _libc.syscall(ctypes.c_long(_CACHESTAT), fd, ctypes.byref(reach), ctypes.byref(found), 0) != 0:
         pytest.skip(f"cachestat: {os.strerror(ctypes.get_errno())} (Linux 6.5)")
@@ -69,7 +69,7 @@ def cached_pages(fd: int) -> int:
 
 
 def aligned(content: bytes) -> mmap.mmap:
-    """Return `content` in memory that starts on a page: what direct I/O needs, and what keeps a request whole."""
+    """Return `content` in memory that begins on a page, as direct I/O needs, and which keeps a request whole."""
     buffer = mmap.mmap(-1, max(len(content), 1))
     buffer[: len(content)] = content
     return buffer
@@ -77,7 +77,7 @@ def aligned(content: bytes) -> mmap.mmap:
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    """Have a file open for a while."""
+    """Open a file for the block."""
     fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         yield fd
@@ -91,12 +91,12 @@ def stat_of(mountpoint: Path, name: str) -> int:
 
 
 def server_of(mountpoint: Path) -> int:
-    """Return the process that answers the requests."""
+    """Return the process that answers requests."""
     return stat_of(mountpoint, "worker_pid")
 
 
 def all_stats(mountpoint: Path) -> dict[str, Any]:
-    """Return all numbers of one moment."""
+    """Return all statistics of one moment."""
     found = json.loads((mountpoint / "stats/all.json").read_bytes())
     assert isinstance(found, dict)
     return found
@@ -108,9 +108,8 @@ def read_everything(fd: int, size_bytes: int) -> bytes:
 
 
 def require_tools(*names: str) -> None:
-    """Skip the test where one of these programs is missing."""
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    if missing := [name for name in names if shutil.which(name, path=path) is None]:
+    """Skip the test if one of these programs is missing."""
+    if missing := [name for name in names if find_program(name) is None]:
         pytest.skip(f"no {', '.join(missing)}")
 
 
@@ -121,7 +120,7 @@ def tool(*command: str | Path) -> str:
 
 @contextlib.contextmanager
 def looped(file: Path, *, sector_bytes: int = PAGE, direct: bool = True) -> Iterator[Path]:
-    """Have a loop device on a file for a while."""
+    """Attach a loop device to a file for the block."""
     options = [f"--direct-io={'on' if direct else 'off'}", "--sector-size", str(sector_bytes)]
     device = tool("losetup", "--find", "--show", *options, file)
     try:
@@ -132,7 +131,7 @@ def looped(file: Path, *, sector_bytes: int = PAGE, direct: bool = True) -> Iter
 
 @contextlib.contextmanager
 def fuse_control(folder: Path, mountpoint: Path) -> Iterator[Path]:
-    """Have the kernel's own view of the connection of a mount."""
+    """Mount the kernel's control filesystem of FUSE for the block, and return the folder of a mount's connection."""
     folder.mkdir()
     tool("mount", "-t", "fusectl", "fusectl", folder)
     try:
@@ -143,7 +142,7 @@ def fuse_control(folder: Path, mountpoint: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def frozen(folder: Path) -> Iterator[None]:
-    """Have a file system that stands still: whoever writes to it waits."""
+    """Freeze a file system for the block: each writer waits."""
     with opened(folder, os.O_RDONLY) as fd:
         fcntl.ioctl(fd, _FIFREEZE, 0)
         try:
@@ -154,7 +153,7 @@ def frozen(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_mounted(device: Path, folder: Path) -> Iterator[Path]:
-    """Have an ext4 on a device mounted for a while."""
+    """Mount an ext4 on a device for the block."""
     folder.mkdir(exist_ok=True)
     tool("mount", "-t", "ext4", device, folder)
     try:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""A program that does the same random calls to a zbudfs and to a plain file, and compares every byte that comes back.
+"""A program that makes the same random calls to a zbudfs and to a plain file, and compares each byte that it reads.
 
     python -m tests.fuse.exercise same TARGET PLAIN START LENGTH UNIT SEED STEPS
     python -m tests.fuse.exercise race TARGET WRITER PAGES SEED STEPS
 
-`same` keeps to its range, so several can be at work at once; their ranges may share pages. UNIT is what offsets and
-lengths are multiples of: 1 for a file, the sector size for a block device, which is then opened with O_DIRECT. It
-ends with status 1 and the history of the page where the first wrong byte is.
+`same` keeps to its range, so several can run at once, and their ranges may share pages. Offsets and lengths are
+multiples of UNIT: 1 for a file, the sector size for a block device, which is then opened with O_DIRECT. At the first
+wrong byte it prints the history of that page and ends with status 1.
 
-`race` has several writers in the same pages, of whole pages and of parts. Every sector says who wrote it and when, so
-a reader can tell that it is whole, and that what was overwritten does not come back. It ends with status 1 on what is
-wrong, and prints what it did last to every sector.
+`race` has several writers in the same pages, of whole pages and of parts. Each sector contains its writer and number.
+So a reader sees that a sector is whole, and that an overwritten one does not come back. It ends with status 1 at an
+error, and prints its last write to each sector.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HALF: Final = b"".join(_NOISE[at : at + 24] + bytes(40) for at in range(0, _POO
 
 
 def content(source: random.Random, length: int) -> bytes:
-    """Return bytes as memory has them: zeros, words, text, half-full pages and noise, in stretches."""
+    """Return bytes like those of memory: zeros, words, text, half-full pages and noise, in stretches."""
     pieces = []
     left = length
     while left:
@@ -53,7 +53,7 @@ def content(source: random.Random, length: int) -> bytes:
 
 
 class Same:
-    """One range of the target and of the plain file, which always hold the same."""
+    """One range of the target and of the plain file, which always have the same content."""
 
     def __init__(self, target: str, plain: str, start: int, length: int, unit: int, seed: int) -> None:
         self._target = os.open(target, os.O_RDWR | (os.O_DIRECT if unit > 1 else 0))
@@ -64,7 +64,7 @@ class Same:
         self._done: list[tuple[str, int, int]] = []
 
     def run(self, steps: int) -> None:
-        """Do `steps` random calls, then compare all of the range."""
+        """Make `steps` random calls, then compare all of the range."""
         calls: list[Callable[[int, int], None]] = [self.write, self.read, self.punch, self.zero, self.zero_keep]
         for _ in range(steps):
             call = self._source.choices(calls, (45, 30, 12, 7, 6))[0]
@@ -80,7 +80,7 @@ class Same:
             self.read(at, min(MIB, self._end - at))
 
     def _range(self, longest: int) -> tuple[int, int]:
-        """Choose an offset and a length: most are short, many begin or end on a page, some are as long as can be."""
+        """Choose an offset and a length: most are short, many begin or end on a page, some are as long as possible."""
         source, unit = self._source, self._unit
         length = source.choice((100, 1000, PAGE, PAGE, 5000, 4 * PAGE, 16 * PAGE, 64 << 10, 200_000, longest))
         if source.randrange(3) == 0:
@@ -93,7 +93,7 @@ class Same:
         return offset, min(length, self._end - offset)
 
     def write(self, offset: int, length: int) -> None:
-        """The same bytes to both."""
+        """Write the same bytes to both."""
         view = memoryview(self._buffer)[:length]
         view[:] = content(self._source, length)
         for fd in (self._target, self._plain):
@@ -102,27 +102,27 @@ class Same:
                 self._fail(f"a write of {length} bytes took {done}", offset)
 
     def read(self, offset: int, length: int) -> None:
-        """What the target gives is what the plain file gives."""
+        """Read from both, and compare."""
         view = memoryview(self._buffer)[:length]
         done = os.preadv(self._target, [view], offset)
         wanted = os.pread(self._plain, length, offset)
         if done != len(wanted):
             self._fail(f"a read of {len(wanted)} bytes gave {done}", offset)
-        if bytes(view) != wanted:  # views are compared byte by byte, and slowly
+        if bytes(view) != wanted:  # a comparison of views goes byte by byte and is slow
             first = next(at for at in range(length) if view[at] != wanted[at])
             end = min(first + 16, length)
             self._fail(f"{view[first:end].hex()} instead of {wanted[first:end].hex()}", offset + first)
 
     def punch(self, offset: int, length: int) -> None:
-        """A hole in both."""
+        """Punch a hole in both."""
         self._fallocate(PUNCH, offset, length)
 
     def zero(self, offset: int, length: int) -> None:
-        """Zeros in both."""
+        """Zero a range of both."""
         self._fallocate(ZERO_RANGE, offset, length)
 
     def zero_keep(self, offset: int, length: int) -> None:
-        """Zeros in both, asked for in another way."""
+        """Zero a range of both with another mode."""
         self._fallocate(ZERO_RANGE | KEEP_SIZE, offset, length)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> None:
@@ -139,11 +139,11 @@ class Same:
 
 
 Mark = tuple[int, int]
-"""Who wrote a sector, and as which of their writes."""
+"""The writer of a sector, and the number of the write."""
 
 
 def marked_sector(writer: int, number: int, sector: int) -> bytes:
-    """Return what `writer` writes to `sector` as its write `number`: every byte follows from these three."""
+    """Return the content of `sector` in write `number` of `writer`: each byte follows from these three."""
     mark = _MARK.pack(writer + 1, number, sector)
     at = (writer * 7919 + number * 104729 + sector % 8 * SECTOR) % (_POOL_BYTES - PAGE)
     pool = _NOISE if number % 3 else _TEXT
@@ -151,7 +151,7 @@ def marked_sector(writer: int, number: int, sector: int) -> bytes:
 
 
 def whose_sector(sector: int, found: bytes) -> Mark | None:
-    """Return (writer, number) of the write that `found` is, None for zeros. ValueError if it is neither."""
+    """Return (writer, number) for a sector, or None for zeros. Any other content is a ValueError."""
     if not any(found):
         return None
     writer, number, of_sector = _MARK.unpack_from(found)
@@ -165,7 +165,7 @@ STEPS_A_WINDOW: Final = 2
 
 
 class Race:
-    """One writer among several of the same sectors."""
+    """One of several writers of the same sectors."""
 
     def __init__(self, target: str, writer: int, pages: int, seed: int) -> None:
         self._fd = os.open(target, os.O_RDWR | os.O_DIRECT)
@@ -173,14 +173,14 @@ class Race:
         self._source = random.Random(seed)
         self._buffer = mmap.mmap(-1, 16 * PAGE)
         self._seen: dict[int, Mark | None] = {}
-        """By sector: what was there last, as far as this writer knows."""
+        """The last content that this writer knows of, by sector."""
         self._gone: dict[int, set[Mark]] = {}
-        """By sector: what was overwritten; it must never be seen again."""
+        """The overwritten contents, by sector, which must never be seen again."""
         self.last: dict[int, int] = {}
-        """By sector: the number of this writer's last write, 0 for a hole."""
+        """The number of this writer's last write by sector, 0 for a hole."""
 
     def run(self, steps: int) -> None:
-        """Write or punch, and read, `steps` times; sometimes read before, which takes from the disk what was there."""
+        """Write or punch, and read, `steps` times. Some steps read first, which reads old content from the disk."""
         for number in range(1, steps + 1):
             first, count = self._range(number)
             kind = self._source.randrange(10)
@@ -200,7 +200,7 @@ class Race:
     def _range(self, number: int) -> tuple[int, int]:
         """Choose sectors: whole pages or parts of them, from a window that moves on.
 
-        All writers are at about the same step, so they meet, in pages that went to the disk since the last time.
+        All writers are at about the same step, so they meet, in pages that were written back since the last time.
         """
         whole = PAGE // SECTOR
         start = number // STEPS_A_WINDOW * WINDOW_SECTORS % (self._sectors - WINDOW_SECTORS + 1)
@@ -230,7 +230,7 @@ class Race:
 
     def _overwritten(self, first: int, count: int, number: int) -> None:
         for sector in range(first, first + count):
-            # Others may have overwritten it already: this only says that what was seen before is gone.
+            # Another writer may have overwritten it. The earlier content is gone in any case.
             self._replaced(sector, None)
             self.last[sector] = number
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A limit of the address space (RLIMIT_AS) on everything that `zbudfs mount` starts: a clear error, or it works as ever."""
+"""A limit of the address space (RLIMIT_AS) for `zbudfs mount` and its processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMITS_MIB: Final = (50, 100, 120, 400)
 
 
 def test_from_too_little_to_enough(tmp_path: Path) -> None:
-    """Each limit either ends the start, with the limit as the reason and nothing left, or changes nothing at all."""
+    """Each limit either ends the start, with the limit as the reason and nothing left behind, or changes nothing."""
     content = random.Random(1).randbytes(12 * MIB)
     outcomes = []
     for number, limit in enumerate(LIMITS_MIB):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A block device as the backing under a real mount: filled and read back, taken over, discarded, full, and removed."""
+"""A block device as the backing of a real mount: filled, read back, taken over, discarded, full, and removed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Final
 
 import pytest
 
-from scripts.nbd import nbd_disk
+from kit.nbd import nbd_disk
 from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, looped, opened, stat_of, tool
 from tests.fuse.test_full import CHUNK, assert_still_there, fill, refusal
-from tests.support import LIMIT_SECONDS, PACKING, mounted, run_zbudfs, status_of, wait_until, zbudfs
+from tests.support import LIMIT_SECONDS, PACKING, mounted, run_zbudfs, status_of, wait_until
 
 pytestmark = pytest.mark.needs("root", "fuse", "loop")
 
@@ -33,13 +33,13 @@ def image_of(folder: Path, size: int) -> Path:
 
 
 def discarded_sectors(device: Path) -> int:
-    """Return how much the kernel has discarded on a device, in units of 512 bytes."""
+    """Return the number of discarded sectors of a device, of 512 bytes each."""
     return int(Path(f"/sys/block/{device.name}/stat").read_text().split()[13])
 
 
 @pytest.mark.parametrize(("sector", "packing"), [(512, PACKING), (4096, "dense")])
 def test_pages_through_a_takeover(tmp_path: Path, sector: int, packing: str) -> None:
-    """Two programs write and read while the worker is killed three times: no byte is wrong; freed room is discarded."""
+    """Two programs write and read while three workers are killed: each byte is right, and freed room is discarded."""
     image = image_of(tmp_path, 80 * MIB + 3 * 4096)
     options = ("--size", str(SIZE), "--pool", str(POOL), "--packing", packing, "--backing")
     with looped(image, sector_bytes=sector) as device:
@@ -78,7 +78,7 @@ def test_pages_through_a_takeover(tmp_path: Path, sector: int, packing: str) -> 
             assert counts["written_back_pages"] > POOL // PAGE
             assert counts["cumul_grown_bytes"] == 0
             assert counts["backing_size_bytes"] == SIZE
-            assert f"{device}, encrypted" in zbudfs("status", mountpoint)
+            assert (counts["backing_path"], counts["encrypted"]) == (str(device), True)
             before, used = discarded_sectors(device), image.stat().st_blocks
             fallocate(fd, PUNCH, 0, SIZE)
             wait_until(lambda: discarded_sectors(device) > before, "a discard, when things are calm")
@@ -87,7 +87,7 @@ def test_pages_through_a_takeover(tmp_path: Path, sector: int, packing: str) -> 
 
 
 def test_a_device_that_is_too_small_for_the_size(tmp_path: Path) -> None:
-    """When it is full writes are refused, nothing is lost, `status` says so, and freed room is used again."""
+    """Writes to a full device are refused, no page is lost, `status` says so, and freed room is used again."""
     source = random.Random(1)
     options = ("--size", str(SIZE), "--pool", str(POOL), "--backing")
     with (
@@ -112,7 +112,7 @@ def test_a_device_that_is_too_small_for_the_size(tmp_path: Path) -> None:
 
 
 def test_a_preallocated_file(tmp_path: Path) -> None:
-    """It holds what it has room for, and has that room and no content afterwards."""
+    """The file holds as much as its size, and afterwards has the same size and no content."""
     source = random.Random(2)
     backing = tmp_path / "backing"
     tool("fallocate", "--length", str(8 * MIB), backing)
@@ -130,7 +130,7 @@ def test_a_preallocated_file(tmp_path: Path) -> None:
 
 @pytest.mark.needs("nbd")
 def test_a_device_that_is_removed(tmp_path: Path) -> None:
-    """Every request to it fails: what is in RAM is served and written, the rest is EIO, nothing is wrong, and it can end."""
+    """Each request to the removed device fails. Pages in RAM are served, others are EIO, none is wrong, and unmount works."""
     source = random.Random(3)
     with nbd_disk(tmp_path, 48 * MIB) as disk:
         device = tool("findmnt", "--noheadings", "--output", "SOURCE", disk.mounted).strip()
@@ -156,7 +156,7 @@ def test_a_device_that_is_removed(tmp_path: Path) -> None:
                     except OSError:
                         errors += 1
                     else:
-                        assert got == data[: len(got)]  # what precedes a page that is lost
+                        assert got == data[: len(got)]  # the bytes before a lost page
                         read += 1
                 assert read > 0
                 assert errors > 0
@@ -164,5 +164,5 @@ def test_a_device_that_is_removed(tmp_path: Path) -> None:
                 assert set(codes) <= {0, errno.ENOSPC}
                 assert errno.ENOSPC in codes
                 assert f"the backing device {device} cannot be written" in "\n".join(status_of(mountpoint)["warnings"])
-        tool("mkfs.ext4", "-q", "-F", device)  # as it was for the one who takes it down
+        tool("mkfs.ext4", "-q", "-F", device)  # and so it was for the process that unmounts
         tool("mount", device, disk.mounted)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Whatever is not reading, writing and discarding the swapfile is refused, with the error that says why.
+"""Calls other than reading, writing and discarding the swapfile are refused with the right error.
 
-One mount answers the whole table; what disagrees is shown together. After all of it nothing has changed, and a hole
-can still be punched: a single ENOSYS would have turned that off for as long as the mount lives.
+One mount answers the whole table, and the test shows all wrong answers together. Afterwards nothing has changed, and a
+hole can still be punched: a single ENOSYS would have turned that off for the life of the mount.
 """
 
 from __future__ import annotations
@@ -59,33 +59,33 @@ class Place:
     """A folder on another file system."""
 
     def open(self, name: str, flags: int) -> int:
-        """Open a file on the mount and close it again; its size as the open file has it."""
+        """Open a file on the mount and close it, and return its size."""
         with opened(self.mnt / name, flags) as fd:
             return os.fstat(fd).st_size
 
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """What a call is expected to fail with."""
+    """The expected error of a call."""
 
     code: int
 
     def __repr__(self) -> str:
-        """The name, for who reads what disagrees."""
+        """Return the name of the error, for the message of a failed test."""
         return errno.errorcode[self.code]
 
 
 Call = Callable[[Place], object]
-"""One system call: what it returns, or the OSError it raises, is compared."""
+"""One system call. The test compares its result, or the OSError that it raises."""
 
 
 def write(place: Place, length: int, offset: int) -> int:
-    """pwrite(2) of some bytes."""
+    """Write some bytes with pwrite(2)."""
     return os.pwrite(place.fd, b"w" * length, offset)
 
 
 def read(place: Place, length: int, offset: int) -> int:
-    """The number of bytes that pread(2) gives."""
+    """Return the number of bytes that pread(2) reads."""
     return len(os.pread(place.fd, length, offset))
 
 
@@ -96,20 +96,20 @@ def on_read_only(place: Place, call: Callable[[int], object], name: str = "swapf
 
 
 def copy_out(place: Place) -> int:
-    """copy_file_range(2) to another file system."""
+    """Copy to another file system with copy_file_range(2)."""
     with opened(place.outside / "copy", os.O_RDWR | os.O_CREAT) as fd:
         return os.copy_file_range(place.fd, fd, PAGE, 0, 0)
 
 
 def send_out(place: Place) -> bytes:
-    """sendfile(2) to another file system."""
+    """Copy to another file system with sendfile(2)."""
     with opened(place.outside / "sent", os.O_RDWR | os.O_CREAT) as fd:
         assert os.sendfile(fd, place.fd, 0, len(START)) == len(START)
         return os.pread(fd, PAGE, 0)
 
 
 def copy_within(place: Place) -> bytes:
-    """copy_file_range(2) within the swapfile: the kernel reads and writes."""
+    """Copy within the swapfile with copy_file_range(2), for which the kernel reads and writes."""
     assert os.copy_file_range(place.fd, place.fd, PAGE, 0, MIB) == PAGE
     copied = os.pread(place.fd, len(START), MIB)
     fallocate(place.fd, PUNCH, MIB, PAGE)
@@ -117,7 +117,7 @@ def copy_within(place: Place) -> bytes:
 
 
 def private_map(place: Place) -> tuple[bytes, bytes]:
-    """A private mapping, read; then the file is changed and mapped again."""
+    """Read a private mapping, then change the file and map it again."""
     with mmap.mmap(place.fd, PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapping:
         first = mapping[: len(START)]
     os.pwrite(place.fd, START.upper(), 0)
@@ -128,7 +128,7 @@ def private_map(place: Place) -> tuple[bytes, bytes]:
 
 
 def shared_map(place: Place, protection: int) -> None:
-    """A shared mapping."""
+    """Make a shared mapping."""
     mmap.mmap(place.fd, PAGE, mmap.MAP_SHARED, protection).close()
 
 
@@ -179,7 +179,7 @@ NAMES: Final[dict[str, tuple[Call, object]]] = {
     "readlink": (lambda at: at.swapfile.readlink(), Error(errno.EINVAL)),
     "execute": (lambda at: os.execv(at.swapfile, ["swapfile"]), Error(errno.EACCES)),
 }
-"""What is done to names, and the error that it gives; or what it returns."""
+"""Calls on names, with the expected result or error."""
 
 OPENING: Final[dict[str, tuple[Call, object]]] = {
     "open stats to write": (lambda at: at.open("stats/pid", os.O_WRONLY), Error(errno.EACCES)),
@@ -194,7 +194,7 @@ OPENING: Final[dict[str, tuple[Call, object]]] = {
     "create and truncate": (lambda at: at.open("swapfile", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), Error(errno.EPERM)),
     "the size afterwards": (lambda at: at.open("swapfile", os.O_RDONLY), SIZE),
 }
-"""How files are opened."""
+"""Flags with which files are opened."""
 
 DATA: Final[dict[str, tuple[Call, object]]] = {
     "write at the end": (lambda at: write(at, 1, SIZE), Error(errno.ENOSPC)),
@@ -238,16 +238,16 @@ DATA: Final[dict[str, tuple[Call, object]]] = {
     "fsync of a directory": (lambda at: on_read_only(at, os.fsync, "stats"), None),
     "flock": (lambda at: fcntl.flock(at.fd, fcntl.LOCK_EX | fcntl.LOCK_NB), None),
 }
-"""What is done to an open swapfile."""
+"""Calls on an open swapfile."""
 
 
 def refused(mode: int) -> tuple[Call, object]:
-    """fallocate(2) with a mode that is not supported."""
+    """Return a call of fallocate(2) with a mode that is not supported."""
     return lambda at: fallocate(at.fd, mode, 0, PAGE), Error(errno.EOPNOTSUPP)
 
 
 def discard(mode: int, offset: int, length: int, expected: object = None) -> tuple[Call, object]:
-    """fallocate(2) with a mode that is."""
+    """Return a call of fallocate(2) with a supported mode."""
     return lambda at: fallocate(at.fd, mode, offset, length), expected
 
 
@@ -285,7 +285,7 @@ FALLOCATE: Final[dict[str, tuple[Call, object]]] = {
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    """A small mount that must be as it was after the test, and still be able to punch holes."""
+    """Return a small mount. After the test it must be unchanged, and punching holes must still work."""
     outside = tmp_path / "outside"
     outside.mkdir()
     with (
@@ -302,7 +302,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def assert_punching_works(mnt: Path, fd: int) -> None:
-    """Punching and zeroing free pages."""
+    """Punch and zero, and check that the pages are free."""
     for mode in (PUNCH, ZERO_RANGE):
         os.pwrite(fd, b"0123456789abcdef" * (16 * PAGE // 16), MIB)
         before = stat_of(mnt, "stored_pages")
@@ -312,7 +312,7 @@ def assert_punching_works(mnt: Path, fd: int) -> None:
 
 
 def outcome(call: Call, place: Place) -> object:
-    """Return what a call returns, or the error that it gives."""
+    """Return the result of a call, or its error."""
     try:
         return call(place)
     except OSError as error:
@@ -320,26 +320,26 @@ def outcome(call: Call, place: Place) -> object:
 
 
 def assert_answers(table: dict[str, tuple[Call, object]], place: Place) -> None:
-    """Make all calls of a table and compare all answers together."""
+    """Make all calls of a table, and compare all results together."""
     found = {name: outcome(call, place) for name, (call, _) in table.items()}
     assert found == {name: expected for name, (_, expected) in table.items()}
 
 
 @pytest.mark.parametrize("table", [NAMES, OPENING, DATA], ids=["names", "opening", "data"])
 def test_calls(table: dict[str, tuple[Call, object]], place: Place) -> None:
-    """Each call of the table gives what it should, and nothing has changed afterwards."""
+    """Each call of the table gives the expected result, and nothing has changed afterwards."""
     assert_answers(table, place)
 
 
 def test_fallocate(place: Place) -> None:
-    """Each mode and range; after every single call, refused or not, fallocate still works."""
+    """Each mode and range gives the expected result, and fallocate still works after each single call."""
     for name, row in FALLOCATE.items():
         assert_answers({name: row}, place)
         assert_punching_works(place.mnt, place.fd)
 
 
 def test_a_refused_write_changes_nothing(place: Place) -> None:
-    """A write across the end stores no byte of what would still have fitted."""
+    """A write across the end stores no byte, not even those that would fit."""
     os.pwrite(place.fd, b"a" * PAGE, SIZE - PAGE)
     with pytest.raises(OSError, match="No space left"):
         os.pwrite(place.fd, b"b" * PAGE, SIZE - 100)
@@ -347,8 +347,8 @@ def test_a_refused_write_changes_nothing(place: Place) -> None:
 
 
 @pytest.mark.needs("loop")
-def test_truncating_does_not_stop_those_who_read(place: Place) -> None:
-    """An attempt to truncate the swapfile, as `dd of=swapfile` makes one, is not felt by a loop device on it."""
+def test_a_truncation_does_not_disturb_readers(place: Place) -> None:
+    """An attempt to truncate the swapfile, like that of `dd of=swapfile`, does not disturb a loop device on it."""
     with (
         looped(place.swapfile) as device,
         opened(device, os.O_RDONLY | os.O_DIRECT) as fd,

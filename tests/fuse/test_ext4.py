@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A whole ext4 on the loop device, as demanding a user as swap: a real file tree goes in and comes out unharmed."""
+"""An ext4 on the loop device, which is as demanding as swap: a file tree goes in and comes out unharmed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.needs("root", "fuse", "loop")
 
 SIZE: Final = 192 * MIB
 TREE_BYTES: Final = 64 * MIB
-"""As much of the tree as is copied; the pool takes far less of it, compressed as it is."""
+"""Bytes of the tree that are copied. Compressed, they take much less of the pool."""
 
 
 def some_files(root: Path) -> Iterator[Path]:
-    """Files of a tree, smallest path first, up to a total size."""
+    """Return files of a tree, shortest path first, up to a total size."""
     left = TREE_BYTES
     for path in sorted(root.rglob("*")):
         if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts:
@@ -35,7 +35,7 @@ def some_files(root: Path) -> Iterator[Path]:
 
 
 def test_a_file_tree_survives(tmp_path: Path) -> None:
-    """mkfs, copy in, unmount, e2fsck, mount again, compare every byte; then delete, trim, and the room is free again."""
+    """The test makes an ext4, copies a tree, checks it, mounts again and compares, then deletes, and the room is free."""
     require_tools("mkfs.ext4", "e2fsck", "fstrim")
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root) for path in some_files(root)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Bad disks under a real mount: a page is right or an error, never wrong; RAM goes on; and all is well when the disk is.
+"""Bad disks under a real mount: a page is right or an error and never wrong, and all works again when the disk does.
 
-What takes long is done with one packing. With the other: ZBUDFS_TEST_PACKING=dense pytest tests/fuse/test_faulty_disk.py
+The slow tests use one packing. For the other one: ZBUDFS_TEST_PACKING=dense pytest tests/fuse/test_faulty_disk.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from scripts.nbd import nbd_disk, slow_disk
+from kit.nbd import nbd_disk, slow_disk
 from tests.fuse.calls import MIB, PAGE, aligned, all_stats, opened, stat_of
 from tests.support import LIMIT_SECONDS, PACKING, mounted, status_of, wait_until, zbudfs
 
@@ -27,18 +27,18 @@ SIZE: Final = 8 * MIB
 POOL: Final = MIB
 SIZES: Final = ("--size", str(SIZE), "--pool", str(POOL))
 PAGES: Final = SIZE // PAGE // 2
-"""Pages that are written first: twice as many bytes as the pool even if every two of them share a frame."""
+"""Pages that are written first: twice the bytes of the pool, even if each frame holds two of them."""
 
 
 def content(page: int, version: int = 0) -> bytes:
-    """Return a page: noise, half noise, or a word, by its number."""
+    """Return a page by its number: noise, half noise, or a word."""
     source = random.Random(page << 16 | version)
     noise = (PAGE, 1500, 8)[page % 3]
     return source.randbytes(noise).ljust(PAGE, b"\0") if noise > 8 else source.randbytes(8) * (PAGE // 8)
 
 
 class Device:
-    """A swapfile, and what must be in it."""
+    """A swapfile, and its expected content."""
 
     def __init__(self, mountpoint: Path, fd: int) -> None:
         self.mountpoint = mountpoint
@@ -46,7 +46,7 @@ class Device:
         self.model: dict[int, bytes] = {}
 
     def put(self, page: int, version: int = 0) -> int:
-        """Write a page; 0, or the errno. One that was refused is the old one or the new one."""
+        """Write a page, and return 0 or the errno. A refused page may have the old or the new content."""
         new = content(page, version)
         try:
             with aligned(new) as buffer:
@@ -57,14 +57,14 @@ class Device:
         return 0
 
     def fill(self, version: int = 0) -> None:
-        """Write many pages, and wait until what does not fit the pool is on the disk."""
+        """Write many pages, and wait until those that do not fit the pool are on the disk."""
         for page in range(PAGES):
             assert self.put(page, version) == 0
         wait_until(lambda: stat_of(self.mountpoint, "pers_zombie_count") == 0, "the writeback")
         assert stat_of(self.mountpoint, "written_back_pages") > PAGES // 4
 
     def errors(self) -> int:
-        """Read every page: how many are errors. None may be wrong."""
+        """Read each page, and return the number of errors. No page may be wrong."""
         found = 0
         for page, expected in self.model.items():
             try:
@@ -79,19 +79,19 @@ class Device:
 
     @property
     def counted(self) -> int:
-        """Reads that were answered with an error, as the daemon counts them."""
+        """Return the daemon's count of reads that failed."""
         counts = all_stats(self.mountpoint)
         return int(counts["lost_pages"] + counts["pagein_failures"])
 
     @property
     def warnings(self) -> str:
-        """What `zbudfs status` warns of."""
+        """Return the warnings of `zbudfs status`."""
         return "\n".join(status_of(self.mountpoint)["warnings"])
 
 
 @contextlib.contextmanager
 def device_on(backing: Path, mountpoint: Path, *options: str) -> Iterator[Device]:
-    """Have a mount with a small pool and this backing file. It may lie on FUSE, which makes the faults."""
+    """Make a mount with a small pool and this backing file, which may be on a FUSE filesystem that makes the faults."""
     with (
         mounted(mountpoint, *SIZES, "--backing", backing, "--force-backing", "yes", *options) as where,
         opened(where / "swapfile") as fd,
@@ -105,7 +105,7 @@ def device_on(backing: Path, mountpoint: Path, *options: str) -> Iterator[Device
 @pytest.mark.needs("loop", "nbd")
 @pytest.mark.parametrize(("rate", "packing"), [("30%", PACKING), ("100%", PACKING), ("30%", "dense")])
 def test_reads_that_fail(rate: str, packing: str, tmp_path: Path) -> None:
-    """Pages whose block cannot be read are EIO, one by one, and are there again when the disk is; no other is touched."""
+    """Pages whose block cannot be read are EIO one by one, and are back when the disk works. No other page is affected."""
     with (
         nbd_disk(tmp_path, 48 * MIB, error_rate=rate) as disk,
         device_on(disk.mounted / "backing", tmp_path / "mnt", "--packing", packing) as device,
@@ -115,8 +115,8 @@ def test_reads_that_fail(rate: str, packing: str, tmp_path: Path) -> None:
             failed = device.errors()
             assert 0 < failed < PAGES
             assert device.counted == failed
-            assert "reads that the backing file refused" in zbudfs("status", device.mountpoint)
-            for page in range(0, PAGES, 7):  # writing needs no reading
+            assert "reads from the backing file failed" in zbudfs("status", device.mountpoint)
+            for page in range(0, PAGES, 7):  # a write needs no read
                 assert device.put(page, 1) == 0
         assert device.errors() == 0
         assert device.counted >= failed
@@ -124,7 +124,7 @@ def test_reads_that_fail(rate: str, packing: str, tmp_path: Path) -> None:
 
 @pytest.mark.needs("loop", "nbd")
 def test_writes_that_fail(tmp_path: Path) -> None:
-    """Writes go on from RAM as long as there is room, then they are refused; what was taken is right all the time."""
+    """Writes continue from RAM while it has room, and then are refused. Accepted pages are right all the time."""
     with nbd_disk(tmp_path, 48 * MIB) as disk, device_on(disk.mounted / "backing", tmp_path / "mnt") as device:
         device.fill()
         with disk.failing("pwrite"):
@@ -141,14 +141,14 @@ def test_writes_that_fail(tmp_path: Path) -> None:
         assert "pages stay in RAM" not in device.warnings
         for page in range(PAGES + taken, 2 * PAGES):
             assert device.put(page, 2) == 0
-        device.model.pop(0)  # it may be either
+        device.model.pop(0)  # it may have either content
         assert device.errors() == 0
         assert device.counted == 0
 
 
 @pytest.mark.needs("loop", "nbd")
 def test_a_disk_that_answers_nothing_for_seconds(tmp_path: Path) -> None:
-    """Writes and page-ins wait for it, what is in RAM is served, `status` says so, nobody is killed, nothing is lost."""
+    """Writes and page-ins wait, pages in RAM are served, `status` warns, no process is killed, and no page is lost."""
     with nbd_disk(tmp_path, 48 * MIB) as disk, device_on(disk.mounted / "backing", tmp_path / "mnt") as device:
         device.fill()
         worker = stat_of(device.mountpoint, "worker_pid")
@@ -175,11 +175,11 @@ def test_a_disk_that_answers_nothing_for_seconds(tmp_path: Path) -> None:
 
 @pytest.mark.needs("loop", "nbd")
 def test_a_disk_that_takes_seconds(tmp_path: Path) -> None:
-    """Each read, then each write takes two seconds: RAM is served at once meanwhile, writes go on from RAM, nothing fails."""
+    """Each read, then each write takes two seconds. RAM is served at once, writes continue from RAM, and nothing fails."""
     with slow_disk(tmp_path, 48 * MIB) as disk, device_on(disk.mounted / "backing", tmp_path / "mnt") as device:
         device.fill()
         cold = [page for page in range(PAGES) if page % 3 == 0][:2]
-        warm = PAGES - 1  # a word: in RAM for ever
+        warm = PAGES - 1  # a word stays in RAM
         order: list[str] = []
 
         def meanwhile(what: str, call: Callable[[], object]) -> None:
@@ -209,7 +209,7 @@ def test_a_disk_that_takes_seconds(tmp_path: Path) -> None:
                 assert device.put(PAGES + taken, 2) == 0
                 taken += 1
             meanwhile("nothing", lambda: None)
-            for page in range(PAGES + taken, PAGES + taken + 20):  # there is room in RAM, and nobody waits for the disk
+            for page in range(PAGES + taken, PAGES + taken + 20):  # RAM has room: no write waits for the disk
                 assert device.put(page, 2) == 0
             assert stat_of(device.mountpoint, "pers_zombie_count") > 0, "it has answered already"
         wait_until(lambda: stat_of(device.mountpoint, "pers_zombie_count") == 0, "the writeback")
@@ -218,16 +218,16 @@ def test_a_disk_that_takes_seconds(tmp_path: Path) -> None:
         assert (counts["recoveries"], counts["writeback_failures"], device.counted) == (0, 0, 0)
 
 
-# ---- a file that somebody has been at -------------------------------------------------------------------------------
+# ---- a changed file --------------------------------------------------------------------------------------------------
 
 
 def blocks_of(path: Path) -> int:
-    """How many blocks the file has, the header included."""
+    """Return the number of blocks in the file, with the header."""
     return path.stat().st_size // PAGE
 
 
 def flip_bits(path: Path, source: random.Random, before: bytes) -> None:
-    """One bit in every 512 bytes of each third block."""
+    """Flip one bit in each 512 bytes of every third block."""
     with path.open("r+b") as file:
         for block in range(1, blocks_of(path), 3):
             for sector in range(8):
@@ -239,7 +239,7 @@ def flip_bits(path: Path, source: random.Random, before: bytes) -> None:
 
 
 def swap_blocks(path: Path, source: random.Random, before: bytes) -> None:
-    """Each second block and its neighbour."""
+    """Swap every second block with its neighbour."""
     content = bytearray(path.read_bytes())
     for at in range(PAGE, len(content) - 2 * PAGE, 4 * PAGE):
         content[at : at + 2 * PAGE] = content[at + PAGE : at + 2 * PAGE] + content[at : at + PAGE]
@@ -247,7 +247,7 @@ def swap_blocks(path: Path, source: random.Random, before: bytes) -> None:
 
 
 def tear(path: Path, source: random.Random, before: bytes) -> None:
-    """Some sectors of each block are as they were before the last writes."""
+    """Give some sectors of each block the content before the last writes."""
     content = bytearray(path.read_bytes())
     for block in range(1, len(before) // PAGE):
         first = source.randrange(8)
@@ -257,12 +257,12 @@ def tear(path: Path, source: random.Random, before: bytes) -> None:
 
 
 def go_back(path: Path, source: random.Random, before: bytes) -> None:
-    """All blocks are as they were before the last writes: the disk has acknowledged those, and lost them."""
+    """Give all blocks the content before the last writes, as if the disk had acknowledged and lost them."""
     overwrite(path, before)
 
 
 def zero(path: Path, source: random.Random, before: bytes) -> None:
-    """Each second block is zeros."""
+    """Zero every second block."""
     content = bytearray(path.read_bytes())
     for at in range(PAGE, len(content) - PAGE, 2 * PAGE):
         content[at : at + PAGE] = bytes(PAGE)
@@ -270,14 +270,14 @@ def zero(path: Path, source: random.Random, before: bytes) -> None:
 
 
 def overwrite(path: Path, content: bytes) -> None:
-    """Put bytes in the place of those that are there."""
+    """Overwrite bytes of the file."""
     with path.open("r+b") as file:
         file.write(content)
 
 
 @pytest.mark.parametrize(("encrypt", "packing"), [("yes", PACKING), ("no", PACKING), ("no", "dense")])
 def test_a_file_that_was_tampered_with(encrypt: str, packing: str, tmp_path: Path) -> None:
-    """What was changed is an error, what was not is right; each error is counted; a new write heals the page."""
+    """Changed pages are errors, others are right, each error is counted, and a new write heals the page."""
     backing = tmp_path / "backing"
     with device_on(backing, tmp_path / "mnt", "--encrypt", encrypt, "--packing", packing) as device:
         device.fill()
@@ -296,7 +296,7 @@ def test_a_file_that_was_tampered_with(encrypt: str, packing: str, tmp_path: Pat
 
 
 def test_a_file_that_is_deleted(tmp_path: Path) -> None:
-    """It is used on as if it were there, and somebody is told."""
+    """The file is used as before, and `status` warns."""
     backing = tmp_path / "backing"
     with device_on(backing, tmp_path / "mnt") as device:
         device.fill()
@@ -308,13 +308,13 @@ def test_a_file_that_is_deleted(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_cut_short(tmp_path: Path) -> None:
-    """What was behind the cut is an error, the rest is right; writing goes on, there as well, and heals."""
+    """Pages behind the cut are errors, and others are right. Writes continue, also there, and heal."""
     backing = tmp_path / "backing"
     with device_on(backing, tmp_path / "mnt") as device:
         device.fill()
         wait_until(lambda: stat_of(device.mountpoint, "pers_zombie_count") == 0, "the writeback")
         os.truncate(backing, 100 * PAGE)
-        wait_until(lambda: "has been cut short" in device.warnings, "a warning")
+        wait_until(lambda: "has been truncated" in device.warnings, "a warning")
         failed = device.errors()
         assert 0 < failed < PAGES
         assert device.counted == failed

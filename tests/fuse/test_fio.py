@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""fio's own verification: random writes of 512 bytes to 1 MiB over eight times the pool, each block with its checksum."""
+"""fio verifies checksums: random writes of 512 bytes to 1 MiB over eight times the pool."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WRITTEN: Final = 96 * MIB
 
 ENGINES: Final = {
     "psync": ("--ioengine=psync", "--randseed=1"),
-    # Two writes to the same bytes at once may end in either order: fio keeps those apart.
+    # Two writes to the same bytes at once may end in either order, so fio keeps them apart.
     "libaio": ("--ioengine=libaio", "--randseed=2", "--iodepth=16", "--direct=1", "--serialize_overlap=1"),
 }
 LENGTHS: Final = {
@@ -36,7 +36,7 @@ LENGTHS: Final = {
     [*((engine, lengths, PACKING) for engine in ENGINES for lengths in LENGTHS), ("libaio", "mostly small", "dense")],
 )
 def test_random_writes(engine: str, lengths: str, packing: str, tmp_path: Path) -> None:
-    """No block that is read back differs from what was written."""
+    """Each block that is read back equals the written one."""
     require_tools("fio")
     options = ("--size", str(SIZE), "--pool", str(SIZE // 8), "--packing", packing, "--backing", tmp_path / "backing")
     with mounted(tmp_path / "mnt", *options) as mountpoint:

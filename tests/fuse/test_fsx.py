@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The short form of `make fsx`, and that it would notice."""
+"""The short form of `make fsx`, and tests that it notices errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZE: Final = 1 << 20
 
 
 def files(folder: Path) -> tuple[Path, Path]:
-    """Two plain files: one to be played with, and the one to compare it with."""
+    """Return two plain files: one to exercise, and one to compare with."""
     paths = folder / "file", folder / "shadow"
     for path in paths:
         with path.open("wb") as file:
@@ -27,7 +27,7 @@ def files(folder: Path) -> tuple[Path, Path]:
 @pytest.mark.needs("root", "fuse")
 @pytest.mark.parametrize(("packing", "size"), [("zbud", "8"), ("dense", "16")])
 def test_the_mount_does_what_a_plain_file_does(packing: str, size: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Some hundred requests of each kind from several processes at once, with the pages of two thirds on the disk."""
+    """Some hundred requests of each kind from several processes agree, with two thirds of the pages on the disk."""
     options = ["--seeds", "8", "--processes", "4", "--size", size, "--pool", "1M", "--packing", packing]
     assert main([*options, "--kill-seconds", "1.5"]) == 0
     out, err = capfd.readouterr()
@@ -37,7 +37,7 @@ def test_the_mount_does_what_a_plain_file_does(packing: str, size: str, capfd: p
 
 
 def test_a_plain_file_does_what_a_plain_file_does(tmp_path: Path) -> None:
-    """The game is right: several processes on an ordinary file find nothing wrong."""
+    """Several processes on an ordinary file find nothing wrong, so the program itself is right."""
     said = list(play_all(*files(tmp_path), SIZE, 3, range(4)))
     assert [each["wrong"] for each in said] == [None] * 3
     assert all(int(str(each["operations"])) > 100 for each in said)
@@ -45,7 +45,7 @@ def test_a_plain_file_does_what_a_plain_file_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["part", "stripe"])
 def test_a_wrong_byte_is_seen(where: str, tmp_path: Path) -> None:
-    """A single one, changed behind the player's back, in its part or in a stripe."""
+    """The program sees a single byte that was changed behind its back, in its own part or in a stripe."""
     path, shadow = files(tmp_path)
     layout = Layout(SIZE, 2)
     player = Player(path, shadow, layout, 1)
@@ -62,7 +62,7 @@ def test_a_wrong_byte_is_seen(where: str, tmp_path: Path) -> None:
 
 
 def test_a_word_in_the_wrong_place_is_seen(tmp_path: Path) -> None:
-    """Where all write, each word tells where it belongs."""
+    """In the shared part, each word contains its own place."""
     path, shadow = files(tmp_path)
     layout = Layout(SIZE, 2)
     player = Player(path, shadow, layout, 0)
@@ -80,7 +80,7 @@ def test_a_word_in_the_wrong_place_is_seen(tmp_path: Path) -> None:
 
 
 def test_the_processes_share_everything(tmp_path: Path) -> None:
-    """No byte belongs to two of them, and most pages of the stripes to more than one."""
+    """No byte belongs to two processes, and most pages of the stripes belong to more than one."""
     layout = Layout(SIZE, 3)
     owners: dict[int, int] = {}
     for process in range(3):

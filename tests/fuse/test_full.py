@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""When nothing more fits: ENOSPC for what is new, everything that was there stays readable, and room made is used.
+"""A full pool or disk: new pages get ENOSPC, stored pages stay readable, and freed room is used.
 
-A page that is overwritten needs a frame for the new form before the old one goes, so a full pool refuses that as
-well, and the old content stays. What takes no frame (zeros, same-filled pages, discards) always works.
+An overwrite needs a frame for the new form before the old one goes. So a full pool refuses it as well, and the old
+content stays. Zeros, same-filled pages and discards take no frame, and always work.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ CHUNK: Final = 16 * PAGE
 
 
 def noise(source: random.Random) -> bytes:
-    """Pages that take a frame each as they are: they do not compress."""
+    """Return pages that do not compress, so that each takes a frame."""
     return source.randbytes(CHUNK)
 
 
 def large_zpages(source: random.Random) -> bytes:
-    """Pages that take a frame each compressed: no two fit together."""
+    """Return pages of which each compresses to more than half a frame."""
     return b"".join(source.randbytes(2600) + bytes(PAGE - 2600) for _ in range(CHUNK // PAGE))
 
 
 def fill(fd: int, source: random.Random, data_of: Callable[[random.Random], bytes] = noise) -> list[bytes]:
-    """Write from the start until it is refused; return all that was taken."""
+    """Write from the start until a write is refused, and return all accepted pages."""
     taken: list[bytes] = []
     for at in range(0, SIZE, CHUNK):
         data = data_of(source)
@@ -69,7 +69,7 @@ def fill(fd: int, source: random.Random, data_of: Callable[[random.Random], byte
 
 
 def assert_still_there(fd: int, taken: list[bytes]) -> None:
-    """All that was taken reads back; of the write that was refused each page is the old one (zeros) or the new one."""
+    """All accepted pages read back. Each page of the refused write is old (zeros) or new."""
     wrong = [number for number, data in enumerate(taken) if os.pread(fd, CHUNK, number * CHUNK) != data]
     assert wrong == []
     behind = (len(taken) + 1) * CHUNK
@@ -77,7 +77,7 @@ def assert_still_there(fd: int, taken: list[bytes]) -> None:
 
 
 def refusal(fd: int, data: bytes, offset: int) -> int:
-    """The errno that a write gives, 0 if it is taken."""
+    """Return the errno of a write, or 0."""
     try:
         assert os.pwrite(fd, data, offset) == len(data)
     except OSError as error:
@@ -87,7 +87,7 @@ def refusal(fd: int, data: bytes, offset: int) -> int:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system that is far too small for the device."""
+    """Make a real file system that is far too small for the device."""
     require_tools("mkfs.ext4", "losetup")
     image = tmp_path / "image"
     with image.open("wb") as stream:
@@ -99,7 +99,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("data_of", [noise, large_zpages])
 def test_pool_full_without_a_disk(data_of: Callable[[random.Random], bytes], tmp_path: Path) -> None:
-    """The pool takes what it has room for and refuses the rest; each refusal is counted and harms nothing."""
+    """The pool takes as much as it has room for, and refuses the rest. Each refusal is counted and does no harm."""
     source = random.Random(11)
     options = ("--size", str(SIZE), "--pool", str(POOL))
     with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
@@ -110,7 +110,7 @@ def test_pool_full_without_a_disk(data_of: Callable[[random.Random], bytes], tmp
         assert counts["refused_pool_full"] == 1
         assert_still_there(fd, taken)
 
-        for offset in (0, 5 * PAGE, POOL + 8 * MIB):  # over something, and elsewhere; twice, to be sure it stays so
+        for offset in (0, 5 * PAGE, POOL + 8 * MIB):  # over a page, and elsewhere; twice, to be sure that it stays so
             assert [refusal(fd, data_of(source)[:PAGE], offset) for _ in range(2)] == [errno.ENOSPC] * 2
         assert refusal(fd, source.randbytes(600), 3 * PAGE + 3000) == errno.ENOSPC  # some bytes more or fewer
         assert all_stats(mountpoint)["refused_pool_full"] == 8
@@ -123,7 +123,7 @@ def test_pool_full_without_a_disk(data_of: Callable[[random.Random], bytes], tmp
 
 
 def test_room_made_in_a_full_pool_is_used(tmp_path: Path) -> None:
-    """After a hole was punched just as much can be written, anywhere; all that was not punched is still there."""
+    """A punched hole leaves room for as much new data, anywhere. All other pages are still there."""
     source = random.Random(12)
     options = ("--size", str(SIZE), "--pool", str(POOL))
     with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
@@ -136,7 +136,7 @@ def test_room_made_in_a_full_pool_is_used(tmp_path: Path) -> None:
         assert refusal(fd, source.randbytes(PAGE), SIZE - PAGE) == errno.ENOSPC
         assert_still_there(fd, taken)
         assert os.pread(fd, 4 * CHUNK, SIZE - MIB) == b"".join(data)
-        # A page of zeros over one of noise is a frame as well.
+        # A page of zeros over one of noise frees a frame as well.
         assert refusal(fd, bytes(CHUNK), 0) == 0
         taken[0] = bytes(CHUNK)
         assert refusal(fd, source.randbytes(CHUNK), SIZE - CHUNK) == 0
@@ -145,7 +145,7 @@ def test_room_made_in_a_full_pool_is_used(tmp_path: Path) -> None:
 
 @pytest.mark.needs("loop")
 def test_disk_too_small(small_disk: Path, tmp_path: Path) -> None:
-    """With a disk that fills up, more fits than in the pool, then writes are refused, and nothing is lost on the way."""
+    """With a disk that fills up, more fits than in the pool. Then writes are refused, and no page is lost."""
     source = random.Random(13)
     options = ("--size", str(SIZE), "--pool", str(POOL), "--backing", small_disk / "backing")
     with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
@@ -160,7 +160,7 @@ def test_disk_too_small(small_disk: Path, tmp_path: Path) -> None:
         assert disk.f_bavail * disk.f_frsize >= disk.f_blocks * disk.f_frsize // 50
         assert (counts["writeback_failures"], counts["lost_pages"], counts["pagein_failures"]) == (0, 0, 0)
 
-        # Room is made where pages are on the disk and where they are in RAM; both are used again.
+        # Room is freed on the disk and in RAM, and both are used again.
         for first in (0, len(taken) - 32):
             fallocate(fd, PUNCH, first * CHUNK, 16 * CHUNK)
             taken[first : first + 16] = [bytes(CHUNK)] * 16
@@ -178,8 +178,8 @@ def test_disk_too_small(small_disk: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("loop")
-def test_a_disk_that_somebody_else_fills(small_disk: Path, tmp_path: Path) -> None:
-    """Room that others take from the file system, and give back, is room that the backing file lacks, and has again."""
+def test_a_disk_that_other_programs_fill(small_disk: Path, tmp_path: Path) -> None:
+    """Room that other programs take from the file system is lost to the backing file until they give it back."""
     source = random.Random(14)
     options = ("--size", str(SIZE), "--pool", str(POOL), "--backing", small_disk / "backing")
     with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
@@ -204,7 +204,7 @@ def test_a_disk_that_somebody_else_fills(small_disk: Path, tmp_path: Path) -> No
 
 
 def sectors_written(folder: Path) -> int:
-    """Return how much was written to the disk of a file system, in units of 512 bytes."""
+    """Return the number of sectors of 512 bytes that were written to the disk of a file system."""
     device = folder.stat().st_dev
     os.sync()
     counts = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
@@ -213,7 +213,7 @@ def sectors_written(folder: Path) -> int:
 
 @pytest.mark.needs("loop")
 def test_a_full_disk_is_left_alone(small_disk: Path, tmp_path: Path) -> None:
-    """Others have filled it: nothing is written there, idle or while pages are refused, and no budget is spent on it."""
+    """On a disk that others filled, nothing is written, idle or under load, and no budget is spent."""
     source = random.Random(16)
     options = ("--size", str(SIZE), "--pool", str(POOL), "--backing", small_disk / "backing")
     with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
@@ -228,7 +228,7 @@ def test_a_full_disk_is_left_alone(small_disk: Path, tmp_path: Path) -> None:
         for number in range(30):
             assert refusal(fd, source.randbytes(PAGE), SIZE - MIB + number * PAGE) == errno.ENOSPC
             time.sleep(0.1)
-        assert sectors_written(small_disk) - before < 64  # what the file system itself has still to write
+        assert sectors_written(small_disk) - before < 64  # writes of the file system itself
         assert stat_of(mountpoint, "writeback_budget_used_bytes") <= used
         assert (mountpoint / "stats/log").read_text() == log
         assert stat_of(mountpoint, "backing_full") == 1
@@ -236,9 +236,9 @@ def test_a_full_disk_is_left_alone(small_disk: Path, tmp_path: Path) -> None:
 
 @pytest.mark.needs("loop")
 def test_a_disk_that_stands_still(small_disk: Path, tmp_path: Path) -> None:
-    """Writes that need a frame wait as long as the disk does; others are served; then all is there that was written.
+    """Writes that need a frame wait as long as the disk does, others are served, and then all pages are right.
 
-    As many wait as the kernel sends on its own account, through a loop device, and one more of a program's own.
+    As many writes wait as the kernel sends at once through a loop device, and one more of a program.
     """
     source = random.Random(15)
     options = ("--size", str(SIZE), "--pool", "1M", "--backing", small_disk / "backing")
@@ -255,7 +255,7 @@ def test_a_disk_that_stands_still(small_disk: Path, tmp_path: Path) -> None:
         background = int((connection / "max_background").read_text())
         offsets = [8 * MIB + number * MIB // 2 for number in range(6 * background)]
         second = [b"word" * (2 * PAGE // 4) + source.randbytes(2 * CHUNK - 2 * PAGE) for _ in offsets]
-        # A same-filled page takes no frame, so each write is begun at once and its rest waits.
+        # A same-filled page takes no frame, so each write begins at once, and its rest waits.
         done: list[int] = []
         writers: list[threading.Thread] = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anything written to `control/`, by anybody, while everything is read: refused or in force, and the daemon goes on."""
+"""Any user writes any text to `control/` while all files are read: it is refused or in force, and the daemon continues."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FIXED: Final = (
 
 
 def values(source: random.Random) -> Iterator[bytes]:
-    """What is written: each of the fixed ones, and noise."""
+    """Return the values to write: the fixed ones, and noise."""
     yield from FIXED
     for _ in range(ROUNDS):
         yield source.randbytes(source.choice((1, 3, 8, 64, 5000)))
@@ -51,7 +51,7 @@ def values(source: random.Random) -> Iterator[bytes]:
 
 
 def not_refused(mnt: Path, names: list[str]) -> int:
-    """Have another user, who stands on the mount, try to write each: how many were not refused."""
+    """Let another user try to write each value, and return the number of those that were not refused."""
     pid = os.fork()
     if not pid:
         wrong = 200
@@ -72,7 +72,7 @@ def not_refused(mnt: Path, names: list[str]) -> int:
 
 
 def test_anything_is_written_to_control(tmp_path: Path) -> None:
-    """It is EINVAL or it is a value; others get EACCES; nothing is logged as a bug, nobody dies, no byte is wrong."""
+    """Each text is EINVAL or a value, other users get EACCES, no bug is logged, no process dies, and each byte is right."""
     source = random.Random(5)
     contents = [source.randbytes(1500).ljust(PAGE, b"\0") for _ in range(PAGES)]
     with (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What is written is what is read: against a plain file on ext4, with the pool far too small and with no disk at all.
+"""Reads return the written bytes: compared with a plain file on ext4, with a pool far too small and without a disk.
 
-The random calls are made by tests/fuse/exercise.py, several of them at once; on failure it prints its seed and what
-it had done to the page that is wrong.
+tests/fuse/exercise.py makes the random calls, several of them at once. On failure it prints its seed and the history of
+the wrong page.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ pytestmark = pytest.mark.needs("root", "fuse")
 
 SIZE: Final = 32 * MIB
 BOUNDS: Final = (0, 8 * MIB + 2001, 15 * MIB + 513, 26 * MIB + 1, SIZE)
-"""Where the workers' ranges meet: inside a page, which both then write at once."""
+"""The borders of the workers' ranges. Each is inside a page, which two workers write at once."""
 
 
 @pytest.fixture
 def plain() -> Iterator[Path]:
-    """A plain file of the same size, all zeros, on a file system that can do all that is compared."""
+    """Return a plain file of zeros, of the same size, on a file system that has all the compared functions."""
     with tempfile.TemporaryDirectory(prefix="zbudfs-test-", dir="/var/tmp") as folder:
         file = Path(folder, "plain")
         with file.open("wb") as stream:
@@ -66,7 +66,7 @@ def exercise(*arguments: str | Path | int) -> subprocess.Popen[str]:
 
 
 def outputs(workers: list[subprocess.Popen[str]]) -> list[str]:
-    """Wait for all workers, which must succeed; return what they printed."""
+    """Wait for all workers, which must succeed, and return their outputs."""
     try:
         printed = [worker.communicate(timeout=2 * LIMIT_SECONDS)[0] for worker in workers]
     finally:
@@ -79,7 +79,7 @@ def outputs(workers: list[subprocess.Popen[str]]) -> list[str]:
 
 
 def same_in_ranges(target: Path, plain: Path, bounds: tuple[int, ...], *, unit: int, seed: int, steps: int) -> None:
-    """Have one worker for each range between `bounds`, all at once."""
+    """Start one worker for each range between `bounds`, all at once."""
     outputs(
         [
             exercise("same", target, plain, start, end - start, unit, seed + number, steps)
@@ -98,7 +98,7 @@ def assert_same(mountpoint: Path, plain: Path) -> None:
 
 
 def assert_all_well(mountpoint: Path) -> None:
-    """Nothing was lost or refused on the way, and discarding everything leaves nothing in use anywhere."""
+    """No page was lost or refused, and a discard of everything frees everything."""
     counts = all_stats(mountpoint)
     troubles = ("lost_pages", "pagein_failures", "writeback_failures", "refused_pool_full")
     assert {name: counts[name] for name in troubles} == dict.fromkeys(troubles, 0)
@@ -107,7 +107,7 @@ def assert_all_well(mountpoint: Path) -> None:
         fallocate(fd, PUNCH, 0, SIZE)
         assert not any(read_everything(fd, SIZE))
     empty = dict.fromkeys(("stored_pages", "pool_used_bytes", "backing_used_bytes", "compressed_bytes"), 0)
-    # A frame that was on its way to the disk is free when it has arrived.
+    # A frame on its way to the disk is free when the write has ended.
     wait_until(lambda: {name: all_stats(mountpoint)[name] for name in empty} == empty, f"an empty store: {empty}")
     assert "error:" not in (mountpoint / "stats/log").read_text()
 
@@ -119,8 +119,9 @@ def assert_all_well(mountpoint: Path) -> None:
         pytest.param(2 * SIZE, "none", id="without writeback"),
     ],
 )
+@pytest.mark.race(15)
 def test_several_writers(pool: int, backing: str, plain: Path, tmp_path: Path) -> None:
-    """Thousands of random calls from four processes, each in its range, whose first and last pages it shares."""
+    """Four processes make thousands of random calls, each in its range, whose first and last pages it shares."""
     disk = backing if backing == "none" else tmp_path / backing
     with mounted(
         tmp_path / "mnt", "--size", str(SIZE), "--pool", str(pool), "--backing", disk, writers=4
@@ -133,7 +134,7 @@ def test_several_writers(pool: int, backing: str, plain: Path, tmp_path: Path) -
 
 
 def test_one_writer_everywhere(plain: Path, tmp_path: Path) -> None:
-    """Thousands of calls in sequence that overlap one another."""
+    """Thousands of calls in sequence overlap one another."""
     options = ("--size", str(SIZE), "--pool", str(SIZE // 8), "--backing", tmp_path / "backing")
     with mounted(tmp_path / "mnt", *options) as mountpoint:
         same_in_ranges(mountpoint / "swapfile", plain, (0, SIZE), unit=1, seed=7, steps=2500)
@@ -143,7 +144,7 @@ def test_one_writer_everywhere(plain: Path, tmp_path: Path) -> None:
 
 @pytest.mark.needs("loop")
 def test_several_writers_through_a_loop_device(plain: Path, tmp_path: Path) -> None:
-    """The loop device sends requests side by side, as no plain file does: parts of one page from two writers at once."""
+    """The loop device sends requests in parallel, which no plain file does: two writers change parts of one page at once."""
     bounds = tuple(bound // SECTOR * SECTOR for bound in BOUNDS)
     options = ("--size", str(SIZE), "--pool", str(SIZE // 8), "--backing", tmp_path / "backing")
     with mounted(tmp_path / "mnt", *options) as mountpoint:
@@ -156,10 +157,9 @@ def test_several_writers_through_a_loop_device(plain: Path, tmp_path: Path) -> N
 
 @pytest.mark.needs("loop")
 def test_writers_that_race(tmp_path: Path) -> None:
-    """Many writers of the same pages and parts: nothing is mixed, nothing overwritten comes back, the last ones stay.
+    """Many writers of the same pages and parts: nothing is mixed, no old content comes back, and the last one stays.
 
-    Most go through a loop device, with all requests under way at once that the kernel sends on its own account; two
-    write to the file itself.
+    Most use a loop device, with as many requests at once as the kernel sends. Two write to the file itself.
     """
     pages = 656
     options = ("--size", str(SIZE), "--pool", "1M", "--backing", tmp_path / "backing")
@@ -184,7 +184,7 @@ def test_writers_that_race(tmp_path: Path) -> None:
 
 
 def test_a_mix_is_seen() -> None:
-    """A sector made of two writes, and one that belongs elsewhere, are told from a whole one."""
+    """A sector of two writes, and one of another place, are not taken for a whole one."""
     one, two = marked_sector(0, 3, 9), marked_sector(1, 3, 9)
     assert whose_sector(9, one) == (0, 3)
     assert whose_sector(9, bytes(SECTOR)) is None
@@ -193,21 +193,22 @@ def test_a_mix_is_seen() -> None:
             whose_sector(9, wrong)
 
 
-def test_a_request_of_1_mib_arrives_whole(tmp_path: Path) -> None:
-    """16 writes and 16 reads of 1 MiB are 32 requests to the daemon, which counts them."""
-    calls = 16
+def test_a_request_of_256_kib_arrives_whole(tmp_path: Path) -> None:
+    """64 writes and 64 reads of 256 KiB are 128 requests to the daemon, which counts them."""
+    calls = 64
+    length = 256 << 10
     with mounted(tmp_path / "mnt", "--size", str(SIZE), "--pool", str(SIZE)) as mountpoint:
 
         def served() -> int:
             return int((mountpoint / "stats/served_requests").read_text())
 
-        with opened(mountpoint / "swapfile") as fd, aligned(bytes(range(256)) * (MIB // 256)) as buffer:
+        with opened(mountpoint / "swapfile") as fd, aligned(bytes(range(256)) * (length // 256)) as buffer:
             before = served()
             for number in range(calls):
-                assert os.pwritev(fd, [buffer], number * MIB) == MIB
+                assert os.pwritev(fd, [buffer], number * length) == length
             written = served()
             for number in range(calls):
-                assert os.preadv(fd, [buffer], number * MIB) == MIB
+                assert os.preadv(fd, [buffer], number * length) == length
             read = served()
     assert (written - before, read - written) == (calls, calls)
 
@@ -229,7 +230,7 @@ def test_nothing_stays_in_the_page_cache(tmp_path: Path) -> None:
 
 
 def test_cached_pages_are_counted(tmp_path: Path) -> None:
-    """The measure of the test before works: an ordinary file that was just written is in the cache."""
+    """The measure of the test before works: the cache has the pages of an ordinary file that was just written."""
     file = tmp_path / "file"
     file.write_bytes(b"x" * MIB)
     with opened(file) as fd:
@@ -238,7 +239,7 @@ def test_cached_pages_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["O_DIRECT", "O_SYNC", "O_DSYNC", "O_APPEND"])
 def test_open_flags(name: str, tmp_path: Path) -> None:
-    """Files opened in another way read and write the same bytes; appending finds the device full."""
+    """Files opened with other flags read and write the same bytes, and an append finds the device full."""
     options = ("--size", "8M", "--pool", "1M", "--backing", tmp_path / "backing")
     with (
         mounted(tmp_path / "mnt", *options) as mountpoint,
@@ -258,7 +259,7 @@ def test_open_flags(name: str, tmp_path: Path) -> None:
 
 
 def test_fsync_while_pages_go_to_the_disk(tmp_path: Path) -> None:
-    """fsync and fdatasync succeed between writes that overflow the pool, and what was written stays as it is."""
+    """fsync and fdatasync succeed between writes that overflow the pool, and the written bytes stay."""
     options = ("--size", "32M", "--pool", "1M", "--backing", tmp_path / "backing")
     with mounted(tmp_path / "mnt", *options) as mountpoint, opened(mountpoint / "swapfile") as fd:
         data = os.urandom(8 * MIB)
@@ -270,7 +271,7 @@ def test_fsync_while_pages_go_to_the_disk(tmp_path: Path) -> None:
 
 
 def test_content_is_of_every_kind() -> None:
-    """What the workers write has all the forms that a page may be stored in."""
+    """The workers' pages have all forms in which a page may be stored."""
     pages = content(random.Random(3), 4 * MIB)
     sizes = [len(zlib.compress(pages[at : at + PAGE], 1)) for at in range(0, len(pages), PAGE)]
     assert min(sizes) < 64

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every call on every node of the mount, by root and by nobody, in random order: an answer each time, and nothing is harmed."""
+"""Each call on each node of the mount, by root and another user, in random order, has an answer and does no harm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def with_fd(flags: int, call: Callable[[int], object]) -> Callable[[Path], object]:
-    """Return something that opens a path and does `call` with it."""
+    """Return a function that opens a path and calls `call` with the descriptor."""
 
     def act(path: Path) -> object:
         with opened(path, flags | os.O_NONBLOCK) as fd:
@@ -40,19 +40,19 @@ def with_fd(flags: int, call: Callable[[int], object]) -> Callable[[Path], objec
 
 
 def map_it(path: Path, flags: int, protection: int) -> bytes:
-    """Map a file and read from it."""
+    """Map a file and read from the mapping."""
     how = os.O_RDWR if protection & mmap.PROT_WRITE else os.O_RDONLY
     with opened(path, how) as fd, mmap.mmap(fd, PAGE, flags, protection) as memory:
         return memory[:10]
 
 
 def ioctl(number: int) -> Callable[[int], object]:
-    """Return an ioctl with a buffer."""
+    """Return a call of ioctl with a buffer."""
     return lambda fd: fcntl.ioctl(fd, number, bytes(128))
 
 
 def calls(source: random.Random, outside: Path) -> dict[str, Callable[[Path], object]]:
-    """Everything that can be tried with a path; what it returns or raises is not looked at, but that it does is."""
+    """Return all calls on a path. The test ignores their results, but each must end."""
     number = source.choice((0, 1, PAGE, SIZE - 1, SIZE, SIZE + 1, 1 << 40, (1 << 63) - 1))
     mode = source.choice((0, 1, 2, PUNCH, 0x08, 0x10, 0x11, 0x20, 0x40, 0x7F, PUNCH | 0x10))
     name = f"user.{source.randrange(3)}"
@@ -108,15 +108,15 @@ def calls(source: random.Random, outside: Path) -> dict[str, Callable[[Path], ob
 
 
 def all_nodes(mountpoint: Path) -> list[Path]:
-    """The mountpoint, and everything below it, and what is not there."""
+    """Return the mountpoint, all nodes below it, and names that do not exist."""
     found = [mountpoint, *sorted(mountpoint.rglob("*"))]
     return [*found, mountpoint / "missing", mountpoint / "swapfile/missing", mountpoint / ("n" * 300)]
 
 
 def try_all(mountpoint: Path, outside: Path, seed: int, user: int) -> None:
-    """In a process of its own, as a user: random calls on random nodes. Ends with 0 unless something unexpected is raised."""
+    """Make random calls on random nodes in a process of this user. An unexpected exception gives a status other than 0."""
     source = random.Random(seed)
-    signal.signal(signal.SIGIO, signal.SIG_IGN)  # a lease that somebody else breaks
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # the signal of a broken lease
     nodes = all_nodes(mountpoint)
     heavy = [path for path in nodes if path.name == "swapfile"] * 10 + [mountpoint] * 5
     if user:
@@ -139,7 +139,7 @@ def try_all(mountpoint: Path, outside: Path, seed: int, user: int) -> None:
 
 
 def test_every_call_on_every_node(tmp_path: Path) -> None:
-    """The daemon is the same as before, its tree is the same, the content of the swapfile is the same, to the byte."""
+    """The daemon, its tree and the content of the swapfile are the same as before, to the byte."""
     outside = tmp_path / "outside"
     (outside / "other").mkdir(parents=True)
     with mounted(tmp_path / "mnt", "--size", str(SIZE), "--backing", tmp_path / "backing") as mountpoint:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Open files of stats/ and control/: bounded in number and bytes, and no cost when they are closed."""
+"""Open files of stats/ and control/: their number and bytes are limited, and a close costs nothing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from zbudfs.fuse.openfiles import MAX_BYTES, MAX_FILES, OpenFiles
 
 OPEN_NR: Final = 6000
 SPARE_KIB: Final = 4096
-"""By how much the memory of a worker may grow: MAX_BYTES, and what the statistics themselves need now and then."""
+"""Allowed growth of a worker's memory: MAX_BYTES, and the needs of the statistics."""
 
 
 def test_too_many_files() -> None:
-    """The oldest loses its content."""
+    """The oldest file loses its content."""
     files = OpenFiles(7)
     handles = [files.add(b"x") for _ in range(MAX_FILES + 3)]
     assert handles == list(range(7, 7 + MAX_FILES + 3))
@@ -32,7 +32,7 @@ def test_too_many_files() -> None:
 
 
 def test_too_many_bytes() -> None:
-    """As many of the oldest as needed; a content that is larger than all of it is kept alone."""
+    """The oldest contents go, as many as needed. A single content larger than the limit is kept."""
     files = OpenFiles(0)
     first, second, third = (files.add(bytes(MAX_BYTES // 2 - 1), "key") for _ in range(3))
     assert [files.find(handle) is None for handle in (first, second, third)] == [True, False, False]
@@ -49,7 +49,7 @@ def test_too_many_bytes() -> None:
 
 
 def resident_kib(pid: int) -> int:
-    """Return how much memory a process has."""
+    """Return the resident memory of a process in KiB."""
     text = Path(f"/proc/{pid}/status").read_text()
     return int(text.split("VmRSS:")[1].split()[0])
 
@@ -68,7 +68,7 @@ sys.stdin.read()
 
 @pytest.mark.needs("root", "fuse")
 def test_programs_that_leak_open_files(tmp_path: Path) -> None:
-    """Memory stays as it was, while thousands of files are open and afterwards; the oldest are stale."""
+    """Memory stays the same while thousands of files are open and afterwards. The oldest files are stale."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     each = min(hard - 100, OPEN_NR)
     with mounted(tmp_path / "mnt") as mountpoint, contextlib.ExitStack() as leaks:

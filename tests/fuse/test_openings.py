@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who has swapfile open: counted once whatever comes again, and one of them at a time for writing."""
+"""Opens of swapfile: each counts once, even if its request comes again, and only one file may write at a time."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from zbudfs.swap.loop import loop_devices_on, run_tool
 
 AGAIN: Final = 1 << 63
 LOSETUP_SECONDS: Final = 0.5
-"""How long losetup is watched. It tries again for 13 s where a file is busy, for the case that it is so for a moment."""
+"""Time for which losetup is watched. It tries a busy file again for 13 s."""
 
 ATTACH: Final = ("losetup", "--find", "--show", "--direct-io=on")
 
 
 @pytest.fixture
 def fields() -> memoryview:
-    """The fields of an empty board."""
+    """Return the fields of an empty board."""
     return memoryview(array.array("Q", bytes(8 * 128)))
 
 
 def test_an_open_and_its_release(fields: memoryview) -> None:
-    """Each open file has a handle of its own and counts until it is released; a release that comes again changes nothing."""
+    """Each open file has its own handle and counts until its release. A repeated release changes nothing."""
     openings = Openings(fields)
     first, second = openings.open(10, writing=False), openings.open(12, writing=True)
     assert first != second
@@ -52,7 +52,7 @@ def test_an_open_and_its_release(fields: memoryview) -> None:
 
 
 def test_an_open_that_comes_again(fields: memoryview) -> None:
-    """The next worker gives the same handle to a request that the dead one had counted, and does not count it again."""
+    """The next worker gives a request that the dead worker had counted the same handle, and does not count it again."""
     handle = Openings(fields).open(10, writing=True)
     assert Openings(fields).open(10 | AGAIN, writing=True) == handle
     assert fields[Field.OPEN_SWAPFILES] == 1
@@ -61,7 +61,7 @@ def test_an_open_that_comes_again(fields: memoryview) -> None:
 
 
 def test_one_writes(fields: memoryview) -> None:
-    """A second file is refused for writing until the first is released; readers are not, and `writers` allows more."""
+    """A second open for writing is refused until the first file is released. Readers are free, and `writers` allows more."""
     openings = Openings(fields)
     writer = openings.open(2, writing=True)
     for unique in (4, 6):
@@ -80,7 +80,7 @@ def test_one_writes(fields: memoryview) -> None:
 
 
 def test_more_than_there_are_slots_for(fields: memoryview) -> None:
-    """The open that has no slot is refused, and one that is released makes room."""
+    """An open without a free slot is refused, and a release makes room."""
     openings = Openings(fields)
     handles = [openings.open(2 * number, writing=False) for number in range(1, OPENINGS + 1)]
     with pytest.raises(OSError, match="too many") as caught:
@@ -92,7 +92,7 @@ def test_more_than_there_are_slots_for(fields: memoryview) -> None:
 
 
 def test_the_slots_are_no_fields_of_something_else() -> None:
-    """No number of the board lies among them, and they lie on the board."""
+    """The slots overlap no number of the board, and lie on the board."""
     assert max(Field) < FIRST_OPENING
     assert FIRST_OPENING + OPENINGS <= 128
 
@@ -104,7 +104,7 @@ def loops_on(mountpoint: Path) -> list[str]:
 
 @contextlib.contextmanager
 def attached(mountpoint: Path) -> Iterator[str]:
-    """Have a loop device on swapfile, made by hand."""
+    """Attach a loop device to swapfile by hand."""
     device = run_tool([*ATTACH, str(mountpoint / "swapfile")], limit_seconds=LIMIT_SECONDS)
     try:
         yield device
@@ -114,7 +114,7 @@ def attached(mountpoint: Path) -> Iterator[str]:
 
 @pytest.mark.needs("root", "fuse", "loop")
 def test_a_second_loop_device_by_hand(tmp_path: Path) -> None:
-    """losetup is refused, also after a worker has died, and works when the first loop device is gone; reading is allowed."""
+    """losetup is refused, also after the death of a worker, and works when the first device is gone. Reading is allowed."""
     with mounted(tmp_path / "mnt") as mountpoint:
         swapfile = mountpoint / "swapfile"
         with attached(mountpoint):
@@ -139,7 +139,7 @@ def test_a_second_loop_device_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse", "loop")
 def test_many_at_once(tmp_path: Path) -> None:
-    """Of eight losetup at the same moment one has a loop device."""
+    """One of eight losetup at the same moment gets a loop device."""
     with mounted(tmp_path / "mnt") as mountpoint:
         for _ in range(3):
             command = [*ATTACH, str(mountpoint / "swapfile")]
@@ -158,7 +158,7 @@ def test_many_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_more_writers_where_they_are_wanted(tmp_path: Path) -> None:
-    """`zbudfs set writers=2` lets a second file be open for writing."""
+    """`zbudfs set writers=2` allows a second file that is open for writing."""
     with mounted(tmp_path / "mnt") as mountpoint, (mountpoint / "swapfile").open("r+b"):
         with pytest.raises(OSError, match="busy"):
             (mountpoint / "swapfile").open("r+b")

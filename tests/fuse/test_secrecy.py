@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Secrets are planted and then searched for: on the disk, in the pool directory, in the logs, in a dump of the memory."""
+"""The tests plant secrets, and search for them on the disk, in the pool directory, the logs and a dump of the memory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.needs("root", "fuse", "loop")
 SIZE: Final = 8 * MIB
 NEEDLE_BYTES: Final = 24
 NEEDLES: Final = 30
-"""Pages of which something is looked for: every one would be found, but a search takes its time."""
+"""Number of pages that are searched for. Each would be found, but a search takes time."""
 
 
 def secrets() -> list[bytes]:
-    """Pages: noise, which is stored as it is; a little noise, which zstd keeps as literals; and text."""
+    """Return pages of noise (stored as it is), of a little noise (which zstd keeps as literals), and of text."""
     source = random.Random(4)
     found = []
     for number in range(SIZE // PAGE):
@@ -41,15 +41,15 @@ def secrets() -> list[bytes]:
 
 
 def seen(pages: list[bytes], haystack: bytes) -> int:
-    """How many of some pages show: a stretch of each that is nowhere else."""
-    # The noise of two kinds of page in three is there byte for byte if it is there at all.
+    """Return how many of some pages show: each has a stretch that is nowhere else."""
+    # Two of three kinds of page have noise that is there byte for byte, if at all.
     some = pages[: NEEDLES * 40 : 40]
     return sum(page[40 : 40 + NEEDLE_BYTES] in haystack for page in some)
 
 
 @pytest.mark.parametrize("encrypt", ["yes", "no"])
-def test_what_the_disk_shows(encrypt: str, tmp_path: Path) -> None:
-    """The image of the disk shows no page, during and after; without encryption it does, so the search finds them."""
+def test_the_disk_shows_no_page(encrypt: str, tmp_path: Path) -> None:
+    """The image of the disk shows no page, during and after. Without encryption it does, so the search works."""
     require_tools("mkfs.ext4", "losetup")
     pages = secrets()
     with small_ext4(tmp_path, 32 * MIB) as disk:
@@ -86,21 +86,26 @@ def test_what_the_disk_shows(encrypt: str, tmp_path: Path) -> None:
 
 
 def test_no_core_dump(tmp_path: Path) -> None:
-    """The processes cannot be dumped, and the memory with pages in it is marked as not to be, should that ever change."""
+    """The processes cannot be dumped, and the memory with pages in it is excluded from a dump as well."""
     with mounted(tmp_path / "mnt", "--backing", tmp_path / "backing") as mountpoint:
         counts = all_stats(mountpoint)
         wait_until(lambda: all_stats(mountpoint)["standby_ready"] is True, "the standby")
         counts = all_stats(mountpoint)
         for name in ("keeper_pid", "worker_pid", "standby_pid"):
             pid = counts[name]
-            # The files of a process that cannot be dumped are root's in any case; its memory's flags tell more.
+            # The files of a process without dumps always belong to root, so the flags of its memory are checked.
             text = Path(f"/proc/{pid}/smaps").read_text()
             arenas = 0
             inside = False
             for line in text.splitlines():
                 words = line.split()
                 if not words[0].endswith(":"):
-                    inside = len(words) > 5 and words[5].rpartition("/")[2] in ("pages", "frames", "parking", "board")
+                    inside = len(words) > 5 and words[5].rpartition("/")[2] in (
+                        "pages",
+                        "frames",
+                        "requestslots",
+                        "board",
+                    )
                     arenas += inside
                 elif inside and words[0] == "VmFlags:":
                     assert "dd" in words[1:], f"{name}: may be dumped"

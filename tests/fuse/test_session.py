@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the session takes from trio's inside, and without which it would silently be slower."""
+"""The session uses internals of trio. If they were missing, it would only be slower, without an error."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from zbudfs.fuse.session import _event_loop
 
 
 async def nothing() -> None:
-    """A task that only has to run once."""
+    """Run once."""
 
 
 def test_trios_loop_is_found() -> None:
-    """The descriptor tells that a task could go on, the container holds the tasks that are to run; outside there are none."""
+    """The descriptor shows that a task can run, and the container has the runnable tasks. Outside of trio there are none."""
 
     async def look() -> None:
         fd, runnable = _event_loop()

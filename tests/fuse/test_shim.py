@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The libfuse shim: that it is built or says what is missing, stands where it should, and does what it is for."""
+"""The libfuse shim is built or names the missing part, is in its place, and does its work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Final
 import pytest
 
 from tests.fuse.calls import MIB, PAGE, PUNCH, all_stats, fallocate, fuse_control, looped, opened, server_of
-from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, mounted, status_of, wait_until, zbudfs
+from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, mounted, stop, wait_until, zbudfs
 from zbudfs.service.launch import LaunchError, start
 from zbudfs.service.settings import Settings
 
@@ -33,7 +32,7 @@ DEFAULT_PIPE_BYTES: Final = 16 * PAGE
 
 
 def maps_of(*libraries: str) -> str:
-    """Return a made-up /proc/PID/maps in which each library is mapped in three pieces, as the loader does it."""
+    """Return a made-up /proc/PID/maps with three mappings for each library, like those of the loader."""
     lines = ["55d0c0000000-55d0c0001000 r--p 00000000 fe:00 11 /usr/bin/python3.11", "7ffc0000-7ffd0000 rw-p 0 00:00 0"]
     for number, library in enumerate(libraries):
         for piece, mode in enumerate(("r--p", "r-xp", "rw-p")):
@@ -43,14 +42,14 @@ def maps_of(*libraries: str) -> str:
 
 
 def run_python(code: str, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run some code in a fresh interpreter, with the packages of `folder` before all others."""
+    """Run code in a fresh interpreter, with the packages of `folder` before all others."""
     before = f"import sys; sys.path.insert(0, {str(folder)!r});" if folder is not None else ""
     command = [sys.executable, "-I", "-c", before + code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
 
 
 def printed(code: str) -> str:
-    """Return what some code prints, which must succeed."""
+    """Return the output of code, which must succeed."""
     run = run_python(code)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
@@ -58,7 +57,7 @@ def printed(code: str) -> str:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A copy of the project as it comes from the repository: the shim is not built."""
+    """Return a copy of the project as in the repository, without a built shim."""
     folder = tmp_path / "sources"
     shutil.copytree(ROOT / "zbudfs", folder / "zbudfs", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml"):
@@ -78,7 +77,7 @@ def build(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]
 
 @contextlib.contextmanager
 def folder_of_programs(folder: Path, *names: str) -> Iterator[str]:
-    """Have a PATH with just these programs."""
+    """Return a PATH with just these programs."""
     folder.mkdir()
     for name in names:
         if (found := shutil.which(name)) is None:
@@ -88,7 +87,7 @@ def folder_of_programs(folder: Path, *names: str) -> Iterator[str]:
 
 
 def refusal(run: subprocess.CompletedProcess[str]) -> str:
-    """Return the sentence with which a build was refused; setuptools may have warned of something before it."""
+    """Return the error of a refused build. Warnings of setuptools may precede it."""
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stderr
     said = run.stderr.strip().splitlines()[-1]
@@ -100,8 +99,8 @@ def refusal(run: subprocess.CompletedProcess[str]) -> str:
 # ---- built, or not ---------------------------------------------------------------------------------------------------
 
 
-def test_it_can_be_built(sources: Path) -> None:
-    """From a fresh copy, without a word of the compiler; what was built can be loaded."""
+def test_a_fresh_copy_builds(sources: Path) -> None:
+    """A fresh copy builds without a warning of the compiler, and the result can be loaded."""
     if (
         shutil.which("pkg-config") is None
         or subprocess.run(["pkg-config", "--exists", "fuse3"], check=False).returncode
@@ -115,20 +114,20 @@ def test_it_can_be_built(sources: Path) -> None:
 
 
 def test_built_without_pkg_config(sources: Path, tmp_path: Path) -> None:
-    """The program that is missing is named, and how to get it."""
+    """The error names the missing program, and how to get it."""
     with folder_of_programs(tmp_path / "bin", "gcc") as path:
         assert "no pkg-config" in refusal(build(sources, PATH=path))
 
 
 def test_built_without_a_compiler(sources: Path, tmp_path: Path) -> None:
-    """The same for the compiler."""
+    """The error names the compiler, and how to get it."""
     with folder_of_programs(tmp_path / "bin", "pkg-config") as path:
         assert "no missing-cc " in refusal(build(sources, PATH=path, CC="missing-cc"))
 
 
 @pytest.mark.parametrize("version", [None, "3.2.0"])
 def test_built_without_the_right_headers(version: str | None, sources: Path, tmp_path: Path) -> None:
-    """Where libfuse's headers are missing or too old the message says so, in words."""
+    """The error says that libfuse's headers are missing or too old."""
     folder = tmp_path / "pc"
     folder.mkdir()
     if version is not None:
@@ -138,8 +137,8 @@ def test_built_without_the_right_headers(version: str | None, sources: Path, tmp
     assert "Command '[" not in said
 
 
-def test_not_built(sources: Path) -> None:
-    """A package that was only copied says what to do."""
+def test_a_copy_without_the_shim(sources: Path) -> None:
+    """A package that was only copied says how to install it."""
     run = run_python("import zbudfs.fuse", folder=sources)
     assert run.returncode == 1
     said = run.stderr.strip().splitlines()[-1]
@@ -150,7 +149,7 @@ def test_not_built(sources: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_mounting_without_the_shim(sources: Path, tmp_path: Path) -> None:
-    """The daemon does not come up, its reason is the one line of the error, and nothing is mounted."""
+    """The daemon does not start, the error is one line with the reason, and nothing is mounted."""
     code = f"import sys; sys.path.insert(0, {str(sources)!r}); import runpy; "
     code += "runpy.run_module('zbudfs.service.daemon', run_name='__main__')"
     mountpoint = tmp_path / "mnt"
@@ -162,32 +161,16 @@ def test_mounting_without_the_shim(sources: Path, tmp_path: Path) -> None:
     assert not is_mounted(mountpoint)
 
 
-@pytest.mark.needs("root", "fuse")
-def test_mounting_without_the_hot_path(sources: Path, tmp_path: Path) -> None:
-    """The other part in C can be done without: all works, and a warning says that it is slower."""
-    (shim,) = (ROOT / "zbudfs/fuse").glob(f"_shim.{sysconfig.get_config_var('SOABI')}.so")
-    shutil.copy(shim, sources / "zbudfs/fuse")
-    code = f"import sys; sys.path.insert(0, {str(sources)!r}); import runpy; "
-    code += "runpy.run_module('zbudfs.service.daemon', run_name='__main__')"
-    mountpoint = tmp_path / "mnt"
-    mountpoint.mkdir()
-    settings = Settings(mountpoint=str(mountpoint), size_bytes=MIB, pool_bytes=MIB, backing=None)
-    ready = start(settings, command=[sys.executable, "-I", "-c", code])
-    try:
-        assert [text for text in ready.warnings if "hot path" in text]
-        assert [text for text in status_of(mountpoint)["warnings"] if "hot path" in text]
-        assert "the hot path in C is not there" in (mountpoint / "stats/log").read_text()
-        page = random.Random(1).randbytes(PAGE // 2) * 2
-        swapfile = mountpoint / "swapfile"
-        with swapfile.open("r+b", buffering=0) as file:
-            file.write(page)
-        assert swapfile.read_bytes()[:PAGE] == page
-    finally:
-        zbudfs("umount", mountpoint)
+def test_without_the_hot_path(sources: Path) -> None:
+    """Without the other C module no command starts, and one line says what to do."""
+    run = run_python("import sys; from zbudfs.cli.entry import main; sys.exit(main())", folder=sources)
+    assert run.returncode == 127
+    (said,) = run.stderr.splitlines()
+    assert said.startswith("zbudfs: cannot start: No module named 'zbudfs.core._hot'; install zbudfs again")
 
 
 def test_too_late() -> None:
-    """Once pyfuse3 is there the shim cannot take its place, and says so instead of doing nothing."""
+    """The shim cannot take its place after pyfuse3, and says so instead of doing nothing."""
     run = run_python("import pyfuse3, zbudfs.fuse")
     assert run.returncode == 1
     assert "ShimError: pyfuse3 was imported before zbudfs.fuse" in run.stderr
@@ -205,7 +188,7 @@ def test_too_late() -> None:
     ],
 )
 def test_verify(libraries: tuple[str, ...], accepted: bool) -> None:
-    """One libfuse, in however many pieces, is right; two are refused, and both are named."""
+    """One libfuse is right, in any number of pieces. Two are refused, and both are named."""
     code = "import sys; from zbudfs.fuse import shim; shim.verify(sys.argv[1])"
     run = run_python(code, maps_of(*libraries))
     assert run.returncode == (0 if accepted else 1), run.stderr
@@ -219,13 +202,13 @@ def test_verify(libraries: tuple[str, ...], accepted: bool) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_one_libfuse_and_one_shim(tmp_path: Path) -> None:
-    """The daemon has loaded one libfuse and one shim; pyfuse3 came behind it, or fallocate would not work."""
+    """The daemon has loaded one libfuse and one shim, and pyfuse3 after it, since fallocate works."""
     with mounted(tmp_path / "mnt") as mountpoint:
         maps = Path(f"/proc/{server_of(mountpoint)}/maps").read_text().splitlines()
         paths = {line.split(None, 5)[5] for line in maps if len(line.split(None, 5)) == 6}
         assert len([path for path in paths if "/libfuse3" in path]) == 1
         assert len([path for path in paths if "/zbudfs/fuse/_shim." in path]) == 1
-        assert len([path for path in paths if "/pyfuse3/" in path and path.endswith(".so")]) == 1
+        assert len([path for path in paths if "/pyfuse3" in path and path.endswith(".so")]) == 1
         version = printed("from zbudfs.fuse import shim; print(shim.libfuse_version())")
         assert f"libfuse {version}" in (mountpoint / "stats/log").read_text()
         with opened(mountpoint / "swapfile") as fd:
@@ -234,7 +217,7 @@ def test_one_libfuse_and_one_shim(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_requests_are_not_spliced(tmp_path: Path) -> None:
-    """libfuse has made no pipe for its requests: it would have enlarged it to the size of the largest request."""
+    """libfuse has made no pipe for its requests, which it would have enlarged to the size of the largest request."""
     with mounted(tmp_path / "mnt") as mountpoint:
         with opened(mountpoint / "swapfile") as fd:
             os.pwrite(fd, b"not through a pipe" * MIB, 0)
@@ -250,7 +233,7 @@ def test_requests_are_not_spliced(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_the_bound_on_requests_in_flight(tmp_path: Path) -> None:
-    """The kernel has been told how many requests may be under way, for which memory has been set aside."""
+    """The kernel knows the limit of requests in flight, for which memory is reserved."""
     bound = printed("from zbudfs.fuse import session; print(session.MAX_BACKGROUND)")
     with mounted(tmp_path / "mnt") as mountpoint, fuse_control(tmp_path / "ctl", mountpoint) as connection:
         assert (connection / "max_background").read_text().strip() == bound
@@ -259,7 +242,7 @@ def test_the_bound_on_requests_in_flight(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_bursts(tmp_path: Path) -> None:
-    """Requests that wait together are taken together: far fewer wake-ups than requests, and each answer is right."""
+    """Requests that wait together are received together: there are far fewer wake-ups, and each answer is right."""
     rounds, readers = 20, 8
     found: list[bytes] = []
 
@@ -275,14 +258,14 @@ def test_bursts(tmp_path: Path) -> None:
         before = all_stats(mountpoint)
         pid, keeper = before["worker_pid"], before["keeper_pid"]
         for _ in range(rounds):
-            os.kill(keeper, signal.SIGSTOP)  # it would have a worker that stands still killed
-            os.kill(pid, signal.SIGSTOP)
+            stop(keeper)  # it would kill a worker that stands still
+            stop(pid)
             threads = [threading.Thread(target=read_page, args=(fd, number)) for number in range(readers)]
             try:
                 for thread in threads:
                     thread.start()
                 waiting = connection / "waiting"
-                wait_until(lambda file=waiting: int(file.read_text()) == readers, "the readers")  # type: ignore[misc]
+                wait_until(lambda file=waiting: int(file.read_text()) >= readers, "the readers")  # type: ignore[misc]
             finally:
                 os.kill(pid, signal.SIGCONT)
                 for thread in threads:
@@ -292,7 +275,7 @@ def test_bursts(tmp_path: Path) -> None:
     assert sorted(found) == sorted(bytes([number]) * PAGE for number in range(readers) for _ in range(rounds))
     served, wakeups = (after[name] - before[name] for name in ("served_requests", "wakeups"))
     assert served == rounds * readers
-    # Some wake-ups are for other requests: names, opening, closing, and one or two a round for the first of it.
+    # Some wake-ups are for other requests (names, opens, closes), and one or two a round for the first request.
     assert wakeups < served / 2
     assert sum(after["read_latency_us"]) - sum(before["read_latency_us"]) == served
     assert after["requests_in_work_max"] >= 1 > after["requests_in_work"]
@@ -300,7 +283,7 @@ def test_bursts(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse", "loop")
 def test_reads_first(tmp_path: Path) -> None:
-    """A read that came after large writes is answered before them; they are all answered, and each page is right."""
+    """A read that comes after large writes is answered before them. All are answered, and each page is right."""
     length, writers = MIB // 2, 6
     contents = [random.Random(number).randbytes(length) for number in range(writers)]
     answered: list[str] = []
@@ -318,15 +301,15 @@ def test_reads_first(tmp_path: Path) -> None:
     with (
         mounted(tmp_path / "mnt", writers=2) as mountpoint,
         fuse_control(tmp_path / "ctl", mountpoint) as connection,
-        looped(mountpoint / "swapfile") as device,  # two writes at once on one file are the loop driver's to make
+        looped(mountpoint / "swapfile") as device,  # only the loop driver sends two writes of one file at once
         opened(device, os.O_RDWR | os.O_DIRECT) as disk,
         opened(mountpoint / "swapfile") as fd,
     ):
         os.pwrite(fd, b"r" * PAGE, 0)
         found = all_stats(mountpoint)
         pid, keeper, waiting = found["worker_pid"], found["keeper_pid"], connection / "waiting"
-        os.kill(keeper, signal.SIGSTOP)  # it would have a worker that stands still killed
-        os.kill(pid, signal.SIGSTOP)
+        stop(keeper)  # it would kill a worker that stands still
+        stop(pid)
         threads = [threading.Thread(target=write, args=(disk, number)) for number in range(writers)]
         threads.append(threading.Thread(target=read, args=(fd,)))
         try:
@@ -339,17 +322,18 @@ def test_reads_first(tmp_path: Path) -> None:
                 thread.join(LIMIT_SECONDS)
             os.kill(keeper, signal.SIGCONT)
         assert sorted(answered) == ["read"] + ["write"] * writers
-        assert answered[-1] == "write"  # the read came last of all
+        assert answered[-1] == "write"  # the read came last
         for number, content in enumerate(contents):
             assert os.pread(fd, length, (number + 1) * length) == content
         assert all_stats(mountpoint)["requests_in_work"] == 0
 
 
 @pytest.mark.needs("root", "fuse")
+@pytest.mark.race(17)
 def test_reads_within_a_write(tmp_path: Path) -> None:
-    """17. Reads that come while a large write is compressed are answered before it; what else comes waits, and is answered.
+    """17. Reads that come while a large write is compressed are answered before it. Other requests wait.
 
-    Compressing is made slow here, so that there is a while.
+    The test makes compression slow, so that there is time for them.
     """
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
@@ -401,13 +385,13 @@ def test_reads_within_a_write(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_a_bug_in_a_handler_is_an_error_of_one_request(tmp_path: Path) -> None:
-    """A handler that raises gives EIO, and a line in the log the first time; the next request is answered as ever."""
+    """A handler that raises gives EIO, and a line in the log the first time. The next request is answered as usual."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     code = (
-        "import sys; from zbudfs.service import daemon; from zbudfs.store.page_store import PageStore; "
-        "right = PageStore.read_nowait; "
-        "PageStore.read_nowait = lambda store, at, length: 1 // 0 if at == 4096 * 7 else right(store, at, length); "
+        "import sys; from zbudfs.service import daemon; from zbudfs.store.requests import Requests; "
+        "right = Requests.read_nowait; "
+        "Requests.read_nowait = lambda store, at, length: 1 // 0 if at == 4096 * 7 else right(store, at, length); "
         "sys.exit(daemon.main(sys.argv[1:]))"
     )
     settings = Settings(mountpoint=str(mountpoint), size_bytes=MIB, pool_bytes=MIB, backing=None)
@@ -420,7 +404,7 @@ def test_a_bug_in_a_handler_is_an_error_of_one_request(tmp_path: Path) -> None:
                     os.pread(fd, PAGE, 7 * PAGE)
                 assert os.pread(fd, PAGE, 6 * PAGE) == b"x" * PAGE
         log = (mountpoint / "stats/log").read_text()
-        assert log.count("a request failed on a bug in zbudfs") == 1  # of the two
+        assert log.count("a request failed because of a bug in zbudfs") == 1  # two requests
         assert "ZeroDivisionError" in log
     finally:
         zbudfs("umount", mountpoint)
@@ -428,8 +412,8 @@ def test_a_bug_in_a_handler_is_an_error_of_one_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("root", "fuse")
-def test_it_does_not_wait_awake_for_what_does_not_come(tmp_path: Path) -> None:
-    """Requests that follow one upon the other find the server awake; soon after the last one it sleeps."""
+def test_the_server_sleeps_without_requests(tmp_path: Path) -> None:
+    """Requests in close succession find the server awake. It sleeps soon after the last one."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     with (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The short form of `make soak`, and that it would notice."""
+"""The short form of `make soak`, and a test that it notices errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scripts import soak
 
 @pytest.mark.needs("root", "fuse", "loop", "nbd")
 def test_one_round(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Requests from several processes while the disk fails, the worker is killed and settings change."""
+    """Several processes make requests while the disk fails, the worker is killed and settings change."""
     monkeypatch.setattr(soak, "SEEDS_A_ROUND", 4)
     assert soak.main(["--minutes", "0.01", "--seed", "3"]) == 0
     out, err = capfd.readouterr()
@@ -20,7 +20,7 @@ def test_one_round(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 
 
 def test_growth_is_seen() -> None:
-    """A file or a thread more, or memory beyond what a heap may come to need."""
+    """One more file or thread, or more memory than a heap may need, is found."""
     first = {"worker's memory": 20_000, "keeper's files": 30, "loop devices": 1}
     assert soak.grown(first, first) == []
     assert soak.grown(first, {**first, "worker's memory": 20_000 + soak.GROWTH_KIB}) == []

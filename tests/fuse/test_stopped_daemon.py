@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Other users of a mount whose daemon stands still: the kernel answers each call, so none of them enters swap's queue."""
+"""Other users and a mount whose daemon stands still: the kernel answers each call, so none enters the queue of swap."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import json
 import os
 import select
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from tests.fuse.calls import all_stats
-from tests.support import mounted, wait_until
+from tests.support import mounted, stopped
 
 pytestmark = pytest.mark.needs("root", "fuse")
 
 NOBODY: Final = 65534
 ANSWER_SECONDS: Final = 10.0
-"""Longest time for all calls. Arbitrary: they take milliseconds, and one that enters the queue is never answered."""
+"""Longest time for all calls. They take milliseconds, and a call in the queue never ends."""
 
 
 def as_nobody(function: Callable[[], Any], folder: Path, limit_seconds: float = ANSWER_SECONDS) -> Any:
-    """Call a function in a process of a user without any rights that stands in `folder`; return what it returns."""
+    """Call a function in a process of an unprivileged user that stands in `folder`, and return its result."""
     folder.chmod(0o755)
     reader, writer = os.pipe()
     pid = os.fork()
@@ -49,7 +48,7 @@ def as_nobody(function: Callable[[], Any], folder: Path, limit_seconds: float = 
     with os.fdopen(reader) as stream:
         answered = select.select([stream], [], [], limit_seconds)[0]
         if not answered:
-            os.kill(pid, signal.SIGKILL)  # it ends when the daemon answers, if it waits for that
+            os.kill(pid, signal.SIGKILL)  # a process that waits for the daemon ends with its answer
         assert answered, "the other user's process hangs"
         said = stream.read()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -57,7 +56,7 @@ def as_nobody(function: Callable[[], Any], folder: Path, limit_seconds: float = 
 
 
 def answers(at: Path) -> dict[str, Any]:
-    """Try each call on the mountpoint `at`: what it returns, or its error."""
+    """Try each call on the mountpoint `at`, and return its result or error."""
     libc = ctypes.CDLL(None, use_errno=True)
     handle = os.open(at, os.O_PATH)
 
@@ -106,7 +105,7 @@ def answers(at: Path) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for name, call in calls.items():
-        os.write(2, f"{name}\n".encode())  # the last one is what hung
+        os.write(2, f"{name}\n".encode())  # the last one is the call that hung
         try:
             found[name] = call()
         except OSError as error:
@@ -114,23 +113,8 @@ def answers(at: Path) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def stopped(mountpoint: Path) -> Iterator[None]:
-    """Have all processes of a mount stopped for a while."""
-    wait_until(lambda: all_stats(mountpoint)["standby_ready"] is True, "the standby")
-    numbers = all_stats(mountpoint)
-    pids = [numbers[name] for name in ("keeper_pid", "standby_pid", "worker_pid")]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in reversed(pids):
-            os.kill(pid, signal.SIGCONT)
-
-
 def test_no_call_of_another_user_waits_for_the_daemon(tmp_path: Path) -> None:
-    """While all processes of the mount are stopped each call is answered, by the kernel, with an error or with nothing."""
+    """The kernel answers each call with an error or an empty result, while all processes of the mount are stopped."""
     with mounted(tmp_path / "mnt") as mountpoint:
         with stopped(mountpoint):
             found = as_nobody(lambda: answers(Path("mnt")), tmp_path)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Other users: the kernel refuses them before the daemon hears of it, so nothing of theirs stands in the queue of swap.
+"""The kernel refuses other users before their requests reach the daemon, so none is in the queue of swap.
 
-Each attack runs as an unprivileged user in a process of its own. What it does must not reach the daemon at all: the
-thread that serves does not wake up for it.
+Each attack runs as an unprivileged user in its own process. The serving thread must not wake up for it.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ _FAN_OPEN: Final = 0x20
 
 
 def as_nobody(mountpoint: Path, attack: Callable[[Path], object]) -> int:
-    """Run `attack` as an unprivileged user in a child process, which stands on the mount: how many calls succeeded.
+    """Run `attack` as an unprivileged user in a child process on the mount, and return the number of successful calls.
 
-    An attack returns how many of its calls did what they were for, or raises OSError at the first that failed.
+    An attack returns how many of its calls succeeded, or raises OSError at the first that failed.
     """
     pid = os.fork()
     if not pid:
@@ -69,7 +68,7 @@ def succeeded(call: Callable[[], object], times: int) -> int:
 
 
 def in_threads(call: Callable[[], object], threads_nr: int) -> int:
-    """Return how many of the calls, each in a thread of its own and all at once, raised no OSError."""
+    """Return how many of the calls, all at once in their own threads, raised no OSError."""
     done: list[int] = []
     threads = [threading.Thread(target=lambda: done.append(succeeded(call, 5))) for _ in range(threads_nr)]
     for thread in threads:
@@ -80,13 +79,13 @@ def in_threads(call: Callable[[], object], threads_nr: int) -> int:
 
 
 def map_and_close(path: Path) -> None:
-    """Map a file and close it: the release comes with the unmap."""
+    """Map a file and close it, so that the unmap releases it."""
     with opened(path, os.O_RDONLY) as fd:
         mmap.mmap(fd, PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ)
 
 
 def checked(result: int) -> int:
-    """Return what a function of the C library gave; OSError for -1."""
+    """Return the result of a C function, or raise OSError for -1."""
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -108,7 +107,7 @@ def watched(mountpoint: Path) -> int:
 
 
 def by_relative_paths(mountpoint: Path) -> int:
-    """Use what can be reached from where the process stands."""
+    """Use the paths that can be reached from the current folder of the process."""
     return sum(
         succeeded(call, 5)
         for call in (
@@ -148,7 +147,7 @@ ATTACKS: Final[dict[str, Callable[[Path], object]]] = {
 
 @pytest.fixture
 def mnt() -> Iterator[Path]:
-    """A mount that any user could reach, if the kernel let him in: pytest's own folders are root's."""
+    """Return a mount in a folder that any user may enter, unlike pytest's own folders."""
     with tempfile.TemporaryDirectory(prefix=f"zbudfs-test-{os.getpid()}-", dir="/var/tmp") as folder:
         Path(folder).chmod(0o755)
         with mounted(Path(folder, "mnt")) as mountpoint:
@@ -156,26 +155,26 @@ def mnt() -> Iterator[Path]:
 
 
 def wakeups(pid: int) -> int:
-    """Return how often the thread that serves has waited: each request that comes alone wakes it."""
+    """Return how often the serving thread has waited: each request that comes alone wakes it."""
     text = Path(f"/proc/{pid}/task/{pid}/status").read_text()
     return int(text.split("\nvoluntary_ctxt_switches:")[1].split()[0])
 
 
 def test_no_request_of_others_reaches_the_daemon(mnt: Path) -> None:
-    """Whatever they call, none succeeds, and the daemon does not wake up for it."""
+    """No call of theirs succeeds, and the daemon does not wake up."""
     pid = server_of(mnt)
     failed = []
     for name, attack in ATTACKS.items():
         before, began = wakeups(pid), time.monotonic()
         reached = as_nobody(mnt, attack)
         woken = wakeups(pid) - before
-        if reached or woken > 300 + 50 * (time.monotonic() - began):  # more than it does by itself
+        if reached or woken > 300 + 50 * (time.monotonic() - began):  # more often than by itself
             failed.append((name, reached, woken))
     assert failed == []
 
 
 def test_the_mount_itself_does_what_it_did(mnt: Path) -> None:
-    """Root sees all; a loop device, whose requests are those of a kernel thread, reads and writes."""
+    """Root sees everything, and a loop device, whose requests come from a kernel thread, reads and writes."""
     assert all_stats(mnt)["size_bytes"] == 64 << 20
     with looped(mnt / "swapfile") as device:
         with opened(device) as fd:
@@ -187,7 +186,7 @@ def test_the_mount_itself_does_what_it_did(mnt: Path) -> None:
 
 
 def test_root_with_another_group(mnt: Path) -> None:
-    """The kernel refuses it; the commands that need root take the group 0, and do what they are for."""
+    """The kernel refuses such a process. The commands that need root take the group 0, and work."""
     command = [sys.executable, "-m", "zbudfs", "set", "level=2", str(mnt)]
     run = subprocess.run(
         command, group=NOBODY, extra_groups=(), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
@@ -201,7 +200,7 @@ def test_root_with_another_group(mnt: Path) -> None:
 
 
 def test_a_mount_of_another_user_is_not_ours() -> None:
-    """A FUSE filesystem of the same subtype that a user has mounted is passed over, whatever its source is called."""
+    """A FUSE filesystem of the same subtype that a user has mounted is ignored, whatever the name of its source."""
     lines = (
         b"40 22 0:51 / /mnt/ours rw - fuse.zbudfs any\\040name rw,user_id=0,group_id=0,default_permissions\n"
         b"41 22 0:52 / /home/eve/a rw - fuse.zbudfs zbudfs rw,user_id=1000,group_id=1000,allow_other\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the mount shows to root: names and modes, sizes, and statistics of one moment."""
+"""Root sees names and modes, sizes, and statistics of one moment."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from zbudfs.core.tunables import NAMES
 pytestmark = pytest.mark.needs("root", "fuse")
 
 SIZE: Final = 12 * MIB + 5 * PAGE
-"""Whole pages, and nothing rounder."""
+"""A size in whole pages that is no power of two."""
 NOBODY: Final = 65534
 LISTS: Final = {
     "unbuddied_lists": 64,
     "chunk_histogram": 64,
     **{f"{kind.name.lower()}_latency_us": BUCKETS for kind in Timed},
 }
-"""Several numbers in one file, and how many."""
+"""Files with several numbers, and how many."""
 TEXTS: Final = ("mountpoint", "packing", "page_in_path", "version", "backing_path", "pool_directory")
 LINES: Final = ("warnings", "log")
 _DIRENT: Final = struct.Struct("<QqHB")
@@ -54,13 +54,13 @@ _DIRENT: Final = struct.Struct("<QqHB")
 
 @pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
-    """A small mount without a disk."""
+    """Return a small mount without a disk."""
     with mounted(tmp_path / "mnt", "--size", str(SIZE), "--pool", "8M") as mountpoint:
         yield mountpoint
 
 
 def names_in_steps(folder: Path, step_bytes: int) -> list[tuple[str, int, int]]:
-    """List a directory with a buffer so small that it takes many calls: (name, offset behind it, type) for each."""
+    """List a directory with a buffer so small that it takes many calls. Yield (name, offset behind it, type)."""
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(step_bytes)
     found = []
@@ -77,7 +77,7 @@ def names_in_steps(folder: Path, step_bytes: int) -> list[tuple[str, int, int]]:
 
 
 def test_names_and_modes(mnt: Path) -> None:
-    """The root has a swapfile of mode 0600, stats/ to be read, and control/ to be written; all is root's."""
+    """The root has a swapfile of mode 0600, a readable stats/ and a writable control/. All belong to root."""
     seen = {entry.name: entry for entry in os.scandir(mnt)}
     assert set(seen) == {"swapfile", "stats", "control"}
     assert stat.filemode((mnt / "control").stat().st_mode) == "drwx------"
@@ -95,7 +95,7 @@ def test_names_and_modes(mnt: Path) -> None:
 
 
 def test_sizes(mnt: Path) -> None:
-    """The swapfile is as large as configured and has no holes, by any way of asking, before and after it is used."""
+    """The swapfile has the configured size and no holes, for each way to ask, before and after use."""
     for _ in range(2):
         status = (mnt / "swapfile").stat()
         assert (status.st_size, status.st_blocks * 512, status.st_blksize) == (SIZE, SIZE, PAGE)
@@ -109,7 +109,7 @@ def test_sizes(mnt: Path) -> None:
 
 
 def test_statfs(mnt: Path) -> None:
-    """No blocks and no inodes, as pseudo filesystems say: neither df nor monitoring takes it for a full disk."""
+    """A mount reports no blocks and no inodes, like a pseudo filesystem, so no tool takes it for a full disk."""
     answer = os.statvfs(mnt)
     assert (answer.f_bsize, answer.f_frsize) == (PAGE, PAGE)
     assert (answer.f_blocks, answer.f_bfree, answer.f_bavail) == (0, 0, 0)
@@ -119,9 +119,9 @@ def test_statfs(mnt: Path) -> None:
 
 
 def test_df_leaves_it_out(mnt: Path) -> None:
-    """Blocks or inodes, for root and for another user; `df -a` lists it.
+    """`df` leaves the mount out, for blocks and inodes, for root and for another user. `df -a` lists it.
 
-    In a mount namespace without the other mounts of the kind on this machine, which need not answer.
+    The mount namespace has no other mounts of the kind, since they may not answer.
     """
     script = (
         'findmnt -rno TARGET -t fuse.zbudfs | grep -vxF "$1" | while read -r other; do umount -l "$other"; done;'
@@ -135,7 +135,7 @@ def test_df_leaves_it_out(mnt: Path) -> None:
 
 @pytest.mark.parametrize("step_bytes", [64, 300, 1 << 16])
 def test_directories_are_listed_completely(step_bytes: int, mnt: Path) -> None:
-    """Each name once, in however many steps, with the type and inode number that stat gives."""
+    """Each name is listed once, in any number of steps, with the type and inode number of stat."""
     for folder, wanted in (
         (mnt, {"swapfile", "stats", "control"}),
         (mnt / "stats", {*all_stats(mnt), "all.json", "log"}),
@@ -150,7 +150,7 @@ def test_directories_are_listed_completely(step_bytes: int, mnt: Path) -> None:
 
 
 def test_listing_goes_on_where_it_was_left(mnt: Path) -> None:
-    """A directory's offsets can be sought: from each on come just the names behind it."""
+    """A directory can be read on from each of its offsets, which gives just the names behind it."""
     listed = names_in_steps(mnt / "stats", 1 << 16)
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(1 << 16)
@@ -176,7 +176,7 @@ def test_inode_numbers_are_fixed(tmp_path: Path) -> None:
 
 
 def test_each_file_holds_one_value(mnt: Path) -> None:
-    """A number, yes or no, several numbers, one line of text, or lines; a newline ends it; all.json has just the same."""
+    """Each file has a number, yes or no, a list, a line of text, or lines, and ends with a newline, like all.json."""
     before = all_stats(mnt)
     single = {name: (mnt / "stats" / name).read_text() for name in before}
     after = all_stats(mnt)
@@ -193,7 +193,7 @@ def test_each_file_holds_one_value(mnt: Path) -> None:
             assert isinstance(value, int), name
         elif name == "backing_path":
             value = value or None
-        # A number may have moved on meanwhile: some count what the daemon does by itself.
+        # A number may have changed meanwhile, since some count the daemon's own work.
         moving = isinstance(value, int) and min(before[name], after[name]) <= value <= max(before[name], after[name])
         assert moving or value in (before[name], after[name]), name
         assert type(value) is type(before[name]), name
@@ -202,7 +202,7 @@ def test_each_file_holds_one_value(mnt: Path) -> None:
 
 
 def test_numbers_count_what_was_done(mnt: Path) -> None:
-    """Pages of each form, written, read and discarded, are counted as what they are."""
+    """Pages of each form that are written, read and discarded are counted by their form."""
     same, text, noise = 10, 24, 5
     with opened(mnt / "swapfile") as fd:
         empty = all_stats(mnt)
@@ -228,7 +228,7 @@ def test_numbers_count_what_was_done(mnt: Path) -> None:
 
 
 def test_an_open_file_is_of_one_moment(mnt: Path) -> None:
-    """What was opened stays what it was, read byte by byte and again from the start; opened anew it has moved on."""
+    """The content of an open file does not change, byte by byte or from the start. A new open has newer content."""
     with opened(mnt / "swapfile") as fd, opened(mnt / "stats/stored_pages", os.O_RDONLY) as old:
         os.pwrite(fd, b"x" * 20 * PAGE, 0)
         with opened(mnt / "stats/all.json", os.O_RDONLY) as moment:
@@ -243,7 +243,7 @@ def test_an_open_file_is_of_one_moment(mnt: Path) -> None:
 
 
 def test_a_moment_is_one_while_all_is_moving(tmp_path: Path) -> None:
-    """Numbers that must agree do so in every all.json that is read while pages come, go out and vanish."""
+    """The numbers of each all.json agree with each other, while pages come, go to the disk and vanish."""
     code = (
         "import os, random, sys; sys.path.insert(0, sys.argv[2])\n"
         "from tests.fuse.calls import PUNCH, fallocate\n"
@@ -271,7 +271,7 @@ def test_a_moment_is_one_while_all_is_moving(tmp_path: Path) -> None:
         assert sum(now["chunk_histogram"]) == in_pool
         kept = now["pers_raw_count"] + now["eph_raw_count"]
         stored = now["same_filled_pages"] + now["written_back_pages"] + in_pool + kept
-        # A same-filled page whose word needs a zpage is counted as both.
+        # A same-filled page whose word needs a zpage counts as both.
         assert 0 <= stored - now["stored_pages"] <= now["same_filled_pages"]
         assert now["pool_used_bytes"] <= now["pool_configured_bytes"]
         for name in now:
@@ -280,7 +280,7 @@ def test_a_moment_is_one_while_all_is_moving(tmp_path: Path) -> None:
 
 
 def test_open_swapfiles_are_counted(mnt: Path) -> None:
-    """Each open of the swapfile counts until the last descriptor of it is closed."""
+    """Each open of the swapfile counts until its last descriptor is closed."""
     assert stat_of(mnt, "open_swapfiles") == 0
     with opened(mnt / "swapfile") as fd, opened(mnt / "swapfile", os.O_RDONLY):
         with os.fdopen(os.dup(fd), "rb", buffering=0):
@@ -290,7 +290,7 @@ def test_open_swapfiles_are_counted(mnt: Path) -> None:
 
 
 def test_times_of_what_had_to_wait(mnt: Path) -> None:
-    """A discard and a sync are answered later, a write that patches a page as well: each is in its histogram once."""
+    """A discard, a sync and a write that patches a page are answered later, and each is in its histogram once."""
     with opened(mnt / "swapfile") as fd:
         before = all_stats(mnt)
         os.pwrite(fd, b"part of a page", 100)
@@ -309,7 +309,7 @@ def test_times_of_what_had_to_wait(mnt: Path) -> None:
 
 @pytest.mark.needs("loop")
 def test_a_request_in_work_is_seen(tmp_path: Path) -> None:
-    """A read that waits for a disk which stands still is in work, and its time is the whole of it."""
+    """A read that waits for a frozen disk is in work, and its time is the whole wait."""
     image, folder = tmp_path / "image", tmp_path / "disk"
     with image.open("wb") as file:
         file.truncate(64 * MIB)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Tests of what a user gets: sdist, wheel, make install."""
+"""Tests of the things that a user gets: sdist, wheel, `make install`, and the Debian package."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""sdist, wheel, `make install` and `make uninstall`, without a network: wheels come from what is installed here."""
+"""sdist, wheel, `make install` and `make uninstall`, without a network: wheels are made of installed ones."""
 
 import email
 import importlib.metadata
@@ -21,7 +21,7 @@ from zbudfs import __version__
 
 
 def needed_by(name: str, known: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Return the names of the distributions that an installed one needs here, and of those that they need."""
+    """Return the names of the distributions that an installed one needs here, directly or through others."""
     for text in importlib.metadata.requires(name) or ():
         wanted = Requirement(text)
         if wanted.name not in known and (wanted.marker is None or wanted.marker.evaluate({"extra": ""})):
@@ -30,7 +30,7 @@ def needed_by(name: str, known: frozenset[str] = frozenset()) -> frozenset[str]:
 
 
 def wheel_of(name: str, target: Path) -> None:
-    """Make a wheel of an installed distribution again, from the list of its files."""
+    """Make a wheel of an installed distribution from the list of its files."""
     found = importlib.metadata.distribution(name)
     text = found.read_text("WHEEL")
     assert text is not None
@@ -44,28 +44,29 @@ def wheel_of(name: str, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, the wheel made from it, and wheels of all that it needs."""
+    """Return a folder with the sdist, the wheel made from it, and wheels of all that it and its manual pages need."""
     folder = tmp_path_factory.mktemp("wheelhouse")
     build_both(ROOT, folder)
-    for name in needed_by("zbudfs"):
+    for name in (*needed_by("zbudfs"), "docutils", "shtab"):
         wheel_of(name, folder)
     return folder
 
 
 def test_the_sdist_is_complete(wheelhouse: Path) -> None:
-    """Everything that is needed to build, install, test and read is in it."""
+    """The sdist has everything that one needs to build, install, test and read."""
     (sdist,) = wheelhouse.glob("zbudfs-*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     wanted = {name for name in tracked if not name.startswith(".") and "/." not in name and (ROOT / name).is_file()}
     wanted |= {"Makefile", "setup.py", "zbudfs/fuse/shim.c", "scripts/install.sh", "docs/zbudfs.toml.example"}
+    wanted |= {"docs/man/zbudfs.8", "docs/man/zbudfs.toml.5", "completion/zbudfs.bash", "completion/zbudfs.zsh"}
     assert wanted - names == set()
     assert [name for name in names if name.endswith((".pyc", ".so"))] == []
 
 
 def test_the_wheel_holds_the_program_alone(wheelhouse: Path) -> None:
-    """The package with its compiled shim, and nothing of the project beside it."""
+    """The wheel has the package with its compiled shim, and no other part of the project."""
     (wheel,) = wheelhouse.glob("zbudfs-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"zbudfs", f"zbudfs-{__version__}.dist-info"}
@@ -85,7 +86,7 @@ def make(target: str, **variables: str | Path) -> subprocess.CompletedProcess[st
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Return all that is in a folder, by path: contents of files, targets of links."""
+    """Return the content of a folder by path: contents of files, targets of links."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -103,7 +104,7 @@ def places(prefix: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def installed(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """An installation in a folder that held something already, and what that was; taken away in the end."""
+    """Install into a folder that is not empty. Return it and its earlier content, and remove all at the end."""
     prefix = tmp_path_factory.mktemp("prefix").resolve()
     (prefix / "bin").mkdir()
     (prefix / "bin/other").write_text("not ours")
@@ -116,8 +117,8 @@ def installed(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     assert run.returncode == 0, run.stderr
 
 
-def test_what_is_installed_runs(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    """The command works from any folder and whatever the environment says about Python."""
+def test_the_installed_command_runs(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """The command works from any folder and with any setting of Python in the environment."""
     prefix, _ = installed
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "tests"), "PYTHONHOME": "/nonexistent"}
     run = subprocess.run(
@@ -132,8 +133,8 @@ def test_what_is_installed_runs(installed: tuple[Path, dict[str, str]], tmp_path
 
 
 @pytest.mark.needs("root", "fuse")
-def test_what_is_installed_mounts(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    """A mount by the installed command, which keeps it from being uninstalled until it is gone."""
+def test_the_installed_command_mounts(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """The installed command makes a mount, and `make uninstall` refuses while the mount exists."""
     prefix, _ = installed
     options = ["--size", "4M", "--pool", "1M", "--backing", "none"]
     command = [str(prefix / "bin/zbudfs"), "mount", *options, str(tmp_path)]
@@ -153,7 +154,7 @@ def test_what_is_installed_mounts(installed: tuple[Path, dict[str, str]], tmp_pa
 def test_a_program_that_cannot_start_says_what_to_do(
     broken: str, installed: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
-    """After an upgrade of Python: one line and status 127; with descriptors of a service in the store, status 1."""
+    """The command ends with one line and status 127 after an upgrade of Python, or 1 if the store has descriptors."""
     prefix, _ = installed
     library = prefix / "lib/zbudfs"
     if broken == "another version":
@@ -177,7 +178,7 @@ def test_a_program_that_cannot_start_says_what_to_do(
 
 
 def test_installing_and_uninstalling_leaves_nothing(wheelhouse: Path, tmp_path: Path) -> None:
-    """Twice over itself and away: just what was there before is there again, except a configuration that was edited."""
+    """Two installations and an uninstallation leave exactly the earlier content, and an edited configuration."""
     prefix = tmp_path.resolve() / "prefix"
     (prefix / "bin").mkdir(parents=True)
     (prefix / "bin/other").write_text("not ours")
@@ -185,17 +186,40 @@ def test_installing_and_uninstalling_leaves_nothing(wheelhouse: Path, tmp_path: 
     assert make("install", WHEELHOUSE=wheelhouse, **places(prefix)).returncode == 0
     first = set(tree(tmp_path))
     assert {"prefix/bin/zbudfs", "prefix/etc/zbudfs/swap.toml", "prefix/lib/zbudfs/installed"} <= first
+    share = "prefix/share"
+    assert {
+        f"{share}/man/man8/zbudfs.8",
+        f"{share}/man/man5/zbudfs.toml.5",
+        f"{share}/zsh/site-functions/_zbudfs",
+    } <= first
     assert make("install", WHEELHOUSE=wheelhouse, **places(prefix)).returncode == 0
     assert set(tree(tmp_path)) == first
     assert make("uninstall", **places(prefix)).returncode == 0
     assert tree(tmp_path) == before
     run = make("uninstall", **places(prefix))
     assert run.returncode != 0
-    assert "was not installed with these" in run.stderr
+    assert "set PREFIX, DESTDIR and LIBDIR as at the installation" in run.stderr
+
+
+def test_without_the_tools_for_manual_pages(wheelhouse: Path, tmp_path: Path) -> None:
+    """The installation works without these tools, and a note names the missing parts."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("a release has the pages")
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for wheel in wheelhouse.glob("*.whl"):
+        if not wheel.name.startswith(("docutils", "shtab")):
+            (wheels / wheel.name).symlink_to(wheel)
+    run = make("install", WHEELHOUSE=wheels, **places(tmp_path / "prefix"))
+    assert run.returncode == 0, run.stderr
+    assert "pages: manual pages left out: No module named 'docutils'" in run.stderr
+    assert (tmp_path / "prefix/etc/zbudfs/swap.toml").exists()
+    assert not (tmp_path / "prefix/share/man").exists()
+    assert make("uninstall", **places(tmp_path / "prefix")).returncode == 0
 
 
 def test_below_a_destdir(wheelhouse: Path, tmp_path: Path) -> None:
-    """Nothing outside it is touched, and nothing in it names it: it can be moved to where it belongs."""
+    """`make install DESTDIR=` writes nothing outside, and no file names the folder, so it can be moved to its place."""
     destdir = tmp_path / "destdir"
     run = make("install", WHEELHOUSE=wheelhouse, DESTDIR=destdir, PREFIX="/opt/zbudfs-test")
     assert run.returncode == 0, run.stderr
@@ -216,15 +240,16 @@ def test_below_a_destdir(wheelhouse: Path, tmp_path: Path) -> None:
     assert os.access(destdir / SLEEP_HOOK, os.X_OK)
     (destdir / "etc/zbudfs/swap.toml").write_text("level = 3\n")
     run = make("uninstall", DESTDIR=destdir, PREFIX="/opt/zbudfs-test")
-    assert "kept: " in run.stdout
+    assert "kept " in run.stdout
     assert set(tree(destdir)) == {"etc", "etc/zbudfs", "etc/zbudfs/swap.toml"}
 
 
-def test_what_is_missing_is_told(tmp_path: Path) -> None:
-    """One line, and nothing is done."""
+def test_a_missing_program_is_named(tmp_path: Path) -> None:
+    """One line names the missing program, and nothing is installed."""
     for variables, reason in (
         ({"PREFIX": "usr"}, "'usr' is not an absolute path"),
         ({"PREFIX": str(tmp_path), "WHEELHOUSE": "/none"}, "WHEELHOUSE=/none is not a folder"),
+        ({"PREFIX": str(tmp_path), "EXTRAS": "top,tip"}, "the extra tip is unknown"),
     ):
         run = make("install", **variables)
         assert run.returncode != 0

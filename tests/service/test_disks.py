@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a backing lies on: real mounts of each sort that is refused, and made-up machines for the rest."""
+"""The place of a backing: real mounts of each refused sort, and made-up machines for the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Final
 
 import pytest
 
-from tests.store.disks import ramfs, run_tool, small_ext4, tmpfs
+from kit.programs import run_tool
+from tests.store.disks import looped, ramfs, small_ext4, tmpfs
 from tests.support import mounted, run_zbudfs, zbudfs
 from zbudfs.core.errors import BackingError
 from zbudfs.service import disks
@@ -21,7 +22,7 @@ real: Final = pytest.mark.needs("root", "loop")
 
 
 def refusal(path: Path, *, force: bool = False) -> str:
-    """Return why a place is refused; nothing if it is not."""
+    """Return why a place is refused, or an empty text."""
     try:
         disks.check(str(path), force=force)
     except BackingError as error:
@@ -31,7 +32,7 @@ def refusal(path: Path, *, force: bool = False) -> str:
 
 @contextlib.contextmanager
 def overlay(folder: Path, upper: Path) -> Iterator[Path]:
-    """Have an overlay mounted that is written to below `upper`."""
+    """Mount an overlay whose writes go below `upper`, for the block."""
     lower, where = folder / "lower", folder / "overlay"
     for each in (lower, where, upper / "u", upper / "w"):
         each.mkdir()
@@ -43,22 +44,12 @@ def overlay(folder: Path, upper: Path) -> Iterator[Path]:
         run_tool("umount", where)
 
 
-@contextlib.contextmanager
-def looped(image: Path) -> Iterator[Path]:
-    """Have a loop device on a file."""
-    device = run_tool("losetup", "--find", "--show", image)
-    try:
-        yield Path(device)
-    finally:
-        run_tool("losetup", "--detach", device)
-
-
 # ---- real mounts -------------------------------------------------------------------------------------------------------
 
 
 @real
 def test_memory(tmp_path: Path) -> None:
-    """File systems in memory, overlays on them, and disks whose image lies there: refused, also to one who insists."""
+    """File systems in memory, overlays on them, and disks with their image there are refused, even with `--force-backing`."""
     assert refusal(tmp_path / "b") == ""
     with tmpfs(tmp_path, 64 * MIB) as memory:
         assert "lies on tmpfs, which is memory" in refusal(memory / "b", force=True)
@@ -79,7 +70,7 @@ def test_memory(tmp_path: Path) -> None:
 
 @real
 def test_an_overlay_whose_upper_folder_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container: its files have no extents if they are memory, and have some if they are not."""
+    """In a container the upper folder may be unseen. The overlay's files have extents only if they are on a disk."""
     monkeypatch.setattr(Path, "is_dir", lambda _: False)
     with tmpfs(tmp_path, 64 * MIB) as memory, overlay(tmp_path, memory) as where:
         assert "lies on tmpfs, which is memory" in refusal(where / "b")
@@ -91,7 +82,7 @@ def test_an_overlay_whose_upper_folder_cannot_be_seen(tmp_path: Path, monkeypatc
 
 @pytest.mark.needs("root", "fuse", "loop")
 def test_a_zbudfs(tmp_path: Path) -> None:
-    """Its own swapfile, and a loop device on it: refused by `mount`, also to one who insists, and nothing stays behind."""
+    """`mount` refuses a zbudfs and a loop device on it, even with `--force-backing`, and nothing stays behind."""
     (tmp_path / "two").mkdir()
     with mounted(tmp_path / "one") as one:
         for backing in (one / "swapfile", one / "new"):
@@ -105,7 +96,7 @@ def test_a_zbudfs(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_mount_refuses_memory(tmp_path: Path) -> None:
-    """With one sentence, exit status 1, and no file."""
+    """The refusal is one sentence with exit status 1, and no file is made."""
     with tmpfs(tmp_path, 64 * MIB) as memory:
         (tmp_path / "mnt").mkdir()
         options = ("--size", "8M", "--pool", "1M", "--backing", memory / "b")
@@ -116,8 +107,8 @@ def test_mount_refuses_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("root", "fuse")
-def test_status_tells_what_was_insisted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of another user's is taken by one who insists, by option and by mount option."""
+def test_status_reports_a_forced_backing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of another user is accepted with `--force-backing`, as an option and as a mount option, and status says so."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     os.chown(folder, 65534, 65534)
@@ -130,11 +121,11 @@ def test_status_tells_what_was_insisted_on(tmp_path: Path, monkeypatch: pytest.M
         assert str(folder / "b") in zbudfs("status", tmp_path / "mnt")
 
 
-# ---- mounts that come late -----------------------------------------------------------------------------------------------
+# ---- late mounts ---------------------------------------------------------------------------------------------------------
 
 
 def machine(root: Path, mountinfo: str = "", fstab: str = "") -> str:
-    """Make up a machine, whose / is on ext4 and which has a folder /mnt/ssd."""
+    """Make a machine whose / is on ext4, and which has a folder /mnt/ssd."""
     (root / "proc/self").mkdir(parents=True)
     first = "21 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
     (root / "proc/self/mountinfo").write_text(first + mountinfo)
@@ -165,7 +156,7 @@ FSTAB: Final = "# comment\n\nLABEL=x none swap sw 0 0\n/dev/sda1 / ext4 defaults
     ],
 )
 def test_a_mount_of_fstab(tmp_path: Path, mountinfo: str, fstab: str, path: str, missing: bool) -> None:
-    """A path below a mount point of fstab is refused until that is mounted; others are not."""
+    """A path below a mount point of fstab is refused until the mount is there. Other paths are not."""
     root = machine(tmp_path, mountinfo, fstab)
     assert (disks.missing_mount(path, root) is not None) == missing
     if missing:
@@ -175,7 +166,7 @@ def test_a_mount_of_fstab(tmp_path: Path, mountinfo: str, fstab: str, path: str,
 
 
 def test_a_mount_unit(tmp_path: Path) -> None:
-    """The same for a unit of systemd's; one that is masked is none."""
+    """The same holds for a mount unit of systemd, unless it is masked."""
     root = machine(tmp_path)
     folder = tmp_path / "etc/systemd/system"
     folder.mkdir(parents=True)
@@ -191,7 +182,7 @@ def test_a_mount_unit(tmp_path: Path) -> None:
 
 
 def test_nothing_is_created_below_an_empty_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever error comes first: with the folder there, and where it is only on the disk that is missing."""
+    """No file is made, if the folder exists and if it is only on the missing disk."""
     root = machine(tmp_path, fstab=FSTAB)
     for path in ("/mnt/ssd/z", "/mnt/ssd/swap/z"):
         with pytest.raises(BackingError, match="/mnt/ssd is in /etc/fstab and not mounted"):
@@ -214,8 +205,8 @@ def test_nothing_is_created_below_an_empty_mount_point(tmp_path: Path, monkeypat
         ("7:3 / /srv rw - ext4 /dev/loop3 rw", "lies on nfs", True),
     ],
 )
-def test_what_is_refused(tmp_path: Path, line: str, words: str, insisted: bool) -> None:
-    """Memory and a zbudfs always, what others serve unless the user insists; then it is a warning."""
+def test_refused_file_systems(tmp_path: Path, line: str, words: str, insisted: bool) -> None:
+    """Memory and a zbudfs are always refused, FUSE and networks only without `--force-backing`. With it they give a warning."""
     root = machine(tmp_path, f"22 21 {line}\n23 21 0:51 / /net rw - nfs server:/x rw\n")
     for number, name in (("253:0", "zram0"), ("7:3", "loop3")):
         (tmp_path / "sys/devices" / name).mkdir(parents=True)
@@ -234,7 +225,7 @@ def test_what_is_refused(tmp_path: Path, line: str, words: str, insisted: bool) 
 
 @pytest.mark.parametrize(("version", "warned"), [("2.2.2-1", True), ("2.3.0-rc1", False), ("2.4.1", False), ("", True)])
 def test_zfs(tmp_path: Path, version: str, warned: bool) -> None:
-    """Before 2.3 it takes direct I/O and does not do it."""
+    """ZFS before 2.3 accepts direct I/O without doing it."""
     root = machine(tmp_path, "22 21 0:50 / /srv rw - zfs tank/x rw\n")
     (tmp_path / "sys/module/zfs").mkdir(parents=True)
     (tmp_path / "sys/module/zfs/version").write_text(version)
@@ -242,7 +233,7 @@ def test_zfs(tmp_path: Path, version: str, warned: bool) -> None:
 
 
 def test_a_device_of_a_network(tmp_path: Path) -> None:
-    """It is used, with a warning."""
+    """A disk of a network is used, with a warning."""
     root = machine(tmp_path, "22 21 43:0 / /srv rw - ext4 /dev/nbd0 rw\n")
     (tmp_path / "sys/devices/nbd0").mkdir(parents=True)
     (tmp_path / "sys/dev/block").mkdir(parents=True)
@@ -251,7 +242,7 @@ def test_a_device_of_a_network(tmp_path: Path) -> None:
 
 
 def test_a_mount_that_is_not_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a chroot: the number of the file system tells its type."""
+    """In a chroot the table may lack the mount. The number of the file system then gives its type."""
     monkeypatch.setattr(disks, "mounts", lambda root="/": iter(()))
     if not Path("/dev/shm").is_dir():
         pytest.skip("needs /dev/shm")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A mount whose swapfile nobody has open ends when it is told to, whoever stands in it; and only that mount ends."""
+"""A mount whose swapfile is closed ends on request, whatever process stands in it, and no other mount ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["mount", "service"]  # fixtures
 
 @contextlib.contextmanager
 def standing_in(folder: Path) -> Iterator[int]:
-    """Have a process whose current directory is there."""
+    """Start a process whose current directory is there."""
     with subprocess.Popen(["sleep", "1000"], cwd=folder) as process:
         try:
             yield process.pid
@@ -38,7 +38,7 @@ def standing_in(folder: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def another_namespace(command: str = "true") -> Iterator[int]:
-    """Have a process with a copy of all mounts of its own, in which a command was run."""
+    """Start a process with its own copy of all mounts, in which a command was run."""
     program = ["unshare", "--mount", "--propagation", "private", "sh", "-c", f"{command}; echo ready; exec sleep 1000"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -50,16 +50,16 @@ def another_namespace(command: str = "true") -> Iterator[int]:
 
 
 def wait_gone(served: Served, pids: list[int]) -> None:
-    """Wait until nothing is left of a mount."""
+    """Wait until nothing of a mount is left."""
     wait_until(lambda: not any(map(is_running, pids)), "the end of its processes")
     wait_until(lambda: not served.pool.exists(), "the end of its memory")
 
 
-# ---- somebody stands in it -----------------------------------------------------------------------------------------------
+# ---- a process stands in it ----------------------------------------------------------------------------------------------
 
 
-def test_told_to_end_while_somebody_stands_in_it(mount: Callable[..., Served], tmp_path: Path) -> None:
-    """It ends at once, and leaves neither memory nor a backing file with something in it."""
+def test_an_order_to_end_while_a_process_stands_in_it(mount: Callable[..., Served], tmp_path: Path) -> None:
+    """The mount ends at once, and leaves no memory and no content in the backing file."""
     served = mount("--backing", tmp_path / "backing", "--pool", "1M")
     with opened(served.swapfile) as fd:
         fill(fd, 0, 512)
@@ -73,8 +73,8 @@ def test_told_to_end_while_somebody_stands_in_it(mount: Callable[..., Served], t
 
 
 @pytest.mark.parametrize("keeper", [True, False])
-def test_umount_while_somebody_stands_in_it(keeper: bool, mount: Callable[..., Served]) -> None:
-    """It succeeds, with a keeper and without one, and another mount can be made there."""
+def test_umount_while_a_process_stands_in_it(keeper: bool, mount: Callable[..., Served]) -> None:
+    """The unmount succeeds, with a keeper and without one, and another mount can be made there."""
     served = mount()
     pids = [served.keeper, served.worker, served.standby]
     with standing_in(served.mountpoint):
@@ -86,8 +86,8 @@ def test_umount_while_somebody_stands_in_it(keeper: bool, mount: Callable[..., S
         assert again.stats()["stored_pages"] == 0
 
 
-def test_a_service_ends_while_somebody_stands_in_it(service: tuple[Manager, Served]) -> None:
-    """The main process ends well, nobody is left, and the manager is told to forget the descriptors."""
+def test_a_service_ends_while_a_process_stands_in_it(service: tuple[Manager, Served]) -> None:
+    """The main process ends with status 0, no process is left, and the manager gets the order to remove the descriptors."""
     manager, served = service
     pids = [served.worker, served.standby]
     with standing_in(served.mountpoint):
@@ -102,14 +102,14 @@ def test_a_service_ends_while_somebody_stands_in_it(service: tuple[Manager, Serv
 
 @pytest.mark.parametrize("command", ["zbudfs", "umount"])
 def test_another_namespace_has_it(command: str, mount: Callable[..., Served], tmp_path: Path) -> None:
-    """Unmounted here it ends, although it is mounted there; the backing file can be used again at once."""
+    """A mount that is unmounted here ends, although another namespace has it. Its backing file can be used again at once."""
     served = mount("--backing", tmp_path / "backing")
     pids = [served.keeper, served.worker, served.standby]
     with another_namespace():
         if command == "zbudfs":
             began = time.monotonic()
             zbudfs("umount", served.mountpoint)
-            assert time.monotonic() < began + 20.0  # it gave up after 60
+            assert time.monotonic() < began + 20.0  # earlier it gave up after 60 s
         else:
             subprocess.run(["umount", served.mountpoint], check=True)
             wait_gone(served, pids)
@@ -121,7 +121,7 @@ def test_another_namespace_has_it(command: str, mount: Callable[..., Served], tm
 
 
 def test_the_swapfile_is_open_in_another_namespace(mount: Callable[..., Served]) -> None:
-    """Then it is served on, and ends when the swapfile is closed."""
+    """The mount is served until the swapfile is closed, and then ends."""
     served = mount()
     pids = [served.keeper, served.worker, served.standby]
     with another_namespace(f"exec 7<>{served.swapfile}"):
@@ -137,8 +137,8 @@ def test_the_swapfile_is_open_in_another_namespace(mount: Callable[..., Served])
 # ---- other mounts are left alone -----------------------------------------------------------------------------------------
 
 
-def test_what_is_mounted_over_it_stays(mount: Callable[..., Served]) -> None:
-    """Told to end it refuses, and says why; when it is not covered any more it ends, as it goes on to listen."""
+def test_a_mount_over_it_stays(mount: Callable[..., Served]) -> None:
+    """An order to end is refused with the reason. When the cover is gone, the mount ends, so it still listens."""
     served = mount()
     pids = [served.keeper, served.worker, served.standby]
     subprocess.run(["mount", "-t", "tmpfs", "none", served.mountpoint], check=True)
@@ -157,7 +157,7 @@ def test_what_is_mounted_over_it_stays(mount: Callable[..., Served]) -> None:
 
 
 def test_the_next_mount_there_stays(mount: Callable[..., Served]) -> None:
-    """A mount that was taken away lazily, and ends or is told to, does not touch the one that was made at its place."""
+    """A lazily unmounted mount that ends does not touch the newer one at its place."""
     first = mount()
     pids = [first.keeper, first.worker, first.standby]
     with opened(first.swapfile):
@@ -177,8 +177,8 @@ def test_the_next_mount_there_stays(mount: Callable[..., Served]) -> None:
 
 
 def test_one_that_gives_up_takes_no_other_away() -> None:
-    """Where no worker comes up any more the mount goes away, lazily, and not the one that was made at its place."""
-    with faults.served("keeper.MAX_FAILURES = 2") as served:
+    """If no worker starts any more, the mount goes away lazily, and the newer one at its place stays."""
+    with faults.served("from zbudfs.service import backoff; backoff.MAX_FAILURES = 2") as served:
         fd = os.open(served.mountpoint / "swapfile", os.O_RDWR)
         keeper = served.pids["keeper"]
         unmount(str(served.mountpoint), lazy=True)
@@ -196,7 +196,7 @@ def test_one_that_gives_up_takes_no_other_away() -> None:
 
 
 def test_places_of_a_mount() -> None:
-    """By its device, newest first; a mount that another one covers is told from one that is not."""
+    """Mounts are found by device, newest first, and a covered one is known as such."""
     table = rb"""1 0 8:1 / / rw - ext4 /dev/sda1 rw
 2 1 0:50 / /mnt/my\040swap rw - fuse.zbudfs zbudfs rw
 3 1 0:51 / /mnt/other rw - fuse.zbudfs zbudfs rw
@@ -209,7 +209,7 @@ def test_places_of_a_mount() -> None:
 
 
 def test_an_open_swapfile_is_no_process_that_stands_there(mount: Callable[..., Served]) -> None:
-    """`umount` refuses, and the file goes on."""
+    """`umount` refuses because of the open file, which continues to work."""
     served = mount()
     with opened(served.swapfile) as fd, standing_in(served.mountpoint):
         fill(fd, 0, 16)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A model of the hand-over, explored completely: in no state do two processes serve, and no dead process writes into a block.
+"""A model of the hand-over, explored completely: never do two processes serve or does a dead one write into a block.
 
-The model has the keeper, the service manager, all workers and standbys, the lock of the roster, and one disk write of each
-worker. Each rule is named by the function that it stands for. A kill may come between any two rules.
+The model has the keeper, the service manager, all workers and standbys, the lock of the roster, and one disk write of
+each worker. Each rule has the name of the function that it stands for. A kill may come between any two rules.
 
-A process is a pair: what it does, and whether a write of it is under way. A worker that is killed during a write is `ENDING`
-until the disk has answered: the kernel keeps the thread, and with it the process and its lock.
+A process is a pair: its work, and whether it has a write under way. A worker that is killed during a write is `ENDING`
+until the disk answers: the kernel keeps the thread, and so the process and its lock.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from typing import Final
 import pytest
 
 from zbudfs.service import daemon
+from zbudfs.service.first_worker import FirstWorker
 from zbudfs.service.handing_over import HandingOver
-from zbudfs.service.keeper import Keeper
+from zbudfs.service.restart import Restart
 from zbudfs.service.roster import Roster
+from zbudfs.service.standby_monitor import StandbyMonitor
 from zbudfs.service.worker import Worker
+from zbudfs.service.worker_monitor import WorkerMonitor
 
 STANDBY: Final = "standby"
 FIRST: Final = "first"
-"""Of a new keeper: it gets ready while another worker may serve, and dies with its keeper."""
+"""The first worker of a new keeper. It gets ready while another worker may serve, and dies with its keeper."""
 WAITING: Final = "waiting"
-"""Ordered to take over; it may not have the lock yet."""
+"""A worker with the order to take over, which may not have the lock yet."""
 SERVING: Final = "serving"
 ENDING: Final = "ending"
 
@@ -40,7 +43,7 @@ Process = tuple[str, bool]
 
 @dataclass(frozen=True)
 class State:
-    """Of the whole mount. `processes` is sorted: which of two like ones it is does not matter."""
+    """The state of the whole mount. `processes` is sorted, since the order of equal ones has no effect."""
 
     keeper: bool = True
     successor: bool = False
@@ -49,11 +52,11 @@ class State:
     faults: int = 0
 
     def count(self, *kinds: str) -> int:
-        """How many processes do one of these things."""
+        """Return the number of processes that do one of these things."""
         return sum(kind in kinds for kind, _ in self.processes)
 
     def having(self, old: Process | None, new: Process | None) -> State:
-        """Return the state with one process changed, added or gone."""
+        """Return the state with one process changed, added or removed."""
         processes = list(self.processes)
         if old is not None:
             processes.remove(old)
@@ -72,7 +75,7 @@ class State:
 
 @dataclass(frozen=True)
 class Variant:
-    """How the code decides; the defaults are the code as it is."""
+    """The decisions of the code. The defaults are those of the present code."""
 
     is_free: Callable[[State], bool] = lambda state: not state.count(SERVING, ENDING)
     """Whether a waiting worker may serve: the kernel's answer to `Roster.serve`."""
@@ -90,7 +93,7 @@ def serve(state: State, variant: Variant) -> Iterator[State]:
 
 
 def write(state: State, variant: Variant) -> Iterator[State]:
-    """The worker begins a write; the disk answers, at any time later."""
+    """The worker begins a write, and the disk answers at any later time."""
     if (SERVING, False) in state.processes:
         yield state.having((SERVING, False), (SERVING, True))
     if (SERVING, True) in state.processes:
@@ -100,33 +103,33 @@ def write(state: State, variant: Variant) -> Iterator[State]:
 
 
 def fork_standby(state: State, variant: Variant) -> Iterator[State]:
-    """The keeper has a standby while a worker serves."""
+    """The keeper forks a standby while a worker serves."""
     if state.keeper and state.count(SERVING) and not state.count(STANDBY) and not state.successor:
         yield state.having(None, (STANDBY, False))
 
 
 def take_over(state: State, variant: Variant) -> Iterator[State]:
-    """The worker of the keeper is gone, with all threads: the keeper orders the standby, or forks a worker."""
+    """The worker is gone with all its threads, and the keeper orders the standby or forks a worker."""
     if state.keeper and not state.successor and not state.count(SERVING, WAITING, ENDING, FIRST):
         old = (STANDBY, False) if state.count(STANDBY) else None
         yield state.having(old, (WAITING, False))
 
 
 def outlive_keeper(state: State, variant: Variant) -> Iterator[State]:
-    """The standby sees that its worker is gone and orders itself, without a keeper or with one that is stopped."""
+    """The standby sees that its worker is gone and the keeper is gone or stopped, and orders itself."""
     if state.count(STANDBY) and not state.count(SERVING, ENDING):
         yield state.having((STANDBY, False), (WAITING, False))
 
 
 def resume(state: State, variant: Variant) -> Iterator[State]:
-    """The manager starts a keeper. Its first worker gets ready, or serves at once if nobody is seen."""
+    """The manager starts a keeper. Its first worker gets ready, or serves at once if no process is seen."""
     if not state.keeper and not state.successor:
         ready = variant.is_seen and state.count(STANDBY, WAITING, SERVING)
         yield replace(state.having(None, (FIRST if ready else WAITING, False)), keeper=True)
 
 
 def end_others(state: State, variant: Variant) -> Iterator[State]:
-    """A new keeper kills all that are there and orders its first worker."""
+    """A new keeper kills all other processes and orders its first worker."""
     if state.keeper and state.count(FIRST) and not state.successor:
         yield state.killed(STANDBY, WAITING, SERVING).having((FIRST, False), (WAITING, False))
 
@@ -138,14 +141,14 @@ def start_restart(state: State, variant: Variant) -> Iterator[State]:
 
 
 def hand_over(state: State, variant: Variant) -> Iterator[State]:
-    """The old keeper kills standby and worker, and goes; the new one orders its worker when it hears the order or the end."""
+    """The old keeper kills standby and worker, and ends. The new one orders its worker after that."""
     if state.successor and state.count(FIRST):
         ended = state.killed(STANDBY, WAITING, SERVING).having((FIRST, False), (WAITING, False))
         yield replace(ended, successor=False, keeper=True)
 
 
 def abandon(state: State, variant: Variant) -> Iterator[State]:
-    """A restart is given up: the worker or the new keeper is not well, or the old keeper has gone before its word."""
+    """A restart is given up: the worker or the new keeper is not well, or the old keeper has ended too early."""
     if state.successor and not (state.keeper and state.count(FIRST) and state.count(SERVING)):
         yield replace(state.killed(FIRST), successor=False)
 
@@ -153,20 +156,20 @@ def abandon(state: State, variant: Variant) -> Iterator[State]:
 RULES: Final[dict[Rule, tuple[object, ...]]] = {
     serve: (Roster.serve, Worker._become_server),
     write: (),
-    fork_standby: (Keeper._look_after_standby,),
-    take_over: (Keeper._take_over,),
+    fork_standby: (StandbyMonitor.look_after,),
+    take_over: (WorkerMonitor.take_over,),
     outlive_keeper: (Worker._outlive_keeper,),
-    resume: (daemon._resume, Keeper.start, Keeper.start_at_once),
-    end_others: (Keeper.end_others, Keeper.order_first),
-    start_restart: (Keeper._start_handing_over,),
+    resume: (daemon._resume, FirstWorker.start, FirstWorker.start_at_once),
+    end_others: (FirstWorker.end_others, FirstWorker.order),
+    start_restart: (Restart._begin,),
     hand_over: (HandingOver.end, HandingOver.advance),
-    abandon: (HandingOver._fail, Keeper._abandon_handing_over),
+    abandon: (HandingOver._fail, Restart.abandon),
 }
-"""Each rule and what it stands for; the disk's part is nobody's function."""
+"""Each rule and its function. The disk's rule has no function."""
 
 
 def faults(state: State) -> Iterator[State]:
-    """Yield what is left when one process is killed, or keeper and all others at once."""
+    """Yield each state after a kill of one process, or of keeper and all others at once."""
     if state.faults == MOST_FAULTS:
         return
     hurt = replace(state, faults=state.faults + 1)
@@ -176,7 +179,7 @@ def faults(state: State) -> Iterator[State]:
     if state.keeper:
         alone = replace(hurt, keeper=False)
         if not state.successor:
-            alone = alone.killed(FIRST)  # PR_SET_PDEATHSIG; the successor's lives with the successor
+            alone = alone.killed(FIRST)  # PR_SET_PDEATHSIG; the worker of the successor lives with the successor
         yield alone
         yield replace(hurt, keeper=False, successor=False).killed(STANDBY, FIRST, WAITING, SERVING)
     if state.successor:
@@ -192,7 +195,7 @@ def steps(state: State, variant: Variant, left_out: Rule | None = None) -> Itera
 
 
 def explore(variant: Variant) -> dict[State, list[State]]:
-    """Return every state that can be reached, and what follows each without a fault."""
+    """Return each reachable state with the states that follow without a fault."""
     start = State()
     found: dict[State, list[State]] = {}
     todo = deque([start])
@@ -212,12 +215,12 @@ def two_servers(found: dict[State, list[State]]) -> list[State]:
 
 
 def dead_writes(found: dict[State, list[State]]) -> list[State]:
-    """Return the states in which a process serves while the write of a dead one may land in a block that it gives away."""
+    """Return the states with a server in which a dead worker's write may land in a block that is given away."""
     return [state for state in found if state.count(SERVING) and state.count(ENDING)]
 
 
 def without_a_server(found: dict[State, list[State]]) -> list[State]:
-    """Return the states from which no state with a server can be reached unless another fault comes."""
+    """Return the states from which no state with a server can be reached without another fault."""
     before: dict[State, list[State]] = {state: [] for state in found}
     for state, following in found.items():
         for each in following:
@@ -233,7 +236,7 @@ def without_a_server(found: dict[State, list[State]]) -> list[State]:
 
 
 def test_one_serves_and_nothing_is_lost() -> None:
-    """In all states; and from each of them a server comes, since a manager starts a keeper."""
+    """No reachable state has two servers or a dead write, and from each a server comes, since a manager starts a keeper."""
     found = explore(Variant())
     assert len(found) > 200, "the model has lost most of its states"
     assert any(state.count(ENDING) for state in found), "no write is under way at a death"
@@ -252,7 +255,7 @@ def test_one_serves_and_nothing_is_lost() -> None:
     ids=["no lock, and a keeper that cannot look", "no lock, and a write under way", "a zombie counts as gone"],
 )
 def test_the_model_finds_faults(variant: Variant, fault: Callable[[dict[State, list[State]]], list[State]]) -> None:
-    """Without the lock, or with one that a zombie does not hold, it finds what has been seen on real mounts."""
+    """Without the lock, or with one that a zombie does not hold, the model finds the faults that real mounts had."""
     assert fault(explore(variant))
 
 
@@ -262,8 +265,8 @@ def test_a_keeper_that_cannot_look_does_no_harm() -> None:
     assert two_servers(found) == dead_writes(found) == []
 
 
-def test_without_a_manager_somebody_serves_as_long_as_somebody_is_left() -> None:
-    """With a keeper or a standby left, a server comes also where nobody starts a keeper."""
+def test_a_server_without_a_manager() -> None:
+    """If a keeper or a standby is left, a server comes also without a manager."""
     found = explore(Variant())
     alone = {state: list(steps(state, Variant(), resume)) for state in found}
     stuck = [state for state in without_a_server(alone) if state.keeper or state.count(STANDBY, WAITING)]
@@ -271,7 +274,7 @@ def test_without_a_manager_somebody_serves_as_long_as_somebody_is_left() -> None
 
 
 def test_the_worker_does_what_the_model_says() -> None:
-    """It takes the lock before it reads a table or a request; every rule but the disk's has its function."""
+    """The worker takes the lock before it reads a table or a request, and each rule but the disk's has its function."""
     source = inspect.getsource(Worker._take_over)
     order = [source.index(word) for word in ("_become_server()", "write_owners", "recover()", "resume(", "resend(")]
     assert order == sorted(order)

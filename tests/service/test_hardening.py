@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hardening: the choice of what to make present, and the real thing in a process of its own."""
+"""Hardening: the choice of memory to make present, and the real thing in its own process."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zbudfs.core.maps import Mapping, parse_maps
-from zbudfs.service.hardening import protect_from_oom_killer, ranges_to_fill
+from zbudfs.service.hardening import MAIN_STACK_BYTES, protect_from_oom_killer, ranges_to_fill
 
 MAPS = b"""\
 00400000-00401000 r-xp 00001000 fd:00 100   /usr/bin/python3.11
@@ -30,7 +30,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0     [vsyscall]
 
 
 def test_the_right_mappings_are_made_present() -> None:
-    """Private memory for writing, text for reading; not shared, forbidden, special, or a device's."""
+    """Private memory is made present for writing, and text for reading. Shared, forbidden and special memory is left out."""
     ranges = list(ranges_to_fill(parse_maps(MAPS.split(b"\n")), ()))
     assert ranges == [
         (0x400000, 0x401000, False),
@@ -42,8 +42,8 @@ def test_the_right_mappings_are_made_present() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=5))
-def test_what_is_skipped_is_left_out(skip: list[tuple[int, int]]) -> None:
-    """What is left is the mapping less every skipped range, in order and without overlap."""
+def test_skipped_ranges_are_left_out(skip: list[tuple[int, int]]) -> None:
+    """The result is the mapping without the skipped ranges, in order and without overlap."""
     mapping = Mapping(10, 50, "rw-p", "")
     ranges = list(ranges_to_fill([mapping], tuple(skip)))
     left = [address for start, end, _ in ranges for address in range(start, end)]
@@ -52,14 +52,14 @@ def test_what_is_skipped_is_left_out(skip: list[tuple[int, int]]) -> None:
 
 
 def test_the_lowest_oom_score_that_is_allowed(tmp_path: Path) -> None:
-    """Where anything may be written, -1000 is written and there is nothing to tell."""
+    """If each value may be written, -1000 is written and there is no message."""
     (tmp_path / "proc/self").mkdir(parents=True)
     knob = tmp_path / "proc/self/oom_score_adj"
     knob.write_text("0")
     assert protect_from_oom_killer(str(tmp_path)) is None
     assert knob.read_text() == "-1000"
     knob.unlink()
-    assert "could not be told" in str(protect_from_oom_killer(str(tmp_path)))
+    assert "OOM score could not be set" in str(protect_from_oom_killer(str(tmp_path)))
 
 
 HARDENED = """
@@ -109,7 +109,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def hardened() -> dict[str, Any]:
-    """What a process says that went through all of it."""
+    """Return the output of a process that went through all steps."""
     run = subprocess.run([sys.executable, "-c", HARDENED], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
@@ -121,7 +121,7 @@ def hardened() -> dict[str, Any]:
 def test_a_process_goes_through_all_of_it(hardened: dict[str, Any]) -> None:
     """The process has its name and a stack, and each refusal is one sentence with a reason."""
     assert hardened["comm"] == "zbudfs"
-    assert hardened["stack_kib"] >= 512
+    assert hardened["stack_kib"] >= MAIN_STACK_BYTES >> 10
     for refusal in hardened["refused"]:
         assert refusal[0].islower() or refusal.startswith("IO")
         assert "\n" not in refusal
@@ -129,7 +129,7 @@ def test_a_process_goes_through_all_of_it(hardened: dict[str, Any]) -> None:
 
 @pytest.mark.needs("root")
 def test_all_memory_is_present_but_the_pool(hardened: dict[str, Any]) -> None:
-    """After locking only the skipped range may still fault; it is locked as far as it will come to be."""
+    """Only the skipped range may still fault after locking. It is locked as it becomes present."""
     if any("locked" in refusal for refusal in hardened["refused"]):
         pytest.skip("this machine does not allow locking")
     assert hardened["missing_kib"] <= 32 << 10
@@ -138,12 +138,12 @@ def test_all_memory_is_present_but_the_pool(hardened: dict[str, Any]) -> None:
 
 @pytest.mark.needs("root")
 def test_malloc_takes_from_the_heap_that_was_set_aside(hardened: dict[str, Any]) -> None:
-    """A large block comes from the heap: the process does not grow."""
+    """A large block comes from the heap, so the process does not grow."""
     assert hardened["grown_kib"] == 0
 
 
 @pytest.mark.needs("root")
 def test_threads_inherit_the_scheduling(hardened: dict[str, Any]) -> None:
-    """Main thread and later threads are scheduled alike."""
+    """The main thread and later threads have the same scheduling."""
     first, later = hardened["scheduler"]
     assert first == later

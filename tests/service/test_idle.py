@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A mount on which nothing happens sleeps, whatever the size of its pool, and its standby is ready all the same."""
+"""An idle mount sleeps, with any size of pool, and its standby is ready."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from zbudfs.store.memory import Follower, StoreMemory
 
 __all__ = ["mount"]  # the fixture
 
-SECONDS = 6.0
+SECONDS = 3.0
 MOST_A_SECOND = 10.0
-"""Wake-ups of all processes: there are 4, and 21 when each task had a clock of its own."""
+"""Wake-ups of all processes: there are 4, and there were 21 when each task had its own clock."""
 
 
 def mapped_bytes(pid: int, name: str) -> int:
-    """Return how much of an arena a process has in its page tables."""
+    """Return how much of an arena is in the page tables of a process."""
     lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.endswith(f"/{name}"))
     return 1024 * next(int(line.split()[1]) for line in lines[start:] if line.startswith("Rss:"))
@@ -33,12 +33,12 @@ def mapped_bytes(pid: int, name: str) -> int:
 
 @pytest.mark.needs("root", "fuse")
 def test_an_idle_mount_wakes_seldom(mount: Callable[..., Served], tmp_path: Path) -> None:
-    """Keeper, worker and standby, with a backing file as well."""
+    """Keeper, worker and standby wake seldom, also with a backing file."""
     served = mount("--backing", tmp_path / "backing")
     with opened(served.swapfile) as fd:
         fill(fd, 0, 256)
     pids = (served.keeper, served.worker, served.standby)
-    time.sleep(4.0)  # what comes after the last write
+    time.sleep(2.0)  # the work after the last write
 
     def wake_ups() -> int:
         return sum(count for pid in pids for _, count in costs_of(pid).values())
@@ -50,7 +50,7 @@ def test_an_idle_mount_wakes_seldom(mount: Callable[..., Served], tmp_path: Path
 
 @pytest.mark.needs("root", "fuse")
 def test_the_standby_follows(mount: Callable[..., Served]) -> None:
-    """What the worker gets memory for is mapped by the standby soon afterwards, before it is needed."""
+    """The standby maps the memory that the worker gets soon afterwards, before it is needed."""
     served = mount("--size", "128M", "--pool", "64M")
     standby = served.standby
     noise = os.urandom(MIB)
@@ -63,28 +63,28 @@ def test_the_standby_follows(mount: Callable[..., Served]) -> None:
 
 
 class Recorder(StoreMemory):
-    """Store memory that records what is mapped."""
+    """Store memory that records the mapped parts."""
 
     whole = 0
     parts: list[tuple[int, int]]
 
     def mapped(self) -> tuple[int, list[tuple[int, int]]]:
-        """Return how often all of it was, and which frames were by themselves."""
+        """Return how often all of it was mapped, and which frames were mapped alone."""
         return self.whole, list(self.parts)
 
     def map_populated(self) -> None:
-        """Count it."""
+        """Count the call."""
         self.whole += 1
         super().map_populated()
 
     def map_frames(self, first: int, count: int) -> None:
-        """Keep which."""
+        """Record the frames."""
         self.parts.append((first, count))
         super().map_frames(first, count)
 
 
 def test_only_what_is_new_is_mapped() -> None:
-    """All of it once, then the frames that have got memory for the first time, and nothing while there are none."""
+    """All of it is mapped once, then the frames that got memory for the first time, and nothing if there are none."""
     memory = Recorder(MIB, 1024, backed=False)
     memory.parts = []
     memory.populate()
@@ -105,7 +105,7 @@ def test_only_what_is_new_is_mapped() -> None:
 
 
 def test_parts_of_an_arena_that_have_memory() -> None:
-    """Those that begin in the bytes that are asked for, cut at their end."""
+    """The ranges are those that begin in the requested bytes, cut at their end."""
     memory = StoreMemory(MIB, 1024, backed=False)
     frames = memory.frames
     frames.populate(10 * PAGE_SIZE, 10 * PAGE_SIZE)

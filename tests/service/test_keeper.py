@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The keeper on real mounts: whoever dies, and whenever, what was written is there, and nobody waits for ever.
+"""The keeper on real mounts: whichever process dies, and when, the written pages are there and no read waits for ever.
 
-Processes are killed by the numbers that the mount itself tells, and those are compared with /proc. What the processes tell
-each other is read from the board in the pool directory: it answers also while nobody serves the mount.
+The tests kill processes by the numbers of the mount, and compare them with /proc. The board in the pool directory has
+the messages of the processes: it can be read while no process serves the mount.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any, Final
 
 import pytest
 
-from scripts.cell import Cell
-from scripts.storm import make_page
+from kit.cell import Cell
+from kit.storm import make_page
 from tests.fuse.calls import PUNCH, fallocate
 from tests.store.disks import small_ext4
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, run_zbudfs, status_of, wait_until, zbudfs
 from zbudfs.cli.ask import once_more_if_stale
-from zbudfs.service.keeper import HANG_SECONDS as SILENT_SECONDS
+from zbudfs.service.child import HANG_SECONDS as SILENT_SECONDS
 from zbudfs.service.mountpoint import MountError, unmount
 from zbudfs.service.pooldir import path_of, pool_directories, remove_dead
 from zbudfs.service.settings import Settings
@@ -45,11 +45,11 @@ pytestmark = pytest.mark.needs("root", "fuse")
 PAGE: Final = 4096
 MIB: Final = 1 << 20
 HANG_SECONDS: Final = 1.5 * LIMIT_SECONDS
-"""How long a mount may be there: more than any test needs."""
+"""Longest life of a mount. No test needs as much."""
 FIFREEZE: Final = 0xC0045877
 FITHAW: Final = 0xC0045878
 DEFAULT: Final = "default"
-"""Name of a mountpoint whose backing file is where it is by default."""
+"""Name of a mountpoint with the default backing file."""
 
 
 class Served:
@@ -61,7 +61,7 @@ class Served:
         self.swapfile = mountpoint / "swapfile"
 
     def field(self, field: Field) -> int:
-        """Return a number of the board; 0 when there is no board any more."""
+        """Return a number of the board, or 0 if there is no board any more."""
         try:
             with (self.pool / "board").open("rb") as board:
                 found: int = struct.unpack_from("=Q", os.pread(board.fileno(), 8, 8 * field))[0]
@@ -71,21 +71,21 @@ class Served:
 
     @property
     def keeper(self) -> int:
-        """The keeper's process id."""
+        """Return the keeper's process id."""
         return self.field(Field.KEEPER_PID)
 
     @property
     def worker(self) -> int:
-        """The worker's process id."""
+        """Return the worker's process id."""
         return self.field(Field.WORKER_PID)
 
     @property
     def standby(self) -> int:
-        """The standby's process id, 0 while there is none."""
+        """Return the standby's process id, 0 without one."""
         return self.field(Field.STANDBY_PID)
 
     def stats(self) -> dict[str, Any]:
-        """Return what the mount says, also when a worker dies while it does."""
+        """Return the statistics, even if a worker dies meanwhile."""
         end = time.monotonic() + LIMIT_SECONDS
         while True:
             try:
@@ -108,7 +108,7 @@ class Served:
         wait_until(ready, "a standby")
 
     def kill(self, *pids: int, number: int = signal.SIGKILL) -> None:
-        """Send a signal, to all of them at once, and wait until they have ended."""
+        """Send a signal to all of them at once, and wait until they have ended."""
         ends = [os.pidfd_open(pid) for pid in pids]  # readable when a process is gone with all its threads
         for pid in pids:
             os.kill(pid, number)
@@ -127,7 +127,7 @@ class Served:
         wait_until(taken_over, f"takeover {recoveries}")
 
     def kill_all(self) -> None:
-        """Kill whatever lives of it: who waits for an answer gets an error."""
+        """Kill all processes of the mount. Programs that wait for an answer get an error."""
         for field in (Field.KEEPER_PID, Field.WORKER_PID, Field.STANDBY_PID):
             pid = self.field(field)
             with contextlib.suppress(OSError):
@@ -135,13 +135,13 @@ class Served:
                     self.kill(pid)
 
     def end(self) -> None:
-        """Take away whatever is left, however it is."""
+        """Remove the rest of the mount, in any state."""
         if any(loop.backing_file == str(self.swapfile) for loop in loop_devices()):
             run_zbudfs("swapoff", "--force", "--umount", self.mountpoint)
         self.kill_all()
         with contextlib.suppress(MountError):
             unmount(str(self.mountpoint), lazy=True)
-        mountpoint = str(self.mountpoint)  # whoever was killed may still be on the way
+        mountpoint = str(self.mountpoint)  # a killed process may not have ended yet
 
         def is_gone() -> bool:
             remove_dead(mountpoint)
@@ -152,7 +152,7 @@ class Served:
 
 @contextlib.contextmanager
 def watched(served: Served) -> Iterator[Served]:
-    """Have a mount that hangs killed after a while: a test that waits for it in the kernel could not be stopped."""
+    """Kill the mount after a while if it hangs, since a test that waits for it in the kernel could not be stopped."""
     watch = threading.Timer(HANG_SECONDS, served.kill_all)
     watch.start()
     try:
@@ -165,7 +165,7 @@ def watched(served: Served) -> Iterator[Served]:
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """Mount a zbudfs, and wait for its standby; whatever becomes of it, nothing is left."""
+    """Mount a zbudfs, and wait for its standby. Afterwards nothing is left."""
     stack = contextlib.ExitStack()
 
     def mount(*options: str | Path, name: str = "mnt", command: str = "mount") -> Served:
@@ -183,12 +183,12 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    """Have a file open for a while."""
+    """Open a file for the block."""
     fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         yield fd
     finally:
-        with contextlib.suppress(OSError):  # nobody may be there to be told
+        with contextlib.suppress(OSError):  # there may be no server to answer the close
             os.close(fd)
 
 
@@ -214,7 +214,7 @@ def parent_of(pid: int) -> int:
 
 
 def test_three_processes(mount: Callable[..., Served]) -> None:
-    """stats/ and status tell who they are, and /proc says the same."""
+    """stats/ and status name the three processes, and agree with /proc."""
     served = mount()
     found = served.stats()
     keeper, worker, standby = found["keeper_pid"], found["worker_pid"], found["standby_pid"]
@@ -237,7 +237,7 @@ def test_three_processes(mount: Callable[..., Served]) -> None:
 
 @pytest.mark.parametrize("backing", ["none", "backing"])
 def test_a_killed_worker_is_replaced(backing: str, mount: Callable[..., Served], tmp_path: Path) -> None:
-    """The standby goes on with all that was stored, in RAM and on disk, and the next standby becomes ready."""
+    """The standby serves all stored pages, in RAM and on disk, and the next standby becomes ready."""
     options = ["--pool", "2M", "--backing", tmp_path / backing] if backing != "none" else []
     served = mount(*options)
     before = served.stats()
@@ -265,7 +265,7 @@ def test_a_killed_worker_is_replaced(backing: str, mount: Callable[..., Served],
 
 
 def test_any_signal_may_kill_it(mount: Callable[..., Served]) -> None:
-    """Whatever the worker dies of, a signal without a name as well, the standby takes over."""
+    """The standby takes over after the worker's death by any signal, with or without a name."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
@@ -278,7 +278,7 @@ def test_any_signal_may_kill_it(mount: Callable[..., Served]) -> None:
 
 
 def test_two_kills_in_quick_succession(mount: Callable[..., Served]) -> None:
-    """The second worker dies before there is another standby: one is made at once, and has everything."""
+    """The second worker dies before there is another standby: a worker is forked at once, and has all pages."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 1024)
@@ -296,7 +296,7 @@ def test_two_kills_in_quick_succession(mount: Callable[..., Served]) -> None:
 
 
 def test_worker_and_standby_die_at_once(mount: Callable[..., Served]) -> None:
-    """A dead standby is not waited for."""
+    """The keeper does not wait for a dead standby."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 1024)
@@ -307,7 +307,7 @@ def test_worker_and_standby_die_at_once(mount: Callable[..., Served]) -> None:
 
 
 def test_a_killed_standby_is_replaced(mount: Callable[..., Served]) -> None:
-    """The worker goes on undisturbed, no takeover is counted, and the next one is ready to."""
+    """The worker continues undisturbed, no takeover is counted, and the next standby gets ready."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
@@ -324,7 +324,7 @@ def test_a_killed_standby_is_replaced(mount: Callable[..., Served]) -> None:
 
 
 def test_a_worker_that_does_not_answer(mount: Callable[..., Served]) -> None:
-    """One that is stopped is noticed, killed and replaced; who was waiting gets an answer."""
+    """A stopped worker is noticed, killed and replaced, and each waiting program gets an answer."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
@@ -342,13 +342,13 @@ def test_a_worker_that_does_not_answer(mount: Callable[..., Served]) -> None:
 
 
 def test_a_machine_that_stood_still(mount: Callable[..., Served]) -> None:
-    """Keeper and worker stopped for longer than a worker may be silent, as in a machine that is paused: nobody is killed."""
+    """Keeper and worker stop for longer than a worker may be silent, like in a paused machine, and none is killed."""
     served = mount()
     keeper, worker = served.keeper, served.worker
     for pid in (keeper, worker):
         os.kill(pid, signal.SIGSTOP)
     time.sleep(SILENT_SECONDS + 0.5)
-    os.kill(keeper, signal.SIGCONT)  # it looks first
+    os.kill(keeper, signal.SIGCONT)  # the keeper looks first
     time.sleep(0.3)
     os.kill(worker, signal.SIGCONT)
     beat = served.field(Field.HEARTBEAT)
@@ -357,7 +357,7 @@ def test_a_machine_that_stood_still(mount: Callable[..., Served]) -> None:
 
 
 def test_counters_go_on(mount: Callable[..., Served], tmp_path: Path) -> None:
-    """What is counted since the mount is not counted anew."""
+    """Counts since the mount continue."""
     served = mount("--pool", "1M", "--backing", tmp_path / "backing")
     with opened(served.swapfile) as fd:
         fill(fd, 0, 1024)
@@ -376,7 +376,7 @@ def test_counters_go_on(mount: Callable[..., Served], tmp_path: Path) -> None:
 
 
 def test_open_files_stay_open(mount: Callable[..., Served]) -> None:
-    """The swapfile's go on as they were; they are still counted, and closing them still lets the mount end."""
+    """Open files of the swapfile continue to work, are still counted, and their close still lets the mount end."""
     served = mount()
     with opened(served.swapfile) as one, opened(served.swapfile, os.O_RDONLY) as two:
         os.pwrite(one, b"before" * 700, 12345)
@@ -391,7 +391,7 @@ def test_open_files_stay_open(mount: Callable[..., Served]) -> None:
 
 
 def test_an_old_handle_of_a_statistic(mount: Callable[..., Served]) -> None:
-    """A file of stats/ that was opened before is stale and none of those opened afterwards; closing it closes none."""
+    """An open file of stats/ is stale after a takeover and is no newer file. Its close closes no other."""
     served = mount()
     with contextlib.ExitStack() as stack:
         old = os.open(served.mountpoint / "stats/version", os.O_RDONLY)
@@ -404,12 +404,12 @@ def test_an_old_handle_of_a_statistic(mount: Callable[..., Served]) -> None:
         finally:
             os.close(old)
         assert failure.value.errno == errno.ESTALE
-        served.stats()  # the close has been seen
+        served.stats()  # the close has arrived
         assert {os.pread(fd, 100, 0) for fd in new} == {b"-1\n"}
 
 
-def test_who_asks_is_not_told_that_a_file_is_stale(mount: Callable[..., Served]) -> None:
-    """Opened before a takeover and read after it: the commands open it again, and no third time."""
+def test_commands_open_a_stale_file_again(mount: Callable[..., Served]) -> None:
+    """The commands open a file again that was opened before a takeover, and not a third time."""
     served = mount()
     asked = 0
 
@@ -428,7 +428,7 @@ def test_who_asks_is_not_told_that_a_file_is_stale(mount: Callable[..., Served])
 
 
 class Load:
-    """Threads that read, write and punch, each in a part of the swapfile of its own, and compare what they read."""
+    """Threads that read, write and punch, each in its own part of the swapfile, and compare each read."""
 
     PAGES: Final = 512
 
@@ -474,7 +474,7 @@ class Load:
         return content == bytes(count * PAGE) + make_page(page + count, 1, 7)
 
     def wait_rounds(self, more: int) -> None:
-        """Wait until each thread has come so much further."""
+        """Wait until each thread has done so many more rounds."""
         before = list(self.rounds)
 
         def further() -> bool:
@@ -483,23 +483,23 @@ class Load:
         wait_until(further, "every thread's progress")
 
     def stuck(self) -> bool:
-        """Whether no thread has moved for a while."""
+        """Return whether no thread has moved for a while."""
         before = list(self.rounds)
         time.sleep(0.1)
         return self.rounds == before
 
     def end(self) -> None:
-        """Stop and compare once more."""
+        """Stop, and compare once more."""
         self._ended.set()
         for thread in self._threads:
-            thread.join()  # a request that is never answered fails when the mount is killed
+            thread.join()  # a request without an answer fails when the mount is killed
         assert self.errors == []
         compare(self._fd, 0, self.PAGES)
 
 
 @pytest.mark.parametrize("backing", ["none", "backing"])
 def test_requests_in_flight(backing: str, mount: Callable[..., Served], tmp_path: Path) -> None:
-    """Reads, writes and punches that a worker had taken, or that wait for it, when it dies: all are answered, rightly."""
+    """Reads, writes and punches that a worker has received, or that wait for it, when it dies, are answered and right."""
     options = ["--pool", "1M", "--backing", tmp_path / backing] if backing != "none" else []
     served = mount(*options)
     with opened(served.swapfile) as fd:
@@ -507,7 +507,7 @@ def test_requests_in_flight(backing: str, mount: Callable[..., Served], tmp_path
         try:
             for recoveries in (1, 2, 3):
                 load.wait_rounds(5)
-                if recoveries == 2:  # all of them wait: taken, some of them, and never answered
+                if recoveries == 2:  # all of them wait: some were received and never answered
                     os.kill(served.worker, signal.SIGSTOP)
                     wait_until(load.stuck, "every thread waiting")
                 served.kill(served.worker)
@@ -521,9 +521,9 @@ def test_requests_in_flight(backing: str, mount: Callable[..., Served], tmp_path
 
 @contextlib.contextmanager
 def frozen(folder: Path) -> Iterator[None]:
-    """Have the disk of a file system hang for a while.
+    """Freeze the disk of a file system for the block.
 
-    Without a program for it: one that is forked now closes its copies of our files, which a mount must answer.
+    This needs no program: a forked one closes its copies of our files, and a mount must answer that.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fcntl.ioctl(fd, FIFREEZE, 0)
@@ -536,7 +536,7 @@ def frozen(folder: Path) -> Iterator[None]:
 
 @pytest.mark.needs("loop")
 def test_writes_that_a_worker_had_taken(mount: Callable[..., Served], tmp_path: Path) -> None:
-    """The disk hangs, so a worker takes writes that it cannot store; it is killed, and the next one stores them."""
+    """The disk hangs, so a worker has writes that it cannot store. It is killed, and the next one stores them."""
     noise = random.Random(3).randbytes(MIB)
     with small_ext4(tmp_path, 64 * MIB) as disk:
         served = mount("--size", "16M", "--pool", "2M", "--backing", disk / "backing")
@@ -568,10 +568,10 @@ def test_writes_that_a_worker_had_taken(mount: Callable[..., Served], tmp_path: 
 
 @pytest.mark.needs("loop", "swap", "cell")
 def test_swap_stays_on(mount: Callable[..., Served], tmp_path: Path) -> None:
-    """A program that lives on the swap does not notice that its server was killed."""
+    """A program that lives on the swap does not notice the kill of the server."""
     served = mount("--priority", "32767", "--backing", tmp_path / "backing", "--pool", "4M", command="swapon")
     with Cell("keeper", 18 * MIB) as cell:
-        command = cell.command([sys.executable, "-I", str(ROOT / "scripts/storm.py"), "30"])
+        command = cell.command([sys.executable, "-I", str(ROOT / "kit/storm.py"), "30"])
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
             try:
                 wait_until(lambda: served.stats()["stored_pages"] > 1000, "something being swapped out")
@@ -579,7 +579,7 @@ def test_swap_stays_on(mount: Callable[..., Served], tmp_path: Path) -> None:
                 assert program.stdout is not None
                 assert program.stdout.readline() == "filled\n"
                 served.wait_ready()
-                served.kill(served.worker)  # and all that is out must come back
+                served.kill(served.worker)  # and while all swapped-out pages must come back
                 said, _ = program.communicate("\n", timeout=2 * LIMIT_SECONDS)
             finally:
                 program.kill()
@@ -597,7 +597,7 @@ def test_swap_stays_on(mount: Callable[..., Served], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backing", ["custom", "default"])
 def test_all_of_them_die(backing: str, mount: Callable[..., Served], tmp_path: Path) -> None:
-    """The mount says that nobody is there, nothing hangs, umount leaves nothing, and a new mount works."""
+    """The mount says that no process serves it, nothing hangs, umount leaves nothing, and a new mount works."""
     options = ["--pool", "1M", *(["--backing", tmp_path / "own file"] if backing == "custom" else [])]
     name = DEFAULT if backing == "default" else "mnt"
     served = mount(*options, name=name)
@@ -632,7 +632,7 @@ def test_all_of_them_die(backing: str, mount: Callable[..., Served], tmp_path: P
 
 
 def test_the_keeper_dies_alone(mount: Callable[..., Served]) -> None:
-    """The worker goes on, the standby would take over once, and does; status says what that means."""
+    """The worker continues, and the standby takes over once, when it must. status says so."""
     served = mount()
     keeper, worker, standby = served.keeper, served.worker, served.standby
     with opened(served.swapfile) as fd:
@@ -657,7 +657,7 @@ def test_the_keeper_dies_alone(mount: Callable[..., Served]) -> None:
 
 
 def test_keeper_and_worker_die_at_once(mount: Callable[..., Served], tmp_path: Path) -> None:
-    """The standby takes over by itself, and when the mount is taken away nobody and nothing is left."""
+    """The standby takes over by itself. After the unmount no process and no file is left."""
     served = mount("--pool", "1M", "--backing", tmp_path / "backing")
     standby = served.standby
     with opened(served.swapfile) as fd:
@@ -672,7 +672,7 @@ def test_keeper_and_worker_die_at_once(mount: Callable[..., Served], tmp_path: P
 
 
 def test_umount_after_the_keepers_death_leaves_nothing(mount: Callable[..., Served], tmp_path: Path) -> None:
-    """What it would have cleaned up is cleaned up by whoever ends the mount."""
+    """The process that ends the mount does the keeper's clean-up."""
     served = mount("--pool", "1M", "--backing", tmp_path / "backing")
     with opened(served.swapfile) as fd:
         fill(fd, 0, 1024)
@@ -686,7 +686,7 @@ def test_umount_after_the_keepers_death_leaves_nothing(mount: Callable[..., Serv
 
 
 def test_the_keeper_dies_while_it_forks(mount: Callable[..., Served]) -> None:
-    """A child that was forked by a keeper that is dead by now, and was not ready, does not stay: nobody watches it."""
+    """A child that was not ready when its keeper died does not stay, since no process watches it."""
     served = mount()
     for _ in range(2):
         served.wait_ready()
@@ -715,12 +715,12 @@ def test_the_keeper_dies_while_it_forks(mount: Callable[..., Served]) -> None:
         os.statvfs(served.mountpoint)
 
 
-# ---- told to end -------------------------------------------------------------------------------------------------------
+# ---- orders to end -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end(number: int, mount: Callable[..., Served], tmp_path: Path) -> None:
-    """Not while the swapfile is open, also after a takeover; then cleanly, and nothing is left."""
+def test_an_order_to_end(number: int, mount: Callable[..., Served], tmp_path: Path) -> None:
+    """The order is refused while the swapfile is open, also after a takeover. Then the mount ends and leaves nothing."""
     served = mount("--pool", "1M", "--backing", tmp_path / "backing")
     name = signal.Signals(number).name
     with opened(served.swapfile) as fd:
@@ -743,7 +743,7 @@ def test_told_to_end(number: int, mount: Callable[..., Served], tmp_path: Path) 
 
 
 def test_a_file_that_is_closed_twice(mount: Callable[..., Served]) -> None:
-    """A worker that dies between counting a close and answering it has the kernel send it again: it is not fatal."""
+    """If a worker dies between counting a close and answering it, the kernel sends the close again, which does no harm."""
     served = mount()
     fd = os.open(served.swapfile, os.O_RDWR)
     os.pwrite(fd, b"there", 0)
@@ -756,16 +756,16 @@ def test_a_file_that_is_closed_twice(mount: Callable[..., Served]) -> None:
     assert served.stats()["open_swapfiles"] == 0
 
 
-# ---- nobody can come up ----------------------------------------------------------------------------------------------
+# ---- no worker starts ------------------------------------------------------------------------------------------------
 
 
 ENOUGH_FOR_A_KEEPER: Final = 0
-"""Files that a keeper must open beyond those of a dead worker and standby, to fork another; a worker needs more."""
+"""Files that a keeper must open beyond those of a dead worker and standby, to fork another. A worker needs more."""
 
 
 @contextlib.contextmanager
 def few_files(pid: int, more: int) -> Iterator[None]:
-    """Let a process, and those that it forks, open only so many more files for a while."""
+    """Let a process and its children open only so many more files, for the block."""
     highest = max(int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir())
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(highest + 1 + more, 3), before[1]))
@@ -777,7 +777,7 @@ def few_files(pid: int, more: int) -> Iterator[None]:
 
 
 def test_workers_that_cannot_come_up_are_retried(mount: Callable[..., Served]) -> None:
-    """Each time a little later, each time with the reason in the log; and as soon as one can, all is well."""
+    """The keeper tries again, later each time, with the reason in the log. When a worker starts, all is well."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 256)
@@ -800,11 +800,11 @@ def test_workers_that_cannot_come_up_are_retried(mount: Callable[..., Served]) -
 
 FEW_FAILURES: Final = """
 import sys
-from zbudfs.service import daemon, keeper
-keeper.MAX_FAILURES = 3
+from zbudfs.service import backoff, daemon
+backoff.MAX_FAILURES = 3
 sys.exit(daemon.main(sys.argv[1:]))
 """
-"""The daemon, less patient."""
+"""The daemon with less patience."""
 
 FOREGROUND: Final = """
 import sys
@@ -816,7 +816,7 @@ sys.exit(launch.run_in_foreground(Settings.from_json(sys.argv[1]), lambda ready:
 
 
 def test_in_the_end_it_gives_up(tmp_path: Path) -> None:
-    """After so many failures in a row the mount goes away, with a last word and an exit status, and leaves nothing."""
+    """The mount goes away after so many failures in a row, with a last message and an exit status, and leaves nothing."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     settings = Settings(mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=8 * MIB, backing=None)
@@ -842,8 +842,8 @@ def test_in_the_end_it_gives_up(tmp_path: Path) -> None:
     assert not served.pool.exists()
 
 
-def test_a_keeper_that_cannot_fork_goes_on(mount: Callable[..., Served]) -> None:
-    """It tries again later, and its worker serves meanwhile."""
+def test_a_keeper_that_cannot_fork_goes_on(mount: Callable[..., Served], tmp_path: Path) -> None:
+    """The keeper tries again later, while its worker serves. It opens no file to read a changed mount table."""
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)
@@ -851,6 +851,10 @@ def test_a_keeper_that_cannot_fork_goes_on(mount: Callable[..., Served]) -> None
         with few_files(keeper, -99):
             served.kill(standby)
             compare(fd, 0, 64)
+            other = tmp_path / "other"
+            other.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "none", other], check=True, timeout=LIMIT_SECONDS)
+            subprocess.run(["umount", other], check=True, timeout=LIMIT_SECONDS)
             time.sleep(1.5)  # it tries after a second
             assert is_running(keeper)
         served.wait_ready()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mountpoints of fstab on which nothing is mounted."""
+"""Mountpoints of fstab without a mount."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ MOUNTINFO = """\
     ],
 )
 def test_the_nearest_mountpoint_decides(path: str, mounted: str, expected: str | None, tmp_path: Path) -> None:
-    """Above the path, and only if nothing is mounted there."""
+    """The nearest mountpoint above the path decides, and only if nothing is mounted there."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/fstab").write_text(FSTAB)
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -46,7 +46,7 @@ def test_the_nearest_mountpoint_decides(path: str, mounted: str, expected: str |
 
 
 def test_a_machine_without_fstab(tmp_path: Path) -> None:
-    """There is nothing to wait for."""
+    """Without fstab there is nothing to wait for."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/mountinfo").write_text(MOUNTINFO.format("/x"))
     assert missing_mountpoint("/mnt/ssd/z", str(tmp_path)) is None

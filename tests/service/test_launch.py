@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Starting a daemon: made-up daemons that are up, refuse, die, talk nonsense, or say nothing."""
+"""The start of a daemon: made-up daemons that work, refuse, die, print nonsense, or are silent."""
 
 import contextlib
 import os
@@ -28,12 +28,12 @@ def say(text):
 
 
 def daemon(code: str) -> list[str]:
-    """Return the command of a daemon that does `code`."""
+    """Return the command of a daemon that runs `code`."""
     return [sys.executable, "-I", "-c", HEAD + code]
 
 
 def test_a_daemon_that_is_up(tmp_path: Path) -> None:
-    """It gets its settings, a session of its own, the root folder, and lives on after us."""
+    """The daemon gets its settings, its own session and the root folder, and survives us."""
     facts = tmp_path / "facts"
     code = f"""
 with open({str(facts)!r}, "wb") as file:
@@ -59,9 +59,9 @@ time.sleep(60)
     [
         ('say(\'{"error": "no such thing"}\\n\')', "^no such thing$"),
         ("sys.stderr.write('first\\nlast words\\n'); sys.exit(3)", "ended with exit status 3 before .*: last words$"),
-        ("raise ValueError('a bug')", "exit status 1 before it was up: ValueError: a bug$"),
-        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL before it was up$"),
-        ("say('{')", "ended with exit status 0 before it was up$"),
+        ("raise ValueError('a bug')", "exit status 1 before it was ready: ValueError: a bug$"),
+        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL before it was ready$"),
+        ("say('{')", "ended with exit status 0 before it was ready$"),
         ("say('nonsense\\n')", "makes no sense"),
         ("say('[]\\n')", "makes no sense"),
         ("say('{\"ready\": true}\\n')", "makes no sense"),
@@ -69,29 +69,29 @@ time.sleep(60)
     ],
 )
 def test_a_daemon_that_does_not_come_up(code: str, reason: str) -> None:
-    """Whatever it does instead, the error says so, and it is gone."""
+    """Any other behaviour is an error with its reason, and the daemon is gone."""
     with pytest.raises(LaunchError, match=reason):
         start(SETTINGS, command=daemon(code))
 
 
 def test_a_daemon_that_says_nothing(tmp_path: Path) -> None:
-    """Waiting has a limit, and the daemon is stopped."""
+    """The wait has a limit, and then the daemon is stopped."""
     file = tmp_path / "pid"
     code = f"open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    with pytest.raises(LaunchError, match=r"not up within 1 s, and was stopped"):
+    with pytest.raises(LaunchError, match=r"not ready within 1 s, and was stopped"):
         start(SETTINGS, command=daemon(code), limit_seconds=1)
     if file.exists():
         assert not is_running(int(file.read_text()))
 
 
 def test_much_on_stderr_does_not_block_a_daemon() -> None:
-    """More than a pipe takes is read meanwhile."""
+    """More output than a pipe holds is read meanwhile."""
     with pytest.raises(LaunchError, match=r"the end$"):
         start(SETTINGS, command=daemon("sys.stderr.write('x' * 300000 + '\\nthe end\\n'); sys.exit(1)"))
 
 
 def test_a_program_that_is_not_there() -> None:
-    """A daemon that cannot be started is an error as well."""
+    """A daemon that cannot be started is an error."""
     with pytest.raises(LaunchError, match="could not be started"):
         start(SETTINGS, command=["/none/at/all"])
 
@@ -100,7 +100,7 @@ def test_a_program_that_is_not_there() -> None:
     ("code", "status"), [("sys.exit(0)", 0), ("sys.exit(5)", 5), ("os.kill(os.getpid(), 15)", 143)]
 )
 def test_in_the_foreground_the_exit_status_is_the_daemons(code: str, status: int) -> None:
-    """It is waited for, and what it returns is returned."""
+    """The command waits for the daemon and returns its status."""
     seen: list[Ready] = []
     up = "say(json.dumps({'ready': True, 'pid': os.getpid()}) + '\\n');"
     assert run_in_foreground(SETTINGS, seen.append, command=daemon(up + code)) == status
@@ -108,7 +108,7 @@ def test_in_the_foreground_the_exit_status_is_the_daemons(code: str, status: int
 
 
 def test_in_the_foreground_sigterm_is_passed_on() -> None:
-    """A SIGTERM to us ends the daemon; SIGINT is its own business."""
+    """A SIGTERM to us ends the daemon. It gets SIGINT from the terminal itself."""
     code = """
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 say(json.dumps({"ready": True, "pid": os.getpid()}) + "\\n")
@@ -126,7 +126,7 @@ time.sleep(60)
 
 
 def test_ctrl_c_before_the_daemon_is_up() -> None:
-    """It takes it when it can, and does not come up; that is no error of its own."""
+    """The daemon handles Ctrl-C when it can, and does not start. That is no further error."""
     code = """
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 os.kill(os.getppid(), signal.SIGINT)
@@ -136,14 +136,14 @@ say('{"error": "it was told to end"}\\n')
         run_in_foreground(SETTINGS, lambda _: None, command=daemon(code))
 
 
-def test_in_the_foreground_errors_are_told() -> None:
+def test_in_the_foreground_errors_are_reported() -> None:
     """A daemon that refuses is the same error as in the background."""
     with pytest.raises(LaunchError, match=r"^no$"):
         run_in_foreground(SETTINGS, lambda _: None, command=daemon('say(\'{"error": "no"}\\n\')'))
 
 
 def test_a_daemon_that_ignores_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is killed, and so is the process that it has forked: a worker serves on without its keeper."""
+    """The daemon is killed, and so is the process that it has forked, since a worker survives its keeper."""
     monkeypatch.setattr("zbudfs.service.launch._STOP_LIMIT_SECONDS", 0.1)
     file = tmp_path / "pid"
     code = f"""
@@ -152,7 +152,7 @@ if not os.fork():
     open({str(file)!r}, "w").write(str(os.getpid()))
 time.sleep(600)
 """
-    with pytest.raises(LaunchError, match="not up within 1 s"):
+    with pytest.raises(LaunchError, match="not ready within 1 s"):
         start(SETTINGS, command=daemon(code), limit_seconds=1)
     pid = int(file.read_text())
     try:
@@ -163,7 +163,7 @@ time.sleep(600)
 
 
 def test_ctrl_c_while_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the very moment when the daemon is there it is stopped like at any other."""
+    """Ctrl-C at the moment when the daemon starts stops it, as at any other moment."""
     started: list[subprocess.Popen[bytes]] = []
 
     class Interrupted(subprocess.Popen[bytes]):

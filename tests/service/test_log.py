@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The log: what is kept, what is passed on, and that it never waits."""
+"""The log keeps the last lines, sends all to syslog, and never waits."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ STAMPED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (info|warning|error): (.*
 
 @pytest.fixture
 def syslog(tmp_path: Path) -> Iterator[socket.socket]:
-    """A syslog of our own at tmp_path/log."""
+    """Return our own syslog at tmp_path/log."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
         service.bind(str(tmp_path / "log"))
         service.setblocking(False)
@@ -26,7 +26,7 @@ def syslog(tmp_path: Path) -> Iterator[socket.socket]:
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Both ends of a pipe."""
+    """Return both ends of a pipe."""
     ends = os.pipe()
     yield ends
     for fd in ends:
@@ -40,7 +40,7 @@ def texts(log: Log) -> list[tuple[str, str]]:
 
 
 def test_the_ring_keeps_the_last_lines(tmp_path: Path) -> None:
-    """Without any syslog the last lines are there, oldest first, and the rest counts as dropped."""
+    """Without a syslog the last lines are there, oldest first, and the others count as dropped."""
     log = Log(False, syslog_path=str(tmp_path / "none"))
     for number in range(RING_LINES_NR + 5):
         log.info(f"line {number}")
@@ -64,7 +64,7 @@ def test_syslog_gets_one_datagram_a_line(tmp_path: Path, syslog: socket.socket) 
 
 
 def test_a_full_syslog_is_not_waited_for(tmp_path: Path, syslog: socket.socket) -> None:
-    """When syslog reads nothing, lines are dropped and counted; the ring has them."""
+    """If syslog reads nothing, lines are dropped and counted, and the ring has them."""
     log = Log(False, syslog_path=str(tmp_path / "log"))
     for number in range(5000):
         log.info(f"line {number}")
@@ -74,7 +74,7 @@ def test_a_full_syslog_is_not_waited_for(tmp_path: Path, syslog: socket.socket) 
 
 
 def test_a_new_syslog_is_found(tmp_path: Path) -> None:
-    """A syslog that was started again gets the next line."""
+    """A restarted syslog gets the next line."""
     path = str(tmp_path / "log")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as first:
         first.bind(path)
@@ -92,7 +92,7 @@ def test_a_new_syslog_is_found(tmp_path: Path) -> None:
 
 
 def test_stderr_gets_lines_in_the_foreground(pipe: tuple[int, int]) -> None:
-    """In the foreground lines go to stderr, the bad ones marked."""
+    """In the foreground lines go to stderr, with a mark for the bad ones."""
     log = Log(True, stderr_fd=pipe[1])
     log.info("up")
     log.error("down")
@@ -101,7 +101,7 @@ def test_stderr_gets_lines_in_the_foreground(pipe: tuple[int, int]) -> None:
 
 
 def test_a_full_stderr_is_not_waited_for(pipe: tuple[int, int]) -> None:
-    """When nobody reads stderr, lines are dropped and counted."""
+    """If no program reads stderr, lines are dropped and counted."""
     log = Log(True, stderr_fd=pipe[1])
     for number in range(5000):
         log.info(f"line {number} " + "x" * 100)
@@ -110,7 +110,7 @@ def test_a_full_stderr_is_not_waited_for(pipe: tuple[int, int]) -> None:
 
 
 def test_a_closed_stderr_is_no_error() -> None:
-    """A reader that has gone costs lines, and nothing else."""
+    """A reader that has gone loses lines, without an error."""
     read, write = os.pipe()
     os.close(read)
     log = Log(True, stderr_fd=write)
@@ -122,7 +122,7 @@ def test_a_closed_stderr_is_no_error() -> None:
 
 
 def test_odd_lines_are_kept_short_and_whole(pipe: tuple[int, int]) -> None:
-    """Long lines are cut between characters; what is no text is escaped; an empty one stays a line."""
+    """Long lines are cut between characters, bytes that are no text are escaped, and an empty line stays a line."""
     log = Log(True, stderr_fd=pipe[1])
     log.info("ä" * LINE_BYTES)
     log.info("\udce4")
@@ -132,7 +132,7 @@ def test_odd_lines_are_kept_short_and_whole(pipe: tuple[int, int]) -> None:
 
 
 def test_records_of_logging_come_here(pipe: tuple[int, int]) -> None:
-    """The standard library's records arrive with their severity, tracebacks, and even when they are wrong."""
+    """Records of the standard library arrive with severity and traceback, even wrong ones."""
     log = Log(True, stderr_fd=pipe[1])
     logger = logging.Logger("pyfuse3")
     logger.addHandler(LogHandler(log))

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Mount tables, names, and what mounting refuses; the real mount is in tests/cli/test_mount.py."""
+"""Mount tables, names, and refusals of mounts. tests/cli/test_mount.py has real mounts."""
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.support import LIMIT_SECONDS, mounted, status_of, wait_until
+from tests.support import LIMIT_SECONDS, mounted, stopped
 from zbudfs.service.mountpoint import (
     Mount,
     MountError,
@@ -40,14 +39,14 @@ MOUNTINFO = rb"""22 1 253:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 
 @pytest.fixture
 def fake_root(tmp_path: Path) -> Path:
-    """A folder with a `proc/` of its own."""
+    """Return a folder with its own `proc/`."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/mountinfo").write_bytes(MOUNTINFO)
     return tmp_path
 
 
 def test_mountinfo_is_read(fake_root: Path) -> None:
-    """Only zbudfs is listed, whatever its path holds, in the order of mounting."""
+    """The list has each zbudfs and no other mount, with any path, in the order of mounting."""
     mounts = zbudfs_mounts(str(fake_root))
     assert [mount.mountpoint for mount in mounts] == ["/mnt/one", "/mnt/a b\nc\\d\t", "/mnt/\udce4", "/mnt/one"]
     assert [mount.device for mount in mounts] == ["0:51", "0:52", "0:54", "0:55"]
@@ -55,25 +54,25 @@ def test_mountinfo_is_read(fake_root: Path) -> None:
 
 
 def test_the_topmost_mount_is_found(fake_root: Path) -> None:
-    """Of two mounts on one directory the one that can be seen counts."""
+    """The visible one of two mounts on one directory counts."""
     assert find_mount("/mnt/one", str(fake_root)) == Mount("/mnt/one", "0:55")
     assert find_mount("/mnt/other", str(fake_root)) is None
 
 
 @pytest.mark.parametrize("cut", range(0, len(MOUNTINFO), 7))
 def test_a_cut_table_is_no_error(cut: int) -> None:
-    """Every truncation of the table gives what is whole in it."""
+    """A table that is cut anywhere gives its whole lines."""
     assert len(parse_mountinfo(MOUNTINFO[:cut])) <= 4
 
 
 def test_this_machines_table_is_read() -> None:
-    """The real table can be read, whatever is mounted."""
+    """The table of this machine can be read."""
     assert isinstance(zbudfs_mounts(), list)
 
 
 @given(st.binary())
 def test_octal_escapes(raw: bytes) -> None:
-    """What the kernel escapes comes back."""
+    """Escapes of the kernel become characters."""
     escaped = b"".join(b"\\%03o" % byte if byte in b" \t\n\\" else bytes([byte]) for byte in raw)
     assert unescape_octal(escaped) == raw
 
@@ -93,14 +92,14 @@ def test_octal_escapes(raw: bytes) -> None:
     ],
 )
 def test_paths_are_escaped(path: str, name: str) -> None:
-    """Paths become names as systemd makes them."""
+    """Paths become the names that systemd makes."""
     assert escape_path(path) == name
 
 
 @pytest.mark.skipif(shutil.which("systemd-escape") is None, reason="no systemd-escape to compare with")
 @pytest.mark.parametrize("path", ["/", "/a b/-c", "/.x/.y", "/ä/€", "/a//b/", "/tab\there", "/q'\"$`*"])
 def test_systemd_escapes_the_same_way(path: str) -> None:
-    """systemd-escape itself gives the same name."""
+    """systemd-escape gives the same name."""
     theirs = subprocess.run(["systemd-escape", "--path", "--", path], capture_output=True, text=True, check=True).stdout
     assert escape_path(path) == theirs.removesuffix("\n")
 
@@ -112,7 +111,7 @@ def test_systemd_escapes_the_same_way(path: str) -> None:
 )
 @example(["a-b"])
 def test_different_paths_have_different_names(parts: list[str]) -> None:
-    """A name can be turned back into its path, so no two are alike."""
+    """A name can be turned back into its path, so different paths have different names."""
     path = "/" + "/".join(os.fsdecode(part.encode("utf-8", "surrogatepass")) for part in parts)
     name = escape_path(path)
     assert "/" not in name
@@ -125,8 +124,8 @@ def _unescape(name: str) -> bytes:
     return first.encode() + b"".join(bytes([int(piece[:2], 16)]) + piece[2:].encode() for piece in rest)
 
 
-def test_request_timeouts_are_told(tmp_path: Path) -> None:
-    """A limit on requests gives a sentence with the remedy; none, or an older kernel, gives nothing."""
+def test_request_timeouts_are_reported(tmp_path: Path) -> None:
+    """A limit on requests gives a sentence with the remedy. No limit, or an older kernel, gives nothing."""
     folder = tmp_path / "proc/sys/fs/fuse"
     assert request_timeout_warnings(str(tmp_path)) == []
     folder.mkdir(parents=True)
@@ -138,7 +137,7 @@ def test_request_timeouts_are_told(tmp_path: Path) -> None:
 
 
 def test_mountpoints_are_checked(fake_root: Path, tmp_path: Path) -> None:
-    """What cannot be mounted on is refused with a reason."""
+    """A path that cannot be a mountpoint is refused with the reason."""
     file = tmp_path / "file"
     file.touch()
     for path, reason in (
@@ -155,7 +154,7 @@ def test_mountpoints_are_checked(fake_root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.needs("root")
 def test_unmounting_what_is_not_mounted(tmp_path: Path) -> None:
-    """An unmount that cannot be done says why, and carries the errno."""
+    """A failed unmount gives the reason and the errno."""
     with pytest.raises(MountError, match="nothing is mounted there") as caught:
         unmount(str(tmp_path))
     assert caught.value.code
@@ -164,7 +163,7 @@ def test_unmounting_what_is_not_mounted(tmp_path: Path) -> None:
 
 
 def test_paths_are_shown_on_one_line() -> None:
-    """A path with anything odd in it is quoted."""
+    """A path with unusual characters is quoted."""
     assert shown_path("/mnt/swäp") == "/mnt/swäp"
     assert shown_path("/a b") == "'/a b'"
     assert shown_path("/a\nb\udce4") == r"$'/a\nb\xe4'"
@@ -174,18 +173,18 @@ def test_paths_are_shown_on_one_line() -> None:
     "path", [b"/a b", b"/it's", b"/x\ny\tz", b"/latin \xe4'\\", b"/$HOME`id`;*", "/sw\u00e4p".encode(), b"/\xff\x01f"]
 )
 def test_a_shown_path_can_be_pasted(path: bytes) -> None:
-    """A shell makes of it just the bytes that it stands for, and a message of it stays on one line."""
+    """A shell makes the right bytes of the quoted path, and the message stays on one line."""
     shown = shown_path(os.fsdecode(path))
     assert shown.isprintable()
     run = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, timeout=LIMIT_SECONDS, check=True)
     assert run.stdout == path
 
 
-# ---- a path to a mount that nobody serves ------------------------------------------------------------------------------
+# ---- a path to a mount without a server --------------------------------------------------------------------------------
 
 
 def test_resolve_is_realpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links, loops, dots, what is not there and what is no directory give what realpath(3) gives."""
+    """Links, loops, dots, missing files and files as folders give the results of realpath(3)."""
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "file").touch()
     for name, target in (("a/up", "../file"), ("a/b/abs", str(tmp_path / "a")), ("loop", "loop"), ("two", "a/b/abs/b")):
@@ -209,36 +208,64 @@ def test_resolve_is_realpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 RESOLVE: Final = """
 import os, sys
+from collections.abc import Iterator
 from pathlib import Path
-from zbudfs.cli.config import settings_of
+from zbudfs.cli.plan import make_plan
 from zbudfs.cli.target import resolve
 mountpoint = sys.argv[1]
 if sys.argv[2] == "lstat":
     os.lstat(mountpoint)
 else:
     assert resolve(mountpoint + "/stats/../control") == mountpoint + "/control"
-    assert settings_of({"backing": "none", "size": 1 << 26}, mountpoint)[1].mountpoint == mountpoint
+    assert make_plan({"backing": "none", "size": 1 << 26}, resolve(mountpoint)).mountpoint == mountpoint
 print("answered")
 """
 
 
 @pytest.mark.needs("root", "fuse")
 def test_resolve_touches_no_mount(tmp_path: Path) -> None:
-    """While nobody serves, lstat of the mountpoint waits after a plain `ls`; what commands and the daemon do does not."""
+    """While no process serves, lstat of the mountpoint waits after a plain `ls`. The calls of commands and daemon do not."""
     with mounted(tmp_path / "mnt") as mount:
-        wait_until(lambda: status_of(mount)["standby_ready"] is True, "the standby")
-        status = status_of(mount)
-        pids = [status[name] for name in ("keeper_pid", "standby_pid", "worker_pid")]
         subprocess.run(["ls", mount], check=True, capture_output=True)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped(mount):
             command = [sys.executable, "-c", RESOLVE, str(mount)]
             waits = subprocess.Popen([*command, "lstat"], stdout=subprocess.PIPE)
             answered = subprocess.run([*command, "resolve"], capture_output=True, timeout=LIMIT_SECONDS, check=True)
             assert answered.stdout == b"answered\n"
             assert waits.poll() is None
-        finally:
-            for pid in reversed(pids):
-                os.kill(pid, signal.SIGCONT)
         assert waits.communicate(timeout=LIMIT_SECONDS)[0] == b"answered\n"
+
+
+IMPOSTOR: Final = """
+import os, sys
+fd = os.open(sys.argv[2] + "/stats/all.json", os.O_RDONLY)
+os.read(fd, 100)
+print("opened", flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+PREDECESSORS: Final = """
+import sys
+from zbudfs.service import predecessors
+try:
+    predecessors.find({}, sys.argv[1])
+except predecessors.Held:
+    pass
+print("answered")
+"""
+
+
+@pytest.mark.needs("root", "fuse")
+def test_a_new_keeper_asks_no_file_of_the_mount(tmp_path: Path) -> None:
+    """A process with the daemon's name has a file of an unserved mount. A new keeper does not wait for that file."""
+    with mounted(tmp_path / "mnt") as mount:
+        command = [sys.executable, "-c", IMPOSTOR, "zbudfs.service.daemon", str(mount)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as impostor:
+            assert impostor.stdout is not None
+            assert impostor.stdout.readline() == b"opened\n"
+            with stopped(mount):
+                keeper = [sys.executable, "-c", PREDECESSORS, str(mount)]
+                answered = subprocess.run(keeper, capture_output=True, timeout=LIMIT_SECONDS, check=True)
+                assert answered.stdout == b"answered\n"
+            impostor.communicate(timeout=LIMIT_SECONDS)

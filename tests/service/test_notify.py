@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the service manager is told: against a socket of our own, by path and by abstract name, also when it is full."""
+"""Messages to the service manager: to our own socket, by path and by abstract name, and to a full one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zbudfs.service.notify import Notifier, take_stored
 
 
 def listen(address: str | bytes) -> socket.socket:
-    """Be the service manager."""
+    """Act as the service manager."""
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.bind(address)
     manager.settimeout(10)
@@ -23,7 +23,7 @@ def listen(address: str | bytes) -> socket.socket:
 
 @pytest.mark.parametrize("abstract", [False, True])
 def test_messages_arrive(abstract: bool, tmp_path: Path) -> None:
-    """One datagram for one call; a line break cannot smuggle in another assignment; bytes that are no UTF-8 are shown."""
+    """A call is one datagram. A line break adds no second assignment, and bytes that are no UTF-8 are escaped."""
     name = f"@zbudfs-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with listen(name.replace("@", "\0")) as manager, closing(Notifier(name)) as notifier:
         assert notifier.tell("READY=1", "STATUS=two\nlines")
@@ -36,7 +36,7 @@ def test_messages_arrive(abstract: bool, tmp_path: Path) -> None:
 
 
 def test_a_descriptor_is_stored(tmp_path: Path) -> None:
-    """The manager gets a copy of its own, and is told not to watch it."""
+    """The manager gets its own copy, and the order not to watch it."""
     with listen(str(tmp_path / "notify")) as manager, (tmp_path / "file").open("w+") as file:
         with closing(Notifier(str(tmp_path / "notify"))) as notifier:
             assert notifier.store("backing", file.fileno())
@@ -46,8 +46,8 @@ def test_a_descriptor_is_stored(tmp_path: Path) -> None:
         os.close(copy)
 
 
-def test_it_never_waits(tmp_path: Path) -> None:
-    """A manager that does not read: what it cannot take is dropped and counted, and later messages arrive again."""
+def test_sending_never_waits(tmp_path: Path) -> None:
+    """A manager does not read: messages that it has no room for are dropped and counted, and later ones arrive."""
     path = str(tmp_path / "notify")
     with listen(path) as manager, closing(Notifier(path)) as notifier:
         taken = 0
@@ -63,8 +63,8 @@ def test_it_never_waits(tmp_path: Path) -> None:
         assert [manager.recv(4096) for _ in range(taken)][-1] == b"READY=1"
 
 
-def test_nobody_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a manager nothing is sent; one that has gone costs a count; a period that is no number is none."""
+def test_no_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a manager nothing is sent. One that has gone costs a count. A period that is no number counts as none."""
     assert Notifier().tell("READY=1")
     with closing(Notifier(str(tmp_path / "nobody"))) as gone:
         assert not gone.tell("READY=1")
@@ -78,8 +78,8 @@ def test_nobody_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         found.close()
 
 
-def test_what_was_stored_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Descriptors from 3 on, by name; those meant for another process are left alone; programs started later get none."""
+def test_stored_descriptors_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors from 3 on come back by name. Those for another process stay, and later programs get none."""
     child = os.fork()
     if not child:
         status = 1

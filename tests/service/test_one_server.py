@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Exactly one process serves a mount, and a takeover may take any time, on real mounts.
 
-A rebuild that takes long is made by sleeps between its steps, and the limits on silence are small: what counts is that a
-rebuild may take longer than any of them.
+Sleeps between the steps make a rebuild long, and the limits on silence are short: a rebuild may take longer than any of
+them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,13 +21,14 @@ from typing import Final
 
 import pytest
 
+from kit.nbd import nbd_disk
 from scripts import faults
-from scripts.nbd import nbd_disk
 from tests.service.test_keeper import Served, compare, fill, opened, watched
 from tests.service.test_service import LAUNCH, MIB, Manager, steady_reader
-from tests.support import LIMIT_SECONDS, is_running, wait_until
-from zbudfs.service.keeper import Keeper, StartError
+from tests.support import LIMIT_SECONDS, is_running, run_zbudfs, wait_until, zbudfs
 from zbudfs.service.log import Log
+from zbudfs.service.mountpoint import zbudfs_mounts
+from zbudfs.service.resources import Resources, StartError
 from zbudfs.service.roster import Roster, is_ending
 from zbudfs.service.settings import Settings
 from zbudfs.store.board import Field
@@ -37,15 +39,30 @@ CAP_SYS_PTRACE: Final = 19
 PR_CAPBSET_DROP: Final = 24
 
 
+NO_PATIENCE: Final = """
+for module in first_worker, standby_monitor, worker_monitor:
+    module.START_LIMIT_SECONDS = module.HANG_SECONDS = 1.5
+"""
+KEPT_SECONDS: Final = 5.0
+"""Several times as long as a worker may be silent with NO_PATIENCE."""
+
+
 class WithoutPtrace(Manager):
-    """Its daemon may not look into other processes, as in most containers."""
+    """A daemon that may not look into other processes, as in most containers."""
 
     launch = f"import ctypes; ctypes.CDLL(None).prctl({PR_CAPBSET_DROP}, {CAP_SYS_PTRACE}, 0, 0, 0)\n{LAUNCH}"
 
 
+def patched(patch: str) -> str:
+    """Return a program that starts a daemon with a replaced part."""
+    return LAUNCH.replace('"-m", "zbudfs.service.daemon"', '"-c", PROGRAM, "zbudfs.service.daemon"').replace(
+        "import fcntl", f"PROGRAM = {faults.DAEMON.format(patch=patch)!r}\nimport fcntl"
+    )
+
+
 @contextlib.contextmanager
 def service(kind: type[Manager], folder: Path, backing: Path) -> Iterator[tuple[Manager, Served]]:
-    """A service that runs, its standby ready and its descriptors stored."""
+    """Return a running service with a ready standby and stored descriptors."""
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
     settings = Settings(
@@ -74,7 +91,7 @@ def servers(served: Served) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_next_keeper_may_not_look(number: signal.Signals, tmp_path: Path) -> None:
-    """It has the descriptors from the store, finds those who serve, and ends them: never do two of them serve."""
+    """The keeper has the descriptors from the store, finds the processes and ends them. Two never serve at once."""
     with service(WithoutPtrace, tmp_path, tmp_path / "backing") as (manager, served), opened(served.swapfile) as fd:
         status = Path(f"/proc/{served.worker}/status").read_text()
         capabilities = int(status.split("CapEff:")[1].split()[0], 16)
@@ -94,7 +111,7 @@ def test_the_next_keeper_may_not_look(number: signal.Signals, tmp_path: Path) ->
 
 
 def test_the_next_keeper_has_no_descriptors(tmp_path: Path) -> None:
-    """It cannot copy them out of the worker: it says so, ends for good, and touches nothing."""
+    """The keeper cannot copy them from the worker, says so, ends for good, and changes nothing."""
     with service(WithoutPtrace, tmp_path, tmp_path / "backing") as (manager, served), opened(served.swapfile) as fd:
         fill(fd, 0, 1024)
         old = (served.worker, served.standby)
@@ -113,7 +130,7 @@ def test_the_next_keeper_has_no_descriptors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_second_keeper_beside_one_that_lives(kept: bool, tmp_path: Path) -> None:
-    """It leaves the first one's mount alone, with the descriptors and without."""
+    """The second keeper leaves the mount of the first one alone, with the descriptors and without."""
     with service(Manager, tmp_path, tmp_path / "backing") as (manager, served), opened(served.swapfile) as fd:
         fill(fd, 0, 1024)
         first = manager.process
@@ -133,18 +150,72 @@ def test_a_second_keeper_beside_one_that_lives(kept: bool, tmp_path: Path) -> No
         compare(fd, 0, 1024)
 
 
+TOGETHER: Final = """
+find = daemon.find
+def finding(*arguments):
+    found = find(*arguments)
+    open("{folder}/" + str(os.getpid()), "w").close()
+    while len(os.listdir("{folder}")) < 2:
+        time.sleep(0.001)
+    return found
+daemon.find = finding
+"""
+"""A service that looks for a mount, and continues when another service has looked as well."""
+
+
+def test_two_services_at_the_same_instant(tmp_path: Path) -> None:
+    """Two services start without a mount: one serves, and the other ends with the reason and leaves the mount alone."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    settings = Settings(mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=2 * MIB, backing=None)
+    with contextlib.ExitStack() as stack:
+        managers = []
+        (tmp_path / "looked").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            manager = stack.enter_context(contextlib.closing(Manager(tmp_path / name, settings)))
+            manager.launch = patched(TOGETHER.format(folder=tmp_path / "looked"))
+            managers.append(manager)
+        served = stack.enter_context(watched(Served(mountpoint)))
+        for manager in managers:
+            stack.callback(manager.lose)
+        processes = [manager.launch_daemon(keep=False) for manager in managers]
+        wait_until(lambda: any(process.poll() is not None for process in processes), "the end of one")
+        loser = [process.poll() is not None for process in processes].index(True)
+        winner = managers[1 - loser]
+        assert processes[loser].wait() == 2
+        wait_until(lambda: "READY=1" in winner.said, "READY=1")
+        served.wait_ready()
+        assert processes[1 - loser].poll() is None
+        assert served.keeper == processes[1 - loser].pid
+        assert servers(served) == [served.worker]
+        assert len([mount for mount in zbudfs_mounts() if mount.mountpoint == str(mountpoint)]) == 1
+        assert re.match("STATUS=(another zbudfs .* is being mounted|zbudfs is mounted) on ", managers[loser].said[-1])
+        with opened(served.swapfile) as fd:
+            fill(fd, 0, 512)
+            compare(fd, 0, 512)
+        zbudfs("umount", mountpoint)
+        assert winner.wait() == 0
+
+
 # ---- a disk write that does not end -------------------------------------------------------------------------------------
+
+
+class Impatient(Manager):
+    """A daemon whose keeper allows little silence."""
+
+    launch = patched(NO_PATIENCE)
 
 
 @pytest.mark.needs("loop", "nbd")
 def test_a_killed_worker_whose_write_is_under_way(tmp_path: Path) -> None:
-    """All three are killed while the disk keeps a write: the next keeper's worker waits for its end, and nothing is lost.
+    """All three die while the disk keeps a write. The next worker waits for the end of the write, and nothing is lost.
 
-    Only a child of the test has the swapfile open: closing it waits while nobody serves.
+    Only a child of the test has the swapfile open, since a close waits while no process serves.
     """
     with (
         nbd_disk(tmp_path, 96 * MIB) as disk,
-        service(Manager, tmp_path, disk.mounted / "backing") as (manager, served),
+        service(Impatient, tmp_path, disk.mounted / "backing") as (manager, served),
         contextlib.ExitStack() as stack,
     ):
         mine, its = socket.socketpair()
@@ -184,12 +255,82 @@ def test_a_killed_worker_whose_write_is_under_way(tmp_path: Path) -> None:
         assert servers(served) == [old]
         assert served.field(Field.SERVING) == 0
         assert served.field(Field.WORKER_PID) != old  # the keeper has named the next one, which waits
-        assert process.poll() is None
-        still.close()  # the disk goes on
+        next_one = served.field(Field.TAKING_OVER)
+        time.sleep(KEPT_SECONDS)
+        assert (process.poll(), served.field(Field.TAKING_OVER)) == (None, next_one)
+        still.close()  # the disk continues
         assert os.waitstatus_to_exitcode(os.waitpid(program, 0)[1]) == 0
         found = served.stats()
         assert (found["lost_pages"], found["lost_in_recovery"], found["lost_damaged"]) == (0, 0, 0)
         assert servers(served) == [served.worker]
+
+
+@contextlib.contextmanager
+def write_kept(folder: Path) -> Iterator[tuple[Manager, Served, int, contextlib.ExitStack]]:
+    """Return a service whose worker waits for a write that the disk keeps until the stack closes, and its swapfile."""
+    with (
+        nbd_disk(folder, 96 * MIB) as disk,
+        service(Manager, folder, disk.mounted / "backing") as (manager, served),
+        opened(served.swapfile) as fd,
+        contextlib.ExitStack() as still,
+    ):
+        fill(fd, 0, 1500)
+        wait_until(lambda: "D" not in states(served.worker), "the disk")
+        still.enter_context(disk.standing_still())
+        (served.mountpoint / "control/writeback").write_text("20")
+        wait_until(lambda: "D" in states(served.worker), "a write that the disk keeps")
+        yield manager, served, fd, still
+
+
+@pytest.mark.needs("loop", "nbd")
+def test_a_new_keeper_spares_a_worker_whose_write_is_under_way(tmp_path: Path) -> None:
+    """The service restarts while the disk keeps a write: the old worker serves until the disk answers.
+
+    The first new keeper gets the order to end meanwhile, and the second one takes over.
+    """
+    with write_kept(tmp_path) as (manager, served, fd, still):
+        old = (served.worker, served.standby)
+        os.kill(served.keeper, signal.SIGTERM)
+        assert manager.wait() == 0
+        process = manager.launch_daemon(keep=True)
+        wait_until(lambda: "waits for the disk" in served.log(), "the new keeper")
+        process.send_signal(signal.SIGTERM)
+        assert manager.wait() == 1
+        assert (served.worker, served.standby) == old
+        said = len(manager.said)
+        process = manager.launch_daemon(keep=True)
+        wait_until(lambda: served.log().count("waits for the disk") == 2, "the next keeper")
+        beats = manager.said.count("WATCHDOG=1")
+        wait_until(lambda: manager.said.count("WATCHDOG=1") >= beats + 2, "signs of life")
+        assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in manager.said[said:])
+        assert any("waits for the disk" in line for line in manager.said[said:])
+        assert (served.worker, served.standby, process.poll()) == (*old, None)
+        compare(fd, 1499, 1)
+        os.kill(old[0], 0)
+        still.close()  # the disk continues
+        wait_until(lambda: served.worker != old[0], "the next worker")
+        compare(fd, 0, 1500)
+        served.wait_ready()
+        assert not any(is_running(pid) for pid in old)
+        assert "the disk of the backing file answers" in served.log()
+        found = served.stats()
+        assert (found["lost_pages"], found["lost_in_recovery"], found["lost_damaged"]) == (0, 0, 0)
+
+
+@pytest.mark.needs("loop", "nbd")
+def test_a_restart_spares_a_worker_whose_write_is_under_way(tmp_path: Path) -> None:
+    """The restart is refused after a while with the reason, and succeeds when the disk answers."""
+    with write_kept(tmp_path) as (_, served, fd, still):
+        old = (served.keeper, served.worker)
+        run = run_zbudfs("restart", served.mountpoint)
+        assert run.returncode == 1
+        assert "the disk of the backing file does not answer" in run.stderr
+        assert (served.keeper, served.worker) == old
+        compare(fd, 1499, 1)
+        still.close()
+        zbudfs("restart", served.mountpoint)
+        assert old[1] != served.worker
+        compare(fd, 0, 1500)
 
 
 def states(pid: int) -> set[str]:
@@ -201,11 +342,13 @@ def states(pid: int) -> set[str]:
     return found
 
 
-# ---- a rebuild that takes long ------------------------------------------------------------------------------------------
+# ---- a long rebuild ------------------------------------------------------------------------------------------------------
 
 SLOW_PAGES: Final = 2048
 SLOW: Final = """
-keeper.START_LIMIT_SECONDS = handing_over.START_SECONDS = 0.6
+for module in first_worker, standby_monitor, worker_monitor:
+    module.START_LIMIT_SECONDS = 0.6
+handing_over.START_SECONDS = 0.6
 from zbudfs.core.page_table import PageTable
 stretches = PageTable.stretches
 def slowly(self, *beats):
@@ -215,11 +358,11 @@ def slowly(self, *beats):
         yield found
 PageTable.stretches = slowly
 """
-"""A rebuild of the test's pages takes several times the longest silence. The small store that tries itself out is spared."""
+"""A rebuild that takes several times the longest silence. The small store of the self-test is not slowed."""
 
 
 def test_a_long_rebuild_is_no_hang() -> None:
-    """It takes longer than a worker may be silent, at the death of a worker and at a restart, and nobody is killed."""
+    """The rebuild takes longer than a worker may be silent, after a death and in a restart, and no process is killed."""
     with faults.served(SLOW) as served:
         with opened(served.mountpoint / "swapfile") as fd:
             fill(fd, 0, SLOW_PAGES)
@@ -241,15 +384,13 @@ def test_a_long_rebuild_is_no_hang() -> None:
 
 
 class Slow(Manager):
-    """Its daemon rebuilds slowly."""
+    """A daemon that rebuilds slowly."""
 
-    launch = LAUNCH.replace('"-m", "zbudfs.service.daemon"', '"-c", PROGRAM, "zbudfs.service.daemon"').replace(
-        "import fcntl", f"PROGRAM = {faults.DAEMON.format(patch=SLOW)!r}\nimport fcntl"
-    )
+    launch = patched(SLOW)
 
 
 def test_a_long_rebuild_of_a_service(tmp_path: Path) -> None:
-    """All three are killed: the manager hears signs of life during the rebuild, and that it is ready only afterwards."""
+    """All three are killed. The manager gets signs of life during the rebuild, and READY only afterwards."""
     with service(Slow, tmp_path, tmp_path / "backing") as (manager, served):
         reader = threading.Thread(target=lambda: compare_in_child(served))
         with opened(served.swapfile) as fd:
@@ -271,7 +412,7 @@ def test_a_long_rebuild_of_a_service(tmp_path: Path) -> None:
 
 
 def compare_in_child(served: Served, pages: int = SLOW_PAGES) -> None:
-    """Compare the pages, in a process of its own: it waits until the mount is served."""
+    """Compare the pages in a child process, which waits until the mount is served."""
     pid = os.fork()
     if not pid:
         status = 1
@@ -284,7 +425,7 @@ def compare_in_child(served: Served, pages: int = SLOW_PAGES) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-# ---- a kernel that does not send requests again ---------------------------------------------------------------------------
+# ---- a kernel that does not resend requests ------------------------------------------------------------------------------
 
 
 NO_RESEND: Final = "worker.resend = lambda fd: False"
@@ -292,15 +433,13 @@ NO_RESEND: Final = "worker.resend = lambda fd: False"
 
 
 class OfOldKernel(Manager):
-    """Its daemon finds that the kernel does not send requests again."""
+    """A daemon that finds that the kernel does not resend requests."""
 
-    launch = LAUNCH.replace('"-m", "zbudfs.service.daemon"', '"-c", PROGRAM, "zbudfs.service.daemon"').replace(
-        "import fcntl", f"PROGRAM = {faults.DAEMON.format(patch=NO_RESEND)!r}\nimport fcntl"
-    )
+    launch = patched(NO_RESEND)
 
 
 def test_no_restart_that_loses_requests() -> None:
-    """It is refused, with the reason, and nothing changes."""
+    """The restart is refused with the reason, and nothing changes."""
     with faults.served(NO_RESEND) as served, opened(served.mountpoint / "swapfile") as fd:
         fill(fd, 0, 512)
         before = served.pids
@@ -312,7 +451,7 @@ def test_no_restart_that_loses_requests() -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_no_new_keeper_that_loses_requests(kept: bool, tmp_path: Path) -> None:
-    """It leaves the worker that serves; once that one is gone there is nothing to lose, and the next keeper takes over."""
+    """The new keeper leaves the serving worker alone. When it is gone there is nothing to lose, and a keeper takes over."""
     with service(OfOldKernel, tmp_path, tmp_path / "backing") as (manager, served):
         with opened(served.swapfile) as fd:
             fill(fd, 0, 512)
@@ -356,11 +495,11 @@ async def dying():
     await serve()
 worker.serve = dying
 """
-"""A worker that dies as soon as it serves, while a file is there."""
+"""A worker that dies as soon as it serves, while a file exists."""
 
 
 def test_a_worker_that_ends_well_while_the_mount_is_there(tmp_path: Path) -> None:
-    """Its exit status is not believed: memory and key are kept, and the standby takes over."""
+    """The keeper does not trust the exit status: memory and key stay, and the standby takes over."""
     flag = tmp_path / "flag"
     with faults.served(LEAVES.format(flag=str(flag))) as served, opened(served.mountpoint / "swapfile") as fd:
         fill(fd, 0, 512)
@@ -378,7 +517,7 @@ def test_workers_that_die_as_soon_as_they_serve(tmp_path: Path) -> None:
         fill(fd, 0, 512)
         flag.touch()
         served.send("worker", signal.SIGKILL)
-        served.wait(lambda: served.field(Field.RECOVERIES) >= 6, "six deaths")
+        served.wait(lambda: served.field(Field.RECOVERIES) >= 5, "five deaths")
         first = served.field(Field.RECOVERIES)
         time.sleep(0.5)
         assert served.field(Field.RECOVERIES) - first <= 1, "there is no back-off"
@@ -388,8 +527,8 @@ def test_workers_that_die_as_soon_as_they_serve(tmp_path: Path) -> None:
 
 
 def test_a_system_of_32_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It is refused before anything is made."""
+    """The system is refused before anything is made."""
     monkeypatch.setattr(sys, "maxsize", (1 << 31) - 1)
     settings = Settings(mountpoint=str(tmp_path), size_bytes=64 * MIB, pool_bytes=2 * MIB, backing=None)
     with pytest.raises(StartError, match="64-bit"):
-        Keeper(settings, Log(foreground=False), foreground=False).make()
+        Resources(settings, Log(foreground=False)).make()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The pool directory: a tmpfs of its own that nobody else sees, one owner at a time, and nothing left of it."""
+"""The pool directory: its own private tmpfs, one owner at a time, and nothing left of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings_for(mountpoint: Path, *, pool_bytes: int = 8 * MIB, backing: str | 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder in the place of /run/zbudfs; what is mounted in it is taken away afterwards."""
+    """Return a folder in the place of /run/zbudfs. Mounts in it are removed afterwards."""
     folder = tmp_path / "run" / "zbudfs"
     monkeypatch.setattr(pooldir, "RUN_FOLDER", str(folder))
     monkeypatch.setattr(pooldir, "path_of", lambda mountpoint: path_of(mountpoint, str(folder)))
@@ -45,7 +45,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def mounts_under(folder: Path) -> dict[str, tuple[str, set[str]]]:
-    """Return what is mounted in a folder: type and options, by path."""
+    """Return the mounts in a folder: type and options, by path."""
     found = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
@@ -58,7 +58,7 @@ def mounts_under(folder: Path) -> dict[str, tuple[str, set[str]]]:
 
 
 def in_other_process(path: Path) -> bool:
-    """Whether a stranger gets the lock of a pool directory."""
+    """Return whether another process gets the lock of a pool directory."""
     command = ["flock", "--nonblock", str(path / "lock"), "true"]
     return subprocess.run(command, check=False, timeout=LIMIT_SECONDS).returncode == 0
 
@@ -67,7 +67,7 @@ def in_other_process(path: Path) -> bool:
 
 
 def test_every_mountpoint_has_its_own() -> None:
-    """The name is the mountpoint's, escaped; one too long is cut and stays its own."""
+    """The name is the escaped mountpoint. A name that is too long is cut and stays unique."""
     assert path_of("/mnt/swap") == "/run/zbudfs/mnt-swap"
     assert path_of("/mnt/swap", "/elsewhere") == "/elsewhere/mnt-swap"
     assert path_of("/mnt/my swap") == rf"/run/zbudfs/{escape_path('/mnt/my swap')}"
@@ -84,7 +84,7 @@ def test_every_mountpoint_has_its_own() -> None:
 
 
 def test_a_tmpfs_that_is_never_swapped_out(root: Path, tmp_path: Path) -> None:
-    """It is private, limited to what the store needs and some room, and without swap."""
+    """The tmpfs is private, limited to the needs of the store and some room, and without swap."""
     directory = PoolDirectory.create(settings_for(tmp_path))
     try:
         assert directory.survives
@@ -103,7 +103,7 @@ def test_a_tmpfs_that_is_never_swapped_out(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "pool"), [(1 * MIB, 1 * MIB), (64 * MIB, 8 * MIB), (1 << 33, 16 * MIB)])
 def test_there_is_room_for_all_of_the_memory(root: Path, tmp_path: Path, size: int, pool: int) -> None:
-    """A store that has populated everything fits, whatever device and pool."""
+    """A populated store fits, with any device and pool."""
     settings = Settings(mountpoint=str(tmp_path), size_bytes=size, pool_bytes=pool, backing="/b")
     directory = PoolDirectory.create(settings)
     try:
@@ -118,8 +118,8 @@ def test_there_is_room_for_all_of_the_memory(root: Path, tmp_path: Path, size: i
     assert not Path(directory.path).exists()
 
 
-def test_what_was_mounted_stands_in_it(root: Path, tmp_path: Path) -> None:
-    """For whoever has to clean up."""
+def test_the_settings_are_in_it(root: Path, tmp_path: Path) -> None:
+    """The settings of the mount are in the directory, for the clean-up."""
     settings = settings_for(tmp_path)
     directory = PoolDirectory.create(settings)
     try:
@@ -128,8 +128,8 @@ def test_what_was_mounted_stands_in_it(root: Path, tmp_path: Path) -> None:
         directory.remove()
 
 
-def test_it_is_removed_with_all_that_is_in_it(root: Path, tmp_path: Path) -> None:
-    """Even while files in it are open and mapped."""
+def test_a_removal_with_all_content(root: Path, tmp_path: Path) -> None:
+    """The directory goes, even while files in it are open and mapped."""
     directory = PoolDirectory.create(settings_for(tmp_path))
     memory = StoreMemory(64 * MIB, 2048, backed=True, folder=directory.memory_folder)
     directory.remove()
@@ -140,8 +140,8 @@ def test_it_is_removed_with_all_that_is_in_it(root: Path, tmp_path: Path) -> Non
     memory.pages.view[:4] = b"fine"
 
 
-def test_where_nothing_can_be_mounted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is an ordinary directory, the memory is to have no name, and it says that it does not survive."""
+def test_a_system_that_cannot_mount_a_tmpfs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is an ordinary directory. The memory has no name, and the directory says that it does not survive."""
     monkeypatch.setattr(pooldir, "_mount_tmpfs", lambda path, settings: False)
     directory = PoolDirectory.create(settings_for(tmp_path))
     assert not directory.survives
@@ -156,7 +156,7 @@ def test_where_nothing_can_be_mounted(root: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_the_lock_is_held_as_long_as_a_process_lives(root: Path, tmp_path: Path) -> None:
-    """It is left alone while a child of the first has it open; a second one has a directory of its own."""
+    """The directory stays while a child of the first owner has it open. A second one has its own directory."""
     directory = PoolDirectory.create(settings_for(tmp_path))
     path = Path(directory.path)
     reader, writer = os.pipe()
@@ -166,7 +166,7 @@ def test_the_lock_is_held_as_long_as_a_process_lives(root: Path, tmp_path: Path)
         os.read(reader, 1)
         os._exit(0)
     try:
-        os.close(directory.lock_fd)  # the maker is gone, its child is not
+        os.close(directory.lock_fd)  # the owner is gone, its child is not
         assert not in_other_process(path)
         other = PoolDirectory.create(settings_for(tmp_path))
         assert other.path == f"{path}@1"
@@ -192,8 +192,8 @@ def test_two_mountpoints_do_not_meet(root: Path, tmp_path: Path) -> None:
     two.remove()
 
 
-def test_it_can_be_handed_over(root: Path, tmp_path: Path) -> None:
-    """Whoever gets the descriptor has the directory: the lock goes on."""
+def test_a_handed_over_directory(root: Path, tmp_path: Path) -> None:
+    """The lock continues with the process that gets the descriptor."""
     first = PoolDirectory.create(settings_for(tmp_path))
     handed = os.dup(first.lock_fd)
     os.close(first.lock_fd)
@@ -205,7 +205,7 @@ def test_it_can_be_handed_over(root: Path, tmp_path: Path) -> None:
 
 
 def test_several_at_the_same_moment(root: Path, tmp_path: Path) -> None:
-    """Processes that make and remove directories of one mountpoint never take each other's away."""
+    """Processes that make and remove the directories of one mountpoint never remove each other's."""
     rounds, processes = 12, 4
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(processes)
@@ -237,8 +237,22 @@ def test_several_at_the_same_moment(root: Path, tmp_path: Path) -> None:
     assert [path.name for path in root.iterdir()] == [".lock"]
 
 
+def test_one_process_at_a_time_makes_or_removes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another process works on it, nothing is made and nothing removed. After a while that is an error."""
+    monkeypatch.setattr(pooldir, "_TURN_SECONDS", 0.1)
+    directory = PoolDirectory.create(settings_for(tmp_path))
+    os.close(directory.lock_fd)
+    with (root / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for act in (lambda: remove_dead(str(tmp_path)), lambda: PoolDirectory.create(settings_for(tmp_path))):
+            with pytest.raises(PoolDirectoryError, match="another process has held"):
+                act()
+        assert Path(directory.path, "settings.json").exists()
+    assert remove_dead(str(tmp_path)) == ["/b"]
+
+
 def test_a_lock_that_is_no_longer_there(root: Path, tmp_path: Path) -> None:
-    """A lock on a file that another process has replaced is worth nothing: the directory is left alone."""
+    """A lock on a file that another process has replaced has no effect: the directory stays."""
     directory = PoolDirectory.create(settings_for(tmp_path))
     lock = Path(directory.path, "lock")
     real = fcntl.flock
@@ -261,8 +275,8 @@ def test_a_lock_that_is_no_longer_there(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backing", ["/var/lib/somewhere/backing file", None])
-def test_what_a_dead_one_has_left(root: Path, tmp_path: Path, backing: str | None) -> None:
-    """All of it goes, and the path of the backing file is told."""
+def test_the_remains_of_a_dead_daemon(root: Path, tmp_path: Path, backing: str | None) -> None:
+    """All of it goes, and the path of the backing file is returned."""
     directory = PoolDirectory.create(settings_for(tmp_path, backing=backing))
     StoreMemory(64 * MIB, 2048, backed=True, folder=directory.memory_folder).pages.populate(0, 4096)
     os.close(directory.lock_fd)
@@ -273,7 +287,7 @@ def test_what_a_dead_one_has_left(root: Path, tmp_path: Path, backing: str | Non
 
 
 def test_a_new_one_takes_the_place_of_a_dead_one(root: Path, tmp_path: Path) -> None:
-    """Without anybody having cleaned up: its memory is gone, and there is one mount."""
+    """Without any clean-up before, the old memory is gone, and there is one mount."""
     dead = PoolDirectory.create(settings_for(tmp_path))
     Path(dead.path, "pages").write_bytes(b"old")
     os.close(dead.lock_fd)
@@ -284,7 +298,7 @@ def test_a_new_one_takes_the_place_of_a_dead_one(root: Path, tmp_path: Path) -> 
 
 
 def test_settings_that_cannot_be_read(root: Path, tmp_path: Path) -> None:
-    """No backing file is told; everything goes all the same."""
+    """No backing file is returned, and everything goes."""
     for text in ("", "{}", json.dumps({"backing": "/etc/passwd"})):
         directory = PoolDirectory.create(settings_for(tmp_path))
         Path(directory.path, "settings.json").write_text(text)
@@ -328,7 +342,7 @@ FOREIGN: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_foreign_parent_is_refused(root: Path, tmp_path: Path, what: str) -> None:
-    """Where somebody else could put things, nothing is mounted and nothing is made."""
+    """If other users could put files there, nothing is mounted and nothing is made."""
     FOREIGN[what](root)
     with pytest.raises(PoolDirectoryError, match=re.escape(str(root))):
         PoolDirectory.create(settings_for(tmp_path))
@@ -337,8 +351,8 @@ def test_a_foreign_parent_is_refused(root: Path, tmp_path: Path, what: str) -> N
 
 
 @pytest.mark.parametrize("what", ["a symbolic link", "a file"])
-def test_what_is_no_directory_is_refused(root: Path, tmp_path: Path, what: str) -> None:
-    """It is left as it is, and so is what a link leads to."""
+def test_a_file_in_its_place_is_refused(root: Path, tmp_path: Path, what: str) -> None:
+    """The file stays as it is, and so does the target of a link."""
     path = Path(path_of(str(tmp_path), str(root)))
     FOREIGN[what](path)
     with pytest.raises(PoolDirectoryError, match=re.escape(str(path))):
@@ -348,7 +362,7 @@ def test_what_is_no_directory_is_refused(root: Path, tmp_path: Path, what: str) 
 
 
 def test_a_link_in_its_place_is_not_followed(root: Path, tmp_path: Path) -> None:
-    """Nothing is made or read where a symbolic link leads to."""
+    """Nothing is made or read at the target of a symbolic link."""
     path = Path(path_of(str(tmp_path), str(root)))
     _link(path)
     (root / "elsewhere/settings.json").write_text(settings_for(tmp_path).to_json())
@@ -359,8 +373,8 @@ def test_a_link_in_its_place_is_not_followed(root: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("what", ["anybody may write", "of somebody else"])
-def test_a_directory_of_somebody_else(root: Path, tmp_path: Path, what: str) -> None:
-    """Nobody but root can put it there: it is refused, or replaced by one that is private."""
+def test_a_directory_of_another_user(root: Path, tmp_path: Path, what: str) -> None:
+    """Only root can put it there: it is refused, or replaced by a private one."""
     path = Path(path_of(str(tmp_path), str(root)))
     FOREIGN[what](path)
     try:
@@ -373,7 +387,7 @@ def test_a_directory_of_somebody_else(root: Path, tmp_path: Path, what: str) -> 
 
 
 def test_a_lock_that_is_a_link_is_not_followed(root: Path, tmp_path: Path) -> None:
-    """A link in the place of the lock is an error, and what it leads to is not opened."""
+    """A link in the place of the lock is an error, and its target is not opened."""
     path = Path(path_of(str(tmp_path), str(root)))
     path.mkdir(parents=True, mode=0o700)
     (path / "lock").symlink_to(tmp_path / "victim")
@@ -383,7 +397,7 @@ def test_a_lock_that_is_a_link_is_not_followed(root: Path, tmp_path: Path) -> No
 
 
 def test_the_lock_is_not_inherited_by_programs(root: Path, tmp_path: Path) -> None:
-    """A program that is started has no part in it."""
+    """A program that is started does not get the lock."""
     directory = PoolDirectory.create(settings_for(tmp_path))
     assert fcntl.fcntl(directory.lock_fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     directory.remove()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The public statistics: a file that every user reads, and what it tells of one page that is swapped out."""
+"""The public statistics: a file that each user can read, and the information in it about a single page."""
 
 from __future__ import annotations
 
@@ -28,32 +28,33 @@ NOBODY: Final = 65534
 AS_NOBODY: Final = """
 import os, sys
 import prometheus_client, wsgiref.simple_server
-import zbudfs.cli.main, zbudfs.cli.commands, zbudfs.cli.ask, zbudfs.cli.exporter, zbudfs.cli.page, zbudfs.cli.options
+import zbudfs.cli.main, zbudfs.cli.commands, zbudfs.cli.ask, zbudfs.cli.exporter, zbudfs.cli.parser
+import zbudfs.cli.status
 from zbudfs.cli.main import main
 os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
 sys.exit(main(sys.argv[1:]))
 """
-"""The command as another user, who need not be able to read where this project and its interpreter are."""
+"""The command as another user, who may be unable to read the folders of this project and its interpreter."""
 
 
 def run_as_nobody(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command `zbudfs` as a user without any rights."""
+    """Run the command `zbudfs` as an unprivileged user."""
     command = [sys.executable, "-c", AS_NOBODY, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=ROOT, check=False)
 
 
 def public_path(mountpoint: Path) -> Path:
-    """Return where the public statistics of a mount are."""
+    """Return the path of a mount's public statistics."""
     return Path(public.FOLDER, f"{Path(path_of(str(mountpoint))).name}.json")
 
 
 def next_numbers(mountpoint: Path) -> dict[str, Any]:
-    """Return what is told next: whatever happened before this call is in it."""
+    """Return the next public numbers, which include everything before this call."""
     mount = find_mount(str(mountpoint))
     assert mount is not None
     path = public_path(mountpoint)
     with opened(mountpoint / "swapfile", os.O_RDONLY) as fd:
-        os.fsync(fd)  # a request, so that it is soon
+        os.fsync(fd)  # a request, so that they come soon
     began = time.monotonic()
     wait_until(lambda: json.loads(path.read_bytes())["as_of_monotonic"] > began + 0.1, "newer public statistics")
     return public.read(mount.device)
@@ -61,10 +62,11 @@ def next_numbers(mountpoint: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
-    """A mount with public statistics."""
+    """Return a mount with public statistics."""
     with mounted(tmp_path / "mnt", "--backing", tmp_path / "backing") as mountpoint:
         if not public_path(mountpoint).exists():
             pytest.skip("no tmpfs can be had for /run/zbudfs-stats")
+        wait_until(lambda: all_stats(mountpoint)["standby_ready"] is True, "the standby")
         yield mountpoint
 
 
@@ -80,7 +82,7 @@ CONTENT_NAMES: Final = ("compressed_bytes", "pers_zbytes", "same_filled_pages", 
 
 @pytest.mark.needs("root", "fuse")
 def test_one_page_that_is_swapped_out(mnt: Path) -> None:
-    """Whatever it holds, the public numbers change in the same way, if at all; to root its size and kind are told."""
+    """With any content of the page, the public numbers change in the same way. Root sees its size and kind."""
     seen: dict[str, dict[str, Any]] = {"public": {}, "exact": {}}
     with opened(mnt / "swapfile") as fd:
         before = {"public": next_numbers(mnt), "exact": all_stats(mnt)}
@@ -102,7 +104,7 @@ def test_one_page_that_is_swapped_out(mnt: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_the_file(mnt: Path) -> None:
-    """JSON for all to read and for root to write, of a fixed size, locked, with what is told and no more."""
+    """The file is JSON with a fixed size and a lock, readable for all, writable for root, with the public numbers alone."""
     path = public_path(mnt)
     status = path.stat()
     assert (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o644, 0, 0)
@@ -122,14 +124,14 @@ def test_the_file(mnt: Path) -> None:
 
 
 @pytest.mark.needs("root", "fuse")
-def test_it_goes_on_with_the_mount_and_ends_with_it(tmp_path: Path) -> None:
-    """After a takeover and a restart the same file is renewed; it goes when the mount does, also one that has died."""
+def test_the_file_lives_as_long_as_the_mount(tmp_path: Path) -> None:
+    """The same file is renewed after a takeover and a restart, and goes with the mount, also a dead one."""
     for dead in (False, True):
         with mounted(tmp_path / "mnt") as mountpoint:
             path = public_path(mountpoint)
             if not path.exists():
                 pytest.skip("no tmpfs can be had for /run/zbudfs-stats")
-            with path.open("rb") as held:  # a user who has it open holds nothing up
+            with path.open("rb") as held:  # a user with the file open delays nothing
                 wait_until(lambda: all_stats(mountpoint)["standby_ready"], "a standby")
                 os.kill(server_of(mountpoint), signal.SIGKILL)
                 wait_until(lambda: next_numbers(mountpoint)["recoveries"] == 1, "the numbers of the next worker")
@@ -152,7 +154,7 @@ def test_it_goes_on_with_the_mount_and_ends_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 def test_the_commands_of_another_user(mnt: Path) -> None:
-    """`status` and the exporter work, from what is public, and say so; what is missing is absent, not 0."""
+    """`status` and the exporter show public numbers and say so. Other numbers are absent, and not 0."""
     with opened(mnt / "swapfile") as fd:
         os.pwrite(fd, os.urandom(100 * PAGE), 0)
     next_numbers(mnt)
@@ -185,8 +187,8 @@ def test_the_commands_of_another_user(mnt: Path) -> None:
 
 
 @pytest.mark.needs("root", "fuse")
-def test_a_daemon_that_has_died_is_told(mnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old numbers are not passed on as if they were new."""
+def test_a_dead_daemon_is_reported(mnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old numbers of a dead daemon are not shown as new."""
     mount = find_mount(str(mnt))
     assert mount is not None
     monkeypatch.setattr(public, "STALE_SECONDS", -1.0)
@@ -197,7 +199,7 @@ def test_a_daemon_that_has_died_is_told(mnt: Path, monkeypatch: pytest.MonkeyPat
 
 
 def made(folder: Path, name: str = "mnt", device: str = "0:7") -> tuple[public.PublicFile, Path]:
-    """Return a public file of a made-up mount, with some numbers, and its path."""
+    """Return a public file of a made-up mount with some numbers, and its path."""
     pool = folder / "zbudfs" / name
     pool.mkdir(parents=True, exist_ok=True)
     public.make_folder(str(pool))
@@ -208,14 +210,14 @@ def made(folder: Path, name: str = "mnt", device: str = "0:7") -> tuple[public.P
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A folder on a tmpfs."""
+    """Return a folder on a tmpfs."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield Path(folder)
 
 
 @pytest.mark.needs("root")
 def test_a_torn_read_is_seen(memory: Path) -> None:
-    """Each byte that is not what was written makes the whole of it unreadable; so does a file that is not root's."""
+    """Each wrong byte makes the whole file unreadable, and so does an owner other than root."""
     file, path = made(memory)
     folder = str(path.parent)
     assert public.read("0:7", folder) == {
@@ -235,12 +237,12 @@ def test_a_torn_read_is_seen(memory: Path) -> None:
         public.read("0:7", folder)
     os.chown(path, 0, 0)
     file.renew({"warnings": ["x" * 1000] * 20, "stored_pages": 32})
-    assert public.read("0:7", folder)["warnings"] == ["more is told to root"]
+    assert public.read("0:7", folder)["warnings"] == ["root can read more warnings"]
 
 
 @pytest.mark.needs("root")
 def test_files_of_mounts_that_are_gone_are_removed(memory: Path) -> None:
-    """When another one is made; those of mounts that have a pool directory stay."""
+    """A new file removes those of dead mounts. Those of mounts with a pool directory stay."""
     _, first = made(memory, "first")
     _, second = made(memory, "second")
     (memory / "zbudfs/first").rmdir()
@@ -252,7 +254,7 @@ def test_files_of_mounts_that_are_gone_are_removed(memory: Path) -> None:
 
 @pytest.mark.needs("root")
 def test_a_folder_of_another_user_is_refused(memory: Path) -> None:
-    """Who owns it could put anything there."""
+    """The owner of the folder could put any file there."""
     (memory / "zbudfs-stats").mkdir()
     os.chown(memory / "zbudfs-stats", NOBODY, NOBODY)
     with pytest.raises(public.PublicError, match="must be a directory of root's"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The roster: one process serves at a time, whatever ends it, and its locks tell who lives without a look into /proc/PID/fd."""
+"""The roster: one process serves at a time, and its locks show which processes live, without /proc/PID/fd."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import errno
 import os
 import select
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import pytest
 
@@ -28,12 +29,12 @@ threading.Thread(target=sys.stdin.read).start()
 print("serves", flush=True)
 ctypes.CDLL(None).syscall({SYS_EXIT}, 0)
 """
-"""A process whose main thread ends while another one goes on, as after SIGKILL when that one is in a disk write."""
+"""A process whose main thread ends before another one, as after SIGKILL during a disk write of that one."""
 
 
 @contextlib.contextmanager
 def child(act: Callable[[], object]) -> Iterator[int]:
-    """Have a process that does something, tells that it is done, and stays; its process id."""
+    """Start a process that does something, reports it, and stays. Return its process id."""
     done_fd, tell_fd = os.pipe()
     pid = os.fork()
     if not pid:
@@ -69,13 +70,13 @@ def kill(pid: int) -> None:
 
 @pytest.fixture
 def roster(tmp_path: Path) -> Iterator[Roster]:
-    """This process's copy of a roster."""
+    """Return this process's copy of a roster."""
     with contextlib.closing(Roster(str(tmp_path))) as roster:
         yield roster
 
 
 def test_one_serves(roster: Roster) -> None:
-    """The second is refused, knows the first by its number, and succeeds when the first is gone."""
+    """The second process is refused, knows the number of the first, and succeeds when the first is gone."""
     assert roster.server() is None
     with child(lambda: roster.serve() or os._exit(1)) as pid:
         assert not roster.serve()
@@ -85,7 +86,7 @@ def test_one_serves(roster: Roster) -> None:
 
 
 def test_a_child_inherits_no_role(roster: Roster) -> None:
-    """Its copy of the descriptor, and closing it, changes nothing."""
+    """A child's copy of the descriptor has no effect, nor has its close."""
     assert roster.serve()
     assert roster.keep()
 
@@ -100,7 +101,7 @@ def test_a_child_inherits_no_role(roster: Roster) -> None:
 
 
 def test_a_process_that_has_not_ended_yet_serves(roster: Roster, tmp_path: Path) -> None:
-    """A zombie whose other threads live has the lock, and is known to do no more work."""
+    """A zombie with living threads has the lock, and is known to do no more work."""
     stdin, write_fd = os.pipe()
     done_fd, stdout = os.pipe()
     pid = os.posix_spawn(
@@ -122,8 +123,8 @@ def test_a_process_that_has_not_ended_yet_serves(roster: Roster, tmp_path: Path)
     os.close(done_fd)
 
 
-def test_who_lives(roster: Roster) -> None:
-    """All others are listed, who serves is the last, and of the dead nobody."""
+def test_living_processes(roster: Roster) -> None:
+    """All other processes are listed, the server last, and no dead ones."""
 
     def join_and_serve() -> None:
         roster.join()
@@ -137,7 +138,7 @@ def test_who_lives(roster: Roster) -> None:
 
 
 def test_others_are_ended(roster: Roster) -> None:
-    """All but one are killed."""
+    """All processes but one are killed."""
     with child(roster.join) as first, child(roster.join) as spared, child(roster.serve) as server:
         roster.end_others(spared)
         for pid in (first, server):
@@ -147,8 +148,30 @@ def test_others_are_ended(roster: Roster) -> None:
         assert roster.others() == [spared]
 
 
-def test_it_is_full(roster: Roster) -> None:
-    """One process too many is told so, and is not let in unseen."""
+BEHIND: Final = """
+import sys
+from zbudfs.service import predecessors
+from zbudfs.service.roster import UNSEEN, Roster
+roster = Roster(sys.argv[1], create=False)
+assert (roster.server(), roster.others()) == (UNSEEN, [UNSEEN]), roster.others()
+try:
+    predecessors._check(roster)
+except predecessors.Held as held:
+    print(held)
+"""
+
+
+@pytest.mark.needs("root")
+def test_a_process_of_another_namespace_is_left_alone(roster: Roster, tmp_path: Path) -> None:
+    """A keeper in its own PID namespace cannot see the server, and so counts the mount as served."""
+    with child(roster.serve):
+        command = ["unshare", "--pid", "--fork", sys.executable, "-c", BEHIND, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    assert (run.stdout, run.stderr) == ("its processes live in another PID namespace\n", "")
+
+
+def test_a_full_roster(roster: Roster) -> None:
+    """One process too many gets an error, and no hidden place."""
     with contextlib.ExitStack() as stack:
         for _ in range(MAX_PROCESSES):
             stack.enter_context(child(roster.join))
@@ -159,7 +182,7 @@ def test_it_is_full(roster: Roster) -> None:
 
 
 def test_a_process_that_is_stopped_or_unseen_works() -> None:
-    """Only what is known to end counts as ending."""
+    """A process counts as ending only if that is known."""
     assert not is_ending(UNSEEN)
     with child(int) as pid:
         os.kill(pid, signal.SIGSTOP)

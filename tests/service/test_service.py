@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The keeper as the main process of a service, under a manager that does what systemd does: it keeps what it is given.
+"""The keeper as the main process of a service, under a manager that stores descriptors like systemd.
 
-Whoever of keeper, worker and standby is stopped or killed, the keeper that is started next goes on with what is there, and
-no reader sees anything of it.
+After a stop or a kill of keeper, worker or standby, the next keeper continues with the rest, and no reader notices it.
 """
 
 from __future__ import annotations
@@ -43,14 +42,14 @@ os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_
 command = [sys.executable, "-I", "-m", "zbudfs.service.daemon", "--service", "--settings-fd", str(settings)]
 os.execv(command[0], command)
 """
-"""What systemd does between fork and exec."""
+"""The steps of systemd between fork and exec."""
 
 
 class Manager:
-    """Starts the daemon, listens to it, and keeps descriptors for it."""
+    """A manager that starts the daemon, receives its messages, and keeps descriptors for it."""
 
     launch = LAUNCH
-    """The program that is given the descriptors and the settings."""
+    """The program that gets the descriptors and the settings."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.said: list[str] = []
@@ -79,18 +78,18 @@ class Manager:
             self.said += lines
 
     def start(self, *, keep: bool = True) -> None:
-        """Start the daemon, with the descriptors that were kept, and wait until it says that it is ready."""
+        """Start the daemon with the stored descriptors, and wait until it is ready."""
         ready = self.said.count("READY=1")
         process = self.launch_daemon(keep=keep)
         try:
             wait_until(lambda: self.said.count("READY=1") > ready, "READY=1")
         except AssertionError as error:
             process.kill()
-            self.lose()  # who waits for an answer gets an error
+            self.lose()  # programs that wait for an answer get an error
             raise AssertionError(f"{error}; it said {self.said[-5:]}") from None
 
     def launch_daemon(self, *, keep: bool) -> subprocess.Popen[bytes]:
-        """Start the daemon, with the descriptors that were kept, or without."""
+        """Start the daemon with the stored descriptors, or without."""
         settings_fd, write_fd = os.pipe()
         os.write(write_fd, self._settings.to_json().encode())
         os.close(write_fd)
@@ -104,17 +103,17 @@ class Manager:
         return self.process
 
     def lose(self) -> None:
-        """Forget all descriptors, as a manager does whose service was stopped."""
+        """Forget all descriptors, like a manager whose service was stopped."""
         for name in list(self.stored):
             os.close(self.stored.pop(name))
 
     def wait(self) -> int:
-        """Wait for the end of the main process: its exit status."""
+        """Wait for the end of the main process, and return its exit status."""
         assert self.process is not None
         return self.process.wait(LIMIT_SECONDS)
 
     def close(self) -> None:
-        """End listening."""
+        """Stop listening."""
         os.write(self._ender, b"x")
         self._thread.join()
         for fd in (self._end, self._ender):
@@ -124,7 +123,7 @@ class Manager:
 
 
 class WithoutNames(Manager):
-    """Its daemon finds that a pool directory cannot be a tmpfs, as before Linux 6.4."""
+    """A daemon that finds that a pool directory cannot be a tmpfs, as before Linux 6.4."""
 
     launch = LAUNCH.replace('"-m", "zbudfs.service.daemon"', '"-c", PROGRAM, "zbudfs.service.daemon"').replace(
         "import fcntl",
@@ -133,14 +132,14 @@ class WithoutNames(Manager):
     )
 
     def start_again(self, *, kept: bool) -> int:
-        """Start the daemon, which does not come up: its exit status."""
+        """Start a daemon that fails, and return its exit status."""
         self.launch_daemon(keep=kept)
         return self.wait()
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[tuple[Manager, Served]]:
-    """A service that runs, with a backing file."""
+    """Return a running service with a backing file."""
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     settings = Settings(
@@ -158,7 +157,7 @@ def service(tmp_path: Path) -> Iterator[tuple[Manager, Served]]:
 
 @contextlib.contextmanager
 def steady_reader(fd: int) -> Iterator[None]:
-    """Read and write pages of the swapfile all the while; nothing may fail."""
+    """Read and write pages of the swapfile during the block. No call may fail."""
     failures: list[str] = []
     end = threading.Event()
 
@@ -185,8 +184,8 @@ def steady_reader(fd: int) -> Iterator[None]:
     assert not failures, failures[:3]
 
 
-def test_it_tells_how_things_stand(service: tuple[Manager, Served]) -> None:
-    """Ready, what is to be kept, a line of status that follows what is stored, and signs of life."""
+def test_the_manager_gets_the_state(service: tuple[Manager, Served]) -> None:
+    """The manager gets READY, the descriptors, a line of status that follows the stored pages, and signs of life."""
     manager, served = service
     wait_until(lambda: set(manager.stored) == {"fuse", "lock", "backing"}, "the descriptors")
     assert Path(f"/proc/self/fd/{manager.stored['fuse']}").readlink() == Path("/dev/fuse")
@@ -202,7 +201,7 @@ def test_it_tells_how_things_stand(service: tuple[Manager, Served]) -> None:
 
 
 def test_told_to_end_with_nothing_open(service: tuple[Manager, Served], tmp_path: Path) -> None:
-    """It unmounts and leaves nothing behind."""
+    """SIGTERM unmounts, and leaves nothing behind."""
     manager, served = service
     with opened(served.swapfile) as fd:
         fill(fd, 0, 1024)
@@ -217,7 +216,7 @@ def test_told_to_end_with_nothing_open(service: tuple[Manager, Served], tmp_path
 
 @pytest.mark.parametrize(("number", "kept"), [(signal.SIGTERM, True), (signal.SIGKILL, True), (signal.SIGKILL, False)])
 def test_the_keeper_is_replaced(number: signal.Signals, kept: bool, service: tuple[Manager, Served]) -> None:
-    """While the swapfile is in use the keeper goes alone; the next one has everything, store or no store."""
+    """While the swapfile is in use only the keeper ends. The next one has everything, with the store or without."""
     manager, served = service
     with opened(served.swapfile) as fd:
         fill(fd, 0, 4096)
@@ -228,7 +227,7 @@ def test_the_keeper_is_replaced(number: signal.Signals, kept: bool, service: tup
             compare(fd, 0, 512)
             assert all(is_running(pid) for pid in old)
             manager.start(keep=kept)
-            assert not any(is_running(pid) for pid in old)
+            wait_until(lambda: not any(is_running(pid) for pid in old), "the end of the former processes")
             served.wait_ready()
         assert manager.process is not None
         assert served.keeper == manager.process.pid
@@ -238,7 +237,7 @@ def test_the_keeper_is_replaced(number: signal.Signals, kept: bool, service: tup
 
 
 def test_keeper_and_worker_are_killed(service: tuple[Manager, Served]) -> None:
-    """The standby takes over by itself; the next keeper takes over from it."""
+    """The standby takes over by itself, and the next keeper takes over from it."""
     manager, served = service
     with opened(served.swapfile) as fd:
         fill(fd, 0, 4096)
@@ -256,9 +255,9 @@ def test_keeper_and_worker_are_killed(service: tuple[Manager, Served]) -> None:
 
 
 def test_all_of_them_are_killed(service: tuple[Manager, Served]) -> None:
-    """Whoever reads waits for the next keeper, which has the connection from the store and all else from the pool.
+    """A reader waits for the next keeper, which has the connection from the store and the rest from the pool.
 
-    Only a process of its own has the file open: whoever has would wait as soon as it starts a program, which closes it.
+    Only a child has the file open, since a process with the file open waits when it starts a program, which closes it.
     """
     manager, served = service
     wait_until(lambda: len(manager.stored) == 3, "the descriptors")
@@ -288,7 +287,7 @@ def test_all_of_them_are_killed(service: tuple[Manager, Served]) -> None:
 
 
 def test_a_stuck_worker_is_no_sign_of_life(service: tuple[Manager, Served]) -> None:
-    """While its heartbeat stands still nothing is told; the keeper kills it, and signs of life come again."""
+    """While the heartbeat stands still there are no messages. The keeper kills the worker, and then they come again."""
     manager, served = service
     with opened(served.swapfile) as fd:
         fill(fd, 0, 512)
@@ -304,7 +303,7 @@ def test_a_stuck_worker_is_no_sign_of_life(service: tuple[Manager, Served]) -> N
 
 
 def test_restart_names_the_new_main_process(service: tuple[Manager, Served]) -> None:
-    """`zbudfs restart` hands over to another process: the manager is told which, and the new one tells and stores."""
+    """`zbudfs restart` hands over to another process: the manager gets its number, and it sends messages and descriptors."""
     manager, served = service
     with opened(served.swapfile) as fd:
         fill(fd, 0, 512)
@@ -323,7 +322,7 @@ def test_restart_names_the_new_main_process(service: tuple[Manager, Served]) -> 
 
 
 def test_the_mount_is_gone(service: tuple[Manager, Served]) -> None:
-    """Unmounted while nobody was there: what was kept is of no use, and the next keeper mounts anew, with nothing left."""
+    """If the mount went away without a keeper, the stored descriptors are useless, and the next keeper mounts again."""
     manager, served = service
     with opened(served.swapfile) as fd:
         fill(fd, 0, 512)
@@ -339,8 +338,8 @@ def test_the_mount_is_gone(service: tuple[Manager, Served]) -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_memory_without_a_name_is_left_to_who_serves_it(kept: bool, tmp_path: Path) -> None:
-    """A keeper that cannot map the memory of the mount it finds ends for good and touches nothing; then all is as it was."""
+def test_memory_without_a_name_is_left_to_its_server(kept: bool, tmp_path: Path) -> None:
+    """A keeper that cannot map the memory of a mount ends for good and changes nothing. Then everything is as before."""
     mountpoint, backing = tmp_path / "mnt", tmp_path / "backing"
     mountpoint.mkdir()
     settings = Settings(mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=2 * MIB, backing=str(backing))

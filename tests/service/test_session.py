@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which cgroups end with a login session, and what gives the daemon a scope of its own."""
+"""The cgroups that end with a login session, and the scope that a daemon in one of them gets."""
 
 import os
 import stat
@@ -30,13 +30,13 @@ from zbudfs.service.settings import Settings
         ("", False),
     ],
 )
-def test_what_a_session_is(cgroup: str, ends: bool) -> None:
-    """By the name of the cgroup."""
+def test_cgroups_of_sessions(cgroup: str, ends: bool) -> None:
+    """The name of the cgroup decides."""
     assert session.ends_with_session(cgroup) is ends
 
 
 def make_root(root: Path, cgroup: str) -> str:
-    """Make up a machine with systemd, where this process is in a cgroup; return its root."""
+    """Make a machine with systemd, with this process in a cgroup, and return its root."""
     (root / "run/systemd/system").mkdir(parents=True)
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(cgroup)
@@ -52,12 +52,12 @@ def make_root(root: Path, cgroup: str) -> str:
     ],
 )
 def test_the_cgroup_of_a_process(text: str, expected: str, tmp_path: Path) -> None:
-    """With either version of cgroups."""
+    """The cgroup is found with both versions of cgroups."""
     assert session.cgroup_of("self", make_root(tmp_path, text)) == expected
 
 
 def test_the_daemon_warns_of_a_session(tmp_path: Path) -> None:
-    """And does not where it is a service."""
+    """A daemon in a session warns, and one in a service does not."""
     (text,) = session.session_warnings(make_root(tmp_path / "a", "0::/user.slice/user-0.slice/session-1.scope\n"))
     assert "/user.slice/user-0.slice/session-1.scope" in text
     assert session.session_warnings(make_root(tmp_path / "b", "0::/system.slice/zbudfs@swap.service\n")) == []
@@ -76,7 +76,7 @@ def test_a_scope_is_asked_for_only_in_a_session_under_systemd(tmp_path: Path) ->
 
 
 def test_without_a_scope_the_daemon_starts_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """systemd may refuse: then the daemon is started where it is, after a try with what old versions know."""
+    """systemd may refuse. Then a second try leaves out newer settings, and the daemon starts without a scope."""
     refusing = tmp_path / "systemd-run"
     refusing.write_text(
         f"#!/bin/sh\necho $1 >>{tmp_path}/tried\necho 'Failed to start transient scope unit: no' >&2\nexit 1\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Settings: what is refused, with which words, and the way through JSON."""
+"""Settings: the refused values, their messages, and the way through JSON."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ GOOD: dict[str, Any] = {
     ],
 )
 def test_a_value_that_cannot_work_is_refused(field: str, value: object, reason: str) -> None:
-    """Each wrong value is refused, with its name and what would be right."""
+    """The message names the value and the right form."""
     with pytest.raises(SettingsError, match=reason) as caught:
         Settings(**{**GOOD, field: value})
     assert field.removesuffix("_bytes") in str(caught.value)
@@ -78,7 +78,7 @@ def test_a_value_that_cannot_work_is_refused(field: str, value: object, reason: 
     ],
 )
 def test_the_edges_are_accepted(field: str, value: object) -> None:
-    """The smallest and the largest are right."""
+    """The smallest and the largest values are accepted."""
     assert getattr(Settings(**{**GOOD, field: value}), field) == value
 
 
@@ -88,7 +88,7 @@ def test_the_edges_are_accepted(field: str, value: object) -> None:
     st.integers(-7, 19).filter(bool),
 )
 def test_json_brings_everything_back(path: bytes, backing: str | None, level: int) -> None:
-    """Whatever bytes a path has, settings survive the way through one line of ASCII."""
+    """Settings survive the way through one line of ASCII, with any bytes in a path."""
     settings = Settings(**{**GOOD, "mountpoint": "/m/" + path.decode("utf-8", "surrogateescape"), "backing": backing})
     text = settings.to_json()
     assert text.isascii()
@@ -108,7 +108,7 @@ def test_json_brings_everything_back(path: bytes, backing: str | None, level: in
     ],
 )
 def test_json_that_is_not_settings_is_refused(text: str, reason: str) -> None:
-    """JSON of another shape is refused with the names that are wrong."""
+    """JSON of another shape is refused with the wrong names."""
     with pytest.raises(SettingsError, match=reason):
         Settings.from_json(text)
 
@@ -125,14 +125,14 @@ def test_ram_is_read(tmp_path: Path) -> None:
 
 @given(st.integers(4 << 20, 1 << 46))
 def test_defaults_are_valid(ram: int) -> None:
-    """Whatever the RAM, the defaults make valid settings: as large as RAM, a quarter for the pool."""
+    """The defaults are valid with any RAM: as large as RAM, and a quarter for the pool."""
     settings = Settings(**{**GOOD, "size_bytes": default_size_bytes(ram), "pool_bytes": default_pool_bytes(ram)})
     assert settings.pool_bytes % 4096 == 0
     assert settings.pool_bytes <= max(ram // 4, MIN_POOL_BYTES)
 
 
 def test_backing_files_are_named_after_mountpoints() -> None:
-    """Different mountpoints have different files, also where the name must be cut."""
+    """Different mountpoints have different files, also if the name must be cut."""
     assert default_backing("/mnt/my swap") == r"/var/lib/zbudfs/mnt-my\x20swap.backing"
     long = "/" + "ä" * 200
     names = {Path(default_backing(path)).name for path in (long, long + "b", long + "c")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The units in systemd/: systemd understands every line, and nothing in them hides the mount from everybody else."""
+"""systemd understands each line of the units, and no setting hides the mount from other processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNITS: Final = sorted((ROOT / "systemd").glob("*.service"))
 COMMAND: Final = "/usr/local/bin/zbudfs"
 
 NEWER: Final = {"RestartSteps": 254, "RestartMaxDelaySec": 254, "RestartMode": 254, "SurviveFinalKillSignal": 255}
-"""Settings that older versions of systemd pass over, and the version that has them."""
+"""Settings that older versions of systemd skip, and the first version that has them."""
 
 HIDING: Final = re.compile(
     r"^(Private(Tmp|Devices|Mounts|Network|Users|IPC|PIDs)|Protect(System|Home|Proc|KernelTunables|KernelModules|KernelLogs"
@@ -25,11 +25,11 @@ HIDING: Final = re.compile(
     r"|RootDirectory|MountFlags|DynamicUser)=",
     re.MULTILINE,
 )
-"""Settings for which systemd gives a service a mount namespace of its own: a mount made in there is seen by nobody else."""
+"""Settings that give a service its own mount namespace, in which other processes do not see a new mount."""
 
 
 def analyze(*arguments: str | Path, units: Path) -> subprocess.CompletedProcess[str]:
-    """Run systemd-analyze on units in this folder, and those of the system."""
+    """Run systemd-analyze on the units in this folder and those of the system."""
     environment = {**os.environ, "SYSTEMD_UNIT_PATH": f"{units}:", "LC_ALL": "C"}
     return subprocess.run(
         ["systemd-analyze", *arguments],
@@ -43,7 +43,7 @@ def analyze(*arguments: str | Path, units: Path) -> subprocess.CompletedProcess[
 
 @pytest.fixture
 def units(tmp_path: Path) -> Path:
-    """The units as they are installed, with a command that is there."""
+    """Return the installed units, with a command that exists."""
     command = tmp_path / "zbudfs"
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
@@ -57,7 +57,7 @@ def units(tmp_path: Path) -> Path:
 @pytest.mark.needs("systemd")
 @pytest.mark.parametrize("name", [unit.name for unit in UNITS])
 def test_systemd_understands_them(name: str, units: Path) -> None:
-    """`systemd-analyze verify` has nothing to say, but for what this version is too old for."""
+    """`systemd-analyze verify` reports only settings that this version does not know."""
     version = int(analyze("--version", units=units).stdout.split()[1])
     done = analyze("verify", "--man=no", units / name, units=units)
     said = [line for line in done.stderr.splitlines() if str(units) in line or "zbudfs" in line]
@@ -68,18 +68,18 @@ def test_systemd_understands_them(name: str, units: Path) -> None:
 
 @pytest.mark.needs("systemd")
 def test_verify_finds_what_is_wrong(units: Path) -> None:
-    """A setting that does not exist is told: a verification that never says anything would look just the same."""
+    """A setting that does not exist is reported, so the check before can fail."""
     broken = units / "zbudfs@.service"
     broken.write_text(broken.read_text().replace("LimitCORE=", "LimitCROE=").replace("Type=notify", "Type=no"))
     said = analyze("verify", "--man=no", broken, units=units).stderr
     assert "LimitCROE" in said
-    assert re.search("Failed to parse (service type|Type=no)", said)  # as systemd 252 and 257 say it
+    assert re.search("Failed to parse (service type|Type=no)", said)  # the words of systemd 252 and 257
 
 
 @pytest.mark.needs("systemd")
 @pytest.mark.parametrize("name", [unit.name for unit in UNITS])
 def test_exposure(name: str, units: Path) -> None:
-    """As docs/systemd.md says: what remains is what a mount that everybody sees needs."""
+    """The exposure is the one in docs/understand/systemd.md. A mount that all processes see needs the rest."""
     done = analyze("security", "--offline=yes", "--no-pager", units / name, units=units)
     found = re.search(r"exposure level for \S+: (\d+\.\d)", done.stdout)
     assert found, done.stdout + done.stderr
@@ -88,7 +88,7 @@ def test_exposure(name: str, units: Path) -> None:
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_no_system_call_is_given_the_error_that_all_others_have(unit: Path) -> None:
-    """systemd 252 does not start such a unit ("Failed to apply system call filters"): libseccomp refuses a rule like that."""
+    """systemd 252 does not start such a unit ("Failed to apply system call filters"): libseccomp refuses the rule."""
     text = unit.read_text()
     default = re.search(r"^SystemCallErrorNumber=(\w+)$", text, re.MULTILINE)
     assert default
@@ -99,6 +99,6 @@ def test_no_system_call_is_given_the_error_that_all_others_have(unit: Path) -> N
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_nothing_hides_the_mount(unit: Path) -> None:
-    """No setting that brings a mount namespace."""
+    """No setting makes a mount namespace."""
     assert HIDING.search("[Service]\nProtectSystem=strict\n")
     assert not HIDING.search(unit.read_text())

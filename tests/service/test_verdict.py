@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The exit status of a service that cannot start: systemd tries it again only where pages are held."""
+"""The exit status of a service that cannot start: systemd tries again only if the mount holds pages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Final
 
 import pytest
 
-from tests.service.test_leader import LedManager
 from tests.service.test_service import MIB, Manager
+from tests.service.test_supervisor import SupervisedManager
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted
 from zbudfs.cli import config as configuration
 from zbudfs.cli import unit
@@ -27,7 +27,7 @@ FINAL: Final = re.search(r"^RestartPreventExitStatus=(.*)$", UNIT, re.MULTILINE)
 
 
 def test_the_unit_knows_the_statuses() -> None:
-    """systemd starts the service again after RETRY and not after GIVE_UP, nor where the program is missing."""
+    """systemd starts the service again after RETRY. It does not after GIVE_UP, or if the program is missing."""
     assert FINAL
     statuses = {int(word) for word in FINAL[1].split()}
     assert verdict.GIVE_UP in statuses
@@ -36,7 +36,7 @@ def test_the_unit_knows_the_statuses() -> None:
 
 
 def run_service(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the daemon's module as a service in a process whose `zbudfs.fuse.shim` is this code."""
+    """Run the daemon's module as a service, in a process whose `zbudfs.fuse.shim` is this code."""
     program = (
         "import runpy, sys, types\n"
         "sys.argv = ['zbudfs.service.daemon', '--service']\n"
@@ -51,7 +51,7 @@ def run_service(code: str, **environment: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize(("stored", "status"), [("0", verdict.GIVE_UP), ("3", verdict.RETRY)])
 @pytest.mark.parametrize("library", ["trio", "pyfuse3", "zstandard"])
 def test_a_library_that_is_missing(library: str, stored: str, status: int) -> None:
-    """The daemon says so in one line; the status depends on what the service manager has kept."""
+    """The daemon reports it in one line, and the status depends on the stored descriptors."""
     run = run_service(f"sys.modules['{library}'] = None", LISTEN_FDS=stored)
     assert run.returncode == status, run.stderr
     assert len(run.stderr.splitlines()) == 1
@@ -59,29 +59,29 @@ def test_a_library_that_is_missing(library: str, stored: str, status: int) -> No
 
 
 @pytest.mark.parametrize(("stored", "status"), [("", verdict.GIVE_UP), ("1", verdict.RETRY)])
-def test_an_error_that_nobody_expects(stored: str, status: int) -> None:
-    """It is a bug, so there is a traceback, and the boot goes on all the same."""
+def test_an_unexpected_error(stored: str, status: int) -> None:
+    """An unexpected error has a traceback, and the boot continues."""
     run = run_service("import zbudfs.service.log as log; log.Log = None", LISTEN_FDS=stored)
     assert run.returncode == status
     assert "Traceback" in run.stderr
 
 
 def test_a_keeper_that_was_handed_over_to() -> None:
-    """Its mount holds pages, whatever the service manager had kept when the first keeper was started."""
+    """The mount of such a keeper holds pages, whatever was stored when the first keeper started."""
     code = "import zbudfs.service.log as log; log.Log = None; sys.argv += ['--adopt-fd', '9']"
     assert run_service(code, LISTEN_FDS="0").returncode == verdict.RETRY
 
 
 @pytest.mark.parametrize("error", [OSError("no"), ValueError("a bug")])
-def test_a_leader_that_ends_by_an_error(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It has taken what was stored: that counts, not what the environment says afterwards."""
+def test_a_supervisor_that_ends_by_an_error(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The supervisor has taken the stored descriptors, and they decide, not the environment afterwards."""
 
-    def lead(*_: object) -> int:
+    def supervise(*_: object) -> int:
         monkeypatch.setattr(verdict, "has_stored", lambda: False)
         raise error
 
     monkeypatch.setattr(verdict, "has_stored", lambda: True)
-    monkeypatch.setattr(unit, "_serve", lead)
+    monkeypatch.setattr(unit, "_serve", supervise)
     with pytest.raises(type(error)):
         serve(monkeypatch, tmp_path, "")
     monkeypatch.setattr(verdict, "has_stored", lambda: False)
@@ -89,7 +89,7 @@ def test_a_leader_that_ends_by_an_error(error: Exception, monkeypatch: pytest.Mo
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, root: Path, text: str) -> int:
-    """Run `zbudfs serve swap` with a configuration, in this process, as far as the daemon's start."""
+    """Run `zbudfs serve swap` with a configuration in this process, up to the start of the daemon."""
     folder = root / "etc/zbudfs"
     folder.mkdir(parents=True)
     (folder / "swap.toml").write_text(text)
@@ -122,20 +122,25 @@ def test_a_configuration_that_cannot_start(
 
 
 def test_the_same_with_descriptors_in_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A mount that holds pages may need what went wrong: the error goes on, and its status is that of any failure."""
+    """A mount that holds pages may need the failed part: the error is passed on, with the status of any failure."""
     monkeypatch.setattr(verdict, "has_stored", lambda: True)
     with pytest.raises(Exception, match="/nonexistent/folder"):
         serve(monkeypatch, tmp_path, f'mountpoint = "{tmp_path}/mnt"\nbacking = "/nonexistent/folder/z"\n')
 
 
 @pytest.mark.needs("root", "fuse")
-@pytest.mark.parametrize("manager_type", [Manager, LedManager])
-def test_a_foreign_file_at_the_backing_path(manager_type: type[Manager], tmp_path: Path) -> None:
-    """A daemon gives up at once, and so does the leader of several: its other instances are unmounted."""
+@pytest.mark.parametrize("manager_type", [Manager, SupervisedManager])
+def test_a_foreign_file_at_the_backing_path(
+    manager_type: type[Manager], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A daemon gives up at once, and so does the supervisor of several, whose other instances are unmounted.
+
+    stderr has the reason, since journald does not know the unit of a datagram of an ended process.
+    """
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     backing = tmp_path / "backing"
-    foreign = tmp_path / ("backing.1" if manager_type is LedManager else "backing")
+    foreign = tmp_path / ("backing.1" if manager_type is SupervisedManager else "backing")
     foreign.write_text("not ours")
     settings = Settings(mountpoint=str(mountpoint), size_bytes=64 * MIB, pool_bytes=4 * MIB, backing=str(backing))
     manager = manager_type(tmp_path, settings)
@@ -145,3 +150,5 @@ def test_a_foreign_file_at_the_backing_path(manager_type: type[Manager], tmp_pat
     assert not is_mounted(mountpoint)
     assert not is_mounted(mountpoint / "0")
     assert foreign.read_text() == "not ours"
+    said = [line for line in capfd.readouterr().err.splitlines() if str(foreign) in line]
+    assert len(said) == 1, said

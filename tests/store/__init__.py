@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Tests of the room of memory, files, threads and tasks: real ones, all of them."""
+"""Tests of the package of memory, files, threads and tasks, with real ones."""

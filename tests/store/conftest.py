@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What modules that hold for every packing say: `pytestmark = pytest.mark.usefixtures("packing")`."""
+"""The fixture of modules that hold for each packing: `pytestmark = pytest.mark.usefixtures("packing")`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zbudfs.core.packing import Packing
 
 @pytest.fixture(scope="module", params=["zbud", "zbud without C", "dense", "dense without C"])
 def packing(request: pytest.FixtureRequest) -> Iterator[Packing]:
-    """Stores are of each packing in turn, with the hot path in C and all in Python."""
+    """Stores use each packing in turn, with the hot path in C and all in Python."""
     name, *without = request.param.split(" ", 1)
     with packed_by(Packing.parse(name)) as packing, pure_by_default(pure=bool(without)):
         yield packing

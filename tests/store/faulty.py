@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A real backing file that can be slow and can fail: what a disk does, when the test says so.
+"""A real backing file that can be slow and can fail, when the test says so.
 
-Nothing is made up: every call goes through to the real file, unless it is told to fail instead. test_backing.py drives
-this and the real thing through the same cases.
+Each call reaches the real file, unless it has the order to fail. test_backing.py drives this and the real file through
+the same cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zbudfs.core.errors import BackingError
 from zbudfs.store.backing import Backing
 
 LIMIT_SECONDS: Final = 30.0
-"""Longest time that a call is held: a test that forgets one fails instead of hanging."""
+"""Longest time that a call is held, so that a test which forgets one fails instead of hanging."""
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,30 @@ class Call:
 
     name: str
     first: int
-    """First block, or segment."""
+    """The first block or segment."""
     count: int
 
     @property
     def blocks(self) -> set[int]:
-        """The blocks, or segments, that it is about."""
+        """Return the blocks or segments of the call."""
         return set(range(self.first, self.first + self.count))
 
 
 def about(blocks: set[int]) -> Callable[[Call], bool]:
-    """Return whether a call is about one of some blocks, or segments."""
+    """Return whether a call is about one of some blocks or segments."""
     return lambda call: bool(blocks & call.blocks)
 
 
 class Gate:
-    """Holds calls until it is opened."""
+    """A gate that holds calls until it is opened."""
 
     def __init__(self) -> None:
         self.held: list[Call] = []
-        """Calls that have come, those that went on when it was opened included."""
+        """The calls that have come, including those that continued when the gate opened."""
         self._open = threading.Event()
 
     def pass_through(self, call: Call) -> None:
-        """Wait until the gate is open. For the thread that makes the call."""
+        """Wait until the gate is open. The thread of the call runs this."""
         self.held.append(call)
         if not self._open.wait(LIMIT_SECONDS):
             raise TimeoutError(f"{call} was held for {LIMIT_SECONDS:g} s")
@@ -60,7 +60,7 @@ class Gate:
 
 
 class FaultyBacking(Backing):
-    """The backing file at `path`; `calls` are those that were made, held and failed ones included."""
+    """The backing file at `path`. `calls` has all calls, including held and failed ones."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -74,7 +74,7 @@ class FaultyBacking(Backing):
 
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[Gate]:
-        """Hold every call of a method that comes from now on; all go on at the end at the latest."""
+        """Hold each later call of a method. All continue at the end of the block at the latest."""
         gate = self._gates[name] = Gate()
         try:
             yield gate
@@ -85,11 +85,11 @@ class FaultyBacking(Backing):
     def fail(
         self, name: str, when: Callable[[Call], bool] = lambda _: True, error: type[BackingError] = BackingError
     ) -> None:
-        """Have the calls of a method fail that `when` says yes to, until `recover`. It is asked in the calling thread."""
+        """Let the calls of a method fail for which `when` is true, until `recover`. The calling thread evaluates it."""
         self._failures[name] = lambda call: error("as the test wants it") if when(call) else None
 
     def recover(self) -> None:
-        """Nothing fails any more."""
+        """Let no call fail any more."""
         self._failures.clear()
 
     def _call(self, name: str, first: int, count: int) -> None:
@@ -104,29 +104,29 @@ class FaultyBacking(Backing):
             try:
                 raise error
             finally:
-                del error  # else it and this frame would refer to each other
+                del error  # or it and this frame would refer to each other
 
     def write_blocks(self, block: int, frames: Sequence[memoryview]) -> None:
-        """Write blocks, later or not at all."""
+        """Write blocks, after a delay or not at all."""
         self._call("write_blocks", block, len(frames))
         super().write_blocks(block, frames)
 
     def read_blocks(self, block: int, frames: Sequence[memoryview]) -> None:
-        """Read blocks, later or not at all."""
+        """Read blocks, after a delay or not at all."""
         self._call("read_blocks", block, len(frames))
         super().read_blocks(block, frames)
 
     def sync(self) -> None:
-        """Sync, later or not at all."""
+        """Sync, after a delay or not at all."""
         self._call("sync", 0, 0)
         super().sync()
 
     def make_ready(self, first: int, count: int) -> None:
-        """Make segments ready, later or not at all."""
+        """Make segments ready, after a delay or not at all."""
         self._call("make_ready", first, count)
         super().make_ready(first, count)
 
     def punch(self, first: int, count: int) -> None:
-        """Punch segments, later or not at all."""
+        """Punch segments, after a delay or not at all."""
         self._call("punch", first, count)
         super().punch(first, count)

@@ -1,39 +1,42 @@
 # SPDX-License-Identifier: MIT
-"""A page store that runs, on a clock that the test can push forward, and ways to look at where a page is."""
+"""A running page store with a clock that a test can push forward, and functions that show where a page is."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, ParamSpec
 
 import trio
 import trio.testing
 
-from bench.stores import let_go as let_go
-from bench.stores import running as running
+from kit.stores import let_go as let_go
+from kit.stores import running as running
 from tests.store.faulty import FaultyBacking
 from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.codec import Codec
 from zbudfs.core.packing import Packing
 from zbudfs.core.page_table import BLOCK, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, RAW_FRAME, REF_MASK
+from zbudfs.core.reclaim import CALM_SECONDS, TICK_SECONDS
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, PAGE_WORDS
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pool import Pool
-from zbudfs.store.reclaimer import CALM_SECONDS, TICK_SECONDS
+
+P = ParamSpec("P")
 
 LIMIT_SECONDS: Final = 60.0
-"""Longest time that a whole test may take, on its own clock. A failure, not a measurement."""
+"""Longest time of a whole test on its own clock. Its end is a failure, not a measurement."""
 POLL_SECONDS: Final = 0.001
 
 
-_limit: Final = trio.lowlevel.RunVar[trio.CancelScope]("limit")
+_limit: Final[trio.lowlevel.RunVar[trio.CancelScope]] = trio.lowlevel.RunVar("limit")
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
-    """Run a test, limited in time. Its clock goes as fast as the real one, and `push` jumps."""
+    """Run a test with a time limit. Its clock is as fast as the real one, and `push` makes it jump."""
 
     async def limited() -> None:
         with trio.fail_after(LIMIT_SECONDS) as scope:
@@ -41,6 +44,16 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
             await main()
 
     trio.run(limited, clock=trio.testing.MockClock(rate=1.0))
+
+
+def trio_test(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """Make a test of a coroutine function, with `run`."""
+
+    @functools.wraps(test)
+    def run_test(*args: P.args, **kwargs: P.kwargs) -> None:
+        run(lambda: test(*args, **kwargs))
+
+    return run_test
 
 
 def push(seconds: float) -> None:
@@ -52,14 +65,14 @@ def push(seconds: float) -> None:
 
 
 def fill_reserve(pool: Pool) -> None:
-    """Have memory come until as many frames are ready as may be, where no task does that."""
+    """Populate frames until as many are ready as allowed, in a store without tasks."""
     while runs := pool.take_bare():
         pool.populate(runs)
         pool.add_ready(runs)
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait until something holds; a failure of the test if it does not."""
+    """Wait until a condition holds, or fail the test."""
     try:
         with trio.fail_after(LIMIT_SECONDS / 3):
             while not condition():
@@ -70,7 +83,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 @contextlib.contextmanager
 def packed_by(packing: Packing) -> Iterator[Packing]:
-    """Have stores whose packing is not said use this one."""
+    """Set the packing of stores that name none."""
     defaults = StoreMemory.__init__.__kwdefaults__
     assert defaults is not None
     before = defaults["packing"]
@@ -83,7 +96,7 @@ def packed_by(packing: Packing) -> Iterator[Packing]:
 
 @contextlib.contextmanager
 def pure_by_default(*, pure: bool) -> Iterator[None]:
-    """Have stores for which nothing else is said keep the hot path in C out, or not."""
+    """Choose for stores that do not say whether they leave out the hot path in C."""
     defaults = PageStore.__init__.__kwdefaults__
     assert defaults is not None
     before = defaults["pure"]
@@ -96,7 +109,7 @@ def pure_by_default(*, pure: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def made_pool(nr_frames: int) -> Iterator[Pool]:
-    """Have a pool without a store."""
+    """Make a pool without a store."""
     memory = StoreMemory(nr_frames << PAGE_SHIFT, nr_frames, backed=False)
     try:
         memory.populate()
@@ -107,20 +120,20 @@ def made_pool(nr_frames: int) -> Iterator[Pool]:
 
 @contextlib.asynccontextmanager
 async def backed_store(
-    folder: Path, nr_pages: int = 512, nr_frames: int = 64
+    folder: Path, nr_pages: int = 512, nr_frames: int = 64, *, log: Callable[[str], None] = lambda _: None
 ) -> AsyncIterator[tuple[PageStore, FaultyBacking]]:
-    """Have a running store with a backing file that can be held and made to fail.
+    """Run a store with a backing file that can be held and made to fail.
 
     With 64 frames the low watermark is 16 and the high one 32: the 49th frame starts a writeback of 17.
     """
     backing = FaultyBacking(str(folder / "backing"))
-    store = PageStore(nr_pages * PAGE_SIZE, nr_frames, backing, Codec())
+    store = PageStore(nr_pages * PAGE_SIZE, nr_frames, backing, Codec(), log=log)
     async with running(store):
         yield store, backing
 
 
 async def calm(store: PageStore) -> None:
-    """Let time pass until nothing has happened in the store for long; a tick first, which notices what was done last."""
+    """Let time pass until the store has been idle for long. A tick comes first, which notices the last action."""
     await trio.testing.wait_all_tasks_blocked()
     seen = store.reclaimer.ticked_at
     push(TICK_SECONDS)
@@ -129,7 +142,7 @@ async def calm(store: PageStore) -> None:
 
 
 async def quiet(store: PageStore) -> None:
-    """Wait until every task waits and no frame is being written back; then all must add up."""
+    """Wait until each task waits and no frame is being written back. Then everything must add up."""
     await trio.testing.wait_all_tasks_blocked()
     while store.zbud_counters()["pers_zombie_count"]:
         await trio.sleep(POLL_SECONDS)
@@ -141,33 +154,33 @@ async def quiet(store: PageStore) -> None:
 
 
 async def put(store: PageStore, page: int, content: bytes) -> None:
-    """Write pages from `page` on."""
-    await store.write(page * PAGE_SIZE, content)
+    """Write pages, starting at `page`."""
+    await store.requests.write(page * PAGE_SIZE, content)
 
 
 async def get(store: PageStore, page: int, count: int = 1) -> bytes:
-    """Read pages from `page` on."""
-    return await store.read(page * PAGE_SIZE, count * PAGE_SIZE)
+    """Read pages, starting at `page`."""
+    return await store.requests.read(page * PAGE_SIZE, count * PAGE_SIZE)
 
 
 async def drop(store: PageStore, page: int, count: int = 1) -> None:
-    """Discard pages from `page` on."""
-    await store.discard(page * PAGE_SIZE, count * PAGE_SIZE)
+    """Discard pages, starting at `page`."""
+    await store.requests.discard(page * PAGE_SIZE, count * PAGE_SIZE)
 
 
 def kind_of(store: PageStore, page: int) -> int:
-    """Return how a page is kept: ABSENT, FRAME, BLOCK, ..."""
+    """Return the kind of a page: ABSENT, FRAME, BLOCK, ..."""
     return store.state.table.entries[page] & KIND_MASK
 
 
 def place_of(store: PageStore, page: int) -> tuple[int, int]:
-    """Return the frame or block of a page, and its index in there."""
+    """Return the frame or block of a page, and its index there."""
     ref = store.state.table.entries[page] >> KIND_BITS & REF_MASK
     return ref >> REF_BITS, ref & ((1 << REF_BITS) - 1)
 
 
 def forge_handle(store: PageStore, page: int, *, owner: int | None = None, size: int | None = None) -> None:
-    """Have the handle of a zpage in RAM say another page, or another size."""
+    """Write another page number or size into the handle of a zpage in RAM."""
     frame, index = place_of(store, page)
     memory = store.memory
     words = memory.frames.view.cast("Q")
@@ -182,16 +195,16 @@ def forge_handle(store: PageStore, page: int, *, owner: int | None = None, size:
 
 
 def in_ram(store: PageStore, page: int) -> bool:
-    """Whether a page is in a frame."""
+    """Return whether a page is in a frame."""
     return kind_of(store, page) in (FRAME, RAW_FRAME)
 
 
 def in_block(store: PageStore, page: int) -> bool:
-    """Whether a page is in the backing file alone."""
+    """Return whether only the backing file has a page."""
     return kind_of(store, page) in (BLOCK, RAW_BLOCK)
 
 
 def block_of(store: PageStore, page: int) -> int:
-    """Return the block of a page that is in the backing file alone."""
+    """Return the block of a page that only the backing file has."""
     assert in_block(store, page), f"page {page} is in RAM"
     return place_of(store, page)[0]

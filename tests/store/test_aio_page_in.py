@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Page-in through the kernel's queue: real reads of a real file. A test can hold reads back, refuse them or change them."""
+"""Page-in through the kernel's queue: real reads of a real file, which a test can hold, refuse or change."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ import pytest
 import trio
 import trio.testing
 
-from scripts.nbd import nbd_disk, run_tool
+from kit.nbd import nbd_disk
+from kit.programs import run_tool
 from tests.store.faulty import FaultyBacking
-from tests.store.rig import backed_store, block_of, drop, get, in_block, in_ram, put, quiet, run, until
+from tests.store.rig import backed_store, block_of, drop, get, in_block, in_ram, put, quiet, trio_test, until
 from tests.support import ROOT
 from zbudfs.core.errors import PageLost
 from zbudfs.core.units import PAGE_SIZE
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("packing")
 
 
 class HeldQueue:
-    """A queue of the kernel's whose reads the test can hold back, refuse, cut short, or change."""
+    """A queue of the kernel whose reads the test can hold, refuse, cut short, or change."""
 
     def __init__(self, nr_slots: int) -> None:
         self._queue = Queue(nr_slots)
@@ -43,7 +44,7 @@ class HeldQueue:
         self.submitted: list[tuple[int, list[int]]] = []
         self._waiting: list[tuple[int, list[tuple[int, list[int]]]]] = []
         self.most = nr_slots
-        """Runs that the kernel takes at once."""
+        """The number of runs that the kernel takes at once."""
         self.result: Callable[[int], int] = lambda result: result
 
     def submit(self, fd: int, runs: list[tuple[int, list[int]]]) -> int:
@@ -56,11 +57,11 @@ class HeldQueue:
         return self._queue.submit(fd, runs)
 
     def reap(self) -> list[tuple[int, int]]:
-        """Take what has completed."""
+        """Return the completed reads."""
         return [(slot, self.result(result)) for slot, result in self._queue.reap()]
 
     def release(self) -> None:
-        """Submit what was held back."""
+        """Submit the held reads."""
         self.held = False
         for fd, runs in self._waiting:
             assert self._queue.submit(fd, runs) == len(runs)
@@ -73,7 +74,7 @@ class HeldQueue:
 
 
 class Client:
-    """Whoever reads: what was answered, by request, and what was handed to a task."""
+    """A reader, with the answers by request and the requests that went to a task."""
 
     def __init__(self, store: PageStore, queue: HeldQueue) -> None:
         self.store = store
@@ -94,13 +95,13 @@ class Client:
         self.again.append((key, offset, length))
 
     def read(self, page: int, count: int = 1) -> int | None:
-        """Begin a read; the request's key, None if it was not begun."""
+        """Begin a read, and return the key of the request, or None if it did not begin."""
         self._next += 1
         begun = self.store.aio.begin(self._next, page * PAGE_SIZE, count * PAGE_SIZE)
         return self._next if begun else None
 
     async def answer(self, key: int | None) -> bytes:
-        """Return the answer to a request that was begun."""
+        """Return the answer to a request that has begun."""
         assert key is not None, "the read was not begun"
         await until(lambda: key in self.answers or any(key == what[0] for what in self.again), "an answer")
         assert key in self.answers, "the read was handed to a task"
@@ -108,7 +109,7 @@ class Client:
 
 
 def content_of(number: int, noise_bytes: int = 1500) -> bytes:
-    """Return a page that is told from all others; more noise makes a larger zpage."""
+    """Return a page that differs from all others. More noise makes a larger zpage."""
     return random.Random(number).randbytes(noise_bytes) + bytes(PAGE_SIZE - noise_bytes)
 
 
@@ -116,7 +117,7 @@ def content_of(number: int, noise_bytes: int = 1500) -> bytes:
 async def reading(
     folder: Path, patch: pytest.MonkeyPatch, nr_pages: int = 512, nr_frames: int = 64
 ) -> AsyncIterator[tuple[PageStore, FaultyBacking, Client]]:
-    """Have a store with a queue, whose first 200 pages are written, most of them to the backing file alone."""
+    """Run a store with a queue. Its first 200 pages are written, and most are only in the backing file."""
     patch.setattr(aio_page_in, "new_queue", HeldQueue)
     async with backed_store(folder, nr_pages, nr_frames) as (store, backing):
         assert store.memory.outgoing is not None
@@ -135,316 +136,280 @@ async def reading(
 
 
 def cold(store: PageStore) -> list[int]:
-    """The pages that are in the backing file alone."""
+    """Return the pages that only the backing file has."""
     return [number for number in range(200) if in_block(store, number)]
 
 
-def test_a_page_comes_without_a_task_and_its_block_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@trio_test
+async def test_a_page_comes_without_a_task_and_its_block_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No thread reads, the answer is the page, and the page is in RAM afterwards."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, backing, client):
-            number = cold(store)[0]
-            assert await client.answer(client.read(number)) == content_of(number)
-            assert not backing.calls_of("read_blocks")
-            assert in_ram(store, number)
-            assert store.aio.requests == 1
-            assert store.statistics().cumul_pagein_blocks == 1
-
-    run(main)
+    async with reading(tmp_path, monkeypatch) as (store, backing, client):
+        number = cold(store)[0]
+        assert await client.answer(client.read(number)) == content_of(number)
+        assert not backing.calls_of("read_blocks")
+        assert in_ram(store, number)
+        assert store.aio.requests == 1
+        assert store.statistics().cumul_pagein_blocks == 1
 
 
-def test_several_pages_in_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of one request may be in neighbouring blocks, in others, in RAM, absent and words."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, _, client):
-            first = cold(store)[4]
-            await put(store, first + 1, content_of(999))
-            await put(store, first + 2, b"zbudfs!!" * (PAGE_SIZE // 8))
-            await drop(store, first + 3)
-            expected = [content_of(first), content_of(999), b"zbudfs!!" * (PAGE_SIZE // 8), bytes(PAGE_SIZE)]
-            expected += [content_of(number) for number in range(first + 4, first + 16)]
-            assert await client.answer(client.read(first, 16)) == b"".join(expected)
-
-    run(main)
+@trio_test
+async def test_several_pages_in_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of one request may be in neighbouring blocks, in others, in RAM, absent, and words."""
+    async with reading(tmp_path, monkeypatch) as (store, _, client):
+        first = cold(store)[4]
+        await put(store, first + 1, content_of(999))
+        await put(store, first + 2, b"zbudfs!!" * (PAGE_SIZE // 8))
+        await drop(store, first + 3)
+        expected = [content_of(first), content_of(999), b"zbudfs!!" * (PAGE_SIZE // 8), bytes(PAGE_SIZE)]
+        expected += [content_of(number) for number in range(first + 4, first + 16)]
+        assert await client.answer(client.read(first, 16)) == b"".join(expected)
 
 
-def test_requests_for_one_block_share_its_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every request for a block that is being read waits for that read."""
+@pytest.mark.race(20)
+@trio_test
+async def test_requests_for_one_block_share_its_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request for a block that is being read waits for that read."""
+    async with reading(tmp_path, monkeypatch) as (store, _, client):
+        number = cold(store)[0]
+        client.queue.held = True
+        keys = [client.read(number) for _ in range(5)]
+        assert len(client.queue.submitted) == 1
+        client.queue.release()
+        for key in keys:
+            assert await client.answer(key) == content_of(number)
 
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, _, client):
-            number = cold(store)[0]
-            client.queue.held = True
-            keys = [client.read(number) for _ in range(5)]
-            assert len(client.queue.submitted) == 1
+
+@pytest.mark.race(20)
+@trio_test
+async def test_the_task_waits_for_a_block_that_the_queue_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read in a task looks the page up again when the queue's read has ended. The queue refuses a block of a task."""
+    async with reading(tmp_path, monkeypatch) as (store, backing, client):
+        number, other = cold(store)[0], cold(store)[40]
+        client.queue.held = True
+        key = client.read(number)
+        async with trio.open_nursery() as nursery:
+            found: list[bytes] = []
+
+            async def read() -> None:
+                found.append(await get(store, number))
+
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not found
             client.queue.release()
-            for key in keys:
-                assert await client.answer(key) == content_of(number)
-
-    run(main)
-
-
-def test_the_task_waits_for_a_block_that_the_queue_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read in a task looks the page up again when the queue's read is over; the queue refuses a block of a task's."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, backing, client):
-            number, other = cold(store)[0], cold(store)[40]
-            client.queue.held = True
-            key = client.read(number)
+        assert found == [content_of(number)] == [await client.answer(key)]
+        assert not backing.calls_of("read_blocks")
+        with backing.held("read_blocks") as gate:
             async with trio.open_nursery() as nursery:
-                found: list[bytes] = []
-
-                async def read() -> None:
-                    found.append(await get(store, number))
-
-                nursery.start_soon(read)
-                await trio.testing.wait_all_tasks_blocked()
-                assert not found
-                client.queue.release()
-            assert found == [content_of(number)] == [await client.answer(key)]
-            assert not backing.calls_of("read_blocks")
-            with backing.held("read_blocks") as gate:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(get, store, other)
-                    await until(lambda: bool(gate.held), "a thread reads")
-                    assert client.read(other) is None
-                    gate.open()
-
-    run(main)
+                nursery.start_soon(get, store, other)
+                await until(lambda: bool(gate.held), "a thread reads")
+                assert client.read(other) is None
+                gate.open()
 
 
 @pytest.mark.parametrize("change", ["write", "discard", "word"])
-def test_a_page_changes_during_its_page_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    """The old copy is not answered; a task looks the page up again. The block is not used for anything else meanwhile."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, _, client):
-            number = cold(store)[0]
-            block = block_of(store, number)
-            client.queue.held = True
-            key = client.read(number)
-            if change == "discard":
-                await drop(store, number)
-            else:
-                await put(store, number, content_of(7777) if change == "write" else b"abcdefgh" * 512)
-            now = await get(store, number)
-            for other in range(300, 420):
-                await put(store, other, content_of(other))
-            await until(lambda: not store.zbud_counters()["pers_zombie_count"], "the writeback is over")
-            assert store.state.blocks is not None
-            assert store.state.blocks.live(block)
-            client.queue.release()
-            await until(lambda: bool(client.again), "the request is handed over")
-            assert client.again == [(key, number * PAGE_SIZE, PAGE_SIZE)]
-            assert await get(store, number) == now != content_of(number)
-
-    run(main)
+@pytest.mark.race(19)
+@trio_test
+async def test_a_page_changes_during_its_page_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """The old copy is no answer: a task looks the page up again. The block has no new owner meanwhile."""
+    async with reading(tmp_path, monkeypatch) as (store, _, client):
+        number = cold(store)[0]
+        block = block_of(store, number)
+        client.queue.held = True
+        key = client.read(number)
+        if change == "discard":
+            await drop(store, number)
+        else:
+            await put(store, number, content_of(7777) if change == "write" else b"abcdefgh" * 512)
+        now = await get(store, number)
+        for other in range(300, 420):
+            await put(store, other, content_of(other))
+        await until(lambda: not store.zbud_counters()["pers_zombie_count"], "the writeback is over")
+        assert store.state.blocks is not None
+        assert store.state.blocks.live(block)
+        client.queue.release()
+        await until(lambda: bool(client.again), "the request is handed over")
+        assert client.again == [(key, number * PAGE_SIZE, PAGE_SIZE)]
+        assert await get(store, number) == now != content_of(number)
 
 
 @pytest.mark.parametrize("result", [-errno.EIO, -errno.EAGAIN, -errno.EOPNOTSUPP, 0, 512])
-def test_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: int) -> None:
-    """A read that fails, would have to wait, or is short goes to a task; nothing stays held, and the page is not lost."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, _, client):
-            number = cold(store)[0]
-            client.queue.result = lambda _: result
-            key = client.read(number)
-            await until(lambda: bool(client.again), "the request is handed over")
-            assert client.again == [(key, number * PAGE_SIZE, PAGE_SIZE)]
-            assert in_block(store, number)
-            assert await get(store, number) == content_of(number)
-            assert store.statistics().lost_pages == 0
-
-    run(main)
+@trio_test
+async def test_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: int) -> None:
+    """A read that fails, would wait, or is short goes to a task. Nothing stays held, and the page is not lost."""
+    async with reading(tmp_path, monkeypatch) as (store, _, client):
+        number = cold(store)[0]
+        client.queue.result = lambda _: result
+        key = client.read(number)
+        await until(lambda: bool(client.again), "the request is handed over")
+        assert client.again == [(key, number * PAGE_SIZE, PAGE_SIZE)]
+        assert in_block(store, number)
+        assert await get(store, number) == content_of(number)
+        assert store.statistics().lost_pages == 0
 
 
-def test_a_damaged_block_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queue hands a damaged page over; the task counts and reports the loss."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, backing, client):
-            number = cold(store)[0]
-            os.pwrite(backing.fileno(), memoryview(aligned(os.urandom(PAGE_SIZE))), block_of(store, number) * PAGE_SIZE)
-            client.read(number)
-            await until(lambda: bool(client.again), "the request is handed over")
-            assert store.statistics().lost_pages == 0
-            with pytest.raises(PageLost):
-                await get(store, number)
-            assert store.statistics().lost_pages == 1
-
-    run(main)
+@trio_test
+async def test_a_damaged_block_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue hands a damaged page over, and the task counts and reports the loss."""
+    async with reading(tmp_path, monkeypatch) as (store, backing, client):
+        number = cold(store)[0]
+        os.pwrite(backing.fileno(), memoryview(aligned(os.urandom(PAGE_SIZE))), block_of(store, number) * PAGE_SIZE)
+        client.read(number)
+        await until(lambda: bool(client.again), "the request is handed over")
+        assert store.statistics().lost_pages == 0
+        with pytest.raises(PageLost):
+            await get(store, number)
+        assert store.statistics().lost_pages == 1
 
 
 def aligned(content: bytes) -> memoryview:
-    """A copy that O_DIRECT takes."""
+    """Return a copy that O_DIRECT accepts."""
     place = mmap.mmap(-1, PAGE_SIZE)
     place[:] = content
     return memoryview(place)
 
 
-def test_more_reads_than_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What finds no slot is not begun; all slots are free again afterwards."""
-
-    async def main() -> None:
-        monkeypatch.setattr(aio_page_in, "SLOTS", 8)
-        async with reading(tmp_path, monkeypatch) as (store, _, client):
-            pages = {block_of(store, number): number for number in cold(store)}
-            chosen = list(pages.values())[::3][:12]
-            client.queue.held = True
-            keys = {number: client.read(number) for number in chosen}
-            begun = {number: key for number, key in keys.items() if key is not None}
-            assert len(begun) == 8
-            client.queue.release()
-            for number, key in begun.items():
-                assert await client.answer(key) == content_of(number)
-            await until(lambda: len(store.aio._free) == 8, "the slots are free")
-
-    run(main)
+@trio_test
+async def test_more_reads_than_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads without a free slot do not begin, and all slots are free again afterwards."""
+    monkeypatch.setattr(aio_page_in, "SLOTS", 8)
+    async with reading(tmp_path, monkeypatch) as (store, _, client):
+        pages = {block_of(store, number): number for number in cold(store)}
+        chosen = list(pages.values())[::3][:12]
+        client.queue.held = True
+        keys = {number: client.read(number) for number in chosen}
+        begun = {number: key for number, key in keys.items() if key is not None}
+        assert len(begun) == 8
+        client.queue.release()
+        for number, key in begun.items():
+            assert await client.answer(key) == content_of(number)
+        await until(lambda: len(store.aio._free) == 8, "the slots are free")
 
 
-def test_the_kernel_takes_only_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request of which the kernel takes one run only is not begun; that run ends, and nothing is held then."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, _, client):
-            first = next(
-                number
-                for number in cold(store)
-                if in_block(store, number + 9) and abs(block_of(store, number + 9) - block_of(store, number)) > 1
-            )
-            for number in range(first + 1, first + 9):
-                await drop(store, number)
-            client.queue.most = 1
-            assert client.read(first, 10) is None
-            await until(lambda: not store.aio._runs, "the run that was taken is over")
-            assert len(store.aio._free) == aio_page_in.SLOTS
-            await quiet(store)
-            assert await get(store, first) == content_of(first)
-
-    run(main)
+@trio_test
+async def test_the_kernel_takes_only_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the kernel takes only one run of a request, the request does not begin. After that run nothing is held."""
+    async with reading(tmp_path, monkeypatch) as (store, _, client):
+        first = next(
+            number
+            for number in cold(store)
+            if in_block(store, number + 9) and abs(block_of(store, number + 9) - block_of(store, number)) > 1
+        )
+        for number in range(first + 1, first + 9):
+            await drop(store, number)
+        client.queue.most = 1
+        assert client.read(first, 10) is None
+        await until(lambda: not store.aio._runs, "the run that was taken is over")
+        assert len(store.aio._free) == aio_page_in.SLOTS
+        await quiet(store)
+        assert await get(store, first) == content_of(first)
 
 
-def test_no_frame_to_keep_a_block_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every frame in use by pages whose writeback is off, pages are answered all the same, and not kept."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch) as (store, _, client):
-            chosen = cold(store)[:8]
-            store.reclaimer.writeback_enabled = False
-            with contextlib.suppress(Exception):
-                for number in range(300, 500):
-                    await put(store, number, random.Random(number).randbytes(PAGE_SIZE))
-            for number in chosen:
-                assert await client.answer(client.read(number)) == content_of(number)
-            store.reclaimer.writeback_enabled = True
-
-    run(main)
+@trio_test
+async def test_no_frame_to_keep_a_block_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If pages without writeback use every frame, reads are answered and the block is not kept."""
+    async with reading(tmp_path, monkeypatch) as (store, _, client):
+        chosen = cold(store)[:8]
+        store.reclaimer.writeback.enabled = False
+        with contextlib.suppress(Exception):
+            for number in range(300, 500):
+                await put(store, number, random.Random(number).randbytes(PAGE_SIZE))
+        for number in chosen:
+            assert await client.answer(client.read(number)) == content_of(number)
+        store.reclaimer.writeback.enabled = True
 
 
-def test_a_reader_in_order_gets_blocks_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@trio_test
+async def test_a_reader_in_order_gets_blocks_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs grow, and later requests find their pages in RAM."""
-
-    async def main() -> None:
-        async with reading(tmp_path, monkeypatch, nr_frames=96) as (store, _, client):
-            pages = cold(store)
-            for number in pages[: len(pages) // 8 * 8 : 8]:
-                if all(in_block(store, number + at) for at in range(8)):
-                    await client.answer(client.read(number, 8))
-            assert store.statistics().cumul_readahead_blocks > 0
-            assert any(len(slots) > 8 for _, slots in client.queue.submitted)
-
-    run(main)
+    async with reading(tmp_path, monkeypatch, nr_frames=96) as (store, _, client):
+        pages = cold(store)
+        for number in pages[: len(pages) // 8 * 8 : 8]:
+            if all(in_block(store, number + at) for at in range(8)):
+                await client.answer(client.read(number, 8))
+        assert store.statistics().cumul_readahead_blocks > 0
+        assert any(len(slots) > 8 for _, slots in client.queue.submitted)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_anything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Reads that are held for a while, between writes and discards: each gives what the page held during the read."""
-
-    async def main() -> None:
-        chance = random.Random(seed)
-        async with reading(tmp_path, monkeypatch, nr_frames=48) as (store, _, client):
-            history: dict[int, list[bytes]] = {number: [content_of(number)] for number in range(200)}
-            open_reads: dict[int, tuple[int, int, list[int]]] = {}
-            checked = 0
-            for step in range(1500):
-                match chance.randrange(10):
-                    case 0 | 1 | 2:
-                        number = chance.randrange(200)
-                        history[number].append(content_of(step + 1000, chance.choice((40, 700, 1500, 2500, 4096))))
-                        await put(store, number, history[number][-1])
-                    case 3 if chance.random() < 0.3:
-                        number = chance.randrange(200)
-                        history[number].append(bytes(PAGE_SIZE))
-                        await drop(store, number)
-                    case 4:
-                        client.queue.held = True
-                    case 5:
-                        client.queue.release()
-                        await trio.lowlevel.checkpoint()
-                    case _:
-                        count = chance.choice((1, 1, 1, 2, 8))
-                        number = chance.randrange(200 - count)
-                        key = client.read(number, count)
-                        if key is not None:
-                            open_reads[key] = (number, count, [len(history[number + at]) - 1 for at in range(count)])
-                if step % 50 == 49:
+@trio_test
+async def test_anything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Reads are held for a while, between writes and discards. Each gives a content that the page had meanwhile."""
+    chance = random.Random(seed)
+    async with reading(tmp_path, monkeypatch, nr_frames=48) as (store, _, client):
+        history: dict[int, list[bytes]] = {number: [content_of(number)] for number in range(200)}
+        open_reads: dict[int, tuple[int, int, list[int]]] = {}
+        checked = 0
+        for step in range(1500):
+            match chance.randrange(10):
+                case 0 | 1 | 2:
+                    number = chance.randrange(200)
+                    history[number].append(content_of(step + 1000, chance.choice((40, 700, 1500, 2500, 4096))))
+                    await put(store, number, history[number][-1])
+                case 3 if chance.random() < 0.3:
+                    number = chance.randrange(200)
+                    history[number].append(bytes(PAGE_SIZE))
+                    await drop(store, number)
+                case 4:
+                    client.queue.held = True
+                case 5:
                     client.queue.release()
-                    await until(lambda: not store.aio._runs, "all reads are over")
-                for key, (number, count, since) in list(open_reads.items()):
-                    content = client.answers.get(key)
-                    if content is None:
-                        continue
-                    for at in range(count):
-                        piece = content[at * PAGE_SIZE : (at + 1) * PAGE_SIZE]
-                        assert piece in history[number + at][since[at] :], f"step {step}: page {number + at}"
-                        checked += 1
-                    del open_reads[key]
-            client.queue.release()
-            await until(lambda: not store.aio._runs, "all reads are over")
-            await quiet(store)
-            assert checked > 50
-            for number, versions in history.items():
-                assert await get(store, number) == versions[-1]
+                    await trio.lowlevel.checkpoint()
+                case _:
+                    count = chance.choice((1, 1, 1, 2, 8))
+                    number = chance.randrange(200 - count)
+                    key = client.read(number, count)
+                    if key is not None:
+                        open_reads[key] = (number, count, [len(history[number + at]) - 1 for at in range(count)])
+            if step % 50 == 49:
+                client.queue.release()
+                await until(lambda: not store.aio._runs, "all reads are over")
+            for key, (number, count, since) in list(open_reads.items()):
+                content = client.answers.get(key)
+                if content is None:
+                    continue
+                for at in range(count):
+                    piece = content[at * PAGE_SIZE : (at + 1) * PAGE_SIZE]
+                    assert piece in history[number + at][since[at] :], f"step {step}: page {number + at}"
+                    checked += 1
+                del open_reads[key]
+        client.queue.release()
+        await until(lambda: not store.aio._runs, "all reads are over")
+        await quiet(store)
+        assert checked > 50
+        for number, versions in history.items():
+            assert await get(store, number) == versions[-1]
 
-    run(main)
+
+# ---- without a queue -----------------------------------------------------------------------------------------------------
 
 
-# ---- where there is no queue ---------------------------------------------------------------------------------------------
-
-
-def test_the_kernel_has_no_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@trio_test
+async def test_the_kernel_has_no_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads read then, and the store says so."""
 
     def refused(_: int) -> Queue:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    async def main() -> None:
-        monkeypatch.setattr(aio_page_in, "new_queue", refused)
-        async with backed_store(tmp_path) as (store, _):
-            assert not store.aio.open()
-            assert store.aio.path == "threads"
-            assert not store.aio.begin(1, 0, PAGE_SIZE)
-
-    run(main)
+    monkeypatch.setattr(aio_page_in, "new_queue", refused)
+    async with backed_store(tmp_path) as (store, _):
+        assert not store.aio.open()
+        assert store.aio.path == "threads"
+        assert not store.aio.begin(1, 0, PAGE_SIZE)
 
 
-def test_a_file_without_direct_io_is_read_by_threads(tmp_path: Path) -> None:
-    """AIO of the page cache would make the serving thread wait."""
-
-    async def main() -> None:
-        async with backed_store(tmp_path) as (store, backing):
-            backing.direct = False
-            assert not store.aio.open()
-
-    run(main)
+@trio_test
+async def test_a_file_without_direct_io_is_read_by_threads(tmp_path: Path) -> None:
+    """AIO through the page cache would make the serving thread wait."""
+    async with backed_store(tmp_path) as (store, backing):
+        backing.direct = False
+        assert not store.aio.open()
 
 
 def test_a_queue_with_wrong_arguments() -> None:
-    """Errors name what is wrong, and nothing is submitted."""
+    """Errors name the mistake, and nothing is submitted."""
     with pytest.raises(ValueError, match="1 to 256 slots"):
         Queue(0)
     with pytest.raises(ValueError, match="1 to 256 slots"):
@@ -482,8 +447,9 @@ time.sleep(600)
 
 
 @pytest.mark.needs("root", "fuse", "loop", "nbd")
+@pytest.mark.race(21)
 def test_a_process_ends_only_when_its_reads_have_come_back(tmp_path: Path) -> None:
-    """The kernel keeps a killed process, and the slots with it, until the disk has answered."""
+    """The kernel keeps a killed process and its slots until the disk has answered."""
     with nbd_disk(tmp_path, 16 << 20) as disk:
         file = disk.mounted / "blocks"
         file.write_bytes(os.urandom(PAGE_SIZE))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Memory that comes and goes by request only."""
+"""Memory that comes and goes only on request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPAN = st.integers(0, 20 * PAGE)
 
 
 def test_an_arena_is_large_and_empty() -> None:
-    """A gibibyte costs nothing until it is populated, reads as zeros, and is the view's, to the byte."""
+    """A gibibyte costs nothing until it is populated, reads as zeros, and is in the view to the byte."""
     arena = Arena("test", 1 << 30)
     assert arena.size == len(arena.view) == 1 << 30
     assert arena.resident_bytes == 0
@@ -32,7 +32,7 @@ def test_an_arena_is_large_and_empty() -> None:
 
 
 def test_its_file_goes_with_it(tmp_path: Path) -> None:
-    """A process that makes one store after the other, or fails to make one, does not run out of descriptors."""
+    """A process that makes many stores, or fails to make them, does not run out of descriptors."""
     before = os.listdir("/proc/self/fd")  # noqa: PTH208
     view = Arena("test", PAGE, str(tmp_path)).view
     view[:4] = b"seen"
@@ -45,12 +45,12 @@ def test_its_file_goes_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "rounded"), [(0, PAGE), (1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)])
 def test_the_size_is_rounded_up(size: int, rounded: int) -> None:
-    """An arena has whole pages, and never none."""
+    """An arena has whole pages, and at least one."""
     assert Arena("test", size).size == rounded
 
 
 def test_the_address_is_where_the_view_is() -> None:
-    """What is written at the address is seen in the view."""
+    """Bytes written at the address are in the view."""
     arena = Arena("test", 2 * PAGE)
     arena.populate(0, 2 * PAGE)
     ctypes.memmove(arena.address + PAGE, b"seen", 4)
@@ -59,7 +59,7 @@ def test_the_address_is_where_the_view_is() -> None:
 
 @given(SPAN, st.integers(1, 5 * PAGE))
 def test_populate_covers_every_byte(offset: int, length: int) -> None:
-    """All pages that a span touches are there, and no others; writing there takes no memory."""
+    """All pages that a span touches get memory, and no others. A write there takes no more memory."""
     arena = Arena("test", 32 * PAGE)
     arena.populate(offset, length)
     pages = (offset + length - 1) // PAGE - offset // PAGE + 1
@@ -70,7 +70,7 @@ def test_populate_covers_every_byte(offset: int, length: int) -> None:
 
 @given(SPAN, st.integers(0, 5 * PAGE))
 def test_release_gives_whole_pages_back(offset: int, length: int) -> None:
-    """Pages that lie wholly in the span go and read as zeros; no other byte changes."""
+    """Pages wholly inside the span go and read as zeros. No other byte changes."""
     arena = Arena("test", 32 * PAGE)
     arena.populate(0, 32 * PAGE)
     arena.view[:] = b"x" * (32 * PAGE)
@@ -82,7 +82,7 @@ def test_release_gives_whole_pages_back(offset: int, length: int) -> None:
 
 
 def test_populating_again_keeps_what_is_there() -> None:
-    """Memory that is there already is left alone."""
+    """Populated memory is not changed."""
     arena = Arena("test", 4 * PAGE)
     arena.populate(0, PAGE)
     arena.view[:4] = b"kept"
@@ -91,7 +91,7 @@ def test_populating_again_keeps_what_is_there() -> None:
 
 
 def test_an_older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where madvise does not know MADV_POPULATE_WRITE the pages come from fallocate."""
+    """If madvise does not know MADV_POPULATE_WRITE, fallocate makes the pages."""
     monkeypatch.setattr("zbudfs.store.arena._MADV_POPULATE_WRITE", 9999)
     arena = Arena("test", 8 * PAGE)
     arena.populate(PAGE, 3 * PAGE)
@@ -99,7 +99,7 @@ def test_an_older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hole_in_a_file(tmp_path: Path) -> None:
-    """Punching frees the space and keeps the length; what the file system cannot do is an OSError with its reason."""
+    """Punching frees the space and keeps the length. An operation that the file system lacks is an OSError with the reason."""
     path = tmp_path / "file"
     path.write_bytes(b"x" * (64 << 10))
     with path.open("r+b") as file:

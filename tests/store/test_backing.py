@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The backing file, on real file systems. The first part is the contract, for the real thing and the one that can fail."""
+"""The backing file on real file systems. The first part is the contract, for the real file and the faulty one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAKES = [Backing, FaultyBacking]
 
 
 class Frames:
-    """Aligned memory, as a pool's frames are."""
+    """Aligned memory, like the frames of a pool."""
 
     def __init__(self, count: int) -> None:
         self._map = mmap.mmap(-1, count * PAGE_SIZE)
@@ -42,14 +42,14 @@ class Frames:
         self.views = [view[number * PAGE_SIZE : (number + 1) * PAGE_SIZE] for number in range(count)]
 
     def fill(self, content: bytes) -> list[memoryview]:
-        """Put pages there."""
+        """Put pages into the frames."""
         for number, view in enumerate(self.views):
             view[:] = content[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
         return self.views
 
     @property
     def content(self) -> bytes:
-        """What is there."""
+        """Return the content of the frames."""
         return b"".join(self.views)
 
 
@@ -59,7 +59,7 @@ def write(backing: Backing, block: int, content: bytes) -> None:
 
 
 def read(backing: Backing, block: int, count: int) -> bytes:
-    """Read blocks into memory that held something else."""
+    """Read blocks into memory with other content."""
     frames = Frames(count)
     backing.read_blocks(block, frames.fill(b"\xee" * (count * PAGE_SIZE)))
     return frames.content
@@ -67,7 +67,7 @@ def read(backing: Backing, block: int, count: int) -> bytes:
 
 @contextlib.contextmanager
 def opened(make: Make, path: Path) -> Iterator[Backing]:
-    """Have a backing file open."""
+    """Open a backing file for the block."""
     backing = make(str(path))
     try:
         yield backing
@@ -77,7 +77,7 @@ def opened(make: Make, path: Path) -> Iterator[Backing]:
 
 @pytest.fixture(params=["disk", "shm", "ramfs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A folder on each sort of file system: a disk, a tmpfs, and one that refuses O_DIRECT and holes."""
+    """Return a folder on each sort of file system: a disk, a tmpfs, and one that refuses O_DIRECT and holes."""
     if request.param == "disk":
         yield tmp_path
     elif request.param == "shm":
@@ -96,8 +96,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_what_is_written_is_read(place: Path, make: Make) -> None:
-    """Single blocks and runs, again and again, in any order: each reads as what was written to it last."""
+def test_written_blocks_are_read(place: Path, make: Make) -> None:
+    """Single blocks and runs, many times and in any order: each read returns the last write."""
     with opened(make, place / "backing") as backing:
         backing.make_ready(0, 3)
         generator = random.Random(1)
@@ -117,7 +117,7 @@ def test_what_is_written_is_read(place: Path, make: Make) -> None:
 
 @pytest.mark.parametrize("make", MAKES)
 def test_frames_may_lie_anywhere(place: Path, make: Make) -> None:
-    """The frames of one write, and those of one read, need not be neighbours in memory."""
+    """The frames of one write or one read need not be neighbours in memory."""
     with opened(make, place / "backing") as backing:
         backing.make_ready(0, 1)
         frames = Frames(9)
@@ -131,7 +131,7 @@ def test_frames_may_lie_anywhere(place: Path, make: Make) -> None:
 
 @pytest.mark.parametrize("make", MAKES)
 def test_a_disk_that_takes_less_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
-    """Where a system call moves fewer blocks than it was asked to, the rest follows, to and from the right places."""
+    """If a system call moves fewer blocks than requested, the rest follows, at the right places."""
     for name in ("pwritev", "preadv"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda fd, views, *rest, real=real: real(fd, views[: len(views) // 3 + 1], *rest))
@@ -146,7 +146,7 @@ def test_a_disk_that_takes_less_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("make", MAKES)
 def test_reading_beyond_the_end_is_an_error(place: Path, make: Make) -> None:
-    """Blocks that the file does not have are an error, not zeros and not what the frames held."""
+    """A read of blocks beyond the end is an error, and not zeros or the old content of the frames."""
     with opened(make, place / "backing") as backing:
         backing.make_ready(0, 1)
         for first, count in ((SEGMENT_BLOCKS, 1), (SEGMENT_BLOCKS - 1, 2), (1000, 3)):
@@ -157,7 +157,7 @@ def test_reading_beyond_the_end_is_an_error(place: Path, make: Make) -> None:
 
 @pytest.mark.parametrize("make", MAKES)
 def test_growing_keeps_what_is_there(place: Path, make: Make) -> None:
-    """Segments that are made ready are zeros; the header and other segments stay as they are, and bytes are counted."""
+    """New segments are zeros, the header and other segments do not change, and the bytes are counted."""
     with opened(make, place / "backing") as backing:
         backing.make_ready(0, 1)
         write(backing, 1, page(1, BIG))
@@ -168,8 +168,8 @@ def test_growing_keeps_what_is_there(place: Path, make: Make) -> None:
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_what_cannot_be_done_is_a_backing_error(tmp_path: Path, make: Make) -> None:
-    """Every OSError comes out as a BackingError with its reason: here, of a file that may not grow."""
+def test_a_refused_call_is_a_backing_error(tmp_path: Path, make: Make) -> None:
+    """Each OSError becomes a BackingError with its reason, for example if a file may not grow."""
     limited = os.path.join(tmp_path, "backing")  # noqa: PTH118
 
     def in_child() -> None:
@@ -201,7 +201,7 @@ def test_what_cannot_be_done_is_a_backing_error(tmp_path: Path, make: Make) -> N
 
 @pytest.mark.parametrize("make", MAKES)
 def test_a_new_file_is_for_its_owner_alone(tmp_path: Path, make: Make) -> None:
-    """The file has mode 0600 whatever the umask is, and its header says whose it is."""
+    """The file has mode 0600 with any umask, and its header names its owner."""
     before = os.umask(0)
     try:
         with opened(make, tmp_path / "backing"):
@@ -212,7 +212,7 @@ def test_a_new_file_is_for_its_owner_alone(tmp_path: Path, make: Make) -> None:
 
 
 def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
-    """A file of ours that is there with a wider mode gets the right one."""
+    """An existing file of ours with a wider mode gets mode 0600."""
     path = tmp_path / "backing"
     path.write_bytes(MAGIC)
     path.chmod(0o644)
@@ -221,7 +221,7 @@ def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None
 
 
 def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
-    """Whoever can put a link there must not choose the file that is emptied."""
+    """A user who can put a link there must not choose the file that is emptied."""
     victim, link = tmp_path / "victim", tmp_path / "backing"
     victim.write_bytes(MAGIC + b"precious")
     link.symlink_to(victim)
@@ -237,7 +237,7 @@ def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["folder", "pipe", "device", "missing folder"])
 def test_only_a_regular_file_will_do(tmp_path: Path, what: str) -> None:
-    """Anything else is refused at once, and nothing stays open."""
+    """Anything but a regular file is refused at once, and nothing stays open."""
     path = tmp_path / "backing"
     if what == "folder":
         path.mkdir()
@@ -255,7 +255,7 @@ def test_only_a_regular_file_will_do(tmp_path: Path, what: str) -> None:
 
 @pytest.mark.parametrize("make", MAKES)
 def test_a_second_daemon_is_refused(tmp_path: Path, make: Make) -> None:
-    """While one has the file another cannot, and what is in it stays; after the first is gone it can."""
+    """While one daemon has the file, another cannot open it, and the content stays. Afterwards it can."""
     path = tmp_path / "backing"
     with opened(make, path) as first:
         first.make_ready(0, 1)
@@ -270,8 +270,8 @@ def test_a_second_daemon_is_refused(tmp_path: Path, make: Make) -> None:
 @pytest.mark.parametrize(
     "content", [b"x", b"#!/bin/sh\n" * 100, bytes(PAGE_SIZE), b"zbudfs backing file 2\n".ljust(PAGE_SIZE), MAGIC[:-1]]
 )
-def test_a_file_of_somebody_else_is_refused(tmp_path: Path, content: bytes) -> None:
-    """A file with anything in it that is not ours is left as it is, to the byte and the mode, and not locked."""
+def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    """A file with foreign content does not change, neither bytes nor mode, and gets no lock."""
     path = tmp_path / "backing"
     path.write_bytes(content)
     path.chmod(0o640)
@@ -285,7 +285,7 @@ def test_a_file_of_somebody_else_is_refused(tmp_path: Path, content: bytes) -> N
 
 
 def test_old_content_of_ours_is_emptied(tmp_path: Path) -> None:
-    """What a daemon left that was killed is gone as soon as the next one has the file."""
+    """The content that a killed daemon left is gone as soon as the next one has the file."""
     path = tmp_path / "backing"
     path.write_bytes(MAGIC.ljust(PAGE_SIZE, b"\0") + b"secret" * 100_000)
     with opened(Backing, path) as backing:
@@ -297,7 +297,7 @@ def test_old_content_of_ours_is_emptied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", MAKES)
 def test_the_file_is_emptied_at_close(place: Path, make: Make) -> None:
-    """Nothing of anybody's memory stays behind."""
+    """A closed file has no page of any program."""
     path = place / "backing"
     with opened(make, path) as backing:
         backing.make_ready(0, 2)
@@ -307,7 +307,7 @@ def test_the_file_is_emptied_at_close(place: Path, make: Make) -> None:
 
 
 def test_another_process_goes_on_with_the_file(tmp_path: Path) -> None:
-    """With the descriptor of a running mount's file nothing is emptied, and the way of writing is the same."""
+    """With the descriptor of a running mount nothing is emptied, and writes work in the same way."""
     path = tmp_path / "backing"
     first = Backing(str(path))
     first.make_ready(0, 1)
@@ -329,7 +329,7 @@ def test_another_process_goes_on_with_the_file(tmp_path: Path) -> None:
 
 
 def test_growing_allocates_and_punching_gives_back(tmp_path: Path) -> None:
-    """The file has room for what is made ready, before anything is written there, and loses what is punched."""
+    """The file has room for ready segments before any write, and loses the room of punched ones."""
     path = tmp_path / "backing"
     with opened(Backing, path) as backing:
         backing.make_ready(0, 8)
@@ -348,7 +348,7 @@ def test_growing_allocates_and_punching_gives_back(tmp_path: Path) -> None:
 
 
 def test_ready_blocks_are_initialised(tmp_path: Path) -> None:
-    """What is ready was written over: the file system has no unwritten extent left that a write would have to convert."""
+    """Ready segments have been written over: no unwritten extent is left that a write would have to convert."""
     path = tmp_path / "backing"
     with opened(Backing, path) as backing:
         backing.make_ready(0, 4)
@@ -358,7 +358,7 @@ def test_ready_blocks_are_initialised(tmp_path: Path) -> None:
 
 
 def extent_flags(fd: int) -> list[int]:
-    """Return the flags of a file's extents (FIEMAP); 0x800 is "unwritten". OSError where that is not known."""
+    """Return the flags of a file's extents (FIEMAP). 0x800 is "unwritten". OSError if the file system lacks it."""
     header = 32
     buffer = bytearray(header + 56 * 64)
     buffer[8:16] = (1 << 62).to_bytes(8, "little")
@@ -373,7 +373,7 @@ def extent_flags(fd: int) -> list[int]:
 
 
 def test_a_file_system_that_refuses_direct_io(tmp_path: Path) -> None:
-    """There it is buffered, and says so; on a disk it is not."""
+    """On such a file system writes are buffered, and a message says so. On a disk they are not."""
     if os.geteuid() != 0:
         pytest.skip("needs root: not root: run it with sudo")
     with ramfs(tmp_path) as folder, opened(Backing, folder / "backing") as backing:
@@ -391,7 +391,7 @@ def test_direct_io_is_what_it_says(place: Path) -> None:
 
 
 def cached_pages(path: Path) -> int:
-    """Return how many pages of a file are in the page cache."""
+    """Return the number of a file's pages in the page cache."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         found = (ctypes.c_ubyte * (len(mapped) // PAGE_SIZE))()
@@ -401,8 +401,10 @@ def cached_pages(path: Path) -> int:
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_nothing_stays_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
-    """Pages that left RAM are not kept there a second time: not with direct I/O, and not where there is none (as on a
-    system without O_DIRECT), neither what was grown nor what was written or read."""
+    """Pages that left RAM are not in the page cache, with direct I/O or without.
+
+    This holds for growth, writes and reads, also on a system without O_DIRECT.
+    """
     path = tmp_path / "backing"
     if not direct:
         monkeypatch.setattr("zbudfs.store.backing._DIRECT", 0)
@@ -420,7 +422,7 @@ def test_nothing_stays_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def filesystem_is_memory(path: Path) -> bool:
-    """Whether a file lies on a tmpfs or the like, whose page cache is the file."""
+    """Return whether a file is on a tmpfs or the like, whose page cache is the file."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     below = [mount for mount in mounts if path.is_relative_to(mount[1])]
     return max(below, key=lambda mount: len(mount[1]))[2] in ("tmpfs", "ramfs")
@@ -431,7 +433,7 @@ def filesystem_is_memory(path: Path) -> bool:
 
 @pytest.mark.needs("root", "loop")
 def test_a_full_file_system(tmp_path: Path) -> None:
-    """When the disk is full growing is BackingFull, what it had taken for that is given back, and the rest works."""
+    """On a full disk growth is BackingFull, its partial room is returned, and the rest works."""
     with small_ext4(tmp_path, 8 << 20) as folder, opened(Backing, folder / "backing") as backing:
         first = 0
         with contextlib.suppress(BackingFull):
@@ -456,7 +458,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "loop")
 def test_a_store_on_a_full_file_system(tmp_path: Path) -> None:
-    """A device that is larger than its disk: refused when both are full, nothing lost, and it goes on after a discard."""
+    """A device larger than its disk refuses writes when both are full, loses nothing, and works after a discard."""
 
     async def main(folder: Path) -> None:
         store = PageStore(4096 * PAGE_SIZE, 64, Backing(str(folder / "backing")), Codec())
@@ -478,11 +480,11 @@ def test_a_store_on_a_full_file_system(tmp_path: Path) -> None:
         run(lambda: main(folder))
 
 
-# ---- the one that can fail ------------------------------------------------------------------------------------------
+# ---- the faulty file ------------------------------------------------------------------------------------------------
 
 
 def test_the_faulty_one_holds_and_fails(tmp_path: Path) -> None:
-    """A held call waits in its thread and then goes through; a failing one does nothing; all are on record."""
+    """A held call waits in its thread and then continues. A failing call does nothing. All calls are recorded."""
     with contextlib.closing(FaultyBacking(str(tmp_path / "backing"))) as backing:
         backing.make_ready(0, 1)
         with backing.held("write_blocks") as gate:

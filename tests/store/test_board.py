@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The board: what one process writes there another one reads, and nothing runs into anything else."""
+"""The board: one process reads the values that another one wrote, and no value overlaps another."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from pathlib import Path
 import pytest
 
 from zbudfs.core.errors import LayoutError
+from zbudfs.core.statistics import COUNTERS
 from zbudfs.store.arena import Arena
 from zbudfs.store.board import BOARD_BYTES, INIT_BYTES, LAYOUT, LOG_LINE_BYTES, LOG_LINES, Board, Field
-from zbudfs.store.page_store import CUMULATIVE
 
 FACTS = {"size_bytes": 1 << 30, "pool_frames": 1 << 15, "backed": 1, "persistent": 1}
 
 
 @pytest.fixture
 def board() -> Board:
-    """A new board."""
+    """Return a new board."""
     return Board(Arena("board", BOARD_BYTES))
 
 
 def test_a_new_board_is_empty(board: Board) -> None:
-    """All numbers are 0, there is no request, no error and no line."""
+    """All numbers are 0, and there is no request, no error and no line."""
     assert [board.fields[field] for field in Field] == [0] * len(Field)
-    assert board.counters(20) == [0] * 20
+    assert not any(board.counters.by_name().values())
     assert (board.init(), board.take_error(), board.lines()) == (b"", "", [])
 
 
 def test_all_of_it_has_memory_from_the_start() -> None:
-    """A touch of the board, whenever it is, is no page fault that needs memory."""
+    """No later access to the board is a page fault that needs memory."""
     arena = Arena("board", BOARD_BYTES)
     Board(arena)
     assert arena.resident_bytes == arena.size
 
 
 def test_everything_is_seen_by_others(tmp_path: Path) -> None:
-    """Two boards on one file are one."""
+    """Two boards on one file have the same content."""
     mine, theirs = (Board(Arena("board", BOARD_BYTES, str(tmp_path))) for _ in range(2))
     mine.fields[Field.HEARTBEAT] += 7
-    mine.save_counters([1, 2, 3])
+    mine.counters.cumul_written_pages += 3
     mine.save_init(b"init")
     mine.save_error("no memory")
     mine.add_line("first")
     theirs.add_line("second")
     assert theirs.fields[Field.HEARTBEAT] == 7
-    assert theirs.counters(4) == [1, 2, 3, 0]
+    assert theirs.counters.cumul_written_pages == 3
     assert theirs.init() == b"init"
     assert theirs.take_error() == "no memory"
     assert mine.take_error() == ""
@@ -55,7 +55,7 @@ def test_everything_is_seen_by_others(tmp_path: Path) -> None:
 
 
 def test_a_child_writes_where_its_parent_reads(board: Board) -> None:
-    """Memory without a name is shared with a forked process."""
+    """A forked process shares memory without a name."""
     pid = os.fork()
     if not pid:
         board.fields[Field.WORKER_PID] = os.getpid()
@@ -66,11 +66,11 @@ def test_a_child_writes_where_its_parent_reads(board: Board) -> None:
     assert board.lines() == ["here"]
 
 
-# ---- what it is for --------------------------------------------------------------------------------------------------
+# ---- claims --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_claim_is_kept(board: Board) -> None:
-    """The first claim is written down, the same one again is accepted."""
+    """The first claim is stored, and the same claim is accepted again."""
     board.claim(**FACTS)
     assert board.fields[Field.LAYOUT] == LAYOUT
     assert board.fields[Field.SIZE_BYTES] == 1 << 30
@@ -80,7 +80,7 @@ def test_a_claim_is_kept(board: Board) -> None:
 
 @pytest.mark.parametrize("name", FACTS)
 def test_another_claim_is_refused(name: str, board: Board) -> None:
-    """Any difference is refused by name and numbers, and nothing changes."""
+    """A different claim is refused with names and numbers, and nothing changes."""
     board.claim(**FACTS)
     before = list(board.fields)
     with pytest.raises(LayoutError, match=rf"{name} {FACTS[name]:#x}, this version wants {FACTS[name] + 1:#x}"):
@@ -89,7 +89,7 @@ def test_another_claim_is_refused(name: str, board: Board) -> None:
 
 
 def test_a_layout_that_is_not_known_is_refused(board: Board) -> None:
-    """Also if all else is the same."""
+    """Another layout is refused, even if all else is the same."""
     board.claim(**FACTS)
     board.fields[Field.LAYOUT] = LAYOUT - 1
     with pytest.raises(LayoutError, match="layout"):
@@ -100,24 +100,25 @@ def test_a_layout_that_is_not_known_is_refused(board: Board) -> None:
 
 
 def test_every_counter_of_the_store_has_room(board: Board) -> None:
-    """Large values of all of them come back, and nothing else is touched."""
-    values = [(1 << 64) - 1 - number for number in range(len(CUMULATIVE))]
-    board.save_counters(values)
-    assert board.counters(len(CUMULATIVE)) == values
+    """Large values of all counters can be read back, and nothing else changes."""
+    values = {name: (1 << 64) - 1 - number for number, name in enumerate(COUNTERS)}
+    for name, value in values.items():
+        setattr(board.counters, name, value)
+    assert board.counters.by_name() == values
     assert [board.fields[field] for field in Field] == [0] * len(Field)
     assert (board.init(), board.take_error(), board.lines()) == (b"", "", [])
 
 
 def test_a_request_is_kept_as_it_is(board: Board) -> None:
-    """FUSE_INIT may hold any bytes, zeros at its end as well."""
+    """FUSE_INIT may have any bytes, including zeros at its end."""
     request = random.Random(1).randbytes(102) + bytes(10)
     board.save_init(request)
     assert board.init() == board.init() == request
     assert board.take_error() == ""
 
 
-def test_an_error_is_told_once(board: Board) -> None:
-    """Whoever waits takes it; a later, shorter one is not mixed with it."""
+def test_an_error_is_taken_once(board: Board) -> None:
+    """The first reader takes the error, and a later, shorter error is not mixed with it."""
     board.save_error("the first error, a long one")
     assert board.take_error() == "the first error, a long one"
     assert board.take_error() == ""
@@ -126,7 +127,7 @@ def test_an_error_is_told_once(board: Board) -> None:
 
 
 def test_an_error_that_is_too_long_is_cut(board: Board) -> None:
-    """It does not run into the log, whatever characters it has."""
+    """A long error does not overlap the log, with any characters."""
     board.add_line("a line")
     board.save_error("€" * 5000)
     assert board.lines() == ["a line"]
@@ -135,8 +136,8 @@ def test_an_error_that_is_too_long_is_cut(board: Board) -> None:
     assert set(told[:-1]) == {"€"}
 
 
-def test_paths_that_are_no_text_can_be_told(board: Board) -> None:
-    """Surrogate escapes are no obstacle to an error or a line."""
+def test_paths_that_are_no_text(board: Board) -> None:
+    """Errors and lines may have surrogate escapes."""
     text = os.fsdecode(b"/mnt/\xe4")
     board.save_error(text)
     board.add_line(text)
@@ -148,7 +149,7 @@ def test_paths_that_are_no_text_can_be_told(board: Board) -> None:
 
 
 def test_the_last_lines_are_kept(board: Board) -> None:
-    """The oldest go, the order stays, and a long line leaves nothing behind a short one in its place."""
+    """The oldest lines go, the order stays, and a short line has no rest of a long one behind it."""
     lines = [f"{number} {'x' * (number % 300)}" for number in range(3 * LOG_LINES + 5)]
     for count, line in enumerate(lines, 1):
         board.add_line(line)
@@ -158,14 +159,14 @@ def test_the_last_lines_are_kept(board: Board) -> None:
 
 @pytest.mark.parametrize("size", [LOG_LINE_BYTES - 1, LOG_LINE_BYTES, LOG_LINE_BYTES + 1, 10 * LOG_LINE_BYTES])
 def test_a_long_line_is_cut(size: int, board: Board) -> None:
-    """Neighbours are whole."""
+    """The neighbours of a long line are whole."""
     for line in ("before", "x" * size, "after"):
         board.add_line(line)
     assert board.lines() == ["before", "x" * min(size, LOG_LINE_BYTES), "after"]
 
 
 def test_a_cut_in_a_character_is_no_error(board: Board) -> None:
-    """What cannot be read of a character is replaced."""
+    """A character that was cut is replaced."""
     board.add_line("€" * LOG_LINE_BYTES)
     (line,) = board.lines()
     assert line.startswith("€" * (LOG_LINE_BYTES // 3))
@@ -179,7 +180,7 @@ def test_the_whole_log_fits(board: Board) -> None:
 
 
 def test_the_first_request_spares_the_key(board: Board) -> None:
-    """The longest one that is taken leaves the key as it is; a longer one is refused."""
+    """The longest accepted request does not change the key, and a longer one is refused."""
     key = board.key(32)
     board.save_init(b"x" * INIT_BYTES)
     assert (board.init(), board.key(32)) == (b"x" * INIT_BYTES, key)

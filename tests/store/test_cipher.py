@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Encryption: the standard's own example, the way through the backing file, and a store whose disk shows noise."""
+"""Encryption: the example of the standard, the way through the backing file, and a store whose disk shows noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests.core.samples import BIG, HALF, RAW, page, pages
 from tests.store.faulty import FaultyBacking
-from tests.store.rig import block_of, get, put, quiet, run, running
+from tests.store.rig import block_of, get, put, quiet, running, trio_test
 from tests.store.test_backing import Frames, read, write
 from zbudfs.core.block_map import SEGMENT_BLOCKS
 from zbudfs.core.codec import Codec
@@ -32,7 +32,7 @@ OUTGOING_BLOCKS: Final = 4
 
 
 def encrypted(path: Path, key: bytes = KEY) -> FaultyBacking:
-    """Return a backing file that is encrypted, through a buffer of a few blocks."""
+    """Return an encrypted backing file with a buffer of a few blocks."""
     backing = FaultyBacking(str(path))
     backing.encrypt(BlockCipher(key), memoryview(mmap.mmap(-1, OUTGOING_BLOCKS * PAGE_SIZE)))
     return backing
@@ -40,7 +40,7 @@ def encrypted(path: Path, key: bytes = KEY) -> FaultyBacking:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[FaultyBacking]:
-    """Have one open, with two segments ready."""
+    """Open an encrypted file with two ready segments."""
     backing = encrypted(path)
     try:
         backing.make_ready(0, 2)
@@ -50,7 +50,7 @@ def opened(path: Path) -> Iterator[FaultyBacking]:
 
 
 def system_xts(key: bytes) -> Xts:
-    """Return the one with the system's libcrypto, which every machine that runs the tests has."""
+    """Return the cipher with the system's libcrypto, which each machine with these tests has."""
     from zbudfs.store._cipher import Xts as SystemXts
 
     return SystemXts(key, LIBRARY)
@@ -76,14 +76,14 @@ def test_the_example_of_the_standard(kind: Callable[[bytes], Xts]) -> None:
 
 
 def cut(content: memoryview, size: int = PAGE_SIZE) -> list[memoryview]:
-    """Return it in pieces of that size."""
+    """Return pieces of that size."""
     return [content[at : at + size] for at in range(0, len(content), size)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 63, 64, 65, 150])
 @pytest.mark.parametrize("number", [0, 1, 255, (1 << 33) - 7, (1 << 64) - 1000])
 def test_both_ways_give_the_same_bytes(count: int, number: int) -> None:
-    """Whichever encrypted it, the other decrypts it; nothing beyond the target is written, and the source stays as it is."""
+    """Each cipher decrypts the blocks of the other. Nothing beyond the target is written, and the source does not change."""
     key, plain = os.urandom(KEY_BYTES), os.urandom(count * PAGE_SIZE)
     one, other = system_xts(key), LibraryXts(key)
     targets = [memoryview(bytearray(len(plain) + PAGE_SIZE)) for _ in range(2)]
@@ -99,7 +99,7 @@ def test_both_ways_give_the_same_bytes(count: int, number: int) -> None:
 
 
 def test_several_threads_at_once() -> None:
-    """More readers than there are contexts, and writers, each with its own bytes: each gets its own back."""
+    """More readers than contexts, and writers, each with its own bytes: each gets its own bytes back."""
     xts, reference = system_xts(KEY), LibraryXts(KEY)
     plain = os.urandom(24 * PAGE_SIZE)
     encrypted_once = memoryview(bytearray(len(plain)))
@@ -120,8 +120,8 @@ def test_several_threads_at_once() -> None:
         assert all(threads.map(work, [True, True, True, True, False, False]))
 
 
-def test_what_the_system_cipher_refuses() -> None:
-    """Sizes that are not possible, too small a target, memory that must not be written, another library: nothing is done."""
+def test_refusals_of_the_system_cipher() -> None:
+    """Wrong sizes, a target that is too small, read-only memory and another library are refused, and nothing is done."""
     from zbudfs.store._cipher import Xts as SystemXts
 
     xts, page_of_zeros = system_xts(KEY), memoryview(bytearray(PAGE_SIZE))
@@ -145,7 +145,7 @@ def test_what_the_system_cipher_refuses() -> None:
 
 
 def test_without_the_system_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not there the other one is used, with the same bytes."""
+    """Without libcrypto the other library is used, with the same bytes."""
     here, there = memoryview(bytearray(PAGE_SIZE)), memoryview(bytearray(PAGE_SIZE))
     BlockCipher(KEY).encrypt(3, [here], there)
     monkeypatch.setattr("zbudfs.store.cipher.LIBRARY", "libno-such-thing.so.1")
@@ -154,8 +154,8 @@ def test_without_the_system_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert there == here
 
 
-def test_what_is_written_is_read_and_not_seen(tmp_path: Path) -> None:
-    """More blocks than the buffer holds, read back by runs and one by one; the file itself shows none of them."""
+def test_written_blocks_are_read_and_not_seen(tmp_path: Path) -> None:
+    """More blocks than the buffer holds are read back, in runs and alone, and the file shows none of them."""
     content = pages(11, BIG)
     with opened(tmp_path / "backing") as backing:
         frames = Frames(11)
@@ -172,7 +172,7 @@ def test_what_is_written_is_read_and_not_seen(tmp_path: Path) -> None:
 
 
 def test_equal_blocks_look_different(tmp_path: Path) -> None:
-    """A block's number goes into it: nobody sees that two hold the same, and one in another's place is noise."""
+    """The number of a block is part of its encryption: equal blocks look different, and a moved one is noise."""
     with opened(tmp_path / "backing") as backing:
         write(backing, 3, page(1) * 2)
         with (tmp_path / "backing").open("r+b") as file:
@@ -186,7 +186,7 @@ def test_equal_blocks_look_different(tmp_path: Path) -> None:
 
 
 def test_only_with_the_key(tmp_path: Path) -> None:
-    """Another process with the same key goes on with the file; with another key there is noise."""
+    """Another process with the same key can read the file. With another key there is noise."""
     with opened(tmp_path / "backing") as backing:
         write(backing, 3, page(1))
         other = Backing(str(tmp_path / "backing"), os.dup(backing.fileno()))
@@ -199,7 +199,7 @@ def test_only_with_the_key(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_takes_less_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a write takes a part of the buffer, the rest follows to the right places."""
+    """If a write takes a part of the buffer, the rest follows at the right places."""
     real = os.pwritev
     sizes = []
 
@@ -215,41 +215,36 @@ def test_a_disk_that_takes_less_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert sizes == [2 * PAGE_SIZE, PAGE_SIZE, PAGE_SIZE] * 2 + [PAGE_SIZE]
 
 
-def test_a_store_with_an_encrypted_disk(tmp_path: Path) -> None:
-    """Pages of all kinds come back from it; a block of which a single bit was turned is lost, never wrong."""
-
-    async def main() -> None:
-        backing = encrypted(tmp_path / "backing")
-        store = PageStore(512 * PAGE_SIZE, 64, backing, Codec())
-        async with running(store):
-            sizes = (HALF, BIG, RAW)
-            for number in range(12):
-                await put(store, number, page(number, sizes[number % 3]))
-            for number in range(100, 200):
-                await put(store, number, page(number, BIG))
-            await quiet(store)
-            assert await get(store, 3, 3) == b"".join(page(number, sizes[number % 3]) for number in (3, 4, 5))
-            for number in (6, 7, 8):
-                with (tmp_path / "backing").open("r+b") as file:
-                    # The content is at the start, or at the end, of the block: one bit in each 256 bytes.
-                    for at in range(
-                        block_of(store, number) * PAGE_SIZE, (block_of(store, number) + 1) * PAGE_SIZE, 256
-                    ):
-                        file.seek(at)
-                        byte = file.read(1)[0]
-                        file.seek(at)
-                        file.write(bytes([byte ^ 4]))
-                with pytest.raises(PageLost):
-                    await get(store, number)
-            await put(store, 6, page(99))
-            assert await get(store, 6) == page(99)
-            await quiet(store)
-
-    run(main)
+@trio_test
+async def test_a_store_with_an_encrypted_disk(tmp_path: Path) -> None:
+    """Pages of all kinds come back. A block with one flipped bit is lost, and never wrong."""
+    backing = encrypted(tmp_path / "backing")
+    store = PageStore(512 * PAGE_SIZE, 64, backing, Codec())
+    async with running(store):
+        sizes = (HALF, BIG, RAW)
+        for number in range(12):
+            await put(store, number, page(number, sizes[number % 3]))
+        for number in range(100, 200):
+            await put(store, number, page(number, BIG))
+        await quiet(store)
+        assert await get(store, 3, 3) == b"".join(page(number, sizes[number % 3]) for number in (3, 4, 5))
+        for number in (6, 7, 8):
+            with (tmp_path / "backing").open("r+b") as file:
+                # The content is at the start, or at the end, of the block: one bit in each 256 bytes.
+                for at in range(block_of(store, number) * PAGE_SIZE, (block_of(store, number) + 1) * PAGE_SIZE, 256):
+                    file.seek(at)
+                    byte = file.read(1)[0]
+                    file.seek(at)
+                    file.write(bytes([byte ^ 4]))
+            with pytest.raises(PageLost):
+                await get(store, number)
+        await put(store, 6, page(99))
+        assert await get(store, 6) == page(99)
+        await quiet(store)
 
 
 def test_the_key_on_the_board() -> None:
-    """It is made up once, stays for whoever comes later, differs from board to board, and can be forgotten."""
+    """The key is made once, stays for later processes, differs between boards, and can be erased."""
     arena = Arena("board", BOARD_BYTES)
     board = Board(arena)
     assert not any(arena.view[3 << 10 : 4 << 10])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whose a backing is, who uses it and what it holds: refused and left as it is, or ours alone."""
+"""The owner, the users and the content of a backing: it is refused and unchanged, or ours alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Final
 
 import pytest
 
+from kit.programs import run_tool
 from tests.core.samples import BIG, pages
-from tests.store.disks import ramfs, run_tool, small_ext4
+from tests.store.disks import looped, ramfs, small_ext4
 from tests.store.test_backing import opened, read, write
 from zbudfs.core.block_map import SEGMENT_BLOCKS
 from zbudfs.core.errors import BackingError, BackingFull, LayoutError
@@ -41,7 +42,7 @@ def fallocated(path: Path, size: int = 8 * MIB) -> Path:
 
 
 def refused(path: Path, words: str, error: type[Exception] = BackingError) -> None:
-    """The path is refused with these words, twice: nothing stays locked or open, and nothing is changed."""
+    """The path is refused twice with these words, nothing stays locked or open, and nothing changes."""
     before = path.lstat() if path.exists() else None
     descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(2):
@@ -54,12 +55,12 @@ def refused(path: Path, words: str, error: type[Exception] = BackingError) -> No
     assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
 
 
-# ---- whose it is -------------------------------------------------------------------------------------------------------
+# ---- the owner ---------------------------------------------------------------------------------------------------------
 
 
 @as_root
 def test_a_file_that_another_user_owns(tmp_path: Path) -> None:
-    """Its owner could read and change what is stored: it is refused, but for one who insists, and is ours then."""
+    """Its owner could read and change stored pages. It is refused, and with `force` it becomes ours."""
     path = tmp_path / "backing"
     path.touch()
     os.chown(path, NOBODY, NOBODY)
@@ -69,7 +70,7 @@ def test_a_file_that_another_user_owns(tmp_path: Path) -> None:
 
 
 def test_a_file_with_two_names(tmp_path: Path) -> None:
-    """The other name may be another user's."""
+    """The other name may belong to another user."""
     path = tmp_path / "backing"
     path.touch()
     os.link(path, tmp_path / "other")
@@ -79,10 +80,10 @@ def test_a_file_with_two_names(tmp_path: Path) -> None:
 @as_root
 @pytest.mark.parametrize("above", [False, True])
 @pytest.mark.parametrize(
-    ("owner", "mode", "words"), [(NOBODY, 0o755, "belongs to user"), (0, 0o777, "others may write")]
+    ("owner", "mode", "words"), [(NOBODY, 0o755, "belongs to user"), (0, 0o777, "other users may write")]
 )
 def test_a_folder_of_others(tmp_path: Path, owner: int, mode: int, words: str, above: bool) -> None:
-    """Who may rename can put another file there, also from further up; nothing is created."""
+    """A user who may rename files there, or in a folder above, could replace the file. Nothing is created."""
     folder = tmp_path / "folder"
     inner = folder / "inner" if above else folder
     inner.mkdir(parents=True)
@@ -97,14 +98,14 @@ def test_a_folder_of_others(tmp_path: Path, owner: int, mode: int, words: str, a
 
 
 def test_a_sticky_folder(tmp_path: Path) -> None:
-    """There only the owner of a file may rename it."""
+    """In a sticky folder only the owner of a file may rename it."""
     tmp_path.chmod(0o1777)
     with opened(Backing, tmp_path / "backing"):
         pass
 
 
 def test_a_file_that_was_open_before(tmp_path: Path) -> None:
-    """Whoever has an old file open has no part in the new one, which has its name."""
+    """A process with the old file open does not have the new one, which gets the name."""
     path = tmp_path / "backing"
     path.write_bytes(MAGIC)
     path.chmod(0o666)
@@ -118,12 +119,27 @@ def test_a_file_that_was_open_before(tmp_path: Path) -> None:
         assert read(backing, 1, 4) == pages(4, BIG)
 
 
-# ---- what it holds -----------------------------------------------------------------------------------------------------
+def test_a_file_that_another_program_makes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that appears after the check of the path may be open elsewhere. It is refused and unchanged."""
+    path = tmp_path / "backing"
+    create = claiming._create
+
+    def late(name: str, size: int | None) -> claiming.Claimed:
+        path.write_bytes(b"another program's")
+        return create(name, size)
+
+    monkeypatch.setattr(claiming, "_create", late)
+    with pytest.raises(BackingError, match="cannot be created: File exists"):
+        Backing(str(path))
+    assert path.read_bytes() == b"another program's"
+
+
+# ---- the content -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blkid", [True, False])
 def test_an_old_swap_file(tmp_path: Path, blkid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is named, where there is something to name it with; one who insists gets a file of that size."""
+    """The error names the content if blkid knows it. With `force` there is a new file of that size."""
     if blkid and not any(os.access(each, os.X_OK) for each in foreign.BLKID):
         pytest.skip("needs blkid (apt-get install util-linux)")
     if not blkid:
@@ -145,7 +161,7 @@ def test_an_old_swap_file(tmp_path: Path, blkid: bool, monkeypatch: pytest.Monke
 
 
 def test_a_preallocated_file_keeps_its_size(tmp_path: Path) -> None:
-    """It is taken as it is, holds what fits, is not given back in parts, and has its room and no content afterwards."""
+    """The file keeps its size, holds as much as fits, returns no parts, and ends with its room and no content."""
     path = fallocated(tmp_path / "backing")
     for _ in range(2):
         backing = Backing(str(path))
@@ -166,7 +182,7 @@ def test_a_preallocated_file_keeps_its_size(tmp_path: Path) -> None:
 
 
 def test_a_preallocated_file_after_a_crash(tmp_path: Path) -> None:
-    """Its header tells that it keeps its size; what cleans up leaves no content and all the room."""
+    """The header says that the file keeps its size. The clean-up leaves no content and all the room."""
     path = fallocated(tmp_path / "backing")
     backing = Backing(str(path))
     backing.make_ready(0, 1)
@@ -176,7 +192,7 @@ def test_a_preallocated_file_after_a_crash(tmp_path: Path) -> None:
         assert again.nr_segments == 32
         again.make_ready(0, 1)
         write(again, 1, pages(4, BIG))
-        empty_left(str(path))  # in use: it is left alone
+        empty_left(str(path))  # in use: it stays as it is
         assert read(again, 1, 4) == pages(4, BIG)
         os.dup2(os.open(os.devnull, os.O_RDONLY), again.fileno())  # as killed
     empty_left(str(path))
@@ -186,7 +202,7 @@ def test_a_preallocated_file_after_a_crash(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_too_small(tmp_path: Path) -> None:
-    """A fixed size must be worth something."""
+    """A file that is too small to be useful is refused."""
     refused(fallocated(tmp_path / "backing", 64 << 10), "keeps that size: make it 1 MiB or more")
 
 
@@ -197,7 +213,7 @@ def test_room_that_a_file_system_cannot_preallocate(tmp_path: Path) -> None:
         path = folder / "backing"
         with path.open("wb") as file:
             file.truncate(2 * MIB)
-        with pytest.raises(LayoutError):  # it cannot be told from data there
+        with pytest.raises(LayoutError):  # it looks like data there
             Backing(str(path))
         with contextlib.closing(Backing(str(path), force=True)) as backing:
             backing.make_ready(0, 8)
@@ -218,7 +234,7 @@ def test_a_disk_without_any_room(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is a mount of its own, for example, is used in place."""
+    """Such a file, for example one that is a mount, is used in place."""
     path = tmp_path / "backing"
     path.write_bytes(MAGIC + b"old" * 9999)
     inode = path.stat().st_ino
@@ -232,7 +248,7 @@ def test_a_file_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_active_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused even to one who insists."""
+    """Active swap is refused, even with `force`."""
     path = fallocated(tmp_path / "swap")
     swaps = tmp_path / "swaps"
     swaps.write_text(f"Filename Type Size Used Priority\n/gone file 1 0 -2\n{path} file 8188 0 -2\n")
@@ -247,20 +263,17 @@ def test_active_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def loop(image: Path, size: int, sector: int = 512) -> Iterator[Path]:
-    """Have a loop device of `size` bytes, whose image takes discards."""
+    """Attach a loop device of `size` bytes, whose image accepts discards."""
     with image.open("wb") as file:
         file.truncate(size)
-    device = run_tool("losetup", "--find", "--show", "--direct-io=on", "--sector-size", str(sector), image)
-    try:
-        yield Path(device)
-    finally:
-        run_tool("losetup", "--detach", device)
+    with looped(image, "--direct-io=on", "--sector-size", str(sector)) as device:
+        yield device
 
 
 @on_loop
 @pytest.mark.parametrize("sector", [512, 4096])
 def test_a_device(tmp_path: Path, sector: int) -> None:
-    """All that it holds can be used, to the last block; both ends stay zeros; at the end it is as if nothing had been."""
+    """The device can be used to the last block, both ends stay zeros, and at the end it is as before."""
     image = tmp_path / "image"
     with loop(image, 32 * MIB + 5 * 4096, sector) as device:
         with opened(Backing, device) as backing:
@@ -297,7 +310,7 @@ def test_a_device(tmp_path: Path, sector: int) -> None:
 
 @on_loop
 def test_an_own_device_after_a_crash(tmp_path: Path) -> None:
-    """Its header is known again; but not if another program has labelled it since."""
+    """The header is recognised, unless another program has labelled the device since."""
     image = tmp_path / "image"
     with loop(image, 16 * MIB) as device:
         for _ in range(2):
@@ -324,7 +337,7 @@ def test_an_own_device_after_a_crash(tmp_path: Path) -> None:
     ],
 )
 def test_a_device_with_foreign_data(tmp_path: Path, program: tuple[str, ...] | None, words: str) -> None:
-    """It is named and left as it is; one who insists destroys it, and nothing finds it afterwards."""
+    """The error names the content, and nothing changes. With `force` the content is destroyed, and no tool finds it."""
     image = tmp_path / "image"
     with loop(image, 16 * MIB) as device:
         if program is None:
@@ -337,7 +350,7 @@ def test_a_device_with_foreign_data(tmp_path: Path, program: tuple[str, ...] | N
         refused(device, f"holds {words}.*--force-backing", LayoutError)
         assert image.read_bytes() == before
         with contextlib.closing(Backing(str(device), force=True)) as backing:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), backing.fileno())  # killed: the label is gone all the same
+            os.dup2(os.open(os.devnull, os.O_RDONLY), backing.fileno())  # killed: the label is gone in any case
         if program is not None:
             assert foreign.describe(str(device), device=True) == "data of a kind that blkid does not know"
         with opened(Backing, device):
@@ -346,7 +359,7 @@ def test_a_device_with_foreign_data(tmp_path: Path, program: tuple[str, ...] | N
 
 @on_loop
 def test_a_device_that_is_mounted(tmp_path: Path) -> None:
-    """It says where; insisting is no help."""
+    """The error names the mount, also with `force`."""
     with small_ext4(tmp_path, 16 * MIB) as folder:
         device = Path(run_tool("findmnt", "--noheadings", "--output", "SOURCE", folder))
         refused(device, f"it is mounted on {folder}")
@@ -356,7 +369,7 @@ def test_a_device_that_is_mounted(tmp_path: Path) -> None:
 
 @on_loop
 def test_a_link_to_a_device(tmp_path: Path) -> None:
-    """The names that stay the same are links; those in a folder of others are not followed."""
+    """The permanent names are links, and they are followed. A link in a folder of other users is not."""
     with loop(tmp_path / "image", 16 * MIB) as device:
         link = tmp_path / "by-name"
         link.symlink_to(device)
@@ -370,13 +383,13 @@ def test_a_link_to_a_device(tmp_path: Path) -> None:
 
 @on_loop
 def test_devices_that_will_not_do(tmp_path: Path) -> None:
-    """One that is too small, one that everybody may write to."""
+    """A device that is too small is refused, and so is one that all users may write to."""
     with loop(tmp_path / "image", 5 * MIB) as device:
         refused(device, "has 5 MiB: it must have 6 or more")
         mode = stat.S_IMODE(device.stat().st_mode)
         try:
             device.chmod(0o666)
-            refused(device, "everybody may write to the device")
+            refused(device, "every user may write to the device")
         finally:
             device.chmod(mode)
     run_tool("losetup", "--all")
@@ -384,22 +397,25 @@ def test_devices_that_will_not_do(tmp_path: Path) -> None:
 
 @on_loop
 def test_a_device_that_shrinks(tmp_path: Path) -> None:
-    """It is told; what is behind its end is an error."""
+    """A message reports the new size, and blocks behind the end are errors."""
     image = tmp_path / "image"
     with loop(image, 16 * MIB) as device, opened(Backing, device) as backing:
         backing.make_ready(0, 44)
         write(backing, 40 * SEGMENT_BLOCKS, pages(4, BIG))
         os.truncate(image, 8 * MIB)
         run_tool("losetup", "--set-capacity", device)
-        assert backing.damage() == [f"the backing device {device} has been cut short: pages that were there are lost"]
+        assert backing.damage() == [
+            f"the backing device {device} has been truncated: the pages beyond its end are lost; find the program that did it,"
+            " then turn swap off and mount again"
+        ]
         with pytest.raises(BackingError, match="backing device"):
             read(backing, 40 * SEGMENT_BLOCKS, 4)
         with pytest.raises(BackingError, match=r"backing device .* cannot be written"):
             write(backing, 40 * SEGMENT_BLOCKS, pages(4, BIG))
 
 
-def test_what_blkid_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind in words; one that hangs, or cannot be started, is nothing to wait for."""
+def test_words_of_blkid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind has its words. A blkid that hangs or cannot start is not waited for."""
     program = tmp_path / "blkid"
     monkeypatch.setattr(foreign, "BLKID", (str(program),))
     monkeypatch.setattr(foreign, "LIMIT_SECONDS", 0.2)
@@ -421,7 +437,7 @@ def test_what_blkid_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @on_loop
 def test_btrfs_writes_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file has the attribute C; where that is refused there is a warning."""
+    """The file has the attribute C. If the file system refuses it, there is a warning."""
     if shutil.which("mkfs.btrfs", path="/usr/sbin:/sbin:/usr/bin:/bin") is None:
         pytest.skip("needs mkfs.btrfs (apt-get install btrfs-progs)")
     where = tmp_path / "btrfs"
@@ -443,14 +459,14 @@ def test_btrfs_writes_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             run_tool("umount", where)
 
 
-# ---- what no system at hand refuses --------------------------------------------------------------------------------------
+# ---- refusals that no system at hand makes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("call", "code", "words"),
     [
         ("lstat", errno.EIO, "cannot open the backing file .*: Input/output error"),
-        ("stat", errno.EACCES, "cannot look at .*where the backing is: Permission denied"),
+        ("stat", errno.EACCES, "cannot examine the folder .* of the backing: Permission denied"),
         ("open", errno.EROFS, "cannot be created: Read-only file system"),
         ("fsync", errno.EIO, "cannot be prepared: Input/output error"),
         ("ftruncate", errno.EFBIG, "cannot be prepared: File too large"),
@@ -459,7 +475,7 @@ def test_btrfs_writes_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_system_calls_that_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int, words: str
 ) -> None:
-    """Each is one sentence that names the file, and leaves none behind."""
+    """Each failure is one sentence with the name of the file, and leaves no file behind."""
     path = tmp_path / "backing"
     actual = getattr(os, call)
 
@@ -476,7 +492,7 @@ def test_system_calls_that_fail(
 
 
 def test_an_old_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says why, and the file is left as it is."""
+    """The error has the reason, and the file does not change."""
     path = tmp_path / "backing"
     path.touch()
     actual = os.open
@@ -491,8 +507,8 @@ def test_an_old_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.M
         Backing(str(path))
 
 
-def test_what_is_opened_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever goes wrong between the claim and the first use; a disk whose room cannot be asked for is tried."""
+def test_an_opened_file_is_closed_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is closed after any error between the claim and the first use. A disk of unknown room is tried."""
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -511,7 +527,7 @@ def test_what_is_opened_is_closed_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_room_that_is_refused_for_another_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A preallocated file whose room cannot be had again is an error; a failed part of it is left allocated."""
+    """A preallocated file whose room cannot be allocated again is an error. A failed part stays allocated."""
     path = fallocated(tmp_path / "backing")
 
     def fail(*_: object) -> None:
@@ -533,7 +549,7 @@ def test_room_that_is_refused_for_another_reason(tmp_path: Path, monkeypatch: py
 
 @on_loop
 def test_devices_that_do_other_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is part of another, one with large sectors, one that fails at once, one that is replaced at this moment."""
+    """A part of another device, large sectors, an immediate failure, and a replacement at this moment are handled."""
     with loop(tmp_path / "image", 16 * MIB) as device:
         number = device.stat().st_rdev
         holders = tmp_path / "holders"
@@ -573,7 +589,7 @@ def test_devices_that_do_other_things(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @on_loop
 def test_discards_that_are_too_slow_or_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is used all the same; with large granules only whole ones are discarded."""
+    """The device is used without discards. With large granules only whole granules are discarded."""
     image = tmp_path / "image"
     with loop(image, 16 * MIB) as device:
         fd = os.open(device, os.O_RDWR)
@@ -590,7 +606,7 @@ def test_discards_that_are_too_slow_or_cannot_be_had(tmp_path: Path, monkeypatch
             assert coarse.trim_segments == 4
             os.pwrite(fd, b"x" * (16 * MIB), 0)
             os.fsync(fd)
-            coarse.give_back(1, 2)  # no whole granule
+            coarse.give_back(1, 2)  # not a whole granule
             assert image.read_bytes().count(b"x") == 16 * MIB
             coarse.give_back(4, 4)
             assert image.read_bytes().count(b"x") == 15 * MIB

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""SIGKILL at every step of every change: afterwards each page is the old one or the new one, never another.
+"""SIGKILL at each step of each change: afterwards each page is the old one or the new one, never another.
 
-A scene is a small store in memory that outlives a process: pages in frames, paired and alone, raw ones, words, pages in
-blocks, ephemeral frames. For N = 1, 2, 3, ... the memory is put back to the scene, a child is forked that does the
-operation and kills itself at the Nth line of the code that changes state, and a new store is built on what it left:
+A scene is a small store in memory that outlives a process. It has pages in frames, paired and alone, raw ones, words,
+pages in blocks, and ephemeral frames. For N = 1, 2, 3, ... the memory gets the content of the scene. A forked child
+does the operation and kills itself at the Nth line of the code that changes state. A new store then takes the memory:
 
-    recover, recount; every page is compared; then the store has to work on: writes, reads, discards, a recount
+    recover, recount; compare each page; then work on: writes, reads, discards, a recount
 
-until the child gets to the end of the operation without being killed. The forks are made in a process of its own which
-has one thread, since a fork in the middle of another thread's work would test something else; threads are there where
-they are what is tried out: in a child that reads blocks, and in one that does everything at once.
+This ends when a child reaches the end of the operation. A process with a single thread forks the children, since a fork
+in the middle of another thread's work would test something else. Only children that need threads start them: one that
+reads blocks, and one that does everything at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -31,6 +32,7 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar
 import pytest
 import trio
 
+from tests.core.frames import lru_of
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
 from tests.store.rig import drop, get, in_block, in_ram, kind_of, packed_by, put
 from tests.support import printed_by
@@ -49,7 +51,7 @@ PAGES: Final = 24
 FRAMES: Final = 16
 SIZE: Final = PAGES * PAGE_SIZE
 BACKING_BYTES: Final = 2 * SEGMENT_BYTES
-"""All of the backing file: a device of this size has two segments."""
+"""The size of the backing file. A device of this size has two segments."""
 ZEROS: Final = bytes(PAGE_SIZE)
 ODD_WORD: Final = page_of_word(0x3FB999999999999A)
 """A word that does not fit the page table: a zpage of one chunk."""
@@ -58,7 +60,7 @@ WATCHED: Final = (
     *("store/state.py", "store/recovery.py", "store/pool.py"),
     *("core/allocator.py", "core/zbud.py", "core/dense.py", "core/page_table.py", "core/block_map.py", "core/lists.py"),
 )
-"""The code that changes state: each of its lines is a place to be killed at."""
+"""The code that changes state. Each of its lines is a place for a kill."""
 
 PACKINGS: Final = ("zbud", "dense")
 
@@ -72,22 +74,22 @@ T = TypeVar("T")
 
 
 class Inline(Generic[T]):
-    """Does in place what an IoThread does elsewhere: a thousand stores are looked at here, and threads take time."""
+    """A stand-in for IoThread that works in place, since the tests use a thousand stores, and threads take time."""
 
     def __init__(self, name: str) -> None:
         pass
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call it; a checkpoint, as it would be."""
+        """Call the function, after a checkpoint as in an IoThread."""
         await trio.lowlevel.checkpoint()
         return function(*args, **kwargs)
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing, since there is no thread."""
 
 
 def threads(kind: type) -> None:
-    """Have stores that are made from now on use this for their blocking calls."""
+    """Set the class of threads for new stores."""
     for module in (page_store, reclaimer):
         setattr(module, "IoThread", kind)  # noqa: B010  which is not what the module's own type says
 
@@ -96,14 +98,14 @@ def threads(kind: type) -> None:
 
 
 class Kept(Backing):
-    """A backing file that is not emptied when one of several stores is done with it."""
+    """A backing file that is not emptied when one of several stores closes it."""
 
     def close(self) -> None:
-        """Leave it as it is."""
+        """Leave the file as it is."""
 
 
 class Scene:
-    """A store whose memory can be put back; `model` is what each page holds."""
+    """A store whose memory can be restored. `model` is the content of each page."""
 
     def __init__(self, folder: Path) -> None:
         self.memory = StoreMemory(SIZE, FRAMES, backed=True)
@@ -117,15 +119,17 @@ class Scene:
         trio.run(self._arrange)
         self.store.close()
         self.store.check()
-        self._arenas = [(arena, bytes(arena.view)) for arena in self.memory.arenas if arena is not self.memory.parking]
+        self._arenas = [
+            (arena, bytes(arena.view)) for arena in self.memory.arenas if arena is not self.memory.request_slots
+        ]
         self._blocks = self._read_blocks()
 
     def fresh(self) -> PageStore:
-        """Return a new store on the memory, as a new worker makes it; nothing has been asked of it yet."""
-        return PageStore(SIZE, FRAMES, self.backing, Codec(), self.memory, pure=True)  # lines of C are none
+        """Return a new store on the memory, like that of a new worker, before any request."""
+        return PageStore(SIZE, FRAMES, self.backing, Codec(), self.memory, pure=True)  # lines of C have no trace
 
     def content(self, number: int) -> bytes:
-        """Return what a page holds."""
+        """Return the content of a page."""
         return self.model.get(number, ZEROS)
 
     async def _put(self, number: int, content: bytes) -> None:
@@ -151,10 +155,10 @@ class Scene:
             nursery.cancel_scope.cancel()
         kinds = {0: FRAME, 4: RAW_FRAME, 5: FRAME, 6: WORD, 7: FRAME, 8: BLOCK, 10: RAW_BLOCK, 11: FRAME, 13: RAW_FRAME}
         assert {number: kind_of(store, number) for number in kinds} == kinds, "the scene is not what it should be"
-        assert len(list(store.state.pool.allocator.frames_of(EPHEMERAL_KIND))) == 3
+        assert len(lru_of(store.state.pool.allocator, EPHEMERAL_KIND)) == 3
 
     def write_back(self, most: int, *, fails: bool = False) -> None:
-        """Write the coldest frames to the backing file, as the reclaimer does, or have the file refuse them."""
+        """Write the coldest frames to the backing file, like the reclaimer, or let the file refuse them."""
         state = self.store.state
         batch = state.begin_writeback(most)
         assert len(batch) == most
@@ -166,7 +170,7 @@ class Scene:
             state.finish_writeback(batch)
 
     def with_readers(self, main: Callable[[], Awaitable[None]]) -> None:
-        """Run something asynchronous that may read blocks. For a child: the parent's threads are not there."""
+        """Run something asynchronous that may read blocks. A child needs this, since it does not have the parent's threads."""
         self.store._page_in.threads = [IoThread("read-0"), IoThread("read-1")]
         trio.run(main)
 
@@ -174,22 +178,22 @@ class Scene:
         return os.pread(self._plain, BACKING_BYTES, 0)
 
     def image(self) -> list[bytes]:
-        """Return all that outlives a process."""
+        """Return everything that outlives a process."""
         return [*(bytes(arena.view) for arena, _ in self._arenas), self._read_blocks()]
 
     def put_back(self) -> None:
-        """Make memory and backing file what they were."""
+        """Restore memory and backing file."""
         for arena, content in self._arenas:
             arena.view[:] = content
         if self._read_blocks() != self._blocks:
             os.pwrite(self._plain, self._blocks, 0)
 
 
-# ---- being killed --------------------------------------------------------------------------------------------------
+# ---- kills ---------------------------------------------------------------------------------------------------------
 
 
 def at_each_line(act: Callable[[int], None]) -> None:
-    """Call `act` with 1, 2, 3, ... before each line of the watched code that this thread runs from now on."""
+    """Call `act` with 1, 2, 3, ... before each line of the watched code in this thread."""
     watched: dict[CodeType, bool] = {}
     count = 0
 
@@ -211,7 +215,7 @@ def at_each_line(act: Callable[[int], None]) -> None:
 
 
 def kill_at(step: int) -> Callable[[int], None]:
-    """Return what ends this process at a step."""
+    """Return a function that ends this process at a step."""
 
     def act(count: int) -> None:
         if count == step:
@@ -221,7 +225,7 @@ def kill_at(step: int) -> Callable[[int], None]:
 
 
 def in_child(act: Callable[[], None], at_line: Callable[[int], None]) -> bool:
-    """Do something in a forked child, which may kill itself on the way. True if it did, False if it came to the end."""
+    """Run something in a forked child, which may kill itself. Return True if it did, False if it reached the end."""
     pid = os.fork()
     if not pid:
         status = 1
@@ -243,9 +247,9 @@ def in_child(act: Callable[[], None], at_line: Callable[[int], None]) -> bool:
 
 
 def steps_with_a_change(scene: Scene, act: Callable[[], None], folder: Path) -> list[int]:
-    """Return the lines before which memory or backing file are not what they were a line earlier.
+    """Return the lines before which memory or backing file differ from the line before.
 
-    To be killed at one of the others leaves behind what an earlier one leaves.
+    A kill at any other line leaves the same state as an earlier one.
     """
     steps: list[int] = []
     last = scene.image()
@@ -268,9 +272,9 @@ def steps_with_a_change(scene: Scene, act: Callable[[], None], folder: Path) -> 
 
 
 def after(scene: Scene, allowed: Mapping[int, tuple[bytes, ...]], seed: int) -> int:
-    """Recover what a child has left, compare, and work on; the number of changed pages that are new.
+    """Recover the memory of a child, compare, and work on. Return the number of changed pages that are new.
 
-    `allowed` are the contents that a page may have, the old one first, for those that are not untouched.
+    `allowed` has the possible contents of the changed pages, the old one first.
     """
     store = scene.fresh()
     new = 0
@@ -324,17 +328,17 @@ async def work_on(store: PageStore, model: dict[int, bytes], source: random.Rand
 
 @dataclass(frozen=True)
 class Operation:
-    """What a child does, and what it makes of which pages."""
+    """The work of a child, and the pages that it changes."""
 
     act: Act
     becomes: dict[int, bytes] = field(default_factory=dict)
     fewest: int = 5
-    """Places to be killed at that there are at least: fewer, and the test is not testing."""
+    """Lowest number of places for a kill. With fewer, the test does not test."""
 
 
 def _write(number: int, content: bytes) -> Operation:
     def act(scene: Scene) -> None:
-        assert scene.store.write_nowait(number * PAGE_SIZE, content) == len(content)
+        assert scene.store.requests.write_nowait(number * PAGE_SIZE, content) == len(content)
 
     count = len(content) // PAGE_SIZE
     return Operation(act, {number + at: content[at * PAGE_SIZE : (at + 1) * PAGE_SIZE] for at in range(count)})
@@ -357,14 +361,14 @@ def _discard(first: int, count: int) -> Operation:
 
 def _patch(number: int, old: bytes, skip: int, piece: bytes) -> Operation:
     def act(scene: Scene) -> None:
-        scene.with_readers(lambda: scene.store.write(number * PAGE_SIZE + skip, piece))
+        scene.with_readers(lambda: scene.store.requests.write(number * PAGE_SIZE + skip, piece))
 
     return Operation(act, {number: old[:skip] + piece + old[skip + len(piece) :]})
 
 
 def _discard_part(number: int, old: bytes, skip: int, length: int) -> Operation:
     def act(scene: Scene) -> None:
-        scene.with_readers(lambda: scene.store.discard(number * PAGE_SIZE + skip, length))
+        scene.with_readers(lambda: scene.store.requests.discard(number * PAGE_SIZE + skip, length))
 
     return Operation(act, {number: old[:skip] + bytes(length) + old[skip + length :]})
 
@@ -390,13 +394,13 @@ def _write_back(*, fails: bool) -> Operation:
 
 
 def _overwritten_zombie() -> Operation:
-    """A writeback during which a page is overwritten, one is discarded, and one frame loses all that it has."""
+    """During a writeback a page is overwritten, one is discarded, and one frame loses all its pages."""
     new = page(100, SMALL)
 
     def act(scene: Scene) -> None:
         state = scene.store.state
         batch = state.begin_writeback(4)
-        scene.store.write_nowait(0, new)
+        scene.store.requests.write_nowait(0, new)
         state.forget(2)
         state.forget(4)
         for frame, block in batch:
@@ -461,8 +465,16 @@ OPERATIONS: Final[dict[str, Operation]] = {
 }
 
 
+def in_memory() -> str | None:
+    """Return a folder on a tmpfs with direct I/O, or None before Linux 6.6."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir="/dev/shm") as file:
+        os.close(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_DIRECT))
+        return "/dev/shm"
+    return None
+
+
 def kill_everywhere(operation: Operation, folder: Path) -> dict[str, int]:
-    """Run an operation again and again, killed at each step of it in turn; how often, and how often it was new then."""
+    """Run an operation with a kill at each step in turn. Return the number of kills, and of those after the change."""
     scene = Scene(folder)
 
     def act() -> None:
@@ -480,21 +492,21 @@ def kill_everywhere(operation: Operation, folder: Path) -> dict[str, int]:
             raise AssertionError(f"killed at step {step}: {error!r}") from error
     scene.put_back()
     assert not in_child(act, lambda _: None)
-    after(scene, {number: (new,) for number, new in operation.becomes.items()}, 0)  # it is done: all must be new
+    after(scene, {number: (new,) for number, new in operation.becomes.items()}, 0)  # it is complete: all must be new
     return {"kills": len(steps), "new": new}
 
 
-# ---- all of it at once ---------------------------------------------------------------------------------------------
+# ---- everything at once --------------------------------------------------------------------------------------------
 
 STORM_STEPS: Final = 80
 STORM_STRIDE: Final = 397
-"""Lines from one place to be killed at to the next: a prime, so that the places differ."""
+"""Lines between two kills: a prime number, so that the places differ."""
 
 Step = tuple[str, int, tuple[bytes, ...]]
 
 
 def _storm_steps(source: random.Random) -> list[Step]:
-    """Return what a storm does: more than the pool holds, so that frames are written back, dropped and used again."""
+    """Return the steps of a storm: more pages than the pool holds, so that frames are written back, dropped and used again."""
     steps: list[Step] = []
     for _ in range(STORM_STEPS):
         first = source.randrange(PAGES)
@@ -507,10 +519,10 @@ def _storm_steps(source: random.Random) -> list[Step]:
 
 
 def kill_in_a_storm(folder: Path) -> dict[str, int]:
-    """Kill a store with all its tasks and threads at work, here and there; how often, and what it had done till then."""
+    """Kill a store with all its tasks and threads at several places. Return the kills, and its work until then."""
     scene = Scene(folder)
     steps = _storm_steps(random.Random(4))
-    progress = StoreMemory(SIZE, 1, backed=False).board.fields  # shared with the child, as any memory of a store is
+    progress = StoreMemory(SIZE, 1, backed=False).board.fields  # shared with the child, like any memory of a store
     kills = new = 0
     killed = True
 
@@ -553,13 +565,13 @@ def kill_in_a_storm(folder: Path) -> dict[str, int]:
     return {"kills": kills, "new": new}
 
 
-# ---- the process that does it, and the tests -----------------------------------------------------------------------
+# ---- the process of the kills, and the tests -----------------------------------------------------------------------
 
 STORM: Final = "all at once"
 
 
 def main() -> int:
-    """Do all operations with the packing named; print, for each, what was found, or what went wrong."""
+    """Do all operations with the named packing, and print the result or the error of each."""
     found: dict[str, Any] = {}
     threads(Inline)
     with packed_by(Packing.parse(sys.argv[1])):
@@ -569,10 +581,10 @@ def main() -> int:
 
 
 def do_all() -> dict[str, Any]:
-    """Do all operations; for each, what was found, or what went wrong."""
+    """Do all operations, and return the result or the error of each."""
     found: dict[str, Any] = {}
     for name in (*OPERATIONS, STORM):
-        with tempfile.TemporaryDirectory(prefix="zbudfs-crash-") as folder:
+        with tempfile.TemporaryDirectory(prefix="zbudfs-crash-", dir=in_memory()) as folder:
             try:
                 if name == STORM:
                     found[name] = kill_in_a_storm(Path(folder))
@@ -585,25 +597,25 @@ def do_all() -> dict[str, Any]:
 
 @functools.cache
 def results(packing: str) -> dict[str, Any]:
-    """Have every operation killed everywhere, in a process of its own; what it found."""
+    """Kill each operation everywhere, in a separate process, and return its results."""
     return printed_by("tests.store.test_crash_points", packing)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_killed_at_each_step(name: str, packing: str) -> None:
-    """After a kill at any step each page is the old or the new one, nothing is lost, and the store works on."""
+    """Each page is old or new after a kill at any step, nothing is lost, and the store works on."""
     found = results(packing)[name]
     assert isinstance(found, dict), found
     operation = OPERATIONS[name]
     assert found["kills"] >= operation.fewest
-    if operation.becomes:  # it was killed both before and after what it did
+    if operation.becomes:  # there were kills before and after the change
         assert 0 < found["new"] < found["kills"] * len(operation.becomes)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_killed_in_the_midst_of_everything(packing: str) -> None:
-    """The same with all tasks and threads at work: what was answered stays, what was not is old or new."""
+    """With all tasks and threads at work, answered requests stay, and other pages are old or new."""
     found = results(packing)[STORM]
     assert isinstance(found, dict), found
     assert found["kills"] >= 20

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A fault is logged when it begins and when it ends, however often it is met, and one that flickers once a minute."""
+"""A fault is logged when it begins and when it ends, however often it occurs, and a flickering one once a minute."""
 
 from zbudfs.store.faults import LOG_AGAIN_SECONDS, Faults
 
 
 def test_a_lasting_fault() -> None:
-    """Two lines, and the last text while it lasts."""
+    """A lasting fault has two lines, and its last text while it lasts."""
     told: list[str] = []
     faults = Faults(told.append)
     faults.end("write", "well")
@@ -21,7 +21,7 @@ def test_a_lasting_fault() -> None:
 
 
 def test_a_fault_that_flickers() -> None:
-    """One pair of lines in a minute; kinds do not mix."""
+    """A flickering fault has one pair of lines in a minute, and kinds are separate."""
     told: list[str] = []
     faults = Faults(told.append)
     for second in range(int(2 * LOG_AGAIN_SECONDS)):

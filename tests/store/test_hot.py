@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The hot path in C does what the Python does, with each packing: the same bytes in the tables, the same counters.
+"""The hot path in C does the same as the Python code, with each packing: the same bytes in tables, the same counters.
 
-Python is the reference. Two stores are asked for the same things, one of them without the extension, and afterwards every
-arena of both is compared byte by byte. What C alone could do wrong has tests of its own: damaged tables (an error, and
-nothing written elsewhere), views that somebody keeps, and a kill at any instruction of a process that writes.
+Python is the reference. Two stores get the same requests, one of them without the extension. Afterwards each arena of
+both is compared byte by byte. Separate tests try mistakes that only C can make. These are damaged tables (an error, and
+no write elsewhere), views that a caller keeps, and kills at any instruction.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.core.frames import lru_of
 from tests.core.samples import BIG, HALF, RAW, SMALL, page, text_page
-from tests.store.rig import drop, fill_reserve, get, let_go, packed_by, place_of, put, run
+from tests.store.rig import drop, fill_reserve, get, let_go, packed_by, place_of, put, trio_test
 from tests.support import LIMIT_SECONDS, ROOT
-from zbudfs.core import hot
+from zbudfs.core._hot import Hot
 from zbudfs.core.allocator import NO_REF, REF_BITS
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import Codec, page_of_word
@@ -37,6 +38,7 @@ from zbudfs.core.dense import Dense
 from zbudfs.core.errors import PageLost
 from zbudfs.core.packing import Packing
 from zbudfs.core.page_table import ABSENT, BLOCK, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, REF_MASK, entry
+from zbudfs.core.reference import Reference
 from zbudfs.core.units import NO_FRAME, PAGE_SIZE, PAGE_WORDS
 from zbudfs.core.zbud import Zbud
 from zbudfs.store.backing import Backing
@@ -46,86 +48,60 @@ from zbudfs.store.page_store import PageStore
 PAGES: Final = 48
 FRAMES: Final = 24
 WORDS: Final = (0, 7, 1 << 60, (1 << 64) - 3, 0xDEADBEEF << 32 | 0xDEADBEEF, 0x3FB999999999999A, 1 << 63)
-"""Zero, each way in which a word fits an entry, and words that do not."""
+"""Zero, each form of a word that fits an entry, and words that do not fit."""
 
 
 @pytest.fixture(scope="module", autouse=True, params=["zbud", "dense"])
 def packing(request: pytest.FixtureRequest) -> Iterator[Packing]:
-    """All of this holds for each packing."""
+    """Try each packing."""
     with packed_by(Packing.parse(request.param)) as packing:
         yield packing
 
 
-def test_it_is_built() -> None:
-    """The tests of a machine on which it was not would try nothing."""
-    assert hot.BUILT
-    store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec())
-    assert store._hot is not None
-    assert PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), pure=True)._hot is None
-
-
-def test_it_is_not_built(packing: Packing) -> None:
-    """Where there is no extension a store is made, and all is done in Python."""
-    program = f"""
-import sys
-sys.modules["zbudfs.core._hot"] = None
-from zbudfs.core.codec import Codec
-from zbudfs.core.packing import Packing
-from zbudfs.store.memory import StoreMemory
-from zbudfs.store.page_store import PageStore
-memory = StoreMemory({PAGES * PAGE_SIZE}, {FRAMES}, backed=False, packing=Packing.parse("{packing}"))
-memory.populate()
-store = PageStore({PAGES * PAGE_SIZE}, {FRAMES}, None, Codec(), memory)
-store.recover()
-runs = store.state.pool.take_bare()
-store.state.pool.populate(runs)
-store.state.pool.add_ready(runs)
-content = bytes(range(256)) * 32
-assert store._hot is None
-assert store.write_nowait(4096, content) == 8192
-assert store.read_nowait(4096, 8192) == content
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=LIMIT_SECONDS)
+def test_the_choice() -> None:
+    """A store uses the path in C, and a pure one uses the readable path."""
+    assert isinstance(PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec()).state.path, Hot)
+    assert isinstance(PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), pure=True).state.path, Reference)
 
 
 # ---- both do the same ----------------------------------------------------------------------------------------------
 
 
 class Pair:
-    """Two stores that are asked for the same things; the second one is pure."""
+    """Two stores that get the same requests. The second one is pure."""
 
     def __init__(self, folder: Path) -> None:
         self.stores = [
             PageStore(PAGES * PAGE_SIZE, FRAMES, Backing(str(folder / name)), Codec(), pure=name == "pure")
             for name in ("hot", "pure")
         ]
-        assert [store._hot is None for store in self.stores] == [False, True]
+        assert [type(store.state.path) for store in self.stores] == [Hot, Reference]
         self.filled: list[list[tuple[int, int, bytes]]] = [[], []]
         self.next_page = 0
-        for store in self.stores:  # no tasks run: which frames are ready, and when, must not be chance
+        for store in self.stores:  # without tasks, chance does not decide which frames are ready
             fill_reserve(store.state.pool)
             assert store.state.blocks is not None
             store.state.blocks.add_ready(*store.state.blocks.take_holes(2))
 
     def write(self, first: int, content: bytes) -> None:
-        """Write what there are frames for."""
-        hot, pure = (store.write_nowait(first * PAGE_SIZE, content) for store in self.stores)
+        """Write as many pages as there are frames for."""
+        hot, pure = (store.requests.write_nowait(first * PAGE_SIZE, content) for store in self.stores)
         assert hot == pure
 
     def read(self, first: int, count: int) -> None:
-        """Read what is in RAM; and nothing else is to be done then."""
-        hot, pure = (store.read_nowait(first * PAGE_SIZE, count * PAGE_SIZE) for store in self.stores)
+        """Read pages in RAM, which needs no other work."""
+        hot, pure = (store.requests.read_nowait(first * PAGE_SIZE, count * PAGE_SIZE) for store in self.stores)
         assert hot == pure
         self.next_page = (first + count) % PAGES
-        while self.stores[0].make_ready():
+        while self.stores[0].requests.make_ready():
             pass
 
     def read_on(self, count: int) -> None:
-        """Read what follows what was read last: some of it has been made ready, and may have changed since."""
+        """Read the pages after the last read. Some were made ready, and may have changed since."""
         self.read(self.next_page, min(count, PAGES - self.next_page))
 
     def write_back(self, most: int, *, fails: bool, overwritten: tuple[int, bytes] | None = None) -> None:
-        """Write frames back, as the reclaimer does; while they are on their way, a page may be overwritten."""
+        """Write frames back, like the reclaimer. A page may be overwritten meanwhile."""
         batches = [store.state.begin_writeback(most) for store in self.stores]
         assert batches[0] == batches[1]
         for store, batch in zip(self.stores, batches, strict=True):
@@ -141,7 +117,7 @@ class Pair:
                 store.state.finish_writeback(batch)
 
     def begin_filling(self, page: int, size: int) -> None:
-        """Take the place for a zpage in a frame with room, if there is one: the frame is unevictable until `end_filling`."""
+        """Take the place for a zpage in a frame with room, if there is one. The frame is unevictable until `end_filling`."""
         for store, filled in zip(self.stores, self.filled, strict=True):
             ref = store.state.allocator.match_prep(size)
             if ref != NO_REF:
@@ -149,7 +125,7 @@ class Pair:
         assert self.filled[0] == self.filled[1]
 
     def end_filling(self) -> None:
-        """Fill the places that were taken, and free them at once: no page is there."""
+        """Fill the taken places, and free them at once, so that no page is there."""
         for store, filled in zip(self.stores, self.filled, strict=True):
             for ref, number, zpage in filled:
                 store.state.allocator.match_finish(ref, number, zpage)
@@ -160,11 +136,11 @@ class Pair:
             filled.clear()
 
     async def page_in(self, number: int) -> None:
-        """Read a page wherever it is; its block may become an ephemeral frame."""
+        """Read a page in any place. Its block may become an ephemeral frame."""
         assert await get(self.stores[0], number) == await get(self.stores[1], number)
 
     def compare(self) -> None:
-        """Every byte of every table and frame, and every counter."""
+        """Compare each byte of each table and frame, and each counter."""
         hot, pure = self.stores
         for store, filled in zip(self.stores, self.filled, strict=True):
             if not filled:
@@ -174,12 +150,12 @@ class Pair:
                 assert bytes(mine.view[offset : offset + length]) == bytes(other.view[offset : offset + length])
         assert hot.statistics() == pure.statistics()
         assert hot.zbud_counters() == pure.zbud_counters()
-        assert hot.unbuddied_lists() == pure.unbuddied_lists()
-        assert hot.chunk_histogram() == pure.chunk_histogram()
+        assert hot.state.allocator.unbuddied_lists() == pure.state.allocator.unbuddied_lists()
+        assert hot.state.allocator.chunk_histogram() == pure.state.allocator.chunk_histogram()
         assert hot.state.pool.ready_frames == pure.state.pool.ready_frames
 
     def close(self) -> None:
-        """Let go of both."""
+        """Close both."""
         for store in self.stores:
             store.close()
             let_go(store.memory)
@@ -211,106 +187,100 @@ steps = st.one_of(
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(steps, min_size=1, max_size=24))
-def test_the_same_as_python(tmp_path: Path, ops: list[tuple[str, int, object]]) -> None:
-    """After each step both have the same tables, frames and counters."""
-
-    async def main() -> None:
-        pair = Pair(tmp_path)
-        try:
-            for what, number, more in ops:
-                if what == "write":
-                    assert isinstance(more, list)
-                    pair.write(number, b"".join(more)[: (PAGES - number) * PAGE_SIZE])
-                elif what == "read":
-                    assert isinstance(more, int)
-                    pair.read(number, more)
-                elif what == "read on":
-                    pair.read_on(number)
-                elif what == "drop":
-                    assert isinstance(more, int)
-                    for store in pair.stores:
-                        await drop(store, number, more)
-                elif what == "writeback":
-                    pair.write_back(number, fails=bool(more))
-                elif what == "overwritten":
-                    assert isinstance(more, bytes)
-                    pair.write_back(3, fails=False, overwritten=(number, more))
-                elif what == "fill":
-                    assert isinstance(more, int)
-                    pair.begin_filling(number, more)
-                elif what == "filled":
-                    pair.end_filling()
-                elif what == "page in":
-                    await pair.page_in(number)
-                elif what == "drop ephemeral":
-                    for store in pair.stores:
-                        store.state.drop_ephemeral()
-                else:
-                    for store in pair.stores:
-                        store.state.now += number
-                pair.compare()
-        finally:
-            pair.close()
-
-    run(main)
-
-
-def test_the_same_as_python_for_long(tmp_path: Path) -> None:
-    """Thousands of steps over few pages, so that frames are emptied, matched and full again and again."""
-
-    async def main() -> None:
-        source = random.Random(8)
-        samples = [page(seed, size) for seed in range(8) for size in (20, SMALL, 700, 1200, HALF, 2100, BIG, RAW)]
-        samples += [page_of_word(word) for word in WORDS]
-        pair = Pair(tmp_path)
-        compactions = 0
-        allocator = pair.stores[1].state.allocator
-        if isinstance(allocator, Dense):
-            compact = allocator._compact
-
-            def counting(frame: int) -> None:
-                nonlocal compactions
-                compactions += 1
-                compact(frame)
-
-            vars(allocator).update(_compact=counting)
-        for step in range(2500):
-            first, count = source.randrange(PAGES - 4), source.randrange(1, 5)
-            if source.random() < 0.55:
-                pair.write(first, b"".join(source.choices(samples, k=count)))
-            elif source.random() < 0.35:
-                pair.read(first, count)
-            elif source.random() < 0.5:
-                pair.read_on(count)
-            elif source.random() < 0.6:
+@trio_test
+async def test_the_same_as_python(tmp_path: Path, ops: list[tuple[str, int, object]]) -> None:
+    """Both have the same tables, frames and counters after each step."""
+    pair = Pair(tmp_path)
+    try:
+        for what, number, more in ops:
+            if what == "write":
+                assert isinstance(more, list)
+                pair.write(number, b"".join(more)[: (PAGES - number) * PAGE_SIZE])
+            elif what == "read":
+                assert isinstance(more, int)
+                pair.read(number, more)
+            elif what == "read on":
+                pair.read_on(number)
+            elif what == "drop":
+                assert isinstance(more, int)
                 for store in pair.stores:
-                    await drop(store, first, count)
-            elif source.random() < 0.2:
-                pair.begin_filling(first, source.choice((12, 500, 1900)))
-            elif source.random() < 0.3:
+                    await drop(store, number, more)
+            elif what == "writeback":
+                pair.write_back(number, fails=bool(more))
+            elif what == "overwritten":
+                assert isinstance(more, bytes)
+                pair.write_back(3, fails=False, overwritten=(number, more))
+            elif what == "fill":
+                assert isinstance(more, int)
+                pair.begin_filling(number, more)
+            elif what == "filled":
                 pair.end_filling()
-            elif source.random() < 0.8:
-                pair.write_back(2, fails=source.random() < 0.3, overwritten=(first, source.choice(samples)))
+            elif what == "page in":
+                await pair.page_in(number)
+            elif what == "drop ephemeral":
+                for store in pair.stores:
+                    store.state.drop_ephemeral()
             else:
-                await pair.page_in(first)
-            if step % 50 == 0:
-                pair.compare()
-        pair.end_filling()
-        pair.compare()
-        assert compactions > 50 or not isinstance(allocator, Dense)
-        counters = pair.stores[0].zbud_counters()
-        assert counters["pers_cumul_zpages"] > 500 and counters["pers_evicted_pageframes"] > 50
+                for store in pair.stores:
+                    store.state.now += number
+            pair.compare()
+    finally:
         pair.close()
 
-    run(main)
+
+@trio_test
+async def test_the_same_as_python_for_long(tmp_path: Path) -> None:
+    """Thousands of steps over few pages empty, match and fill frames again and again."""
+    source = random.Random(8)
+    samples = [page(seed, size) for seed in range(8) for size in (20, SMALL, 700, 1200, HALF, 2100, BIG, RAW)]
+    samples += [page_of_word(word) for word in WORDS]
+    pair = Pair(tmp_path)
+    compactions = 0
+    allocator = pair.stores[1].state.allocator
+    if isinstance(allocator, Dense):
+        compact = allocator._compact
+
+        def counting(frame: int) -> None:
+            nonlocal compactions
+            compactions += 1
+            compact(frame)
+
+        vars(allocator).update(_compact=counting)
+    for step in range(2500):
+        first, count = source.randrange(PAGES - 4), source.randrange(1, 5)
+        if source.random() < 0.55:
+            pair.write(first, b"".join(source.choices(samples, k=count)))
+        elif source.random() < 0.35:
+            pair.read(first, count)
+        elif source.random() < 0.5:
+            pair.read_on(count)
+        elif source.random() < 0.6:
+            for store in pair.stores:
+                await drop(store, first, count)
+        elif source.random() < 0.2:
+            pair.begin_filling(first, source.choice((12, 500, 1900)))
+        elif source.random() < 0.3:
+            pair.end_filling()
+        elif source.random() < 0.8:
+            pair.write_back(2, fails=source.random() < 0.3, overwritten=(first, source.choice(samples)))
+        else:
+            await pair.page_in(first)
+        if step % 50 == 0:
+            pair.compare()
+    pair.end_filling()
+    pair.compare()
+    assert compactions > 50 or not isinstance(allocator, Dense)
+    counters = pair.stores[0].zbud_counters()
+    assert counters["pers_cumul_zpages"] > 500 and counters["pers_evicted_pageframes"] > 50
+    pair.close()
 
 
-# ---- what only C could do wrong ------------------------------------------------------------------------------------
+# ---- mistakes that only C can make ---------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
 async def filled() -> AsyncIterator[PageStore]:
-    """Have a store with something of everything; 2 and 3 share a frame, 4 is alone in one."""
+    """Make a store with each kind of page. Pages 2 and 3 share a frame, and 4 is alone in one."""
     store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec())
     try:
         fill_reserve(store.state.pool)
@@ -323,338 +293,348 @@ async def filled() -> AsyncIterator[PageStore]:
         let_go(store.memory)
 
 
-def test_pages_made_ready() -> None:
-    """18. A reader in order, and no other, has the next pages decompressed ahead; what changed since is not what it gets."""
+@pytest.mark.race(18)
+@trio_test
+async def test_pages_made_ready() -> None:
+    """18. Only a reader in order has its next pages decompressed ahead. It does not get a content that has changed since."""
+    made: list[int] = []
 
-    async def main() -> None:
-        made: list[int] = []
+    def decompress(zpage: memoryview, size: int) -> bytes:
+        made.append(len(zpage))
+        return codec.decompress(zpage, size)
 
-        def decompress(zpage: memoryview, size: int) -> bytes:
-            made.append(len(zpage))
-            return codec.decompress(zpage, size)
+    store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, codec := Codec())
+    hot = store.state.path
+    fill_reserve(store.state.pool)
+    expected = list(map(page, range(32)))
+    assert store.requests.write_nowait(0, b"".join(expected)) == 32 * PAGE_SIZE
 
-        store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, codec := Codec())
-        hot = store._hot
-        assert hot is not None
-        fill_reserve(store.state.pool)
-        expected = list(map(page, range(32)))
-        assert store.write_nowait(0, b"".join(expected)) == 32 * PAGE_SIZE
+    def read(first: int, count: int) -> int:
+        """Return the number of pages that were decompressed for the read."""
+        made.clear()
+        content = hot.read(first, count, decompress)
+        assert content == b"".join(expected[first : first + count])
+        return len(made)
 
-        def read(first: int, count: int) -> int:
-            """How many pages were decompressed for it."""
-            made.clear()
-            content = hot.read(first, count, decompress)
-            assert content == b"".join(expected[first : first + count])
-            return len(made)
+    def ready() -> int:
+        made.clear()
+        while hot.make_ready(decompress):
+            pass
+        return len(made)
 
-        def ready() -> int:
-            made.clear()
-            while hot.make_ready(decompress):
-                pass
-            return len(made)
-
-        assert (read(8, 4), ready()) == (4, 0), "who is to know where it goes on?"
-        assert (read(12, 4), ready(), ready()) == (4, 4, 0)
-        assert (read(16, 4), ready()) == (0, 4)
-        for number, content in ((20, page(99)), (21, bytes(PAGE_SIZE)), (22, page(7, RAW))):
-            await put(store, number, content)
-            expected[number] = content
-        assert read(20, 4) == 1, "the new one, and three for which zstd is not asked"
-        assert (read(0, 2), read(2, 2), ready(), read(3, 2)) == (2, 2, 2, 1), "it goes on in the midst: one was ready"
-        assert (read(5, 9), read(14, 9), ready(), read(23, 9)) == (9, 7, 8, 1), "eight are as many as there may be"
-        store.close()
-        let_go(store.memory)
-
-    run(main)
+    assert (read(8, 4), ready()) == (4, 0), "who is to know where it goes on?"
+    assert (read(12, 4), ready(), ready()) == (4, 4, 0)
+    assert (read(16, 4), ready()) == (0, 4)
+    for number, content in ((20, page(99)), (21, bytes(PAGE_SIZE)), (22, page(7, RAW))):
+        await put(store, number, content)
+        expected[number] = content
+    assert read(20, 4) == 1, "the new one, and three for which zstd is not asked"
+    assert (read(0, 2), read(2, 2), ready(), read(3, 2)) == (2, 2, 2, 1), "it goes on in the midst: one was ready"
+    assert (read(5, 9), read(14, 9), ready(), read(23, 9)) == (9, 7, 8, 1), "eight are as many as there may be"
+    store.close()
+    let_go(store.memory)
 
 
 HIGH: Final = 0xFFFFFFF0
 DAMAGES: Final = (
     *("bud next", "bud end", "lru next", "lru end", "state", "owner", "stack"),
-    *("first chunks", "last chunks"),  # zbud's columns
-    *("used", "tail", "live", "mask of live ones"),  # and those of dense
+    *("first chunks", "last chunks"),  # columns of zbud
+    *("used", "tail", "live", "mask of live ones"),  # and columns of dense
 )
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_tables_are_an_error(damage: str) -> None:
-    """What would lead somewhere else is an AssertionError, and no page or frame has changed."""
-
-    async def main() -> None:
-        async with filled() as store:
-            allocator, pool = store.state.allocator, store.state.pool
-            frame = place_of(store, 4)[0]
-            content = page(9, SMALL)  # fits beside 4
-            if damage == "bud next":
-                allocator._bud_next[frame] = HIGH
-            elif damage == "bud end":
-                allocator._bud_next[FRAMES + allocator._list_of(frame)] = HIGH
-            elif damage == "lru next":
-                allocator._lru_prev[frame] = HIGH
-            elif damage == "lru end":
-                allocator._lru_prev[FRAMES] = HIGH
-            elif damage == "state":
-                allocator._state[frame] = 3
-            elif damage == "owner":
-                allocator._owner[frame] = 3
-            elif damage == "stack":
-                pool._stack[pool.ready_frames - 1] = HIGH
-                content = page(9, BIG)  # needs a frame of its own
-            elif damage in ("first chunks", "last chunks"):
-                if not isinstance(allocator, Zbud):
-                    return
-                (allocator._first_chunks if damage == "first chunks" else allocator._last_chunks)[frame] = 1
-            elif not isinstance(allocator, Dense):
+@trio_test
+async def test_damaged_tables_are_an_error(damage: str) -> None:
+    """An index that leads elsewhere is an AssertionError, and no page or frame has changed."""
+    async with filled() as store:
+        allocator, pool = store.state.allocator, store.state.pool
+        frame = place_of(store, 4)[0]
+        content = page(9, SMALL)  # fits beside 4
+        if damage == "bud next":
+            allocator._budlists.nexts[frame] = HIGH
+        elif damage == "bud end":
+            allocator._budlists.nexts[FRAMES + allocator._list_of(frame)] = HIGH
+        elif damage == "lru next":
+            allocator._lru.prevs[frame] = HIGH
+        elif damage == "lru end":
+            allocator._lru.prevs[FRAMES] = HIGH
+        elif damage == "state":
+            allocator._state[frame] = 3
+        elif damage == "owner":
+            allocator._owner[frame] = 3
+        elif damage == "stack":
+            pool._stack[pool.ready_frames - 1] = HIGH
+            content = page(9, BIG)  # needs its own frame
+        elif damage in ("first chunks", "last chunks"):
+            if not isinstance(allocator, Zbud):
                 return
-            elif damage == "used":
-                allocator._used[frame] = 1
-            elif damage == "tail":
-                allocator._tail[frame] = PAGE_SIZE + 1
-            else:
-                allocator._live[frame] = 0 if damage == "live" else 0xFF
-            before = bytes(store.memory.frames.view), bytes(store.memory.pages.view)
-            with pytest.raises(AssertionError, match="the tables are damaged"):
-                store.write_nowait(9 * PAGE_SIZE, content)
-            assert (bytes(store.memory.frames.view), bytes(store.memory.pages.view)) == before
-
-    run(main)
+            allocator._chunks[damage != "first chunks"][frame] = 1
+        elif not isinstance(allocator, Dense):
+            return
+        elif damage == "used":
+            allocator._used[frame] = 1
+        elif damage == "tail":
+            allocator._tail[frame] = PAGE_SIZE + 1
+        else:
+            allocator._live[frame] = 0 if damage == "live" else 0xFF
+        before = bytes(store.memory.frames.view), bytes(store.memory.pages.view)
+        with pytest.raises(AssertionError, match="the tables are damaged"):
+            store.requests.write_nowait(9 * PAGE_SIZE, content)
+        assert (bytes(store.memory.frames.view), bytes(store.memory.pages.view)) == before
 
 
 @pytest.mark.parametrize("ref", [FRAMES << 3, 1 << 35, 2, 7])
-def test_an_entry_that_leads_nowhere(ref: int) -> None:
-    """A place that no frame has is left to Python, which has an error for it, when it is read and when it is overwritten."""
-
-    async def main() -> None:
-        async with filled() as store:
-            entries = store.state.table.entries
-            entries[2] = entry(FRAME, ref, 0)
-            with pytest.raises((PageLost, IndexError, AssertionError, TypeError)):
-                store.read_nowait(2 * PAGE_SIZE, PAGE_SIZE)
-            with contextlib.suppress(IndexError, AssertionError):
-                store.write_nowait(2 * PAGE_SIZE, page(5))
-            assert await get(store, 4) == page(4, BIG)
-            assert await get(store, 3) == page(3)
-
-    run(main)
+@trio_test
+async def test_an_entry_that_leads_nowhere(ref: int) -> None:
+    """Python handles a place that no frame has, with an error for the read and the overwrite."""
+    async with filled() as store:
+        entries = store.state.table.entries
+        entries[2] = entry(FRAME, ref, 0)
+        with pytest.raises((PageLost, IndexError, AssertionError, TypeError)):
+            store.requests.read_nowait(2 * PAGE_SIZE, PAGE_SIZE)
+        with contextlib.suppress(IndexError, AssertionError):
+            store.requests.write_nowait(2 * PAGE_SIZE, page(5))
+        assert await get(store, 4) == page(4, BIG)
+        assert await get(store, 3) == page(3)
 
 
-def test_a_damaged_zpage_is_lost_and_its_neighbours_are_not() -> None:
-    """Python finds out what is wrong, counts it, and gives what comes before."""
-
-    async def main() -> None:
-        async with filled() as store:
-            frame, index = place_of(store, 3)
-            zpage = store.state.allocator.zpage(frame << REF_BITS | index, 3)
-            assert index == 1 and zpage is not None
-            zpage[700] ^= 0xFF
-            assert store.read_nowait(2 * PAGE_SIZE, 3 * PAGE_SIZE) == page(2)
-            with pytest.raises(PageLost):
-                store.read_nowait(3 * PAGE_SIZE, PAGE_SIZE)
-            assert store.causes()["lost_damaged"] == 2
-
-    run(main)
+@trio_test
+async def test_a_damaged_zpage_is_lost_and_its_neighbours_are_not() -> None:
+    """Python finds the damage, counts it, and returns the bytes before it."""
+    async with filled() as store:
+        frame, index = place_of(store, 3)
+        zpage = store.state.allocator.zpage(frame << REF_BITS | index, 3)
+        assert index == 1 and zpage is not None
+        zpage[700] ^= 0xFF
+        assert store.requests.read_nowait(2 * PAGE_SIZE, 3 * PAGE_SIZE) == page(2)
+        with pytest.raises(PageLost):
+            store.requests.read_nowait(3 * PAGE_SIZE, PAGE_SIZE)
+        assert store.statistics().lost_damaged == 2
 
 
-def test_damaged_zpages_are_not_moved() -> None:
-    """A handle that cannot be is an AssertionError before anything of the frame is moved, or copied."""
-
-    async def main() -> None:
-        async with filled() as store:
-            allocator = store.state.allocator
-            if not isinstance(allocator, Dense):
-                return
-            for number in range(10, 17):
-                await put(store, number, page(number, 600))
-            frame, index = place_of(store, 12)
-            assert frame == place_of(store, 11)[0]
-            await drop(store, 11)
-            word = frame * PAGE_WORDS + index
-            handle = allocator._words[word]
-            content = page(9, 700)  # fits into the hole and the tail
-            before = bytes(store.memory.pages.view), bytes(store.memory.frame_table.view)
-            for damaged in (
-                handle | 0xFFF,
-                handle & ~0xFFF,
-                handle - 1,
-                handle | 0xFFF << 12,
-                handle & ~(0xFFF << 12),
-                handle ^ 1 << 60,
-            ):
-                allocator._words[word] = damaged
-                frames = bytes(store.memory.frames.view)
-                with pytest.raises(AssertionError, match="the tables are damaged"):
-                    store.write_nowait(9 * PAGE_SIZE, content)
-                assert bytes(store.memory.frames.view) == frames
-                assert (bytes(store.memory.pages.view), bytes(store.memory.frame_table.view)) == before
-            allocator._words[word] = handle
-            await put(store, 9, content)
-            assert place_of(store, 9)[0] == frame
-            assert await get(store, 9) == content
-            store.check()
-
-    run(main)
+@trio_test
+async def test_damaged_zpages_are_not_moved() -> None:
+    """An impossible handle is an AssertionError before anything of the frame is moved or copied."""
+    async with filled() as store:
+        allocator = store.state.allocator
+        if not isinstance(allocator, Dense):
+            return
+        for number in range(10, 17):
+            await put(store, number, page(number, 600))
+        frame, index = place_of(store, 12)
+        assert frame == place_of(store, 11)[0]
+        await drop(store, 11)
+        word = frame * PAGE_WORDS + index
+        handle = allocator._words[word]
+        content = page(9, 700)  # fits into the hole and the tail together
+        before = bytes(store.memory.pages.view), bytes(store.memory.frame_table.view)
+        for damaged in (
+            handle | 0xFFF,
+            handle & ~0xFFF,
+            handle - 1,
+            handle | 0xFFF << 12,
+            handle & ~(0xFFF << 12),
+            handle ^ 1 << 60,
+        ):
+            allocator._words[word] = damaged
+            frames = bytes(store.memory.frames.view)
+            with pytest.raises(AssertionError, match="the tables are damaged"):
+                store.requests.write_nowait(9 * PAGE_SIZE, content)
+            assert bytes(store.memory.frames.view) == frames
+            assert (bytes(store.memory.pages.view), bytes(store.memory.frame_table.view)) == before
+        allocator._words[word] = handle
+        await put(store, 9, content)
+        assert place_of(store, 9)[0] == frame
+        assert await get(store, 9) == content
+        store.check()
 
 
-def test_a_view_that_is_kept_is_of_no_use() -> None:
-    """A compressor or decompressor that keeps what it was given cannot see what is in that memory later."""
+@trio_test
+async def test_a_view_that_is_kept_is_of_no_use() -> None:
+    """A compressor or decompressor that keeps its view cannot see later content of that memory."""
+    async with filled() as store:
+        kept: list[memoryview] = []
+        codec = store.requests.codec
+        compress, decompress = codec.compress, codec.decompress
 
-    async def main() -> None:
-        async with filled() as store:
-            kept: list[memoryview] = []
-            codec = store.codec
-            compress, decompress = codec.compress, codec.decompress
+        def keeping(view: memoryview) -> bytes:
+            kept.append(view)
+            return bytes(compress(view))
 
-            def keeping(view: memoryview) -> bytes:
-                kept.append(view)
-                return bytes(compress(view))
+        def keeping_too(view: memoryview, size: int) -> bytes:
+            kept.append(view)
+            return bytes(decompress(view, size))
 
-            def keeping_too(view: memoryview, size: int) -> bytes:
-                kept.append(view)
-                return bytes(decompress(view, size))
-
-            vars(codec).update(compress=keeping, decompress=keeping_too)
-            await put(store, 20, page(20))
-            assert store.read_nowait(20 * PAGE_SIZE, PAGE_SIZE) == page(20)
-            assert len(kept) == 2
-            for view in kept:
-                with pytest.raises(ValueError, match="released"):
-                    view[0]
-
-    run(main)
+        vars(codec).update(compress=keeping, decompress=keeping_too)
+        await put(store, 20, page(20))
+        assert store.requests.read_nowait(20 * PAGE_SIZE, PAGE_SIZE) == page(20)
+        assert len(kept) == 2
+        for view in kept:
+            with pytest.raises(ValueError, match="released"):
+                view[0]
 
 
-def test_what_a_compressor_raises_comes_through() -> None:
-    """The pages before are stored, that one is not, and nothing is leaked or half done."""
+@trio_test
+async def test_an_error_of_a_compressor_is_passed_on() -> None:
+    """The pages before are stored, that one is not, and nothing leaks or is half done."""
+    async with filled() as store:
+        compress = store.requests.codec.compress
+        calls = 0
 
-    async def main() -> None:
-        async with filled() as store:
-            compress = store.codec.compress
-            calls = 0
+        def failing(view: memoryview) -> bytes:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise MemoryError("no memory")
+            return bytes(compress(view))
 
-            def failing(view: memoryview) -> bytes:
-                nonlocal calls
-                calls += 1
-                if calls == 3:
-                    raise MemoryError("no memory")
-                return bytes(compress(view))
-
-            vars(store.codec).update(compress=failing)
-            with pytest.raises(MemoryError):
-                store.write_nowait(30 * PAGE_SIZE, b"".join(page(number) for number in range(30, 34)))
-            vars(store.codec).update(compress=compress)
-            store.check()
-            assert [await get(store, number) for number in (30, 31)] == [page(30), page(31)]
-            assert await get(store, 32, 2) == bytes(2 * PAGE_SIZE)
-
-    run(main)
+        vars(store.requests.codec).update(compress=failing)
+        with pytest.raises(MemoryError):
+            store.requests.write_nowait(30 * PAGE_SIZE, b"".join(page(number) for number in range(30, 34)))
+        vars(store.requests.codec).update(compress=compress)
+        store.check()
+        assert [await get(store, number) for number in (30, 31)] == [page(30), page(31)]
+        assert await get(store, 32, 2) == bytes(2 * PAGE_SIZE)
 
 
-def test_compress_that_gives_what_no_place_is_for() -> None:
-    """Twelve bytes would be read as a word: such a page is kept raw."""
-
-    async def main() -> None:
-        async with filled() as store:
-            compress = store.codec.compress
-            vars(store.codec).update(compress=lambda view: b"x" * 12)
-            await put(store, 9, page(9))
-            vars(store.codec).update(compress=compress)
-            assert await get(store, 9) == page(9)
-            assert store.statistics().raw_pages == 2
-
-    run(main)
+@trio_test
+async def test_compress_that_gives_what_no_place_is_for() -> None:
+    """Twelve bytes would look like a word, so such a page is kept raw."""
+    async with filled() as store:
+        compress = store.requests.codec.compress
+        vars(store.requests.codec).update(compress=lambda view: b"x" * 12)
+        await put(store, 9, page(9))
+        vars(store.requests.codec).update(compress=compress)
+        assert await get(store, 9) == page(9)
+        assert store.statistics().raw_pages == 2
 
 
 def test_arguments() -> None:
-    """Ranges and buffers that do not fit are refused before anything is done."""
+    """Wrong ranges and buffers are refused before any change."""
     memory = StoreMemory(PAGES * PAGE_SIZE, FRAMES, backed=False)
     memory.populate()
     store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), memory)
-    path = store._hot
+    path = store.state.path
     assert path is not None
     for first, count in ((PAGES, 1), (PAGES + 1, 0), (1 << 63, 1), (0, PAGES + 1)):
         with pytest.raises(IndexError):
-            path.read(first, count, store.codec.decompress)
+            path.read(first, count, store.requests.codec.decompress)
     with pytest.raises(IndexError):
-        path.write(PAGES - 1, bytes(2 * PAGE_SIZE), store.codec.compress, store.state, store.between)
+        path.write(PAGES - 1, bytes(2 * PAGE_SIZE), store.requests.codec.compress, store.state, store.requests.between)
     with pytest.raises(OverflowError):
-        path.read(-1, 1, store.codec.decompress)
+        path.read(-1, 1, store.requests.codec.decompress)
     packing = memory.packing
     layout, zpages = packing.kind.LAYOUT, packing.zpages
     number = 13 + len(packing.kind.OWN_WIDTHS) + 1
     buffers = [memoryview(bytearray(64)) for _ in range(number)]
     for few in ((), buffers[:13], buffers[1:], [*buffers, buffers[0]]):
         with pytest.raises(TypeError):
-            hot.Hot(layout, zpages, FRAMES, *few)
+            Hot(layout, zpages, FRAMES, *few)
     for other in ((layout, 1), (layout, 8), (layout ^ 1, zpages)):
         with pytest.raises(ValueError, match="no packing has the layout"):
-            hot.Hot(*other, FRAMES, *buffers)
+            Hot(*other, FRAMES, *buffers)
     with pytest.raises(ValueError, match="buffer 1 has 64 bytes instead of 72"):
-        hot.Hot(layout, zpages, FRAMES, *buffers)
+        Hot(layout, zpages, FRAMES, *buffers)
     with pytest.raises(ValueError, match="too many frames"):
-        hot.Hot(layout, zpages, 1 << 40, *buffers)
+        Hot(layout, zpages, 1 << 40, *buffers)
     with pytest.raises(BufferError):
-        hot.Hot(layout, zpages, FRAMES, *[memoryview(bytes(64))] * number)
+        Hot(layout, zpages, FRAMES, *[memoryview(bytes(64))] * number)
     large = [memoryview(bytearray(FRAMES * PAGE_SIZE)) for _ in range(number)]
     for short in range(1, number):
         if short < number - 1 or packing.kind.OWN_BYTES:
             with pytest.raises(ValueError, match=f"buffer {short} has 8 bytes"):
-                hot.Hot(layout, zpages, FRAMES, *large[:short], memoryview(bytearray(8)), *large[short + 1 :])
+                Hot(layout, zpages, FRAMES, *large[:short], memoryview(bytearray(8)), *large[short + 1 :])
 
 
-def test_damaged_frames_on_their_way() -> None:
-    """What cannot be written back, dropped or filled is an AssertionError, and nothing has changed."""
+def heir_of(store: PageStore, *, pure: bool) -> PageStore:
+    """Return a store over a copy of another's memory, before it has recovered."""
+    theirs = store.memory
+    memory = StoreMemory(PAGES * PAGE_SIZE, FRAMES, backed=True, packing=theirs.packing)
+    memory.populate()
+    memory.populate_frames([(0, FRAMES)])
+    for mine, other in zip(memory.arenas, theirs.arenas, strict=True):
+        mine.view[:] = other.view
+    return PageStore(PAGES * PAGE_SIZE, FRAMES, store.backing, Codec(), memory, pure=pure)
 
-    async def main() -> None:
-        async with filled() as store:
-            hot, state, allocator = store._hot, store.state, store.state.allocator
-            assert hot is not None
-            frame, raw = place_of(store, 4)[0], place_of(store, 1)[0]
-            assert hot.coldest(0) == []
-            assert hot.coldest(99) == list(allocator.frames_of(0))
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recovering_is_the_same(seed: int, tmp_path: Path) -> None:
+    """A store with damaged frames and page table is rebuilt with the same losses, tables and counters."""
+    source, pair = random.Random(seed), Pair(tmp_path)
+    for first in range(0, PAGES, 4):
+        pair.write(first, b"".join(page(first + at, source.choice((SMALL, 700, 1300, HALF))) for at in range(4)))
+    store = pair.stores[0]
+    words, entries = store.memory.frames.view.cast("Q"), store.state.table.entries
+    for _ in range(6):
+        words[source.randrange(FRAMES) * PAGE_WORDS + source.choice([0, 1, 2, PAGE_WORDS - 1])] ^= (
+            1 << source.randrange(40)
+        )
+        entries[source.randrange(PAGES)] = entries[source.randrange(PAGES)]
+        entries[source.randrange(PAGES)] ^= 1 << KIND_BITS + source.randrange(REF_BITS + 4)
+    heirs = [heir_of(store, pure=pure) for pure in (False, True)]
+    found = [heir.recover() for heir in heirs]
+    assert found[0] == found[1]
+    assert found[0].lost_pages > 0
+    for mine, other in zip(*(heir.memory.arenas for heir in heirs), strict=True):
+        assert bytes(mine.view) == bytes(other.view)
+    assert heirs[0].zbud_counters() == heirs[1].zbud_counters()
+    for heir in heirs:
+        heir.state.allocator.check()
+        let_go(heir.memory)
+    pair.close()
+
+
+@trio_test
+async def test_damaged_frames_on_their_way() -> None:
+    """A frame that cannot be written back, dropped or filled is an AssertionError, and nothing has changed."""
+    async with filled() as store:
+        hot, state, allocator = store.state.path, store.state, store.state.allocator
+        frame, raw = place_of(store, 4)[0], place_of(store, 1)[0]
+        assert hot.coldest(0) == []
+        assert hot.coldest(99) == lru_of(allocator, 0)
+        before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
+
+        def damaged(call: Callable[[], object]) -> None:
+            with pytest.raises(AssertionError, match="the tables are damaged"):
+                call()
+            assert before == (bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters())
+
+        for wrong in (HIGH, FRAMES, store.state.pool._stack[0]):
+            damaged(lambda wrong=wrong: hot.evict([wrong]))  # type: ignore[misc]
+            damaged(lambda wrong=wrong: hot.written([(wrong, 1)]))  # type: ignore[misc]
+            damaged(lambda wrong=wrong: hot.adopt(wrong, 1, 1))  # type: ignore[misc]
+        damaged(lambda: hot.written([(frame, 1)]))
+        allocator._pins[frame] = 1
+        assert frame not in hot.coldest(99)
+        damaged(lambda: hot.evict([frame]))
+        allocator._pins[frame] = 0
+        for prevs, member in (
+            (allocator._lru.prevs, frame),
+            (allocator._budlists.prevs, frame),
+            (allocator._lru.prevs, raw),
+        ):
+            kept, prevs[member] = prevs[member], HIGH
+            damaged(lambda member=member: hot.evict([member]))  # type: ignore[misc]
+            prevs[member] = kept
+        assert hot.drop() == -1
+        for name, wrong_arguments in (("evict", (7,)), ("written", ([7],)), ("coldest", ("1",)), ("adopt", (1,))):
+            with pytest.raises(TypeError):
+                getattr(hot, name)(*wrong_arguments)
+        state.check()
+
+        hot.evict([frame, raw])
+        before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
+        damaged(lambda: hot.evict([frame]))
+        for number in (1, 4):
+            entries = state.table.entries
+            kept = entries[number]
+            entries[number] = ABSENT
             before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
-
-            def damaged(call: Callable[[], object]) -> None:
-                with pytest.raises(AssertionError, match="the tables are damaged"):
-                    call()
-                assert before == (bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters())
-
-            for wrong in (HIGH, FRAMES, store.state.pool._stack[0]):
-                damaged(lambda wrong=wrong: hot.evict([wrong]))  # type: ignore[misc]
-                damaged(lambda wrong=wrong: hot.written([(wrong, 1)]))  # type: ignore[misc]
-                damaged(lambda wrong=wrong: hot.adopt(wrong, 1, 1))  # type: ignore[misc]
-            damaged(lambda: hot.written([(frame, 1)]))
-            allocator._pins[frame] = 1
-            assert frame not in hot.coldest(99)
-            damaged(lambda: hot.evict([frame]))
-            allocator._pins[frame] = 0
-            for prevs, member in (
-                (allocator._lru_prev, frame),
-                (allocator._bud_prev, frame),
-                (allocator._lru_prev, raw),
-            ):
-                kept, prevs[member] = prevs[member], HIGH
-                damaged(lambda member=member: hot.evict([member]))  # type: ignore[misc]
-                prevs[member] = kept
-            assert hot.drop() == -1
-            for name, wrong_arguments in (("evict", (7,)), ("written", ([7],)), ("coldest", ("1",)), ("adopt", (1,))):
-                with pytest.raises(TypeError):
-                    getattr(hot, name)(*wrong_arguments)
-            state.check()
-
-            hot.evict([frame, raw])
-            before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
-            damaged(lambda: hot.evict([frame]))
-            for number in (1, 4):
-                entries = state.table.entries
-                kept = entries[number]
-                entries[number] = ABSENT
-                before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
-                damaged(lambda number=number: hot.written([(raw if number == 1 else frame, 5)]))  # type: ignore[misc]
-                entries[number] = kept
-            assert list(hot.written([(frame, 5), (raw, 6)])) == [1, 1]
-            assert entries[4] & KIND_MASK == BLOCK and entries[1] & KIND_MASK == RAW_BLOCK
-
-    run(main)
+            damaged(lambda number=number: hot.written([(raw if number == 1 else frame, 5)]))  # type: ignore[misc]
+            entries[number] = kept
+        assert list(hot.written([(frame, 5), (raw, 6)])) == [1, 1]
+        assert entries[4] & KIND_MASK == BLOCK and entries[1] & KIND_MASK == RAW_BLOCK
 
 
 # ---- killed at any instruction -------------------------------------------------------------------------------------
@@ -665,7 +645,7 @@ KILL_FRAMES: Final = 160
 
 
 def version(number: int, count: int) -> bytes:
-    """Return what a page holds after write `count`, which it says; one in eight is a word, and one in eight is raw."""
+    """Return the content of a page after write `count`, which contains that number. One in eight is a word, and one is raw."""
     if not count:
         return bytes(PAGE_SIZE)
     source = random.Random(number << 20 | count)
@@ -678,7 +658,7 @@ def version(number: int, count: int) -> bytes:
 
 
 def take_over(memory: StoreMemory, disk: Backing, *, pure: bool) -> PageStore:
-    """Return a store that goes on with what is in the memory and on the disk."""
+    """Return a store that continues with the content of memory and disk."""
     backing = Backing(disk.path, os.dup(disk.fileno()))
     store = PageStore(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, backing, Codec(), memory, pure=pure)
     assert store.recover().lost_pages == 0
@@ -686,7 +666,7 @@ def take_over(memory: StoreMemory, disk: Backing, *, pure: bool) -> PageStore:
 
 
 def leave(store: PageStore) -> None:
-    """Let go of a store, but for its memory and its disk."""
+    """Close a store, except for its memory and its disk."""
     assert store.backing is not None
     os.close(store.backing.fileno())
     store.backing = None
@@ -694,7 +674,7 @@ def leave(store: PageStore) -> None:
 
 
 def move_about(store: PageStore, source: random.Random) -> None:
-    """Write frames back, drop ephemeral ones and read blocks back, as the store's tasks do, without giving way."""
+    """Write frames back, drop ephemeral ones and read blocks back, like the tasks of a store, without a checkpoint."""
     state, pool, allocator, backing = store.state, store.state.pool, store.state.allocator, store.backing
     assert backing is not None and state.blocks is not None
     batch = state.begin_writeback(source.randrange(1, 24))
@@ -720,9 +700,9 @@ def move_about(store: PageStore, source: random.Random) -> None:
 
 
 def overwrite_for_ever(memory: StoreMemory, disk: Backing, round_number: int, tell: int) -> None:
-    """Overwrite pages and move them about until killed; tell before each request (first page, pages, count), then how many."""
+    """Overwrite and move pages until killed. Report (first page, pages, count) before each request, and the result after it."""
     store = take_over(memory, disk, pure=False)
-    assert store._hot is not None
+    assert isinstance(store.state.path, Hot)
     fill_reserve(store.state.pool)
     source = random.Random(round_number)
     requests = []
@@ -735,14 +715,14 @@ def overwrite_for_ever(memory: StoreMemory, disk: Backing, round_number: int, te
     while True:
         for first, count, content in requests:
             os.write(tell, b"%d,%d,%d " % (first, len(content) // PAGE_SIZE, count))
-            stored = store.write_nowait(first * PAGE_SIZE, content)  # as many as there are frames for
+            stored = store.requests.write_nowait(first * PAGE_SIZE, content)  # as many pages as there are frames for
             os.write(tell, b"%d " % (stored // PAGE_SIZE))
             if not source.randrange(4):
                 move_about(store, source)
 
 
 def killed_child(memory: StoreMemory, disk: Backing, round_number: int, after_seconds: float) -> str:
-    """Have a child overwrite pages and kill it after some time; what it told."""
+    """Let a child overwrite pages, kill it after some time, and return its reports."""
     reads, tells = os.pipe()
     child = os.fork()
     if not child:
@@ -765,12 +745,10 @@ def killed_child(memory: StoreMemory, disk: Backing, round_number: int, after_se
 
 
 def kill_again_and_again() -> tuple[int, int]:
-    """Kill writers and look at each page: how many requests were done, and how many kills came in the midst of one."""
+    """Kill writers and compare each page. Return the number of complete requests, and of kills in the middle of one."""
     memory = StoreMemory(KILL_PAGES * PAGE_SIZE, KILL_FRAMES, backed=True)
     memory.populate()
-    folder = tempfile.TemporaryDirectory(
-        dir="/dev/shm"
-    )  # a disk that takes no time: kills come in the midst of the rest
+    folder = tempfile.TemporaryDirectory(dir="/dev/shm")  # a disk that takes no time, so that kills hit the other work
     disk = Backing(f"{folder.name}/backing")
     blocks = BlockMap(memory.blocks.view, memory.nr_segments) if memory.blocks is not None else None
     assert blocks is not None
@@ -795,7 +773,7 @@ def kill_again_and_again() -> tuple[int, int]:
         heir = take_over(memory, disk, pure=bool(round_number % 2))
         heir.check()
         on_disk += heir.statistics().written_back_pages
-        contents = trio.run(heir.read, 0, KILL_PAGES * PAGE_SIZE)
+        contents = trio.run(heir.requests.read, 0, KILL_PAGES * PAGE_SIZE)
         for number in range(KILL_PAGES):
             content = contents[number * PAGE_SIZE :][:PAGE_SIZE]
             found = {count for count in may_be[number] if content == version(number, count)}
@@ -810,7 +788,7 @@ def kill_again_and_again() -> tuple[int, int]:
 
 
 def test_killed_at_any_instruction(packing: Packing) -> None:
-    """A process that writes through C is killed without warning, again and again; each page is whole and one of its own."""
+    """A process that writes through C is killed many times without warning. Each page is whole and one of its own."""
     command = [sys.executable, "-m", "tests.store.test_hot", str(packing)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=4 * LIMIT_SECONDS, cwd=ROOT, check=True)
     answered, midst = map(int, run.stdout.split())

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Killed at each instruction of the hot path in C: afterwards each page is the old one or the new one, never another.
+"""Kills at each instruction of the hot path in C: afterwards each page is the old one or the new one, never another.
 
-A child does one thing to a store whose memory outlives it, and its parent has it go on by one instruction at a time
-(ptrace). Whenever the memory is not what it was an instruction ago, what has changed is kept: that is what a kill there
-would leave behind. Afterwards the memory is made each of these states in turn, a new store takes it over, and is compared:
+A child changes a store in memory that outlives it, and its parent lets it continue by one instruction at a time
+(ptrace). The parent keeps each change of the memory: that is the state that a kill there would leave. Afterwards the
+memory gets each of these states in turn, a new store takes it over, and the pages are compared:
 
     old, old, ..., old, new, ..., new           and after the last instruction: all new
 
-Between lines of Python test_crash_points.py does the same; a kill at a moment of its own choosing test_hot.py.
+test_crash_points.py does the same between lines of Python, and test_hot.py kills at random moments.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import pytest
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
 from tests.store.rig import fill_reserve, let_go, packed_by
 from tests.support import printed_by
+from zbudfs.core._hot import Hot
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.dense import Dense
 from zbudfs.core.packing import Packing
@@ -37,8 +38,7 @@ PAGES: Final = 24
 FRAMES: Final = 8
 BULK_BEGINS: Final = 64
 BULK_STRIDE: Final = 32
-"""A copy of many bytes takes many steps. Of states in a row that differ in frames or the undo copy alone
-the first ones are tried, then one in so many."""
+"""The part of the states in a copy of many bytes that is tried: the first ones, and then one of this many."""
 MOST_STEPS: Final = 2_000_000
 _TRACEME: Final = 0
 _SINGLESTEP: Final = 9
@@ -48,19 +48,19 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 Change = tuple[int, int, bytes]
-"""Number of the arena, offset, what is there now."""
+"""The number of the arena, the offset, and the new bytes."""
 PIECE: Final = 256
 """Bytes that are compared and kept at once."""
 
 
 class Scene:
-    """A store in memory that outlives a process, with something of everything; `model` is what each page holds."""
+    """A store in memory that outlives a process, with each kind of page. `model` is the content of each page."""
 
     def __init__(self) -> None:
         self.memory = StoreMemory(PAGES * PAGE_SIZE, FRAMES, backed=False)
         self.memory.populate()
         self.store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), self.memory)
-        assert self.store._hot is not None
+        assert isinstance(self.store.state.path, Hot)
         self.store.recover()
         fill_reserve(self.store.state.pool)
         self.model = dict.fromkeys(range(PAGES), bytes(PAGE_SIZE))
@@ -69,25 +69,25 @@ class Scene:
             *((5, page(5, BIG)), (6, page_of_word(6)), (7, page(7, RAW)), (8, page(8, HALF)), (9, bytes(PAGE_SIZE))),
         ):
             self.put(number, content)
-        self.put(1, page(11, 20))  # holes, where the packing makes them
+        self.put(1, page(11, 20))  # holes, if the packing makes them
         self.put(3, page_of_word(3))
         self.arenas = [self.memory.pages, self.memory.frames, self.memory.frame_table, self.memory.free_frames]
         self.image = [bytes(arena.view) for arena in self.arenas]
 
     def put(self, number: int, content: bytes) -> None:
         """Write pages."""
-        assert self.store.write_nowait(number * PAGE_SIZE, content) == len(content)
+        assert self.store.requests.write_nowait(number * PAGE_SIZE, content) == len(content)
         for at in range(0, len(content), PAGE_SIZE):
             self.model[number + at // PAGE_SIZE] = content[at : at + PAGE_SIZE]
 
     def put_back(self) -> None:
-        """Make the memory what it was."""
+        """Restore the memory."""
         for arena, content in zip(self.arenas, self.image, strict=True):
             arena.view[:] = content
 
 
 class Watch:
-    """Tells what has changed in the arenas of a scene since it was asked last."""
+    """A record of the changes in the arenas of a scene between two questions."""
 
     def __init__(self, scene: Scene) -> None:
         self._arenas = scene.arenas
@@ -95,20 +95,26 @@ class Watch:
         self._addresses = [ctypes.addressof(copy) for copy in self._copies]
 
     def changes(self) -> list[Change]:
-        """Return the pieces that are not what they were."""
+        """Return the pieces that have changed."""
         found: list[Change] = []
         for number, (arena, copy) in enumerate(zip(self._arenas, self._addresses, strict=True)):
-            if not _libc.memcmp(arena.address, copy, arena.size):
-                continue
-            for at in range(0, arena.size, PIECE):
-                if _libc.memcmp(arena.address + at, copy + at, PIECE):
-                    ctypes.memmove(copy + at, arena.address + at, PIECE)
-                    found.append((number, at, bytes(arena.view[at : at + PIECE])))
+            for at in self._differing(arena.address, copy, 0, arena.size):
+                ctypes.memmove(copy + at, arena.address + at, PIECE)
+                found.append((number, at, bytes(arena.view[at : at + PIECE])))
         return found
+
+    def _differing(self, address: int, copy: int, begin: int, end: int) -> list[int]:
+        """Return the starts of the pieces that differ between `begin` and `end`. An instruction changes one or two."""
+        if not _libc.memcmp(address + begin, copy + begin, end - begin):
+            return []
+        if end - begin == PIECE:
+            return [begin]
+        middle = begin + (end - begin) // PIECE // 2 * PIECE
+        return self._differing(address, copy, begin, middle) + self._differing(address, copy, middle, end)
 
 
 def stepped(scene: Scene, act: Callable[[], object]) -> list[list[Change]]:
-    """Have a child do something, an instruction at a time; what each instruction changed that changed anything."""
+    """Run something in a child, one instruction at a time, and return the changes of each instruction."""
     pid = os.fork()
     if not pid:
         me = os.getpid()
@@ -138,29 +144,30 @@ def stepped(scene: Scene, act: Callable[[], object]) -> list[list[Change]]:
 
 
 def taken_over(memory: StoreMemory) -> list[bytes]:
-    """Return what all pages hold for a store that takes the memory over; nothing may be lost, and it must be in order."""
+    """Return the content of all pages for a store that takes the memory over. No page may be lost, and all must add up."""
     heir = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec(), memory)
     assert heir.recover().lost_pages == 0
     heir.check()
-    content = heir.read_nowait(0, PAGES * PAGE_SIZE)
+    content = heir.requests.read_nowait(0, PAGES * PAGE_SIZE)
     assert content is not None and len(content) == PAGES * PAGE_SIZE
     return [content[at : at + PAGE_SIZE] for at in range(0, len(content), PAGE_SIZE)]
 
 
 def kill_everywhere(number: int, content: bytes) -> dict[str, int]:
-    """Write pages, killed at each instruction; how many states were tried, and in how many of them something was seen."""
+    """Kill a write at each instruction. Return the number of states, and of those with a visible change."""
     scene = Scene()
-    codec = scene.store.codec
+    codec = scene.store.requests.codec
     pieces = [content[at : at + PAGE_SIZE] for at in range(0, len(content), PAGE_SIZE)]
     # zstd changes no table, and takes many steps.
     compress = functools.partial(
         next, iter([codec.compress(piece) for piece in pieces if piece != piece[:8] * PAGE_WORDS])
     )
-    path = scene.store._hot
-    assert path is not None
+    path = scene.store.state.path
     old = [scene.model[page] for page in range(PAGES)]
     new = [*old[:number], *pieces, *old[number + len(pieces) :]]
-    steps = stepped(scene, lambda: path.write(number, content, compress, scene.store.state, scene.store.between))
+    steps = stepped(
+        scene, lambda: path.write(number, content, compress, scene.store.state, scene.store.requests.between)
+    )
     scene.put_back()
     image = [bytearray(part) for part in scene.image]
     allocator = scene.store.state.allocator
@@ -195,7 +202,7 @@ def kill_everywhere(number: int, content: bytes) -> dict[str, int]:
 
 
 def is_undo_copy(scene: Scene, arena: int, at: int) -> bool:
-    """Whether a piece of an arena lies in the undo copy."""
+    """Return whether a piece of an arena is in the undo copy."""
     own = type(scene.store.state.allocator).OWN_BYTES
     used = type(scene.store.state.allocator).table_size(FRAMES)
     return arena == 2 and own > 0 and used - own + PIECE <= at < used
@@ -217,7 +224,7 @@ WRITES: Final[dict[str, tuple[int, bytes]]] = {
 
 
 def main() -> int:
-    """Do all writes with the packing named; print, for each, what was found, or what went wrong."""
+    """Do all writes with the named packing, and print the result or the error of each."""
     found: dict[str, Any] = {}
     with packed_by(Packing.parse(sys.argv[1])):
         for name, (number, content) in WRITES.items():
@@ -231,21 +238,21 @@ def main() -> int:
 
 @functools.cache
 def results(packing: str) -> dict[str, Any]:
-    """Have every write killed everywhere, in a process of its own, which has one thread; what it found."""
+    """Kill each write everywhere, in a separate process with one thread, and return its results."""
     return printed_by("tests.store.test_hot_steps", packing)
 
 
 @pytest.mark.parametrize("packing", ["zbud", "dense"])
 @pytest.mark.parametrize("name", WRITES)
 def test_killed_at_each_instruction(name: str, packing: str) -> None:
-    """After a kill anywhere each page is the old or the new one, nothing is lost, and once new it stays new."""
+    """Each page is old or new after a kill anywhere, nothing is lost, and a new page stays new."""
     found = results(packing)[name]
     assert isinstance(found, dict), found
     assert 0 < found["new"] < found["tried"]
 
 
 def test_kills_in_compactions() -> None:
-    """Frames were compacted meanwhile: there were states in which a copy had to be put back."""
+    """There were compactions: in some states a copy had to be put back."""
     assert sum(found["compacting"] for found in results("dense").values()) > 10
 
 

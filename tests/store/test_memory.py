@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The memory of a store: with a name or without, populated in parts, found again by another process."""
+"""The memory of a store: with a name or without, populated in parts, and found by another process."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from zbudfs.core.errors import LayoutError
 from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.board import Field
-from zbudfs.store.memory import BOUNCE_FRAMES, PARKING_SLOT_BYTES, PARKING_SLOTS, StoreMemory
+from zbudfs.store.memory import BOUNCE_FRAMES, REQUEST_SLOT_BYTES, REQUEST_SLOTS, StoreMemory
 from zbudfs.store.pool import Pool
 
 MIB = 1 << 20
-NAMES = {"board", "pages", "frames", "frametable", "freeframes", "parking", "trace", "blocks", "outgoing"}
+NAMES = {"board", "pages", "frames", "frametable", "freeframes", "requestslots", "trace", "blocks", "outgoing"}
 
 
 def make(
@@ -41,27 +41,27 @@ def make(
 
 
 def with_pages(memory: StoreMemory) -> dict[str, int]:
-    """Return the bytes with pages, by arena."""
-    names = ("pages", "frames", "frame_table", "free_frames", "parking", "blocks")
+    """Return the populated bytes by arena."""
+    names = ("pages", "frames", "frame_table", "free_frames", "request_slots", "blocks")
     return {name: getattr(memory, name).resident_bytes for name in names}
 
 
 def test_the_files(tmp_path: Path) -> None:
-    """Each part is a file that only its owner may read, of the size that it says."""
+    """Each part is a private file of the right size."""
     memory = make(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == NAMES
     for file in tmp_path.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert file.stat().st_size % PAGE_SIZE == 0
     assert (tmp_path / "frames").stat().st_size == (100 + BOUNCE_FRAMES) * PAGE_SIZE
-    entries = 4 * MIB // PAGE_SIZE * 8  # and a page for what tells which of them were used
+    entries = 4 * MIB // PAGE_SIZE * 8  # and a page for the marks of used stretches
     assert (tmp_path / "pages").stat().st_size == entries + PAGE_SIZE
-    assert (tmp_path / "parking").stat().st_size == PARKING_SLOTS * PARKING_SLOT_BYTES
+    assert (tmp_path / "requestslots").stat().st_size == REQUEST_SLOTS * REQUEST_SLOT_BYTES
     assert memory.board.fields[Field.PERSISTENT] == 1
 
 
 def test_without_a_backing_file_there_is_no_block_map(tmp_path: Path) -> None:
-    """Nor an arena for one."""
+    """There is no arena for a block map either."""
     memory = make(tmp_path, backed=False)
     assert memory.blocks is None
     assert {file.name for file in tmp_path.iterdir()} == NAMES - {"blocks", "outgoing"}
@@ -70,7 +70,7 @@ def test_without_a_backing_file_there_is_no_block_map(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_there_are_no_files(tmp_path: Path) -> None:
-    """Memory without a name, and it says so."""
+    """The memory has no name, and says so."""
     memory = make()
     assert list(tmp_path.iterdir()) == []
     assert memory.board.fields[Field.PERSISTENT] == 0
@@ -79,7 +79,7 @@ def test_without_a_folder_there_are_no_files(tmp_path: Path) -> None:
 
 
 def test_another_process_finds_it(tmp_path: Path) -> None:
-    """What was written is there for a stranger that opens the same folder, and the other way round."""
+    """Another process that opens the folder sees the writes, and the reverse."""
     memory = make(tmp_path)
     memory.pages.view[:5] = b"pages"
     memory.frames.view[99 * PAGE_SIZE : 99 * PAGE_SIZE + 6] = b"frames"
@@ -96,7 +96,7 @@ def test_another_process_finds_it(tmp_path: Path) -> None:
 
 
 def test_another_packing_is_refused(tmp_path: Path) -> None:
-    """Frames of one packing mean nothing to another: one clear sentence, and the memory is as it was."""
+    """Frames of another packing mean nothing: the error is one sentence, and the memory does not change."""
     for number, (there, wanted) in enumerate((("zbud", "dense:6"), ("dense:6", "zbud"), ("dense:6", "dense:7"))):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -111,7 +111,7 @@ def test_another_packing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
-    """Whoever could put one there could have another file overwritten."""
+    """A user who could put a link there could have another file overwritten."""
     (tmp_path / "victim").write_bytes(b"x" * PAGE_SIZE)
     folder = tmp_path / "pool"
     folder.mkdir()
@@ -122,7 +122,7 @@ def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_only_what_has_a_fixed_size_is_populated() -> None:
-    """Tables of pages and blocks, the parking and the bounce frames; the frames are still to come."""
+    """The tables of pages and blocks, the request slots and the bounce frames are populated, and the frames are not."""
     memory = make(frames=5000)
     assert sum(with_pages(memory).values()) == 0
     memory.populate()
@@ -130,7 +130,7 @@ def test_only_what_has_a_fixed_size_is_populated() -> None:
     assert memory.blocks is not None
     assert found["pages"] == memory.pages.size
     assert found["blocks"] == memory.blocks.size
-    assert found["parking"] == memory.parking.size
+    assert found["request_slots"] == memory.request_slots.size
     assert found["frames"] == BOUNCE_FRAMES * PAGE_SIZE
     assert found["frame_table"] < memory.frame_table.size / 4
     assert found["free_frames"] == 0
@@ -138,7 +138,7 @@ def test_only_what_has_a_fixed_size_is_populated() -> None:
 
 
 def test_frames_come_with_their_part_of_the_tables() -> None:
-    """All that belongs to a frame has memory when the frame has: using it, and giving it back, needs no more."""
+    """A populated frame has memory for its table entries, so that neither use nor release needs more."""
     memory = make(frames=20_000)
     memory.populate()
     pool = Pool(memory)
@@ -167,7 +167,7 @@ def test_frames_come_with_their_part_of_the_tables() -> None:
 
 
 def test_runs_of_populated_frames() -> None:
-    """Runs are as the kernel knows them; the bounce frames behind the last frame are not frames."""
+    """Runs are those of the kernel. The bounce frames behind the last frame are not frames."""
     memory = make()
     memory.populate()
     runs = [(0, 3), (10, 1), (90, 10)]
@@ -180,7 +180,7 @@ def test_runs_of_populated_frames() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.sets(st.integers(0, 99)))
 def test_populated_frames_are_found(frames: set[int]) -> None:
-    """Whichever they are, all of them are found, and no others."""
+    """All populated frames are found, and no others."""
     memory = make()
     memory.populate()
     memory.populate_frames([(frame, 1) for frame in sorted(frames)])
@@ -190,7 +190,7 @@ def test_populated_frames_are_found(frames: set[int]) -> None:
 
 
 def faults_of_a_child(memory: StoreMemory, *, mapped: bool) -> int:
-    """Return how many page faults a child of this process has when it reads all frames that have memory."""
+    """Return the number of page faults of a child that reads all frames with memory."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
@@ -210,8 +210,8 @@ def faults_of_a_child(memory: StoreMemory, *, mapped: bool) -> int:
         return int(stream.read())
 
 
-def test_what_another_populated_can_be_mapped() -> None:
-    """A process that has mapped it touches it without a fault for each few pages of it."""
+def test_populated_memory_can_be_mapped_by_others() -> None:
+    """A process that has mapped the memory touches it without a fault for each few pages."""
     memory = make(size=64 * MIB, frames=4096)
     memory.populate()
     memory.populate_frames([(0, 1000), (2000, 1000)])
@@ -219,7 +219,7 @@ def test_what_another_populated_can_be_mapped() -> None:
 
 
 def test_mapping_gives_nothing_new_memory() -> None:
-    """Only what has pages is mapped."""
+    """Only existing pages are mapped."""
     memory = make(frames=2000)
     memory.populate()
     memory.populate_frames([(7, 5)])

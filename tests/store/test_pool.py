@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The pool's frames: which are free, which have memory, and how many may be in use."""
+"""The frames of the pool: free ones, ones with memory, and the limit on used ones."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def numbers(runs: list[tuple[int, int]]) -> list[int]:
 
 
 def resident(pool: Pool) -> int:
-    """Return the bytes of all the pool's memory that have pages."""
+    """Return the populated bytes of the pool's memory."""
     return sum(arena.resident_bytes for arena in pool.memory.arenas)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model knows sets of frames: bare, ready, used, and those that are on their way between bare and ready."""
+    """The model has sets of frames: bare, ready, used, and those between bare and ready."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ class PoolMachine(RuleBasedStateMachine):
         self.going: list[list[tuple[int, int]]] = []
 
     def teardown(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._context.__exit__(None, None, None)
 
     @rule()
     def take_bare(self) -> None:
-        """As many as the reserve lacks, never more than the limit allows."""
+        """Take as many bare frames as the reserve lacks, and no more than the limit allows."""
         runs = self.pool.take_bare()
         taken = numbers(runs)
         assert len(set(taken)) == len(taken)
@@ -61,7 +61,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.coming)
     @rule(succeeds=st.booleans())
     def populated(self, succeeds: bool) -> None:
-        """The memory is there, or did not come."""
+        """Finish populating: the memory is there, or was refused."""
         runs = self.coming.pop(0)
         if succeeds:
             self.pool.populate(runs)
@@ -73,7 +73,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(times=st.integers(1, 8))
     def take(self, times: int) -> None:
-        """A ready frame, unless the limit is reached."""
+        """Take a ready frame, unless the limit is reached."""
         for _ in range(times):
             frame = self.pool.take_frame()
             possible = bool(self.ready) and len(self.used) < self.pool.limit_frames
@@ -87,7 +87,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def give(self, data: st.DataObject) -> None:
-        """A frame that nobody uses any more is ready."""
+        """Give a used frame back, which is ready then."""
         frame = data.draw(st.sampled_from(sorted(self.used)))
         assert self.pool.allocator.free(frame << REF_BITS) == frame
         self.pool.give_frame(frame)
@@ -96,7 +96,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(keep=st.integers(0, FRAMES), most=st.integers(1, FRAMES))
     def take_surplus(self, keep: int, most: int) -> None:
-        """Ready frames beyond what is to be kept go."""
+        """Take ready frames beyond the reserve, to release them."""
         runs = self.pool.take_surplus(keep, most)
         taken = set(numbers(runs))
         assert taken <= self.ready
@@ -108,7 +108,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.going)
     @rule()
     def released(self) -> None:
-        """Their memory is gone, and they are bare."""
+        """Finish the release: the frames are bare."""
         runs = self.going.pop(0)
         self.pool.release(runs)
         self.pool.add_bare(runs)
@@ -116,20 +116,20 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, FRAMES))
     def limit(self, limit: int) -> None:
-        """The limit is lowered, even below what is in use, or raised."""
+        """Lower the limit, even below the used frames, or raise it."""
         self.pool.limit_frames = limit
 
     @invariant()
     def agrees(self) -> None:
-        """Counts are the model's, and used frames hold what was put there."""
+        """Counts equal the model's, and used frames have their content."""
         pool = self.pool
         pool.check()
         assert pool.ready_frames == len(self.ready)
-        assert pool.used_frames == len(self.used) <= pool.used_frames_max <= FRAMES
+        assert pool.used_frames == len(self.used) <= FRAMES
         assert pool.free_frames == pool.limit_frames - len(self.used)
         assert pool.reserve_frames == max(0, min(RESERVE_FRAMES, pool.free_frames))
         for frame in self.used:
-            assert pool.allocator.raw(frame << REF_BITS) == content(frame, PAGE_SIZE)
+            assert pool.allocator.frame_bytes(frame) == content(frame, PAGE_SIZE)
 
 
 TestPoolMachine = PoolMachine.TestCase
@@ -137,7 +137,7 @@ TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, dea
 
 
 def test_a_frame_is_bare_at_first() -> None:
-    """Nothing can be taken before memory has come, and nothing has memory but the bounce frames and the lists' ends."""
+    """No frame can be taken before it has memory, and only bounce frames and ends of lists have memory."""
     with made_pool(1000) as pool:
         assert pool.take_frame() == NO_FRAME
         assert pool.memory.frames.resident_bytes == BOUNCE_FRAMES * PAGE_SIZE
@@ -158,7 +158,6 @@ def test_the_limit_is_kept_to_the_frame() -> None:
         pool.give_frame(taken[5])
         assert pool.take_frame() == taken[5]
         assert pool.take_frame() == NO_FRAME
-        assert pool.used_frames_max == 37
         pool.limit_frames = 20
         assert pool.free_frames == -17
         assert pool.reserve_frames == 0
@@ -168,7 +167,7 @@ def test_the_limit_is_kept_to_the_frame() -> None:
 
 @pytest.mark.parametrize("nr_frames", [1, 7, 1000, 5000])
 def test_a_ready_frame_needs_no_more_memory(nr_frames: int) -> None:
-    """Whatever is done with ready frames, not a page of memory comes in that `populate` has not brought."""
+    """Work with ready frames takes no page of memory that `populate` has not made."""
     with made_pool(nr_frames) as pool:
         fill_reserve(pool)
         before = resident(pool)
@@ -199,7 +198,7 @@ def test_a_ready_frame_needs_no_more_memory(nr_frames: int) -> None:
 
 
 def test_the_reserve_is_filled_in_steps() -> None:
-    """Memory comes in pieces of a bounded size, lowest frames first, until the reserve is full and no further."""
+    """Memory comes in pieces of limited size, lowest frames first, until the reserve is full."""
     with made_pool(3 * RESERVE_FRAMES) as pool:
         pieces = []
         while runs := pool.take_bare():
@@ -214,7 +213,7 @@ def test_the_reserve_is_filled_in_steps() -> None:
 
 
 def test_memory_goes_and_comes_back() -> None:
-    """Released frames have no memory; they come again before any frame that never had one, and are as good as new."""
+    """Released frames have no memory. They are populated again before frames that never had memory."""
     with made_pool(500) as pool:
         pool.limit_frames = 300
         fill_reserve(pool)
@@ -232,8 +231,8 @@ def test_memory_goes_and_comes_back() -> None:
         pool.check()
 
 
-def test_bounce_frames_are_nobody_elses() -> None:
-    """They lie behind the pool's frames, have memory, and are never taken."""
+def test_bounce_frames_are_no_pool_frames() -> None:
+    """The bounce frames are behind the pool's frames, have memory, and are never taken."""
     with made_pool(50) as pool:
         fill_reserve(pool)
         taken = {pool.take_frame() for _ in range(50)}

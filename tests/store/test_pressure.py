@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hearing from the kernel that the system is short of memory."""
+"""The kernel's reports that the system is short of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.store.rig import run
+from tests.store.rig import run, trio_test
 from zbudfs.store.pressure import MEMINFO_PATH, PSI_PATH, PressureMonitor, is_short
 
 MEMINFO = b"MemTotal:       %d kB\nMemFree:            1 kB\nMemAvailable:   %d kB\nBuffers:               0 kB\n"
@@ -22,7 +22,7 @@ MEMINFO = b"MemTotal:       %d kB\nMemFree:            1 kB\nMemAvailable:   %d 
     [(8000, 1001, False), (8000, 1000, False), (8000, 999, True), (8000, 0, True), (8000, 8000, False), (16, 1, True)],
 )
 def test_short_is_less_than_an_eighth(total: int, available: int, short: bool) -> None:
-    """The system is short when less than an eighth of its RAM is available."""
+    """The system is short if less than an eighth of its RAM is available."""
     assert is_short(MEMINFO % (total, available)) == short
 
 
@@ -30,20 +30,20 @@ def test_short_is_less_than_an_eighth(total: int, available: int, short: bool) -
     "text",
     [b"", b"\n", b"nonsense\n", b"MemTotal:\n" * 0 + b"MemFree: 5 kB\n", b"MemTotalX: 5 kB\nMemAvailable: 1 kB\n"],
 )
-def test_a_text_that_tells_nothing(text: bytes) -> None:
-    """Without the total there is no telling, and that is not short."""
+def test_a_text_without_the_total(text: bytes) -> None:
+    """Without the total, the system is not short."""
     assert not is_short(text)
 
 
 def test_free_memory_is_not_available_memory() -> None:
-    """Other lines, whatever they say, do not count: what the cache holds can be had."""
+    """Other lines do not count, since memory of the cache is available."""
     text = b"MemFree: 1 kB\nMemTotal: 8000 kB\nSwapFree: 0 kB\nMemAvailable: 7000 kB\n"
     assert not is_short(text)
     assert not is_short(b"".join(reversed(text.splitlines(keepends=True))))
 
 
 def test_the_real_meminfo_is_understood() -> None:
-    """The kernel's own text has what is looked for: with ten times the total it is short, as it is it can be told."""
+    """The kernel's own text has both numbers: with ten times the total the system is short."""
     text = Path(MEMINFO_PATH).read_bytes()
     assert is_short(text) in (True, False)
     total = next(line for line in text.splitlines() if line.startswith(b"MemTotal:"))
@@ -53,16 +53,16 @@ def test_the_real_meminfo_is_understood() -> None:
 
 
 def descriptors() -> list[str]:
-    """Return what is open in this process."""
+    """Return the open descriptors of this process."""
     found = []
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the one that is used for looking
+        with contextlib.suppress(FileNotFoundError):  # the one that this function uses
             found.append(str(entry.readlink()))
     return sorted(found)
 
 
 def test_the_monitor_opens_the_real_thing() -> None:
-    """It sets its trigger, waits in a thread of its own, says nothing while nothing is wrong, and goes without a trace."""
+    """The monitor sets its trigger, waits in its own thread, reports nothing without pressure, and leaves nothing open."""
     if not os.access(PSI_PATH, os.W_OK):
         pytest.skip(f"needs {PSI_PATH}: this kernel has no PSI, or does not let this user set a trigger")
 
@@ -85,29 +85,25 @@ def test_the_monitor_opens_the_real_thing() -> None:
 
 
 @pytest.mark.parametrize("which", ["missing", "a directory", "read only"])
-def test_a_kernel_without_psi(tmp_path: Path, which: str) -> None:
-    """Where there is nothing to listen to it is an OSError, and nothing stays open."""
+@trio_test
+async def test_a_kernel_without_psi(tmp_path: Path, which: str) -> None:
+    """Without PSI there is an OSError, and nothing stays open."""
     path = {"missing": tmp_path / "nothing", "a directory": tmp_path, "read only": Path("/proc/self/mounts")}[which]
 
-    async def main() -> None:
-        before, threads = descriptors(), threading.active_count()
-        with pytest.raises(OSError, match=r"."):
-            PressureMonitor(lambda: None, str(path))
-        assert descriptors() == before
-        assert threading.active_count() == threads
-
-    run(main)
+    before, threads = descriptors(), threading.active_count()
+    with pytest.raises(OSError, match=r"."):
+        PressureMonitor(lambda: None, str(path))
+    assert descriptors() == before
+    assert threading.active_count() == threads
 
 
-def test_a_system_without_meminfo(tmp_path: Path) -> None:
-    """The same where the amount of memory cannot be read."""
+@trio_test
+async def test_a_system_without_meminfo(tmp_path: Path) -> None:
+    """Without meminfo there is an OSError, and nothing stays open."""
     psi = tmp_path / "psi"
     psi.touch()
 
-    async def main() -> None:
-        before = descriptors()
-        with pytest.raises(OSError, match=r"."):
-            PressureMonitor(lambda: None, str(psi), str(tmp_path / "nothing"))
-        assert descriptors() == before
-
-    run(main)
+    before = descriptors()
+    with pytest.raises(OSError, match=r"."):
+        PressureMonitor(lambda: None, str(psi), str(tmp_path / "nothing"))
+    assert descriptors() == before

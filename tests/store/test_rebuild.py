@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A new store on the memory of a dead one: everything is rebuilt from the page table and the frames.
 
-The dead store is an object that is thrown away between two checkpoints: what it was in the middle of are its zombies, its
-half filled frames and its held blocks. (Deaths inside of a change are in test_crash_points.py.) What is damaged costs the
-page that it is about, and no other.
+The dead store is an object that the test drops between two checkpoints, with its zombies, half filled frames and held
+blocks. (test_crash_points.py has deaths inside of a change.) Damage costs its own page, and no other.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.core.frames import lru_of
 from tests.core.samples import BIG, HALF, RAW, SMALL, page
 from tests.store.rig import (
     block_of,
@@ -34,6 +34,7 @@ from tests.store.rig import (
     place_of,
     put,
     run,
+    trio_test,
 )
 from zbudfs.core.allocator import EPHEMERAL_KIND, PERSISTENT_KIND, REF_BITS, FrameState
 from zbudfs.core.block_map import SEGMENT_BLOCKS
@@ -56,14 +57,14 @@ ODD_WORD: Final = page_of_word(0x3FB999999999999A)
 
 
 class Kept(Backing):
-    """A backing file that outlives the stores that use it."""
+    """A backing file that outlives its stores."""
 
     def close(self) -> None:
-        """Leave it as it is."""
+        """Leave the file as it is."""
 
 
 class Life:
-    """Memory and backing file, and the store that works with them now; `model` is what each page holds."""
+    """Memory and backing file, and their present store. `model` is the content of each page."""
 
     def __init__(self, folder: Path, nr_pages: int = PAGES, nr_frames: int = FRAMES, *, backed: bool = True) -> None:
         self.nr_pages = nr_pages
@@ -79,12 +80,12 @@ class Life:
         return PageStore(self.nr_pages * PAGE_SIZE, self.nr_frames, self.backing, Codec(), self.memory)
 
     def die(self) -> None:
-        """Throw the store away; a new one is there, which has to recover."""
+        """Drop the store, and make a new one, which has to recover."""
         self.store.close()
         self.store = self._fresh()
 
     def end(self) -> None:
-        """Let go of everything."""
+        """Close everything."""
         self.store.close()
         let_go(self.memory)
         if self.backing is not None:
@@ -92,7 +93,7 @@ class Life:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[PageStore]:
-        """Have the store's tasks run for a while; they are cancelled at the end, in whatever they do."""
+        """Run the store's tasks for the block, and cancel them at the end, in any state."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.store.run)
             yield self.store
@@ -104,7 +105,7 @@ class Life:
         self.model[number] = content
 
     async def compare(self, *lost: int) -> None:
-        """Every page is what it should be, but for those that are lost."""
+        """Each page has the right content, except for the lost ones."""
         for number in range(self.nr_pages):
             if number in lost:
                 with pytest.raises(PageLost):
@@ -113,7 +114,7 @@ class Life:
                 assert await get(self.store, number) == self.model.get(number, ZEROS), f"page {number}"
 
     def write_back(self, most: int) -> int:
-        """Write the coldest frames to the backing file, as the reclaimer does; how many there were."""
+        """Write the coldest frames to the backing file, like the reclaimer, and return their number."""
         state = self.store.state
         batch = state.begin_writeback(most)
         assert self.backing is not None
@@ -123,20 +124,20 @@ class Life:
 
     @property
     def entries(self) -> memoryview:
-        """The page table, as it lies in memory."""
+        """Return the page table as it lies in memory."""
         return self.memory.pages.view[: 8 * self.nr_pages].cast("Q")
 
 
 @pytest.fixture
 def life(tmp_path: Path) -> Iterator[Life]:
-    """A store that can die."""
+    """Return a store that can die."""
     made = Life(tmp_path)
     yield made
     made.end()
 
 
 async def fill(life: Life) -> None:
-    """Have a page of each kind: paired, alone, raw and words in RAM; paired and raw in blocks, and copies of such."""
+    """Store a page of each kind: paired, alone, raw and words in RAM; paired and raw in blocks, and copies of these."""
     async with life.running():
         for number in (20, 21, 22, 23, 24, 25):
             await life.put(number, page(number))
@@ -157,156 +158,139 @@ async def fill(life: Life) -> None:
 
 def copies(store: PageStore) -> list[int]:
     """Return the frames that are copies of blocks."""
-    return list(store.state.pool.allocator.frames_of(EPHEMERAL_KIND))
+    return lru_of(store.state.pool.allocator, EPHEMERAL_KIND)
 
 
-# ---- what is right stays -------------------------------------------------------------------------------------------
+# ---- correct state stays -------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_entry(life: Life) -> None:
-    """Pages of every kind are there again, where they were, and everything adds up."""
-
-    async def main() -> None:
-        await fill(life)
-        before = life.entries.tolist()
-        life.die()
-        found = life.store.recover()
-        life.store.check()
-        assert life.entries.tolist() == before
-        frames = {place_of(life.store, number)[0] for number in life.model if in_ram(life.store, number)}
-        assert (found.stored_pages, found.lost_pages, found.frames, found.blocks) == (18, 0, len(frames), 3)
-        await life.compare()
-        life.store.check()
-
-    run(main)
+@trio_test
+async def test_every_kind_of_entry(life: Life) -> None:
+    """Pages of each kind are in their places, and everything adds up."""
+    await fill(life)
+    before = life.entries.tolist()
+    life.die()
+    found = life.store.recover()
+    life.store.check()
+    assert life.entries.tolist() == before
+    frames = {place_of(life.store, number)[0] for number in life.model if in_ram(life.store, number)}
+    assert (found.stored_pages, found.lost_pages, found.frames, found.blocks) == (18, 0, len(frames), 3)
+    await life.compare()
+    life.store.check()
 
 
-def test_statistics_are_rebuilt(life: Life) -> None:
-    """What is counted now, and not since the mount, is what it was; an ephemeral zpage is a persistent one."""
-
-    async def main() -> None:
-        await fill(life)
-        old, old_zbud, old_histogram = life.store.statistics(), life.store.zbud_counters(), life.store.chunk_histogram()
-        life.die()
-        life.store.recover()
-        new, zbud = life.store.statistics(), life.store.zbud_counters()
-        for name in (
-            *("stored_pages", "same_filled_pages", "raw_pages", "compressed_bytes", "written_back_pages"),
-            *("pool_used_bytes", "pool_limit_bytes", "backing_ready_bytes"),
-        ):
-            assert getattr(new, name) == getattr(old, name), name
-        assert new.backing_used_bytes == old.backing_used_bytes - 2 * PAGE_SIZE  # the blocks of the copies
-        assert life.store.chunk_histogram() == old_histogram
-        for name in ("pageframes", "zpages", "zbytes", "buddied_count", "unbuddied_count", "raw_count"):
-            assert zbud[f"eph_{name}"] == 0
-            assert zbud[f"pers_{name}"] == old_zbud[f"pers_{name}"] + old_zbud[f"eph_{name}"], name
-
-    run(main)
-
-
-def test_nothing_but_pages_and_frames_is_trusted(life: Life) -> None:
-    """The allocator's columns, the free frames and the block map may hold anything: only which segments are ready counts."""
-
-    async def main() -> None:
-        await fill(life)
-        source = random.Random(3)
-        assert life.memory.blocks is not None
-        nr_segments = life.memory.nr_segments
-        ready_at = nr_segments * (8 + SEGMENT_BLOCKS + 8) + 8 * (SEGMENT_BLOCKS + 2)
-        assert bytes(life.memory.blocks.view[ready_at : ready_at + nr_segments]) == b"\1" * nr_segments
-        for view in (
-            *(life.memory.frame_table.view, life.memory.free_frames.view),
-            life.memory.blocks.view[:ready_at],
-        ):
-            view[:] = source.randbytes(len(view))
-        life.die()
-        assert life.store.recover().lost_pages == 0
-        life.store.check()
-        await life.compare()
-
-    run(main)
+@trio_test
+async def test_statistics_are_rebuilt(life: Life) -> None:
+    """Present numbers, unlike those since the mount, are as before. An ephemeral zpage is a persistent one."""
+    await fill(life)
+    old, old_zbud, old_histogram = (
+        life.store.statistics(),
+        life.store.zbud_counters(),
+        life.store.state.allocator.chunk_histogram(),
+    )
+    life.die()
+    life.store.recover()
+    new, zbud = life.store.statistics(), life.store.zbud_counters()
+    for name in (
+        *("stored_pages", "same_filled_pages", "raw_pages", "compressed_bytes", "written_back_pages"),
+        *("pool_used_bytes", "pool_limit_bytes", "backing_ready_bytes"),
+    ):
+        assert getattr(new, name) == getattr(old, name), name
+    assert new.backing_used_bytes == old.backing_used_bytes - 2 * PAGE_SIZE  # the blocks of the copies
+    assert life.store.state.allocator.chunk_histogram() == old_histogram
+    for name in ("pageframes", "zpages", "zbytes", "buddied_count", "unbuddied_count", "raw_count"):
+        assert zbud[f"eph_{name}"] == 0
+        assert zbud[f"pers_{name}"] == old_zbud[f"pers_{name}"] + old_zbud[f"eph_{name}"], name
 
 
-def test_copies_become_originals(life: Life) -> None:
-    """An ephemeral frame is a persistent one afterwards, and its block is free: it is written back anew."""
+@trio_test
+async def test_nothing_but_pages_and_frames_is_trusted(life: Life) -> None:
+    """The allocator's columns, the free frames and the block map may have any content, except for the ready segments."""
+    await fill(life)
+    source = random.Random(3)
+    assert life.memory.blocks is not None
+    nr_segments = life.memory.nr_segments
+    ready_at = nr_segments * (8 + SEGMENT_BLOCKS + 8) + 8 * (SEGMENT_BLOCKS + 2)
+    assert bytes(life.memory.blocks.view[ready_at : ready_at + nr_segments]) == b"\1" * nr_segments
+    for view in (
+        *(life.memory.frame_table.view, life.memory.free_frames.view),
+        life.memory.blocks.view[:ready_at],
+    ):
+        view[:] = source.randbytes(len(view))
+    life.die()
+    assert life.store.recover().lost_pages == 0
+    life.store.check()
+    await life.compare()
 
-    async def main() -> None:
-        await fill(life)
-        frames = copies(life.store)
-        used = life.store.statistics().backing_used_bytes
-        life.die()
-        life.store.recover()
-        assert copies(life.store) == []
-        persistent = set(life.store.state.pool.allocator.frames_of(PERSISTENT_KIND))
-        assert persistent >= set(frames)
-        assert life.store.statistics().backing_used_bytes == used - 2 * PAGE_SIZE
-        assert life.write_back(FRAMES) == len(persistent)
-        life.store.check()
-        assert in_block(life.store, 22)
-        await life.compare()
 
-    run(main)
+@trio_test
+async def test_copies_become_originals(life: Life) -> None:
+    """An ephemeral frame is persistent afterwards, and its block is free: the frame will be written back again."""
+    await fill(life)
+    frames = copies(life.store)
+    used = life.store.statistics().backing_used_bytes
+    life.die()
+    life.store.recover()
+    assert copies(life.store) == []
+    persistent = set(lru_of(life.store.state.pool.allocator, PERSISTENT_KIND))
+    assert persistent >= set(frames)
+    assert life.store.statistics().backing_used_bytes == used - 2 * PAGE_SIZE
+    assert life.write_back(FRAMES) == len(persistent)
+    life.store.check()
+    assert in_block(life.store, 22)
+    await life.compare()
 
 
-def test_raw_frames_are_the_oldest(life: Life) -> None:
+@trio_test
+async def test_raw_frames_are_the_oldest(life: Life) -> None:
     """The order of the LRU is lost, but raw frames, which hold one page each, still go out first."""
-
-    async def main() -> None:
-        await fill(life)
-        life.die()
-        life.store.recover()
-        allocator = life.store.state.pool.allocator
-        raw = [allocator.is_raw(frame) for frame in allocator.frames_of(PERSISTENT_KIND)]
-        assert raw == sorted(raw, reverse=True)
-        assert sum(raw) == 3
-
-    run(main)
+    await fill(life)
+    life.die()
+    life.store.recover()
+    allocator = life.store.state.pool.allocator
+    raw = [allocator.is_raw(frame) for frame in lru_of(allocator, PERSISTENT_KIND)]
+    assert raw == sorted(raw, reverse=True)
+    assert sum(raw) == 3
 
 
-def test_a_zombie_of_which_a_page_went(life: Life) -> None:
-    """What was overwritten while its frame was on its way is the new one, its neighbour is there, the blocks are free."""
-
-    async def main() -> None:
-        await fill(life)
-        batch = life.store.state.begin_writeback(4)
-        assert len(batch) == 4
-        await life.put(0, page(100, SMALL))
-        life.die()
-        found = life.store.recover()
-        life.store.check()
-        assert found.blocks == 3
-        allocator = life.store.state.pool.allocator
-        assert {allocator.state(frame) for frame, _ in batch} <= {FrameState.PERSISTENT, FrameState.FREE}
-        await life.compare()
-
-    run(main)
+@trio_test
+async def test_a_zombie_of_which_a_page_went(life: Life) -> None:
+    """A page that was overwritten in a zombie is new, its neighbour is there, and the blocks are free."""
+    await fill(life)
+    batch = life.store.state.begin_writeback(4)
+    assert len(batch) == 4
+    await life.put(0, page(100, SMALL))
+    life.die()
+    found = life.store.recover()
+    life.store.check()
+    assert found.blocks == 3
+    allocator = life.store.state.pool.allocator
+    assert {allocator.state(frame) for frame, _ in batch} <= {FrameState.PERSISTENT, FrameState.FREE}
+    await life.compare()
 
 
-def test_a_frame_that_is_being_filled_is_free(life: Life) -> None:
-    """A block was being read into a frame: the page is in the block still, the frame is free, the block is not held."""
-
-    async def main() -> None:
-        await fill(life)
-        state = life.store.state
-        block = block_of(life.store, 20)
-        state.hold_block(block)
-        frame = state.pool.take_frame()
-        state.pool.allocator.fill_prep(frame)
-        life.die()
-        life.store.recover()
-        life.store.check()
-        state = life.store.state
-        assert block_of(life.store, 20) == block
-        assert state.blocks is not None
-        assert state.blocks.live(block) == 0b11
-        assert state.pool.allocator.state(frame) is FrameState.FREE
-        await life.compare()
-
-    run(main)
+@trio_test
+async def test_a_frame_that_is_being_filled_is_free(life: Life) -> None:
+    """A block was being read into a frame: its page is still in the block, the frame is free, and the block is not held."""
+    await fill(life)
+    state = life.store.state
+    block = block_of(life.store, 20)
+    state.hold_block(block)
+    frame = state.pool.take_frame()
+    state.pool.allocator.fill_prep(frame)
+    life.die()
+    life.store.recover()
+    life.store.check()
+    state = life.store.state
+    assert block_of(life.store, 20) == block
+    assert state.blocks is not None
+    assert state.blocks.live(block) == 0b11
+    assert state.pool.allocator.state(frame) is FrameState.FREE
+    await life.compare()
 
 
 def test_frames_with_memory_are_ready_and_no_others(tmp_path: Path) -> None:
-    """What was populated is used at once, what was not has no memory afterwards either."""
+    """Populated frames are used at once, and the others have no memory afterwards either."""
     life = Life(tmp_path, nr_pages=256, nr_frames=256)
     life.memory.populate_frames([(0, 20), (40, 5)])
     resident = life.memory.frames.resident_bytes
@@ -337,74 +321,64 @@ def test_bounce_frames_are_no_pool_frames(life: Life) -> None:
     life.store.check()
 
 
-def test_ready_segments_stay_ready(life: Life) -> None:
-    """What the backing file was given is used again at once: nothing is grown anew, and its size is known."""
-
-    async def main() -> None:
-        await fill(life)
-        old = life.store.statistics()
-        assert old.backing_ready_bytes > 0
-        assert life.backing is not None
-        life.die()
-        life.store.recover()
-        assert life.store.statistics().backing_ready_bytes == old.backing_ready_bytes
-        async with life.running():
-            await life.compare()
-        assert life.store.statistics().cumul_grown_bytes == 0
-        blocks = life.store.state.blocks
-        assert blocks is not None
-        assert blocks.ready_segments * SEGMENT_BLOCKS == blocks.free_blocks + blocks.used_blocks + 1  # and the header
-
-    run(main)
+@trio_test
+async def test_ready_segments_stay_ready(life: Life) -> None:
+    """Ready segments of the backing file are used at once: nothing grows again, and the size is known."""
+    await fill(life)
+    old = life.store.statistics()
+    assert old.backing_ready_bytes > 0
+    assert life.backing is not None
+    life.die()
+    life.store.recover()
+    assert life.store.statistics().backing_ready_bytes == old.backing_ready_bytes
+    async with life.running():
+        await life.compare()
+    assert life.store.statistics().cumul_grown_bytes == old.cumul_grown_bytes
+    blocks = life.store.state.blocks
+    assert blocks is not None
+    assert blocks.ready_segments * SEGMENT_BLOCKS == blocks.free_blocks + blocks.used_blocks + 1  # and the header
 
 
-def test_counters_go_on(life: Life) -> None:
-    """Counts since the mount go on from where they were last kept."""
-
-    async def main() -> None:
-        await fill(life)
-        life.store.save_counters()
-        before = life.store.statistics()
-        assert min(before.cumul_written_pages, before.cumul_writeback_pages, before.cumul_pagein_blocks) > 0
-        await life.put(60, page(60))  # nobody will know of this one
-        life.die()
-        life.store.recover()
-        after = life.store.statistics()
-        for name in dir(before):
-            if name.startswith("cumul_") or name.endswith("_failures") or name in ("refused_pool_full", "lost_pages"):
-                assert getattr(after, name) == getattr(before, name), name
-        await life.put(61, page(61))
-        assert life.store.statistics().cumul_written_pages == before.cumul_written_pages + 1
-
-    run(main)
+@trio_test
+async def test_counters_go_on(life: Life) -> None:
+    """Counts since the mount continue from their exact value."""
+    await fill(life)
+    before = life.store.statistics()
+    assert min(before.cumul_written_pages, before.cumul_writeback_pages, before.cumul_pagein_blocks) > 0
+    await life.put(60, page(60))
+    life.die()
+    life.store.recover()
+    after = life.store.statistics()
+    for name in dir(before):
+        if name.startswith("cumul_") or name.endswith("_failures") or name in ("refused_pool_full", "lost_pages"):
+            assert getattr(after, name) == getattr(before, name) + (name == "cumul_written_pages"), name
+    await life.put(61, page(61))
+    assert life.store.statistics().cumul_written_pages == before.cumul_written_pages + 2
 
 
 def test_recovering_nothing(tmp_path: Path) -> None:
-    """On memory that nobody has used, a recovered store is a new one."""
+    """On unused memory, a recovered store is a new one."""
     fresh = PageStore(PAGES * PAGE_SIZE, FRAMES, None, Codec())
     alone = Life(tmp_path, backed=False)
     assert alone.store.statistics() == fresh.statistics()
     assert alone.store.zbud_counters() == fresh.zbud_counters()
-    assert alone.store.unbuddied_lists() == fresh.unbuddied_lists()
+    assert alone.store.state.allocator.unbuddied_lists() == fresh.state.allocator.unbuddied_lists()
     alone.store.check()
     fresh.close()
     let_go(fresh.memory)
     alone.end()
 
 
-def test_recovering_twice(life: Life) -> None:
-    """A store that dies at once leaves what it found."""
-
-    async def main() -> None:
-        await fill(life)
-        life.die()
-        first = life.store.recover()
-        life.die()
-        assert life.store.recover() == first
-        life.store.check()
-        await life.compare()
-
-    run(main)
+@trio_test
+async def test_recovering_twice(life: Life) -> None:
+    """A store that dies at once leaves the state unchanged."""
+    await fill(life)
+    life.die()
+    first = life.store.recover()
+    life.die()
+    assert life.store.recover() == first
+    life.store.check()
+    await life.compare()
 
 
 def test_a_place_in_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -425,10 +399,10 @@ def test_a_place_in_a_file_that_is_not_there(tmp_path: Path) -> None:
     life.end()
 
 
-# ---- what is wrong costs its own page, and no other ------------------------------------------------------------------
+# ---- damage costs its own page, and no other -------------------------------------------------------------------------
 
 Damage = Callable[[Life], int]
-"""Spoils something in the memory of a dead store, and returns the page that this costs."""
+"""A function that damages the memory of a dead store, and returns the page that this costs."""
 
 
 def _another_handle(life: Life) -> int:
@@ -480,7 +454,7 @@ def _raw_content(life: Life) -> int:
 
 def _second_place(number: int) -> Damage:
     def damage(life: Life) -> int:
-        life.entries[number] |= 1 << 3  # it is alone in its frame, at the first place
+        life.entries[number] |= 1 << 3  # alone in its frame, at the first place
         return number
 
     return damage
@@ -531,98 +505,86 @@ DAMAGES: Final[dict[str, Damage]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_costs_one_page(name: str, life: Life) -> None:
-    """The page that it is about is EIO and counted, nothing else is touched, and writing or discarding it heals it."""
+@trio_test
+async def test_damage_costs_one_page(name: str, life: Life) -> None:
+    """The page is EIO and counted, no other changes, and a write or a discard heals it."""
+    await fill(life)
+    number = DAMAGES[name](life)
+    life.die()
+    assert life.store.recover().lost_pages == 1
+    assert life.entries[number] == LOST
+    life.store.check()
+    assert life.store.statistics().lost_pages == 1
+    await life.compare(number)
+    assert life.store.statistics().lost_pages == 2  # and the read of it
 
-    async def main() -> None:
-        await fill(life)
-        number = DAMAGES[name](life)
-        life.die()
-        assert life.store.recover().lost_pages == 1
-        assert life.entries[number] == LOST
-        life.store.check()
-        assert life.store.statistics().lost_pages == 1
-        await life.compare(number)
-        assert life.store.statistics().lost_pages == 2  # and the read of it
+    life.die()  # it stays lost, and is not counted again
+    assert life.store.recover().lost_pages == 0
+    life.store.check()
+    await life.compare(number)
 
-        life.die()  # it stays lost, and is not counted again
-        assert life.store.recover().lost_pages == 0
-        life.store.check()
-        await life.compare(number)
-
-        async with life.running():
-            if len(name) % 2:
-                await life.put(number, page(1000))
-            else:
-                await drop(life.store, number)
-                life.model[number] = ZEROS
-            life.store.check()
-            await life.compare()
-        life.store.check()
-
-    run(main)
-
-
-def test_a_part_of_a_lost_page_cannot_be_written(life: Life) -> None:
-    """What the rest of it would be is not known: an error, and it stays lost. Its neighbours can be read."""
-
-    async def main() -> None:
-        await fill(life)
-        number = _another_handle(life)
-        life.die()
-        life.store.recover()
-        async with life.running() as store:
-            with pytest.raises(PageLost):
-                await store.write(number * PAGE_SIZE + 5, b"part")
-            with pytest.raises(PageLost):
-                await store.discard(number * PAGE_SIZE + 5, 9)
-            with pytest.raises(PageLost):
-                await get(store, number, 2)
-            assert await get(store, number + 1, 2) == life.model[number + 1] + life.model[number + 2]
-            await life.compare(number)
-        life.store.check()
-
-    run(main)
-
-
-def test_a_block_claimed_by_an_earlier_page(life: Life) -> None:
-    """Which of two pages is in a block shows when it is read: the wrong one is an error then, and never wrong bytes."""
-
-    async def main() -> None:
-        await fill(life)
-        life.entries[10] = life.entries[20]
-        life.die()
-        assert life.store.recover().lost_pages == 1
-        async with life.running():
-            await life.compare(10, 20)
-
-    run(main)
-
-
-def test_all_damages_at_once(life: Life) -> None:
-    """Each costs its own page; a discard of everything leaves a store that is empty and sound."""
-
-    async def main() -> None:
-        await fill(life)
-        lost = {_another_handle(life), _raw_content(life)}
-        for number, kind in enumerate((FRAME, RAW_FRAME, BLOCK, RAW_BLOCK), 40):
-            life.entries[number] = entry(kind, 5 << 20, 1)
-            lost.add(number)
-        life.die()
-        assert life.store.recover().lost_pages == len(lost)
-        life.store.check()
-        await life.compare(*lost)
-        await drop(life.store, 0, PAGES)
-        life.model.clear()
+    async with life.running():
+        if len(name) % 2:
+            await life.put(number, page(1000))
+        else:
+            await drop(life.store, number)
+            life.model[number] = ZEROS
         life.store.check()
         await life.compare()
-        counts = life.store.statistics()
-        assert counts.pool_used_bytes == counts.backing_used_bytes == counts.stored_pages == 0
-
-    run(main)
+    life.store.check()
 
 
-# ---- memory of something else ----------------------------------------------------------------------------------------
+@trio_test
+async def test_a_part_of_a_lost_page_cannot_be_written(life: Life) -> None:
+    """The rest of the page is unknown: the write is an error, the page stays lost, and its neighbours can be read."""
+    await fill(life)
+    number = _another_handle(life)
+    life.die()
+    life.store.recover()
+    async with life.running() as store:
+        with pytest.raises(PageLost):
+            await store.requests.write(number * PAGE_SIZE + 5, b"part")
+        with pytest.raises(PageLost):
+            await store.requests.discard(number * PAGE_SIZE + 5, 9)
+        with pytest.raises(PageLost):
+            await get(store, number, 2)
+        assert await get(store, number + 1, 2) == life.model[number + 1] + life.model[number + 2]
+        await life.compare(number)
+    life.store.check()
+
+
+@trio_test
+async def test_a_block_claimed_by_an_earlier_page(life: Life) -> None:
+    """A read shows which of two pages is in a block. The other one is an error, and never wrong bytes."""
+    await fill(life)
+    life.entries[10] = life.entries[20]
+    life.die()
+    assert life.store.recover().lost_pages == 1
+    async with life.running():
+        await life.compare(10, 20)
+
+
+@trio_test
+async def test_all_damages_at_once(life: Life) -> None:
+    """Each damage costs its own page. A discard of everything leaves a store that is empty and sound."""
+    await fill(life)
+    lost = {_another_handle(life), _raw_content(life)}
+    for number, kind in enumerate((FRAME, RAW_FRAME, BLOCK, RAW_BLOCK), 40):
+        life.entries[number] = entry(kind, 5 << 20, 1)
+        lost.add(number)
+    life.die()
+    assert life.store.recover().lost_pages == len(lost)
+    life.store.check()
+    await life.compare(*lost)
+    await drop(life.store, 0, PAGES)
+    life.model.clear()
+    life.store.check()
+    await life.compare()
+    counts = life.store.statistics()
+    assert counts.pool_used_bytes == counts.backing_used_bytes == counts.stored_pages == 0
+
+
+# ---- foreign memory --------------------------------------------------------------------------------------------------
 
 
 def _make(
@@ -640,7 +602,7 @@ MISTAKES: Final[dict[str, Callable[[Path], StoreMemory]]] = {
 
 @pytest.mark.parametrize("word", MISTAKES)
 def test_memory_of_another_store(word: str, tmp_path: Path) -> None:
-    """Memory that was made for other numbers is refused, with the difference, and left as it is."""
+    """Memory for other numbers is refused with the difference, and does not change."""
     _make(tmp_path).pages.view[:8] = b"12345678"
     sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     with pytest.raises(LayoutError, match=f"another layout.*{word}"):
@@ -650,7 +612,7 @@ def test_memory_of_another_store(word: str, tmp_path: Path) -> None:
 
 
 def test_memory_of_another_version(tmp_path: Path) -> None:
-    """A layout that this version does not know is refused, in one line, with both numbers and what to do."""
+    """An unknown layout is refused in one line, with both numbers and the remedy."""
     memory = _make(tmp_path)
     memory.board.fields[Field.LAYOUT] = LAYOUT + 1
     with pytest.raises(LayoutError, match="another layout") as refusal:
@@ -662,7 +624,7 @@ def test_memory_of_another_version(tmp_path: Path) -> None:
 
 
 def test_a_table_of_another_size(tmp_path: Path) -> None:
-    """A file that is not as long as it should be is refused by name."""
+    """A file of the wrong length is refused by name."""
     _make(tmp_path)
     os.truncate(tmp_path / "frametable", 12345)
     with pytest.raises(LayoutError, match="frametable has 12345 bytes instead of"):
@@ -686,7 +648,7 @@ OPERATION = st.one_of(
 
 
 async def live_through(life: Life, operations: list[tuple[str, int, int]]) -> None:
-    """Do what Hypothesis has thought of, the store's own tasks at work, dying on the way; the model must agree."""
+    """Do the steps of Hypothesis, with the store's tasks and deaths on the way. The model must agree."""
     remaining = list(enumerate(operations, 1))
     while remaining:
         async with life.running() as store:
@@ -703,7 +665,7 @@ async def live_through(life: Life, operations: list[tuple[str, int, int]]) -> No
                         for at in range(number, number + value):
                             assert await get(store, at) == life.model.get(at, ZEROS)
                     case "patch":
-                        await store.write(number * PAGE_SIZE + value, b"patched")
+                        await store.requests.write(number * PAGE_SIZE + value, b"patched")
                         old = life.model.get(number, ZEROS)
                         life.model[number] = old[:value] + b"patched" + old[value + 7 :]
                     case "write back":
@@ -723,7 +685,7 @@ async def live_through(life: Life, operations: list[tuple[str, int, int]]) -> No
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(OPERATION, min_size=5, max_size=60))
 def test_at_any_moment(operations: list[tuple[str, int, int]]) -> None:
-    """Whatever was done before, and however often it died: every page is what was written last."""
+    """Each page has its last content after any steps and any number of deaths."""
     with tempfile.TemporaryDirectory(prefix="zbudfs-rebuild-") as folder:
         life = Life(Path(folder), nr_pages=48, nr_frames=16)
 

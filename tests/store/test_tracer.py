@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ring that a worker writes and another process reads, and turning it on and off."""
+"""The ring that a worker writes and another process reads, and its switch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from scripts.storm import make_page
-from tests.store.rig import backed_store, in_block, push, put, quiet, run, running, until
+from kit.storm import make_page
+from tests.store.rig import backed_store, in_block, push, put, quiet, running, trio_test, until
 from tests.support import LIMIT_SECONDS
 from zbudfs.core.codec import Codec
 from zbudfs.core.trace import CLASS_MASK, KIND_BITS, KIND_MASK, RAW_CLASS, UNKNOWN_CLASS, Kind
@@ -29,7 +29,7 @@ from zbudfs.tracing.ring import RingReader, open_ring
 
 
 def read_all(reader: RingReader) -> tuple[list[tuple[int, int, int, int]], int]:
-    """Return (kind, class, first page, pages) of what is new, and how many were lost."""
+    """Return (kind, class, first page, pages) of new records, and the number of lost ones."""
     words, lost = reader.read()
     pairs = zip(words[::2], words[1::2], strict=True)
     return [(a & KIND_MASK, a >> KIND_BITS & CLASS_MASK, b & 0xFFFFFFFF, b >> 32) for a, b in pairs], lost
@@ -42,7 +42,7 @@ def one_class(page: int) -> int:
 
 @pytest.fixture
 def both(tmp_path: Path) -> tuple[TraceRing, RingReader]:
-    """A ring, and its reader."""
+    """Return a ring and its reader."""
     ring = TraceRing(Arena("trace", RING_BYTES, str(tmp_path)))
     ring.populate()
     ring.begin()
@@ -50,7 +50,7 @@ def both(tmp_path: Path) -> tuple[TraceRing, RingReader]:
 
 
 def test_neighbours_of_one_class_are_one_record(both: tuple[TraceRing, RingReader]) -> None:
-    """Others are several, and together they are all of the request."""
+    """Pages of several classes are several records, which together are the whole request."""
     ring, reader = both
     classes = [3, 3, 3, 0, 64, 64]
     ring.put(Kind.WRITE, 100, 6, lambda page: classes[page - 100])
@@ -69,8 +69,8 @@ def test_neighbours_of_one_class_are_one_record(both: tuple[TraceRing, RingReade
 
 
 @pytest.mark.parametrize("written", [RING_RECORDS - 1, RING_RECORDS + 500, 3 * RING_RECORDS + 7])
-def test_who_reads_too_slowly_loses_the_oldest(both: tuple[TraceRing, RingReader], written: int) -> None:
-    """What is there is the newest, and what is not is counted."""
+def test_a_slow_reader_loses_the_oldest_records(both: tuple[TraceRing, RingReader], written: int) -> None:
+    """The ring has the newest records, and lost ones are counted."""
     ring, reader = both
     ring.put(Kind.READ, 0, 1, one_class)
     assert len(read_all(reader)[0]) == 1
@@ -84,7 +84,7 @@ def test_who_reads_too_slowly_loses_the_oldest(both: tuple[TraceRing, RingReader
 
 
 def test_another_worker_goes_on(both: tuple[TraceRing, RingReader], tmp_path: Path) -> None:
-    """In the same ring, with the same clock, after the last record."""
+    """The next worker continues in the same ring, with the same clock, after the last record."""
     ring, reader = both
     ring.put(Kind.READ, 1, 1, one_class)
     following = TraceRing(Arena("trace", RING_BYTES, str(tmp_path)))
@@ -100,7 +100,7 @@ def test_another_worker_goes_on(both: tuple[TraceRing, RingReader], tmp_path: Pa
 
 
 def test_a_ring_without_a_name() -> None:
-    """Is found among the worker's open files; where there is none that is said."""
+    """The ring is found among the worker's open files. Without one, the error says so."""
     program = (
         "import sys\n"
         "from zbudfs.store.memory import StoreMemory\n"
@@ -124,7 +124,7 @@ def test_a_ring_without_a_name() -> None:
 
 @asynccontextmanager
 async def traced_store(folder: Path) -> AsyncIterator[tuple[PageStore, Callable[[], RingReader]]]:
-    """Have a store whose tracer runs, and a way to its ring."""
+    """Run a store with a tracer, and return a way to its ring."""
     memory = StoreMemory(1 << 20, 256, backed=False, folder=str(folder))
     memory.populate()
     store = PageStore(1 << 20, 256, None, Codec(), memory)
@@ -137,111 +137,99 @@ async def traced_store(folder: Path) -> AsyncIterator[tuple[PageStore, Callable[
     helper.close()
 
 
-def test_on_and_off(tmp_path: Path) -> None:
-    """It takes memory only while it is on; whoever serves is told of each change."""
-
-    async def main() -> None:
-        async with traced_store(tmp_path) as (store, open_reader):
-            changes: list[bool] = []
-            tracer = store.tracer
-            tracer.on_change = lambda: changes.append(tracer.active)
-            assert store.memory.trace.resident_bytes == 0
-            tracer.order(on=True)
-            await until(lambda: tracer.active, "the trace is on")
-            assert store.memory.trace.resident_bytes >= RING_BYTES
-            await put(store, 0, b"".join(make_page(number, 0, 1) for number in range(8)))
-            tracer.wrote(0, 8 * PAGE_SIZE)
-            tracer.read(8 * PAGE_SIZE + 5, 10)
-            tracer.missed(Kind.DISCARD, 0, 1 << 62)
-            tracer.read(1 << 20, 4096)  # beyond the end
-            tracer.missed(Kind.DISCARD, 1 << 62, 5)
-            reader = open_reader()
-            found, lost = read_all(reader)
-            assert lost == 0
-            assert found[0] == (Kind.WRITE, 0, 0, 1)
-            assert sum(pages for kind, _, _, pages in found if kind == Kind.WRITE) == 8
-            assert found[-3:] == [
-                (Kind.WRITE, RAW_CLASS, 7, 1),
-                (Kind.READ, 0, 8, 1),
-                (Kind.DISCARD, UNKNOWN_CLASS, 0, 256),
-            ]
-            reader.close()
-            tracer.order(on=False)
-            await until(lambda: not tracer.active, "the trace is off")
-            assert store.memory.trace.resident_bytes > 0  # what came last can still be read
-            push(KEEP_SECONDS * 1.5)
-            await until(lambda: store.memory.trace.resident_bytes == 0, "its memory is given back")
-            assert changes == [True, False]
-            await quiet(store)
-
-    run(main)
+@trio_test
+async def test_on_and_off(tmp_path: Path) -> None:
+    """The trace takes memory only while it is on, and each change is reported to the server."""
+    async with traced_store(tmp_path) as (store, open_reader):
+        changes: list[bool] = []
+        tracer = store.tracer
+        tracer.notify(lambda: changes.append(tracer.active))
+        assert store.memory.trace.resident_bytes == 0
+        tracer.order(on=True)
+        await until(lambda: tracer.active, "the trace is on")
+        assert store.memory.trace.resident_bytes >= RING_BYTES
+        await put(store, 0, b"".join(make_page(number, 0, 1) for number in range(8)))
+        tracer.wrote(0, 8 * PAGE_SIZE)
+        tracer.read(8 * PAGE_SIZE + 5, 10)
+        tracer.missed(Kind.DISCARD, 0, 1 << 62)
+        tracer.read(1 << 20, 4096)  # beyond the end
+        tracer.missed(Kind.DISCARD, 1 << 62, 5)
+        reader = open_reader()
+        found, lost = read_all(reader)
+        assert lost == 0
+        assert found[0] == (Kind.WRITE, 0, 0, 1)
+        assert sum(pages for kind, _, _, pages in found if kind == Kind.WRITE) == 8
+        assert found[-3:] == [
+            (Kind.WRITE, RAW_CLASS, 7, 1),
+            (Kind.READ, 0, 8, 1),
+            (Kind.DISCARD, UNKNOWN_CLASS, 0, 256),
+        ]
+        reader.close()
+        tracer.order(on=False)
+        await until(lambda: not tracer.active, "the trace is off")
+        assert store.memory.trace.resident_bytes > 0  # the last records can still be read
+        push(KEEP_SECONDS * 1.5)
+        await until(lambda: store.memory.trace.resident_bytes == 0, "its memory is given back")
+        assert changes == [True, False]
+        await quiet(store)
 
 
-def test_a_trace_that_nobody_reads_ends(tmp_path: Path) -> None:
-    """A reader that died cannot turn it off; one that reads keeps it on."""
-
-    async def main() -> None:
-        async with traced_store(tmp_path) as (store, open_reader):
-            tracer = store.tracer
-            tracer.order(on=True)
-            await until(lambda: tracer.active, "the trace is on")
-            reader = open_reader()
-            for _ in range(3):
-                reader.read()
-                await trio.sleep(0.01)
-                push(UNREAD_SECONDS * 0.7)
-                await trio.sleep(0.01)
-                assert tracer.active
-            reader.close()
-            push(UNREAD_SECONDS * 1.5)
-            await until(lambda: not tracer.active, "the trace has ended")
-
-    run(main)
+@trio_test
+async def test_a_trace_without_a_reader_ends(tmp_path: Path) -> None:
+    """A dead reader cannot turn the trace off, so it ends by itself. A living one keeps it on."""
+    async with traced_store(tmp_path) as (store, open_reader):
+        tracer = store.tracer
+        tracer.order(on=True)
+        await until(lambda: tracer.active, "the trace is on")
+        reader = open_reader()
+        for _ in range(3):
+            reader.read()
+            await trio.sleep(0.01)
+            push(UNREAD_SECONDS * 0.7)
+            await trio.sleep(0.01)
+            assert tracer.active
+        reader.close()
+        push(UNREAD_SECONDS * 1.5)
+        await until(lambda: not tracer.active, "the trace has ended")
 
 
-def test_a_takeover_goes_on_with_the_trace(tmp_path: Path) -> None:
-    """The board says that there is one."""
-
-    async def main() -> None:
-        async with traced_store(tmp_path) as (store, open_reader):
-            store.tracer.order(on=True)
-            await until(lambda: store.tracer.active, "the trace is on")
-            store.tracer.missed(Kind.DISCARD, 0, PAGE_SIZE)
-            following = PageStore(
-                1 << 20, 256, None, Codec(), StoreMemory(1 << 20, 256, backed=False, folder=str(tmp_path))
-            )
-            following.recover()
-            following.tracer.adopt()
-            assert following.tracer.active
-            following.tracer.missed(Kind.DISCARD, PAGE_SIZE, PAGE_SIZE)
-            reader = open_reader()
-            assert [page for _, _, page, _ in read_all(reader)[0]] == [0, 1]
-            reader.close()
-            following.close()
-
-    run(main)
+@trio_test
+async def test_a_takeover_goes_on_with_the_trace(tmp_path: Path) -> None:
+    """The board says that there is a trace."""
+    async with traced_store(tmp_path) as (store, open_reader):
+        store.tracer.order(on=True)
+        await until(lambda: store.tracer.active, "the trace is on")
+        store.tracer.missed(Kind.DISCARD, 0, PAGE_SIZE)
+        following = PageStore(
+            1 << 20, 256, None, Codec(), StoreMemory(1 << 20, 256, backed=False, folder=str(tmp_path))
+        )
+        following.recover()
+        following.tracer.resume()
+        assert following.tracer.active
+        following.tracer.missed(Kind.DISCARD, PAGE_SIZE, PAGE_SIZE)
+        reader = open_reader()
+        assert [page for _, _, page, _ in read_all(reader)[0]] == [0, 1]
+        reader.close()
+        following.close()
 
 
-def test_a_read_that_needs_the_disk_for_a_part(tmp_path: Path) -> None:
-    """Pages that are in the backing file alone are told from those that are not."""
-
-    async def main() -> None:
-        async with backed_store(tmp_path, nr_pages=256) as (store, _):
-            memory = store.memory
-            tracer = store.tracer
-            tracer._ring.populate()
-            tracer._ring.begin()
-            for page in range(120):
-                await put(store, page, make_page(7, page, 1))  # does not compress: a frame each, so many go to the disk
-            await quiet(store)
-            disk = [in_block(store, page) for page in range(120)]
-            assert any(disk) and not all(disk)
-            tracer.paging_in(0, 120 * PAGE_SIZE)
-            words = memory.trace.view.cast("Q")
-            head = words[Word.HEAD]
-            start = HEADER_BYTES // 8
-            pairs = [(words[start + 2 * at], words[start + 2 * at + 1]) for at in range(head)]
-            told = [a & KIND_MASK == Kind.PAGEIN for a, b in pairs for _ in range(b >> 32)]
-            assert told == disk
-
-    run(main)
+@trio_test
+async def test_a_read_that_needs_the_disk_for_a_part(tmp_path: Path) -> None:
+    """Pages that only the backing file has are separate records."""
+    async with backed_store(tmp_path, nr_pages=256) as (store, _):
+        memory = store.memory
+        tracer = store.tracer
+        tracer._ring.populate()
+        tracer._ring.begin()
+        for page in range(120):
+            await put(store, page, make_page(7, page, 1))  # does not compress: many go to the disk
+        await quiet(store)
+        disk = [in_block(store, page) for page in range(120)]
+        assert any(disk) and not all(disk)
+        tracer.paging_in(0, 120 * PAGE_SIZE)
+        words = memory.trace.view.cast("Q")
+        head = words[Word.HEAD]
+        start = HEADER_BYTES // 8
+        pairs = [(words[start + 2 * at], words[start + 2 * at + 1]) for at in range(head)]
+        told = [a & KIND_MASK == Kind.PAGEIN for a, b in pairs for _ in range(b >> 32)]
+        assert told == disk

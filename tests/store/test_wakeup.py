@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Threads wake trio through an eventfd: nothing goes through the sockets, no wake-up is lost, signals come as before."""
+"""Threads wake trio through an eventfd: not through the sockets, without a lost wake-up, and signals arrive as before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zbudfs.store.wakeup import use_eventfd
 
 
 def test_threads_wake_it_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of calls in several threads come back, and the socket has nothing to read; signals still arrive."""
+    """Hundreds of calls in several threads come back, the socket has nothing to read, and signals still arrive."""
 
     async def main() -> None:
         sockets = GLOBAL_RUN_CONTEXT.runner.entry_queue.wakeup
@@ -65,7 +65,7 @@ def test_threads_wake_it_without_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_another_trio(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not what is known here nothing is changed."""
+    """If the internals of trio are not the known ones, nothing is changed."""
 
     class Other:
         runner = None

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Attaching for real, to a plain file in the place of a zbudfs: what was done is undone when a step fails."""
+"""Attach and detach a plain file in the place of a zbudfs: if a step fails, the steps before it are undone."""
 
 import contextlib
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support import LIMIT_SECONDS
+from tests.support import LIMIT_SECONDS, wait_until
 from zbudfs.swap.attach import attach
 from zbudfs.swap.detach import detach
 from zbudfs.swap.loop import SwapError, loop_devices, run_tool, swaps
@@ -18,7 +22,7 @@ pytestmark = pytest.mark.needs("root", "loop", "swap")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a swapfile on an ordinary disk, which must take direct I/O."""
+    """Return a folder with a swapfile on an ordinary disk that accepts direct I/O."""
     swapfile = tmp_path / "swapfile"
     swapfile.write_bytes(bytes(4 << 20))
     try:
@@ -35,7 +39,7 @@ def attached_to(swapfile: Path) -> list[str]:
 
 
 def tuning(device: str) -> dict[str, str]:
-    """Return how the queue of a device is set; what this kernel has not got is as wanted."""
+    """Return the settings of a device's queue. A setting that this kernel lacks counts as wanted."""
     found = {"rq_affinity": "2\n", "wbt_lat_usec": "0\n"}
     for name in found:
         with contextlib.suppress(OSError):
@@ -44,7 +48,7 @@ def tuning(device: str) -> dict[str, str]:
 
 
 def test_there_and_back(folder: Path) -> None:
-    """After attach the device is swap with the priority asked for; after detach nothing is left."""
+    """The device is swap with the requested priority after attach, and nothing is left after detach."""
     device = attach(str(folder), priority=7)
     try:
         assert attached_to(folder / "swapfile") == [device]
@@ -62,14 +66,32 @@ def test_there_and_back(folder: Path) -> None:
     assert device not in [swap.path for swap in swaps()]
 
 
+def test_a_device_that_udev_reads_is_not_detached_meanwhile(folder: Path) -> None:
+    """udev locks the device with flock(2) while it reads it. A read of a device without a file would be an I/O error."""
+    device = attach(str(folder))
+    code = "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_SH); print(flush=True); input()"
+    with (
+        subprocess.Popen([sys.executable, "-c", code, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader,
+        ThreadPoolExecutor() as pool,
+    ):
+        assert reader.stdin is not None and reader.stdout is not None
+        reader.stdout.readline()
+        detached = pool.submit(detach, [(str(folder), None)])
+        wait_until(lambda: device not in [swap.path for swap in swaps()], "the end of swap")
+        time.sleep(0.3)
+        assert Path("/sys/block", Path(device).name, "loop/autoclear").read_text() == "0\n"  # losetup has not run
+        reader.stdin.close()
+        assert detached.result(LIMIT_SECONDS) == [device]
+
+
 def test_a_step_that_fails_undoes_those_before(folder: Path) -> None:
-    """A file too small for mkswap leaves no loop device behind."""
+    """A file that is too small for mkswap leaves no loop device behind."""
     os.truncate(folder / "swapfile", 4096)
     with pytest.raises(SwapError, match="mkswap"):
         attach(str(folder))
 
 
 def test_a_loop_device_without_swap_is_detached(folder: Path) -> None:
-    """What somebody has attached by hand is taken away as well."""
+    """A loop device that was attached by hand is detached as well."""
     device = run_tool(["losetup", "--find", "--show", str(folder / "swapfile")], limit_seconds=LIMIT_SECONDS)
     assert detach([(str(folder), None)]) == [device]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether swapoff fits, and attaching what is not there; real swap is in tests/cli/test_swap.py."""
+"""swapoff runs only if the pages fit. tests/cli/test_swap.py has real swap."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 
 def swap(size_mib: int, used_mib: int) -> Swap:
-    """Make up a swap."""
+    """Return a made-up swap."""
     return Swap("/dev/x", size_mib * MIB, used_mib * MIB, 0)
 
 
@@ -29,7 +29,7 @@ def swap(size_mib: int, used_mib: int) -> Swap:
     ],
 )
 def test_room_is_counted(used_mib: int, others: list[Swap], available_mib: int, fits: bool) -> None:
-    """What is in use and a margin must fit into RAM and the free room of other swap."""
+    """The used swap and a margin must fit into RAM and the free room of other swap."""
     assert MARGIN_BYTES == 64 * MIB
     if fits:
         check_room([swap(1000, used_mib)], others, available_mib * MIB)
@@ -40,13 +40,13 @@ def test_room_is_counted(used_mib: int, others: list[Swap], available_mib: int, 
 
 
 def test_several_swaps_on_one_mount_add_up() -> None:
-    """All of them come back."""
+    """The pages of all swaps on one mount must fit."""
     with pytest.raises(SwapError, match="200 MiB would come back"):
         check_room([swap(1000, 100), swap(1000, 100)], [], 200 * MIB)
 
 
 def test_available_memory_is_read(tmp_path: Path) -> None:
-    """MemAvailable is in KiB; a kernel without it gives no guess."""
+    """MemAvailable is in KiB. A kernel without it gives no estimate."""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   1234 kB\n")
     assert available_bytes(str(tmp_path)) == 1234 * 1024
@@ -56,7 +56,7 @@ def test_available_memory_is_read(tmp_path: Path) -> None:
 
 
 def test_detaching_where_memory_is_short_changes_nothing(tmp_path: Path) -> None:
-    """The refusal comes before anything is done."""
+    """The refusal comes before any change."""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemAvailable: 1000 kB\n")
     (tmp_path / "proc/swaps").write_text("Filename Type Size Used Priority\n/dev/loop99 partition 999999 500000 5\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Finding what sits on a mount: made-up tables, and a real loop device on a plain file."""
+"""Find the users of a mount, with made-up tables and with a real loop device on a plain file."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ SWAPS = (
 
 
 def make_loop(root: Path, name: str, backing_file: bytes, dio: str = "1") -> None:
-    """Make up a loop device in /sys."""
+    """Make a fake loop device in /sys."""
     folder = root / "sys/block" / name / "loop"
     folder.mkdir(parents=True)
     (folder / "backing_file").write_bytes(backing_file + b"\n")
@@ -38,10 +38,10 @@ def make_loop(root: Path, name: str, backing_file: bytes, dio: str = "1") -> Non
 
 @pytest.fixture
 def fake_root(tmp_path: Path) -> Path:
-    """A folder with `proc/swaps` and some loop devices."""
+    """Return a folder with `proc/swaps` and some loop devices."""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/swaps").write_bytes(SWAPS)
-    (tmp_path / "sys/block/loop0").mkdir(parents=True)  # never used: no loop/ in it
+    (tmp_path / "sys/block/loop0").mkdir(parents=True)  # never used, so it has no loop/
     (tmp_path / "sys/block/vda").mkdir()
     make_loop(tmp_path, "loop10", b"/mnt/other/swapfile")
     make_loop(tmp_path, "loop2", b"/mnt/z/swapfile")
@@ -52,7 +52,7 @@ def fake_root(tmp_path: Path) -> Path:
 
 
 def test_swaps_are_read() -> None:
-    """Sizes are bytes, escapes are undone."""
+    """Sizes become bytes, and escapes become characters."""
     assert parse_swaps(SWAPS) == [
         Swap("/dev/loop2", 65532 << 10, 1 << 20, -2),
         Swap("/my swap\nfile\\", 8 << 10, 0, 5),
@@ -63,13 +63,13 @@ def test_swaps_are_read() -> None:
 
 @pytest.mark.parametrize("cut", range(0, len(SWAPS), 5))
 def test_a_cut_table_is_no_error(cut: int) -> None:
-    """Every truncation at a line's end or in its last numbers gives what is there."""
+    """A table that is cut at a line's end or in its last numbers gives the lines that are left."""
     whole = SWAPS[:cut].rpartition(b"\n")[0]
     assert len(parse_swaps(whole)) <= 3
 
 
 def test_loop_devices_are_read(fake_root: Path) -> None:
-    """By number, with the path as it was, and only those with a file."""
+    """Loop devices are sorted by number, with the path as it was. Devices without a file are left out."""
     assert loop_devices(str(fake_root)) == [
         LoopDevice("/dev/loop2", "/mnt/z/swapfile", True),
         LoopDevice("/dev/loop3", "/mnt/z/swapfile", False),
@@ -80,7 +80,7 @@ def test_loop_devices_are_read(fake_root: Path) -> None:
 
 
 def test_users_of_a_mount(fake_root: Path) -> None:
-    """Only what is below the mountpoint counts; a device number that cannot be asked for leaves it to the path."""
+    """Only paths below the mountpoint count. If the device number cannot be read, the path decides."""
     root = str(fake_root)
     for st_dev in (None, os.makedev(0, 51)):
         assert users("/mnt/z", st_dev, root) == ["swap on /dev/loop2", "loop device /dev/loop3"]
@@ -91,7 +91,7 @@ def test_users_of_a_mount(fake_root: Path) -> None:
 
 @pytest.mark.needs("root", "loop")
 def test_a_real_loop_device_is_found_by_its_device_number(tmp_path: Path) -> None:
-    """The file system that the file is on decides, not what its path looks like."""
+    """The device number of the file's file system decides, and not its path."""
     file = tmp_path / "swapfile"
     file.write_bytes(bytes(1 << 20))
     st_dev = file.stat().st_dev
@@ -109,14 +109,14 @@ def test_a_real_loop_device_is_found_by_its_device_number(tmp_path: Path) -> Non
 
 
 def test_this_machines_tables_are_read() -> None:
-    """The real tables can be read, whatever is in use."""
+    """The tables of this machine can be read."""
     assert isinstance(loop_devices(), list)
     if Path("/proc/swaps").exists():
         assert isinstance(swaps(), list)
 
 
 def test_a_tools_own_words_are_passed_on(tmp_path: Path) -> None:
-    """A program that fails, is missing, hangs or is killed gives one sentence."""
+    """A program that fails, is missing, hangs or is killed gives a message of one sentence."""
     assert run_tool(["echo", "hello"], limit_seconds=LIMIT_SECONDS) == "hello"
     for command, limit_seconds, reason in (
         (["sh", "-c", "echo first >&2; echo the reason >&2; exit 3"], LIMIT_SECONDS, "^the reason$"),
@@ -131,7 +131,7 @@ def test_a_tools_own_words_are_passed_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [None, "", "."])
 def test_programs_are_those_of_the_system(path: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither an empty PATH nor one that names other folders has root run a program from the current folder."""
+    """With an empty PATH, or one that names other folders, root runs no program from the current folder."""
     program = tmp_path / "losetup"
     program.write_text("#!/bin/sh\necho another program\n")
     program.chmod(0o755)

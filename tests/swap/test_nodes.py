@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A /dev without nodes of loop devices, as a container has it, in a mount namespace of its own."""
+"""A /dev without nodes of loop devices, as in a container, in its own mount namespace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ exec "$@"
 
 
 def in_bare_dev(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command where /dev has none of the nodes."""
+    """Run a command in a /dev without these nodes."""
     words = ["unshare", "--mount", "sh", "-c", BARE_DEV, "sh", str(folder), sys.executable, *command]
     return subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_SECONDS, cwd=ROOT, check=False)
 
@@ -37,7 +37,7 @@ ATTACH = (
 
 
 def test_a_missing_node_is_made(tmp_path: Path) -> None:
-    """The loop device is there, and its node is."""
+    """attach makes the loop device and its node."""
     (tmp_path / "dev").mkdir()
     (tmp_path / "swapfile").write_bytes(bytes(1 << 20))
     run = in_bare_dev(tmp_path / "dev", "-c", ATTACH, str(tmp_path / "swapfile"))
@@ -47,7 +47,7 @@ def test_a_missing_node_is_made(tmp_path: Path) -> None:
 
 
 def test_a_node_that_cannot_be_made(tmp_path: Path) -> None:
-    """The error names the device and what gives it to a container, not the swap file."""
+    """The error names the device and the option that passes it into a container, and not the swap file."""
     (tmp_path / "dev").mkdir()
     code = (
         "import sys; from zbudfs.swap.nodes import ensure_free_loop; from zbudfs.swap.loop import SwapError\n"
@@ -62,7 +62,7 @@ def test_a_node_that_cannot_be_made(tmp_path: Path) -> None:
 
 @pytest.mark.needs("fuse")
 def test_the_doctor_says_so(tmp_path: Path) -> None:
-    """A free loop device without a node is no problem if it can be made, and one with the remedy if it cannot."""
+    """A free loop device without a node is no problem if the node can be made. Otherwise doctor names the remedy."""
     (tmp_path / "dev").mkdir()
     code = (
         "import ctypes, sys; from zbudfs.cli.doctor import kernel; from zbudfs.cli.doctor.finding import Machine\n"
@@ -73,7 +73,7 @@ def test_the_doctor_says_so(tmp_path: Path) -> None:
     )
     run = in_bare_dev(tmp_path / "dev", "-c", code, "rw")
     assert run.stdout.startswith("ok /dev/loop"), run
-    assert "its node is missing, and zbudfs swapon makes it" in run.stdout
+    assert "its node is missing, and zbudfs swapon creates it" in run.stdout
     run = in_bare_dev(tmp_path / "dev", "-c", code, "ro")
     assert run.stdout.startswith("problem the node /dev/loop"), run
     assert "--device /dev/loop" in run.stdout

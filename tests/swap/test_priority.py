@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The default priority: below zram, above every disk; and which swap is filled first, in words."""
+"""The default priority is below zram and above every disk, and messages name the order of the swaps."""
 
 import pytest
 
@@ -33,12 +33,12 @@ def made_up(*priorities: tuple[str, int]) -> list[Swap]:
     ],
 )
 def test_the_default(others: list[tuple[str, int]], chosen: int | None) -> None:
-    """Where there is room between zram and the disks it is there; otherwise it is above the disks."""
+    """The default is between zram and the disks if there is room, and otherwise above the disks."""
     assert choose_priority(made_up(*others)) == chosen
 
 
 def test_the_order_in_words() -> None:
-    """The highest comes first, equal ones share a place, and a swap that is alone needs no word."""
+    """The swap with the highest priority comes first, equal ones share a place, and a lone swap needs no word."""
     swaps = made_up(("sda2", -2), ("loop0", 50), ("zram0", 100), ("loop1", 50))
     ours = ["/dev/loop0", "/dev/loop1"]
     assert filling_order(swaps, ours, "zbudfs") == "/dev/zram0 (100) first, then zbudfs (50), then /dev/sda2 (-2)"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Trace files: what was written is read, and whatever else a file holds is one sentence and nothing worse."""
+"""A trace file gives the records that were written to it. Any other content is an error of one sentence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSES = st.one_of(st.integers(0, RAW_CLASS), st.just(UNKNOWN_CLASS))
 
 @st.composite
 def some_records(draw: st.DrawFn) -> list[Record]:
-    """Records that a daemon could have made."""
+    """Return records that a daemon could make."""
     found = []
     time_us = draw(st.integers(0, 1 << 40))
     for _ in range(draw(st.integers(0, 30))):
@@ -39,7 +39,7 @@ def some_records(draw: st.DrawFn) -> list[Record]:
 
 @given(some_records())
 def test_there_and_back(records: list[Record]) -> None:
-    """Every record comes back as it was."""
+    """Each record survives encoding and decoding."""
     trace = trace_of(records)
     assert records_of(trace) == records
     assert trace.about == ABOUT
@@ -56,7 +56,7 @@ def many(number: int) -> list[Record]:
 
 
 def write(path: Path, records: list[Record], max_bytes: int, step: int = 1000) -> TraceWriter:
-    """Write a file in steps."""
+    """Write a file in several steps."""
     writer = TraceWriter(str(path), max_bytes, ABOUT)
     for at in range(0, len(records), step):
         writer.add(words(records[at : at + step]), 0)
@@ -67,7 +67,7 @@ def write(path: Path, records: list[Record], max_bytes: int, step: int = 1000) -
 
 
 def test_a_file_is_written_and_read(tmp_path: Path) -> None:
-    """In several blocks; the file is its owner's alone."""
+    """A file has several blocks, and only its owner may read it."""
     path = tmp_path / "trace"
     records = many(3 * BLOCK_RECORDS)
     writer = write(path, records, 1 << 30)
@@ -79,7 +79,7 @@ def test_a_file_is_written_and_read(tmp_path: Path) -> None:
 
 
 def test_a_bound_makes_a_ring(tmp_path: Path) -> None:
-    """At every moment the file holds the newest records without a hole, and never more than it may."""
+    """The file always holds the newest records without a gap, and is no larger than its limit."""
     path = tmp_path / "trace"
     records = many(100_000)
     bound = 200_000
@@ -96,8 +96,8 @@ def test_a_bound_makes_a_ring(tmp_path: Path) -> None:
     assert read_trace(str(path), "it").first_block > 0
 
 
-def test_what_was_lost_is_in_its_place(tmp_path: Path) -> None:
-    """As a record, with the time of what comes next."""
+def test_lost_records_are_counted_in_place(tmp_path: Path) -> None:
+    """A record stands for the lost ones, with the time of the record after it."""
     writer = TraceWriter(str(tmp_path / "trace"), MIN_FILE_BYTES, ABOUT)
     writer.add(words([(5, Kind.READ, 3, 9, 1)]), 0)
     writer.add(words([(70, Kind.READ, 3, 9, 1)]), 12)
@@ -110,7 +110,7 @@ def test_what_was_lost_is_in_its_place(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
-    """At whatever byte: what is whole is there, what is not is said, and a file without a header is none."""
+    """A cut at any byte leaves the whole blocks, and is reported. A file without a header is an error."""
     path = tmp_path / "trace"
     write(path, many(600), 1 << 30, step=100)
     whole = path.read_bytes()
@@ -131,7 +131,7 @@ def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
 @example(b"zbtrace\n")
 @example(b"zbtrace\n" + struct.pack("<IIII8x", 1, 64, 2, zlib.crc32(b"{}")) + b"{}" + b"\n" * 30)
 def test_garbage(data: bytes) -> None:
-    """Any bytes are a trace or one sentence."""
+    """Any bytes are a trace or an error of one sentence."""
     for content in (data, b"zbtrace\n" + data, encode_header(ABOUT) + data):
         told = outcome(content)
         assert told is None or told.count("\n") == 0
@@ -139,7 +139,7 @@ def test_garbage(data: bytes) -> None:
 
 @given(st.data(), some_records())
 def test_damage(data: st.DataObject, records: list[Record]) -> None:
-    """A byte that changed is seen, or was of no importance; it never gives other records."""
+    """A changed byte is found or has no effect: it never gives other records."""
     content = bytearray(trace_file(records))
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] ^= data.draw(st.integers(1, 255))
@@ -147,11 +147,11 @@ def test_damage(data: st.DataObject, records: list[Record]) -> None:
         found = records_of(parse_trace(bytes(content)))
     except TraceFileError:
         return
-    assert found in (records, [])  # a single block that is no more looks like one that was cut off
+    assert found in (records, [])  # a lone damaged block looks like one that was cut off
 
 
 def outcome(content: bytes) -> str | None:
-    """Return what was wrong with the content of a file, or None."""
+    """Return the error of a file's content, or None."""
     try:
         parse_trace(content)
     except TraceFileError as error:
@@ -160,7 +160,7 @@ def outcome(content: bytes) -> str | None:
 
 
 def block_of(payload: bytes, records: int, number: int = 0) -> bytes:
-    """Return a block whose checksum is right, whatever is in it."""
+    """Return a block with any content and a right checksum."""
     fields = (b"zbtb", number, len(payload), records)
     head = struct.pack("<4sIIII4xQ", *fields, 0, 0)
     check = zlib.crc32(payload, zlib.crc32(head))
@@ -174,31 +174,31 @@ def block_of(payload: bytes, records: int, number: int = 0) -> bytes:
         block_of(b"", 5),
         block_of(b"no zstd at all", 5),
         block_of(zstandard.compress(bytes(14 * 5)), 6),
-        block_of(zstandard.compress(bytes(1 << 28)), 1),  # a bomb: small here, large when unpacked
+        block_of(zstandard.compress(bytes(1 << 28)), 1),  # a bomb: small in the file, large when unpacked
         block_of(zstandard.ZstdCompressor(write_content_size=False).compress(bytes(14 * 5)), 5),
-        encode_block(0, words([(0, 0, 0, 0, 1)])),  # no such kind
+        encode_block(0, words([(0, 0, 0, 0, 1)])),  # an unknown kind
         encode_block(0, words([(0, 9, 0, 0, 1)])),
-        encode_block(0, words([(0, Kind.WRITE, 99, 0, 1)])),  # no such class
+        encode_block(0, words([(0, Kind.WRITE, 99, 0, 1)])),  # an unknown class
         encode_block(0, words([(0, Kind.WRITE, 0, PAGES, 1)])),  # beyond the device
         encode_block(0, words([(0, Kind.DISCARD, 0, 0, PAGES + 1)])),
-        encode_block(0, words([(0, Kind.READ, 0, 0, 0)])),  # nothing
+        encode_block(0, words([(0, Kind.READ, 0, 0, 0)])),  # no pages
         encode_block(0, words([(0, Kind.READ, 0, 0, 1 << 13)])),  # more than the kernel asks for
     ],
 )
 def test_records_that_cannot_be(block: bytes) -> None:
-    """A checksum that is right makes nobody honest."""
+    """Records that cannot be are refused, even if their checksum is right."""
     assert outcome(encode_header(ABOUT) + block) == "the trace is damaged: block 0 holds no records"
 
 
 def test_blocks_that_are_missing() -> None:
-    """A hole between blocks is damage, wherever they are in the file."""
+    """A gap between blocks is damage, at any place in the file."""
     blocks = [encode_block(number, words(many(10))) for number in range(4)]
     head = encode_header(ABOUT)
     assert outcome(head + b"".join(blocks)) is None
     assert outcome(head + blocks[2] + blocks[3] + blocks[0] + blocks[1]) is None
     assert outcome(head + blocks[0] + blocks[2]) == "the trace is damaged: block 1 is missing"
     assert outcome(head + blocks[0] + bytes(64) + blocks[1]) == f"the trace is damaged at byte {len(head + blocks[0])}"
-    assert outcome(head + blocks[1] + bytes(64) + blocks[0]) is None  # a ring: the rest of what was overwritten
+    assert outcome(head + blocks[1] + bytes(64) + blocks[0]) is None  # a ring: the rest of overwritten blocks
 
 
 @pytest.mark.parametrize(
@@ -206,17 +206,17 @@ def test_blocks_that_are_missing() -> None:
     [
         ({"size_bytes": "1"}, "does not say size_bytes"),
         ({"size_bytes": True}, "does not say size_bytes"),
-        ({"size_bytes": 0}, "a device that cannot be"),
-        ({"size_bytes": 1 << 60}, "a device that cannot be"),
-        ({"pool_limit_bytes": -1}, "a device that cannot be"),
+        ({"size_bytes": 0}, "describes an impossible device"),
+        ({"size_bytes": 1 << 60}, "describes an impossible device"),
+        ({"pool_limit_bytes": -1}, "describes an impossible device"),
         ({"level": None}, "does not say level"),
         ({"level": 1.5}, "does not say level"),
-        ({"level": 0}, "a device that cannot be"),
-        ({"level": 99}, "a device that cannot be"),
+        ({"level": 0}, "describes an impossible device"),
+        ({"level": 99}, "describes an impossible device"),
     ],
 )
 def test_headers_that_cannot_be(about: dict[str, object], reason: str) -> None:
-    """Only numbers that a mount can have."""
+    """A header may only have numbers that a mount can have."""
     told = outcome(encode_header({**ABOUT, **about}))
     assert told is not None
     assert reason in told
@@ -224,14 +224,14 @@ def test_headers_that_cannot_be(about: dict[str, object], reason: str) -> None:
 
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff", b"[" * 5000])
 def test_a_header_that_is_no_object(text: bytes) -> None:
-    """Its checksum may be right."""
+    """A header that is no JSON object is refused, even if its checksum is right."""
     length = -(-(32 + len(text)) // 64) * 64
     head = struct.pack("<8sIIII8x", b"zbtrace\n", 1, length, len(text), zlib.crc32(text))
     assert outcome((head + text).ljust(length, b"\n")) == "the header of the trace is damaged"
 
 
 def test_two_holes_side_by_side_are_one() -> None:
-    """What looks like the start of a block in the middle of nonsense begins no other hole."""
+    """Bytes in the middle of damage that look like the start of a block begin no second gap."""
     head, block = encode_header(ABOUT), encode_block(1, words(many(10)))
     nonsense = bytes(64) + b"zbtb".ljust(64, b"\0") + b"zbtb".ljust(64, b"\0")
     data = head + encode_block(0, words(many(10))) + nonsense + block
@@ -239,14 +239,14 @@ def test_two_holes_side_by_side_are_one() -> None:
 
 
 def test_a_newer_format() -> None:
-    """Said as such."""
+    """The message says that the format is newer."""
     content = bytearray(trace_file([]))
     content[8] = 2
     assert outcome(bytes(content)) == "the trace has format 2, and this zbudfs knows format 1"
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
-    """A folder, an empty file, a trace without records."""
+def test_paths_that_are_no_trace(tmp_path: Path) -> None:
+    """A folder, an empty file and a trace without records are errors."""
     with pytest.raises(TraceFileError, match="it is not a file"):
         read_trace(str(tmp_path), "it")
     path = tmp_path / "trace"
@@ -261,7 +261,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_length_of_a_trace() -> None:
-    """From the first record to the last; nothing is nothing."""
+    """The length is from the first record to the last, and 0 without records."""
     assert trace_of([(5, 1, 0, 0, 1), (1_500_005, 1, 0, 0, 1)]).seconds == 1.5
     assert isinstance(trace_of([]), Trace)
     assert trace_of([]).seconds == 0.0

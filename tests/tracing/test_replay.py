@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Replays: made-up pages have the wanted sizes, and a store is given what the trace says."""
+"""In a replay, made-up pages have the wanted sizes, and the store gets the requests of the trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tracing.samples import Record, trace_of
 from zbudfs.core.allocator import chunks_for, max_zpage_size
 from zbudfs.core.codec import Codec, is_word
 from zbudfs.core.trace import RAW_CLASS, UNKNOWN_CLASS, Kind
-from zbudfs.store.page_store import PageStore
+from zbudfs.store.requests import Requests
 from zbudfs.tracing.pages import VARIANTS, PageMaker
 from zbudfs.tracing.replay import ReplayResult, ReplaySettings, Script, replay
 
@@ -30,7 +30,7 @@ def class_of(page: bytes, codec: Codec) -> int:
 
 @pytest.mark.parametrize("level", [-7, -1, 3])
 def test_pages_have_the_wanted_size(level: int) -> None:
-    """Every class can be made, in different variants, and made again from the same seed."""
+    """A page of each size class can be made, in several variants, and the same seed makes the same page."""
     maker, again, codec = PageMaker(level, 1), PageMaker(level, 1), Codec(level)
     for size_class in range(RAW_CLASS + 1):
         made = [maker.page(size_class, variant) for variant in range(VARIANTS)]
@@ -47,8 +47,8 @@ def outcome(records: list[Record], folder: Path | None = None, pool_bytes: int =
     return replay(script, wanted, None if folder is None else str(folder), 1, lambda done, total: None)
 
 
-def test_what_is_asked_is_done() -> None:
-    """Pages are written, overwritten, read and discarded; all come back as they were."""
+def test_requests_are_repeated() -> None:
+    """Pages are written, overwritten, read and discarded, and all reads are right."""
     found = outcome(
         [
             (0, Kind.WRITE, 20, 0, 8),
@@ -64,20 +64,20 @@ def test_what_is_asked_is_done() -> None:
     assert (found.written_pages, found.read_pages, found.refused_pages) == (18, 22, 0)
     assert (found.wrong_pages, found.lost_pages, found.pagein_pages) == (0, 0, 0)
     assert found.hit_ratio == 1.0
-    # Two raw pages with a frame each; of the first write two pages are left, in a frame or two.
+    # Two raw pages have a frame each. Two pages of the first write are left, in one frame or two.
     assert found.pool_used_max_bytes in (3 * 4096, 4 * 4096)
     assert found.cpu_seconds > 0
 
 
-def test_what_was_there_before_is_there() -> None:
-    """A page that is read and was never written was stored before; it does not count as written."""
+def test_earlier_pages_are_stored_first() -> None:
+    """A page that is read before any write is stored first, and does not count as written."""
     found = outcome([(0, Kind.READ, 30, 50, 4), (1, Kind.PAGEIN, UNKNOWN_CLASS, 60, 1), (2, Kind.READ, 30, 50, 4)])
     assert (found.written_pages, found.read_pages, found.wrong_pages) == (0, 9, 0)
     assert found.pool_used_max_bytes >= 2 * 4096
 
 
 def test_a_large_device_is_made_small() -> None:
-    """Only pages that are touched are on the device that is replayed on, in their order."""
+    """The replay's device has only the pages that the trace touches, in their order."""
     far = (1 << 32) - 10
     script = Script(
         trace_of(
@@ -100,7 +100,7 @@ def test_a_large_device_is_made_small() -> None:
 
 
 def storm(pages: int) -> list[Record]:
-    """Write pages, read them all twice."""
+    """Write pages, then read all of them twice."""
     return [
         (at, kind, 25, at * 8 % pages, 8)
         for at, kind in enumerate([Kind.WRITE] * (pages // 8) + [Kind.READ] * (pages // 4))
@@ -108,7 +108,7 @@ def storm(pages: int) -> list[Record]:
 
 
 def test_more_than_the_pool_holds(tmp_path: Path) -> None:
-    """With a backing file everything comes back, through the disk; a larger pool needs it less, or not at all."""
+    """With a backing file all pages come back from the disk. A larger pool needs the disk less, or not at all."""
     small, large = (outcome(storm(1600), tmp_path, pool_bytes=size) for size in (MIB, 8 * MIB))
     assert small.wrong_pages == small.lost_pages == small.refused_pages == 0
     assert small.writeback_pages > 800
@@ -121,14 +121,14 @@ def test_more_than_the_pool_holds(tmp_path: Path) -> None:
 
 
 def test_without_a_backing_file_pages_are_refused() -> None:
-    """They are counted, and nobody expects to read them."""
+    """Refused pages are counted, and the replay does not read them."""
     found = outcome(storm(1600))
     assert 0 < found.refused_pages < 1600
     assert (found.wrong_pages, found.lost_pages, found.writeback_pages) == (0, 0, 0)
 
 
 def test_watermarks_are_obeyed(tmp_path: Path) -> None:
-    """Written back early: blocks are taken that are not otherwise. (A replay does not wait for the disk to have them.)"""
+    """Higher watermarks write back earlier, and so take blocks. (A replay does not wait for the disk.)"""
     late = outcome(storm(560), tmp_path, pool_bytes=2 * MIB, low_watermark_frames=1, high_watermark_frames=1)
     early = outcome(storm(560), tmp_path, pool_bytes=2 * MIB, low_watermark_frames=400, high_watermark_frames=500)
     assert late.backing_used_max_bytes == late.writeback_frames == 0
@@ -136,19 +136,19 @@ def test_watermarks_are_obeyed(tmp_path: Path) -> None:
 
 
 def test_a_wrong_page_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that gives back something else is caught at it."""
-    real: Callable[[PageStore, int, int], bytes | None] = PageStore.read_nowait
+    """The replay notices a store that returns another content."""
+    real: Callable[[Requests, int, int], bytes | None] = Requests.read_nowait
 
-    def bad(store: PageStore, offset: int, length: int) -> bytes | None:
-        content = real(store, offset, length)
+    def bad(requests: Requests, offset: int, length: int) -> bytes | None:
+        content = real(requests, offset, length)
         return content if content is None or offset else b"x" + content[1:]
 
-    monkeypatch.setattr(PageStore, "read_nowait", bad)
+    monkeypatch.setattr(Requests, "read_nowait", bad)
     assert outcome(storm(80)).wrong_pages == 2
 
 
 def test_packings_side_by_side() -> None:
-    """A denser one needs fewer frames for small zpages, and gives all of them back."""
+    """A denser packing needs fewer frames for small zpages, and frees all of them."""
     records: list[Record] = [
         (at, kind, 12, at % 100 * 8, 8) for at, kind in enumerate([Kind.WRITE] * 100 + [Kind.READ] * 100)
     ]

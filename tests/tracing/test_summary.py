@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a trace is summed up to, by hand and against a count that knows no intervals."""
+"""The summary of a trace equals results by hand and a simple count without intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECOND = 1_000_000
 
 
 def test_the_working_set_over_time() -> None:
-    """Different pages of each interval; discards are none of them."""
+    """The working set has the different pages of each interval, without discards."""
     trace = trace_of(
         [
             (0, Kind.WRITE, 5, 10, 4),
@@ -37,7 +37,7 @@ def test_the_working_set_over_time() -> None:
 
 
 def test_nothing_read() -> None:
-    """There is no hit ratio then."""
+    """Without reads there is no hit ratio."""
     assert summarize(trace_of([(0, Kind.WRITE, 1, 0, 1)]), 10).hit_ratio is None
 
 
@@ -56,7 +56,7 @@ def test_nothing_read() -> None:
     st.integers(1, 70),
 )
 def test_the_intervals_add_up(records: list[Record], nr_intervals: int) -> None:
-    """Every page is in one interval, whatever their number."""
+    """Each page is in one interval, for any number of intervals."""
     records.sort()
     found = summarize(trace_of(records), nr_intervals)
     counts = {kind: sum(count for _, of, _, _, count in records if of == kind) for kind in Kind}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What people type. Never imported by the daemon."""
+"""The commands of `zbudfs`, `mount.fuse.zbudfs` and `umount.fuse.zbudfs`. The daemon never imports this package."""

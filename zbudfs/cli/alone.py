@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""One command at a time works on a mountpoint, from its first look at it to its end.
+"""A lock for each mountpoint, so that one command at a time works on it, from its first check to its end.
 
-    a command on /mnt/z      has the lock of /mnt/z alone
-    a command on /mnt/z/1    shares the lock of /mnt/z, of which it may be an instance, and has that of /mnt/z/1 alone
+    a command on /mnt/z      holds the lock of /mnt/z exclusively
+    a command on /mnt/z/1    shares the lock of /mnt/z, whose instance it may be, and holds that of /mnt/z/1 exclusively
 
-Two commands that look at the same moment would both find a mount without swap, and both turn swap on. So the second waits
-for the first, then looks, and does or refuses what it was asked for as if it had been typed later.
+Two commands that check at the same moment would both find a mount without swap, and both turn swap on. So the second
+command waits for the first, then checks, and acts as if the user had typed it later.
 
-The programs that a command runs inherit the lock: when a command is killed, the next one still waits for the mkswap or the
-swapoff that the dead one had started.
+The programs that a command runs inherit the lock. If a command is killed while its mkswap or swapoff still runs, the next
+command waits for that program too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
+from zbudfs.cli.errors import CommandError
 from zbudfs.cli.stripe import MAX_INSTANCES, instance_of
-from zbudfs.cli.target import CommandError
 from zbudfs.service.locks import COMMANDS, LockHeld, MountpointLock, who_comes_up
 from zbudfs.service.mountpoint import shown_path
 
@@ -31,16 +31,16 @@ WAIT_SECONDS: Final = 30.0
 NO_LIMIT: Final = float("inf")
 
 _SILENT_SECONDS: Final = 1.0
-"""A shorter wait is not told."""
+"""A shorter wait prints no message."""
 
 _LOOK_SECONDS: Final = 0.02
 
 
 @contextmanager
 def alone(command: str, mountpoint: str, limit_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Keep other commands off `mountpoint`, which is resolved, while `command` works on it.
+    """Keep other commands off `mountpoint` (a resolved path) while `command` works on it.
 
-    Raises CommandError if another command is at work for longer than `limit_seconds`.
+    Raises CommandError if another command works on it for longer than `limit_seconds`.
     """
     above, _, name = mountpoint.rpartition("/")
     may_be_instance = above and name.isdecimal() and len(name) <= 2 and int(name) < MAX_INSTANCES
@@ -56,7 +56,7 @@ def alone(command: str, mountpoint: str, limit_seconds: float = WAIT_SECONDS) ->
 
 
 class _Wait:
-    """A wait with a limit, of which the user is told once."""
+    """A wait with a limit. It prints one message to the user."""
 
     def __init__(self, limit_seconds: float) -> None:
         self._limit_seconds = limit_seconds
@@ -64,7 +64,7 @@ class _Wait:
         self._told = False
 
     def until_taken(self, command: str, mountpoint: str, *, shared: bool) -> MountpointLock:
-        """Take the lock of a mountpoint as soon as other commands leave it."""
+        """Take the lock of a mountpoint as soon as other commands release it."""
         while True:
             try:
                 return MountpointLock.take(COMMANDS, mountpoint, f"{command}, pid {os.getpid()}", shared=shared)
@@ -73,9 +73,9 @@ class _Wait:
             self._go_on(other, mountpoint)
 
     def until_up(self, mountpoint: str) -> None:
-        """Let a daemon come up that a command has started which was killed meanwhile."""
+        """Wait while a daemon starts up whose command was killed meanwhile."""
         while (holder := who_comes_up(mountpoint)) is not None:
-            self._go_on(f"a daemon that comes up ({holder})", mountpoint)
+            self._go_on(f"a daemon that starts up ({holder})", mountpoint)
 
     def _go_on(self, other: str, mountpoint: str) -> None:
         """Sleep for a moment; raise CommandError at the end of the limit."""
@@ -83,7 +83,8 @@ class _Wait:
         shown = shown_path(mountpoint)
         if waited >= self._limit_seconds:
             raise CommandError(
-                f"{other} works on {shown} and has not ended within {self._limit_seconds:g} s: run this again when it has"
+                f"{other} works on {shown} and has not ended within {self._limit_seconds:g} s:"
+                " run this command again when it has ended"
             )
         if waited >= _SILENT_SECONDS and not self._told:
             self._told = True

@@ -1,104 +1,106 @@
 # SPDX-License-Identifier: MIT
-"""What was typed, with its types: `options` fills it in, `commands` reads it, and neither needs the other for that."""
+"""Parsed command lines, with the types of their values. `parser` fills them in, and the commands read them."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass
 
-MOUNT_OPTIONS: Final = ("size", "pool", "backing", "force_backing", "level", "encrypt", "packing", "instances")
-"""The options that say what is mounted. They mean nothing for a mount that is there, and a configuration says them itself."""
+
+@dataclass(frozen=True)
+class Later:
+    """The function of a command, by its module in `zbudfs.cli`. A command line imports only the module of its command.
+
+    All modules together would take twice the time of most commands.
+    """
+
+    module: str
+    name: str
+
+    def function(self) -> Callable[[Arguments], int]:
+        """Import the module, and return the function. It carries out the command, and returns the exit status."""
+        found: Callable[[Arguments], int] = getattr(importlib.import_module(f"zbudfs.cli.{self.module}"), self.name)
+        return found
 
 
 class Arguments(argparse.Namespace):
-    """What was typed, with the types that the parser gives."""
+    """The parsed command line of one command. An attribute exists only if that command has the argument."""
 
-    run: Callable[[Arguments], int]
-    """The command."""
+    run: Later
+    """The function of the command."""
     mountpoint: str
-    """As typed; status has `one_mountpoint` instead."""
+    """Mountpoint as typed. `status` and `top` have `one_mountpoint` instead."""
     one_mountpoint: str | None
-    """As typed; None: all of them."""
-    size: int | None
-    """Bytes; None: the default."""
+    """Mountpoint as typed; None: not given."""
     pool: str | None
-    """A size or a percentage that has been checked; None: the default."""
+    """Checked size or percentage; None: the default."""
     backing: str | None
-    """A path or "none"; None: the default."""
-    level: int | None
-    """zstd level; None: the default."""
-    encrypt: bool | None
-    """Whether to encrypt what is written back; None: the default."""
-    force_backing: bool | None
-    """Whether to take a backing that is refused otherwise; None: the default."""
-    packing: str | None
-    """As core/packing.py writes it; None: the default."""
-    instances: int | None
-    """How many daemons share size and pool; None: the default."""
+    """Path of the backing, or "none"; None: the default."""
     foreground: bool
     """Whether the daemon stays at the terminal."""
     priority: int | None
-    """Swap priority; None: left to the kernel."""
+    """Swap priority; None: chosen by zbudfs (swap/priority.py)."""
     umount: bool
-    """Whether swapoff unmounts as well."""
+    """Whether swapoff also unmounts."""
     force: bool
-    """Whether swapoff leaves out the count of memory."""
+    """Whether swapoff skips the check that RAM has room for the swapped pages."""
     watch: float | str | None
-    """Seconds between two looks; None: one look. What is no number was meant as the mountpoint."""
+    """Seconds between two pages of `status`; None: one page. A path here is the mountpoint, typed without seconds."""
     listen: tuple[str, int] | None
     """Address and port of the exporter; None: the default."""
     textfile: str | None
-    """File that the exporter writes; None: it listens."""
+    """File that the exporter writes; None: the exporter listens."""
     interval: float | None
-    """Seconds between two writes of that file; None: it is written once."""
+    """Seconds between two writes of `textfile`; None: one write."""
     mountpoints: list[str]
-    """As typed; none: all of them."""
+    """Mountpoints as typed; empty: all."""
     words: list[str]
-    """What set is told: KEY=VALUE ..., then the mountpoint."""
+    """Words of `set`: KEY=VALUE ..., then the mountpoint."""
     json: bool
-    """Whether JSON is printed."""
+    """Whether the command prints JSON."""
     name: str | None
-    """Of a configuration; None: all of them."""
+    """Name of a configuration; None: all configurations."""
     step: str
-    """Of hibernate: prepare or finish."""
+    """Step of hibernate: "prepare" or "finish"."""
     config: str | None
-    """Name of a configuration that says the rest; None: the mountpoint is typed."""
+    """Name of a configuration that has the mountpoint and the options; None: they are typed."""
     check: bool
-    """Whether config only looks for errors."""
+    """Whether `config` prints errors only."""
     root: str
     """Folder that holds the system whose configuration is read."""
     pids: list[int]
-    """Processes that estimate looks at."""
+    """Processes whose memory estimate samples."""
     all: bool
-    """Whether estimate looks at all processes."""
+    """Whether estimate samples all processes."""
     file: str | None
-    """That estimate looks at; None: processes."""
+    """File that estimate samples; None: processes."""
     sample: int | None
-    """Bytes to look at; None: the default."""
+    """Size of the sample in bytes; None: the default."""
     seed: int
-    """What random choices start from."""
+    """Seed of random choices."""
     levels: list[int] | None
-    """zstd levels to compare; None: the default one alone."""
+    """zstd levels to compare; None: the default level alone."""
     plot: str | None
-    """Picture to draw; None: none."""
+    """File for a plot; None: no plot."""
     pools: list[str] | None
-    """Pools to compare, as they were typed; None: the recorded one."""
+    """Pool sizes to compare, as typed; None: the recorded one."""
     packings: list[str] | None
     """Packings to compare; None: the recorded one."""
     watermarks: list[str] | None
-    """Pairs of watermarks to compare, as they were typed; None: the daemon's."""
+    """Pairs of watermarks to compare, as typed; None: those of the daemon."""
     trace: str
     """File that holds a trace."""
     output: str
     """File to write."""
     seconds: float | None
-    """How long to record; None: until told to stop."""
+    """Length of the recording; None: until Ctrl-C or SIGTERM."""
     max: int | None
     """Largest size of a trace, in bytes; None: the default."""
     look_seconds: float
-    """Seconds between looks of top."""
+    """Seconds between two updates of top."""
     picture: str | None
-    """Picture that top draws instead of a screen; None: none."""
-    picture_seconds: float
-    """Seconds until top draws it."""
+    """File to which top draws its screen; None: top shows it on the terminal."""
+    picture_seconds: float | None
+    """Seconds until top draws `picture`; None: the default."""

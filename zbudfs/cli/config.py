@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""From files to one daemon's settings, with the source of every value.
+"""Configuration files: they become the settings of a daemon, and each value keeps its source.
 
-    /etc/zbudfs/NAME.toml           what is said for NAME; may be empty: every key has a default
-    /etc/zbudfs/NAME.toml.d/*.toml  drop-ins, in the order of their names; the last to say something about a key wins
+    /etc/zbudfs/NAME.toml           the configuration NAME; it may be empty, since every key has a default
+    /etc/zbudfs/NAME.toml.d/*.toml  drop-ins, in the order of their names; the last file that sets a key wins
 
-A key that nobody knows is passed over with a warning, so that a file may be older or newer than the program. A value
-that cannot work is an error that names the file, the key, the value, and what would be right; all errors of a
-configuration are told at once. What a value means, and its limits, are those of the command line (`keys`,
-`commands.make_settings`): each value is tried alone with defaults for all others, which is how it is known whose fault
-an error is, and then all of them together.
+An unknown key is ignored with a warning, so that a file may be older or newer than the program. A wrong value is an error
+that names the file, the key, the value, and a right value. All errors of a configuration are reported together. Each value
+is first checked alone, with defaults for all others, so that the error names the value at fault. Then all values are
+checked together (`option_table`, `plan`).
 
 Every reader takes `root`, the folder that holds `etc/` and `proc/`.
 """
@@ -23,17 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.keys import BY_NAME, Value
+from zbudfs.cli.errors import ConfigError
+from zbudfs.cli.option_table import BY_NAME, FOLDER, Value
+from zbudfs.cli.plan import Plan, make_plan
 from zbudfs.cli.suggest import did_you_mean
+from zbudfs.cli.suited import reasons
 from zbudfs.cli.target import resolve
 from zbudfs.service.mountpoint import find_mount, shown_path
-from zbudfs.service.settings import Settings, SettingsError, ram_bytes
-
-FOLDER: Final = "/etc/zbudfs"
+from zbudfs.service.settings import SettingsError, ram_bytes
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
-"""What a name is made of: nothing that a unit's name or a path would need to escape."""
+"""Pattern of a configuration's name. Neither a unit name nor a path has to escape any of these characters."""
 
 _MARKS: Final = (
     (b"\xef\xbb\xbf", "UTF-8"),
@@ -42,55 +41,44 @@ _MARKS: Final = (
 )
 _NEWLINE: Final = "\n"
 _PLACE: Final = re.compile(r"(.*) \(at line (\d+), column (\d+)\)", re.DOTALL)
-"""How tomllib ends its errors."""
+"""Pattern of an error of tomllib: the text, the line and the column."""
 _KEY: Final = re.compile(r"\s*([A-Za-z0-9_-]+|\"[^\"]*\"|'[^']*')\s*=")
 _QUOTES: Final = "\"'"
 
 _LONGEST_SHOWN_NR: Final = 80
 
 
-class ConfigError(Exception):
-    """A configuration that cannot be used."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        """Take one sentence for each thing that is wrong."""
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
-
-
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One value, as a file says it."""
+    """One value that a file sets."""
 
     value: Value
-    """What it comes to: what the command's option of this name would give."""
+    """The value of the option."""
     written: object
-    """What the file says."""
+    """The value as the file has it."""
     source: str
     """Path of the file, as seen from inside `root`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All that is configured under one name, with the defaults filled in."""
+    """The configuration of one name."""
 
     name: str
-    arguments: Arguments
-    """As if all of it had been typed to `zbudfs swapon`."""
-    settings: Settings
-    """What a daemon is told."""
-    swap: bool
-    """Whether it is wanted as active swap."""
+    plan: Plan
+    """The values of the files, with defaults for the missing keys."""
     found: Mapping[str, Found]
-    """What the files say, by key; a key that is not there has its default."""
+    """The values in the files, by key; a key that is missing here has its default."""
     files: tuple[str, ...]
-    """What was read, in that order."""
+    """The files that were read, in the order of reading."""
     warnings: tuple[str, ...]
-    """One sentence for each thing that was passed over."""
+    """One sentence for each key that was ignored."""
+    reasons: Mapping[str, str]
+    """The reason of each default on this machine, by key."""
 
 
 def names(root: str = "/") -> list[str]:
-    """Return the names that something is configured for, in order."""
+    """Return the names of all configurations, sorted."""
     folder = _inside(root, FOLDER)
     stems = {path.name.removesuffix(".toml") for path in folder.glob("*.toml")}
     stems |= {path.parent.name.removesuffix(".toml.d") for path in folder.glob("*.toml.d/*.toml")}
@@ -98,9 +86,9 @@ def names(root: str = "/") -> list[str]:
 
 
 def files_of(name: str, root: str = "/") -> list[str]:
-    """Return the files that speak of `name`, in the order in which they are read, as paths inside `root`.
+    """Return the files of the configuration `name`, in the order of reading, as paths inside `root`.
 
-    Raises ConfigError if there are none, or for what cannot be a name.
+    Raises ConfigError if there are none, or if `name` is malformed.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError([f"{name!r} is not a name: write up to 64 letters, digits and any of _ . - after the first"])
@@ -112,13 +100,16 @@ def files_of(name: str, root: str = "/") -> list[str]:
     if not found:
         known = ", ".join(names(root))
         raise ConfigError(
-            [f"{first} does not exist (an empty file means all defaults)" + (f"; there is {known}" if known else "")]
+            [
+                f"{first} does not exist: create it (an empty file means all defaults)"
+                + (f", or use one of {known}" if known else "")
+            ]
         )
     return found
 
 
 def load(name: str, root: str = "/") -> Config:
-    """Return what is configured for `name`. Raises ConfigError with everything that is wrong with it."""
+    """Return the configuration `name`. Raises ConfigError with all of its errors."""
     files = files_of(name, root)
     ram = ram_bytes(root)
     found: dict[str, Found] = {}
@@ -136,8 +127,8 @@ def load(name: str, root: str = "/") -> Config:
                 continue
             try:
                 value = BY_NAME[key].read(written, ram)
-                settings_of({key: value}, default_mountpoint(name), root)
-            except ValueError as error:  # a SettingsError as well
+                _plan({key: value}, name, root)
+            except ValueError as error:  # SettingsError is one
                 said = "" if str(error).startswith(_shown(written)) else f" = {_shown(written)}"
                 problems.append(f"{file}: {key}{said}: {error}")
             else:
@@ -145,29 +136,24 @@ def load(name: str, root: str = "/") -> Config:
     if problems:
         raise ConfigError(problems)
     try:
-        values = {key: each.value for key, each in found.items()}
-        arguments, settings = settings_of(values, default_mountpoint(name), root)
+        plan = _plan({key: each.value for key, each in found.items()}, name, root)
     except SettingsError as error:
         raise ConfigError([f"{', '.join(files)}: {error}"]) from None
-    swap = found["swap"].value if "swap" in found else True
-    return Config(
-        name=name,
-        arguments=arguments,
-        settings=settings,
-        swap=bool(swap),
-        found=found,
-        files=tuple(files),
-        warnings=tuple(warnings),
-    )
+    why = reasons(plan.settings, ram, root)
+    return Config(name=name, plan=plan, found=found, files=tuple(files), warnings=tuple(warnings), reasons=why)
+
+
+def _plan(values: Mapping[str, Value], name: str, root: str) -> Plan:
+    return make_plan(values, resolve(str(values.get("mountpoint", default_mountpoint(name)))), root=root)
 
 
 def conflicts(configs: Iterable[Config]) -> list[str]:
-    """Return a sentence for each two configurations that cannot both be used."""
+    """Return a sentence for each pair of configurations that cannot be used together."""
     taken: dict[tuple[str, str], str] = {}
     sentences = []
     for config in configs:
         for what in ("mountpoint", "backing"):
-            path = getattr(config.settings, what)
+            path = getattr(config.plan.settings, what)
             other = taken.setdefault((what, path), config.name) if path is not None else config.name
             if other != config.name:
                 sentences.append(
@@ -177,48 +163,31 @@ def conflicts(configs: Iterable[Config]) -> list[str]:
 
 
 def default_mountpoint(name: str) -> str:
-    """Return where `name` is mounted if its files do not say.
+    """Return the mountpoint of the configuration `name` if its files set none.
 
-    Under /run: that can be written at any time, even while the root file system is read-only; it is empty after a
-    reboot; and it is the last to go at power-off, after swap. Not inside /run/zbudfs, where pool directories are.
+    It is below /run, which is writable even while the root file system is read-only, and is empty after a reboot. At
+    power-off, /run is unmounted last, after swap. The mountpoint is not inside /run/zbudfs, which has the pool directories.
     """
     return f"/run/zbudfs.{name}"
 
 
 def is_configured(name: str, root: str = "/") -> bool:
-    """Whether there is a file for `name`; anything may be asked for."""
+    """Return whether `name`, which may be any text, has a configuration file."""
     return _NAME.fullmatch(name) is not None and name in names(root)
 
 
 def make_mountpoint(config: Config) -> None:
-    """Make the directory to mount on, and those above it, if they are missing. Raises OSError."""
-    mountpoint = config.settings.mountpoint
-    if find_mount(mountpoint) is None:  # a dead mount would answer every look at it with an error
+    """Make the mountpoint and its parent directories, if they are missing. Raises OSError."""
+    mountpoint = config.plan.mountpoint
+    if find_mount(mountpoint) is None:  # on a dead mount, every access fails
         Path(mountpoint).mkdir(mode=0o755, parents=True, exist_ok=True)
-
-
-def settings_of(values: Mapping[str, Value], mountpoint: str, root: str = "/") -> tuple[Arguments, Settings]:
-    """Return what a command line with these values would give; `mountpoint` if there is none among them.
-
-    Raises SettingsError.
-    """
-    from zbudfs.cli.commands import make_parts, make_settings
-    from zbudfs.cli.options import build_parser  # here: it knows the commands, and those know this module
-
-    mountpoint = str(values.get("mountpoint", mountpoint))
-    arguments = build_parser().parse_args(["swapon", "--", mountpoint], Arguments())
-    for key, value in values.items():
-        setattr(arguments, BY_NAME[key].field, value)
-    arguments.mountpoint = resolve(mountpoint)
-    make_parts(arguments, arguments.mountpoint, root)  # raises where an instance's part would be too small
-    return arguments, make_settings(arguments, arguments.mountpoint, root)
 
 
 def _read(path: Path) -> dict[str, object]:
     if os.path.realpath(path) == os.devnull:
-        return {}  # how an administrator takes out a file that a package has brought
+        return {}  # an administrator masks a package's file with a link to /dev/null
     if not path.is_file():
-        raise ValueError("it is not a file")
+        raise ValueError("it is not a regular file")
     content = path.read_bytes()
     for mark, name in _MARKS:
         if content.startswith(mark):
@@ -233,13 +202,13 @@ def _read(path: Path) -> dict[str, object]:
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise ValueError("it is not for zbudfs: its lists or tables are nested too deeply") from None
+        raise ValueError("its lists or tables are nested too deeply: no key of zbudfs has any") from None
     except ValueError as error:
         raise ValueError(_toml_error(str(error), text)) from None
 
 
 def _toml_error(error: str, text: str) -> str:
-    """Return what is wrong with a text, with the line first, from the parser's words."""
+    """Return the message for an error of tomllib: the line of `text` first, then what is wrong."""
     match = _PLACE.fullmatch(error)
     if match is None:
         return f"line {text.count(_NEWLINE) + 1}: it is not TOML: {error.replace('document', 'the file')}"
@@ -248,8 +217,9 @@ def _toml_error(error: str, text: str) -> str:
     key = _KEY.match(lines[number - 1]) if number <= len(lines) else None
     if said == "Cannot overwrite a value" and key is not None:
         before = [at for at, line in enumerate(lines[: number - 1], 1) if (m := _KEY.match(line)) and m[1] == key[1]]
-        where = f"in line {before[-1]} already" if before else "above already"
-        return f"line {number}: it is not TOML: the key {_shown(key[1].strip(_QUOTES))} is {where}; leave one of the two out"
+        where = f"in line {before[-1]}" if before else "above"
+        shown = _shown(key[1].strip(_QUOTES))
+        return f"line {number}: it is not TOML: the key {shown} is already set {where}; remove one of the two"
     return f"line {number}: it is not TOML: {said} (column {match[3]})"
 
 
@@ -258,7 +228,7 @@ def _inside(root: str, path: str) -> Path:
 
 
 def _unknown(key: str) -> str:
-    return f"the key {_shown(key)} is unknown and passed over: {did_you_mean(key.replace('-', '_'), BY_NAME)}"
+    return f"the key {_shown(key)} is unknown, and is ignored: {did_you_mean(key.replace('-', '_'), BY_NAME)}"
 
 
 def _shown(written: object) -> str:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Where the commands begin. What they are made of takes a tenth of a second and more to import, and Ctrl-C may come then.
+"""The entry points of the commands. They make Ctrl-C safe while the modules of a command are imported.
 
-    Python starts | this module | imports              | the command                  | Python ends
-                                  Ctrl-C ends it, as     Ctrl-C is a KeyboardInterrupt  Ctrl-C ends it
-                                  it ends any program    and undoes what was begun
+The imports take a tenth of a second, and Ctrl-C may come at any moment:
 
-Before this module, for some hundredths of a second, Python itself has the word, and a traceback of its own. Nothing but this
-is imported before the first step is taken. Where Ctrl-C is ignored (a shell does that to what runs behind it) it stays ignored.
+    Python starts | this module | imports, command line | the command                  | Python ends
+                                  Ctrl-C ends the         Ctrl-C is KeyboardInterrupt    Ctrl-C ends the
+                                  process at once         and undoes the begun steps     process at once
+
+Before this module runs, for some hundredths of a second, Python itself handles Ctrl-C and prints a traceback. So this module
+imports nothing of zbudfs at its head. If Ctrl-C is ignored, as a shell does for background jobs, it stays ignored.
 """
 
 from __future__ import annotations
@@ -16,25 +18,25 @@ from collections.abc import Callable
 from typing import Final
 
 INTERRUPTED: Final = 130
-"""Exit status after a Ctrl-C that came just before the command could tell of it, or just after."""
+"""Exit status after a Ctrl-C that came just before the command could report it, or just after the command."""
 
 CANNOT_START: Final = 127
-"""Exit status where a part of the program is missing. systemd does not try a service again after it."""
+"""Exit status if a part of the program cannot be imported. systemd does not start the service again after it."""
 
 
 def main() -> int:
-    """Be `zbudfs`; return the exit status."""
+    """Run the command `zbudfs`, and return the exit status."""
 
     def load() -> Callable[[], int]:
-        from zbudfs.cli.main import main
+        from zbudfs.cli.main import prepared
 
-        return main
+        return prepared()
 
     return _run(load)
 
 
 def mount_main() -> int:
-    """Be `mount.fuse.zbudfs`; return the exit status."""
+    """Run `mount.fuse.zbudfs`, and return the exit status."""
 
     def load() -> Callable[[], int]:
         from zbudfs.cli.mount_helper import mount_main
@@ -45,7 +47,7 @@ def mount_main() -> int:
 
 
 def umount_main() -> int:
-    """Be `umount.fuse.zbudfs`; return the exit status."""
+    """Run `umount.fuse.zbudfs`, and return the exit status."""
 
     def load() -> Callable[[], int]:
         from zbudfs.cli.mount_helper import umount_main
@@ -56,15 +58,17 @@ def umount_main() -> int:
 
 
 def _run(load: Callable[[], Callable[[], int]]) -> int:
-    """Run a command and return its exit status. One line where a part of the program cannot be imported."""
+    """Run a command, and return its exit status. If an import fails, print one line that says how to install again."""
     try:
         return _loaded(load)
     except ImportError as error:
         import os
         import sys
 
-        print(f"zbudfs: cannot start: {error}; install zbudfs again, for example with make install", file=sys.stderr)
-        held = os.environ.get("LISTEN_FDS", "0") not in ("", "0")  # a service whose mount holds pages is tried again
+        from zbudfs.cli.installation import Installation
+
+        print(f"zbudfs: cannot start: {error}; install zbudfs again: {Installation().command_again()}", file=sys.stderr)
+        held = os.environ.get("LISTEN_FDS", "0") not in ("", "0")  # systemd restarts a service whose mount holds pages
         return 1 if held else CANNOT_START
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs estimate`: how the memory of this machine would compress, before anything is installed, mounted or changed.
+"""`zbudfs estimate` measures how the memory of this machine compresses, before zbudfs is mounted.
 
-It finds the pages (`estimate.processes`, `estimate.files`), has them compressed and packed (`estimate.measure`), and tells
-the result for people, for programs (--json) and as a picture (--plot).
+It samples pages (`estimate.processes`, `estimate.files`), compresses and packs them (`estimate.measure`), and prints the
+result as text or as JSON (--json), or draws it (--plot).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.errors import CommandError
 from zbudfs.cli.footprint_text import REMEDY, itself
 from zbudfs.cli.plot import check_plot, save_plot
 from zbudfs.cli.progress import progress_bar
-from zbudfs.cli.target import CommandError
 from zbudfs.core.codec import DEFAULT_LEVEL
 from zbudfs.core.packing import ZBUD
 from zbudfs.core.sizes import format_size, parse_size_or_percent
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEFAULT_SAMPLE_BYTES: Final = 64 << 20
-"""16,384 pages: shares are right to within one percent of the whole (twice the standard error), and it takes a second."""
+"""16,384 pages: each share is right to within one percent of the whole (twice the standard error). It takes a second."""
 
 _BAR_COLUMNS: Final = 40
 _ROW_CHUNKS: Final = 4
-"""Chunks that share a row of the histogram: 256 bytes."""
+"""Chunks in one row of the histogram: 256 bytes."""
 _GIB_PAGES: Final = 1 << 18
 
 _LEFT_OUT: Final = (
-    ("denied", "processes that may not be read"),
+    ("denied", "processes whose memory this user may not read"),
     ("ended", "processes that ended meanwhile"),
     ("failed", "processes whose memory cannot be read"),
-    ("stuck", "processes that kept the kernel waiting"),
-    ("cut_off", "processes with too many addresses to look at all of them in time"),
-    ("not_reached", "processes for which there was no time"),
+    ("stuck", "processes whose memory the kernel did not return in time"),
+    ("cut_off", "processes with more addresses than could be searched in time"),
+    ("not_reached", "processes that were not reached in time"),
     ("swapped_pages", "pages that are swapped out already"),
     ("shared_pages", "pages that processes share"),
-    ("gone_pages", "pages that were gone when their turn came"),
+    ("gone_pages", "pages that were gone before they were read"),
     ("unreadable_pages", "pages that cannot be read"),
 )
 
 
 def estimate(arguments: Arguments) -> int:
-    """Look at a sample, tell what would become of it, and write the picture if wanted."""
+    """Compress a sample, print the result, and draw it if --plot is given."""
     check_plot(arguments.plot)
     ram = ram_bytes()
     pool_bytes = parse_size_or_percent(arguments.pool or DEFAULT_POOL, ram)
@@ -78,7 +78,7 @@ def estimate(arguments: Arguments) -> int:
 
 
 def _footprint(packing: str, pool_bytes: int, ram: int) -> Footprint:
-    """Return what a daemon with this pool takes besides. SettingsError for a pool that cannot be."""
+    """Return the memory that a daemon with this pool takes. Raises SettingsError for a wrong pool size."""
     settings = Settings(
         mountpoint="/mnt/zswap",
         size_bytes=default_size_bytes(ram),
@@ -108,13 +108,13 @@ def _take_sample(arguments: Arguments) -> Sample:
 
 
 def _held_pages(measured: LevelMeasure, packing: str, pool_bytes: int) -> int | None:
-    """Return how many such pages a pool holds; None: they take no room at all."""
+    """Return how many of the measured pages a pool holds; None if they take no frames at all."""
     taken = measured.frames_per_page(packing)
     return int((pool_bytes >> PAGE_SHIFT) / taken) if taken else None
 
 
 def _net(measured: LevelMeasure, packing: str, footprint: Footprint) -> int | None:
-    """Return what a full pool of such pages saves less all that zbudfs takes; None: they take no room at all."""
+    """Return the bytes that a full pool saves, less all that zbudfs takes; None if the pages take no frames at all."""
     held = _held_pages(measured, packing, footprint.pool_bytes)
     return None if held is None else (held << PAGE_SHIFT) - footprint.pool_bytes - footprint.own_bytes
 
@@ -171,7 +171,7 @@ def _as_page(sample: Sample, measures: Sequence[LevelMeasure], footprints: Mappi
     pool_bytes = footprints[ZBUD.name].pool_bytes
     whole = format_size(sample.population_pages << PAGE_SHIFT)
     looked_at = format_size(len(sample.pages) << PAGE_SHIFT)
-    lines = [f"{sample.source}: {whole}, of which {looked_at} were looked at (--seed {seed})"]
+    lines = [f"{sample.source}: {whole}, of which {looked_at} were sampled (--seed {seed})"]
     if left := _left_out(sample):
         lines.append(f"left out: {left}")
     lines += ["", *_level_lines(measures[0])]
@@ -191,21 +191,21 @@ def _level_lines(measured: LevelMeasure) -> list[str]:
     compressed = measured.pages - same - raw
     mean = measured.zpage_bytes / measured.zpages if measured.zpages else 0
     rows = [
-        ("same-filled", same, "one word repeated: kept as the word"),
+        ("same-filled", same, "one word repeated: stored as that word"),
         ("compressed", compressed, f"to {mean:,.0f} bytes on average" if measured.zpages else ""),
-        ("raw", raw, "do not compress: a frame each" if raw else ""),
+        ("raw", raw, "too large when compressed: one frame for each page" if raw else ""),
     ]
     lines = [f"level {measured.level}"]
     for name, number, text in rows:
         lines.append(f"  {name:12} {100 * number / measured.pages:5.1f} %  {text}".rstrip())
-    lines.append(f"  {'ratio':12} {measured.ratio:5.2f}    of what is not same-filled")
+    lines.append(f"  {'ratio':12} {measured.ratio:5.2f}    of the pages that are not same-filled")
     lines.append(
-        f"  {'time':12} {measured.compress_us:5.1f} us a page to compress, {measured.decompress_us:.1f} us to decompress"
+        f"  {'time':12} {measured.compress_us:5.1f} us to compress a page, {measured.decompress_us:.1f} us to decompress it"
     )
     for packing in measured.frames:
         lines.append(
             f"  {packing:12} {measured.zpages_per_frame(packing):5.2f}    zpages a frame:"
-            f" 1 GiB of it takes {_taken(measured, packing, _GIB_PAGES)}"
+            f" 1 GiB of this memory takes {_taken(measured, packing, _GIB_PAGES)}"
         )
     return lines + _histogram_lines(measured)
 
@@ -246,7 +246,7 @@ def _pool_lines(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> list
         held = _held_pages(measured, packing, pool_bytes)
         if held is None:
             lines.append(
-                f"pool of {format_size(pool_bytes)}, {packing}: holds any amount of it, since it takes no room"
+                f"pool of {format_size(pool_bytes)}, {packing}: holds any amount of such memory, which takes no frames"
             )
             continue
         held_bytes = held * PAGE_SIZE
@@ -255,7 +255,7 @@ def _pool_lines(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> list
             f" {format_size(held_bytes - pool_bytes)} of RAM"
         )
         lines.append(
-            f"  all of these {format_size(sample.population_pages << PAGE_SHIFT)} would take"
+            f"  all {format_size(sample.population_pages << PAGE_SHIFT)} would take"
             f" {_taken(measured, packing, sample.population_pages)}"
             + ("" if held >= sample.population_pages else ": the rest goes to the backing file")
         )
@@ -263,19 +263,19 @@ def _pool_lines(measured: LevelMeasure, sample: Sample, pool_bytes: int) -> list
 
 
 def _net_lines(measured: LevelMeasure, footprints: Mapping[str, Footprint]) -> list[str]:
-    """Tell what zbudfs takes besides the pool, and whether the saving is more."""
+    """Return lines on the memory that zbudfs takes besides the pool, and whether a full pool saves more than that."""
     lines = [f"zbudfs itself takes {itself(footprints[ZBUD.name])}"]
     nets = {name: _net(measured, name, footprints[name]) for name in measured.frames}
-    saved = [f"{name} saves {format_size(net)}" for name, net in nets.items() if net is not None and net > 0]
+    saved = [f"{format_size(net)} with {name}" for name, net in nets.items() if net is not None and net > 0]
     if saved:
-        lines.append(f"  with that taken off, a full pool of {' and of '.join(saved)}")
+        lines.append(f"  after that, a full pool saves {' and '.join(saved)}")
     elif any(net is not None for net in nets.values()):
-        lines.append(f"  that is more than such a pool saves: not worthwhile; {REMEDY}, or try a larger pool")
+        lines.append(f"  that is more than a full pool saves, so zbudfs does not pay: {REMEDY}, or try a larger pool")
     return lines
 
 
 def _draw(figure: Figure, measures: Sequence[LevelMeasure]) -> None:
-    """Fill the picture: zpages by size, and beside that what the levels cost and bring."""
+    """Draw the sizes of zpages on the left, and on the right the shares and the RAM of each level."""
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     sizes = [chunks * SIZE_CLASS_BYTES for chunks in range(SIZE_CLASSES)]
     for measured in measures:
@@ -298,7 +298,7 @@ def _draw(figure: Figure, measures: Sequence[LevelMeasure]) -> None:
         bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
     for packing in measures[0].frames:
         taken = [100 * measured.frames_per_page(packing) for measured in measures]
-        right.plot(names, taken, linestyle="", marker="_", markersize=30, label=f"RAM it takes, {packing}")
+        right.plot(names, taken, linestyle="", marker="_", markersize=30, label=f"RAM in the pool, {packing}")
     right.set_xlabel("level")
     right.set_ylabel("share of the pages, %")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

@@ -1,97 +1,87 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs exporter`: the numbers of all mounts for Prometheus, over HTTP or as a file for node_exporter.
+"""`zbudfs exporter` gives the statistics of all mounts to Prometheus, over HTTP or as a file for node_exporter.
 
-It runs beside the daemons, and only reads: as root their stats/, as another user their public statistics, which are fewer
-and rounded (`zbudfs_exact 0`). A mount whose daemon is dead or hangs is `zbudfs_up 0`, within a limit of time; while it
-hangs it is not asked again, so that nothing piles up. Each mount is asked once a second at most, whoever scrapes.
+It is a process of its own and only reads: as root the stats/ of each mount, as another user the public statistics, which
+are fewer and rounded (`zbudfs_exact 0`). A mount whose daemon is dead, or does not answer within a time limit, is
+`zbudfs_up 0`. While a daemon hangs, it gets no further request, so that waiting threads do not pile up. Each mount gets at
+most one request a second, however often Prometheus scrapes.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from socketserver import ThreadingMixIn
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from zbudfs.cli.ask import snapshot
+from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.ask import Question, snapshot
+from zbudfs.cli.errors import CommandError
+from zbudfs.cli.installation import Installation
 from zbudfs.cli.metrics import HISTOGRAMS, METRICS, PREFIX, Histogram, Metric, buckets
+from zbudfs.cli.target import resolve
+from zbudfs.service.mountpoint import zbudfs_mounts
 
 SCRAPE_SECONDS: Final = 5.0
-"""Longest wait for the mounts, all asked at once. Prometheus itself waits for 10 s."""
+"""Longest wait for the mounts, which are asked at the same time. Prometheus itself waits for 10 s."""
 
 CACHE_SECONDS: Final = 1.0
-"""How long an answer is good for: a snapshot costs the thread that serves swap a third of a millisecond."""
+"""Time for which an answer is used again. A snapshot costs the thread that serves swap a third of a millisecond."""
 
 MOST_CONNECTIONS: Final = 16
-"""Scrapes at a time; who comes then is not answered. Arbitrary."""
+"""Most connections at a time; a further one is closed without an answer. Arbitrary."""
 
 CONNECTION_SECONDS: Final = 10.0
-"""Longest wait for a client that sends or takes nothing. Arbitrary."""
+"""Longest wait for a client that neither sends nor receives. Arbitrary."""
 
 DEFAULT_LISTEN: Final = ("localhost", 9824)
 
-MISSING: Final = "the exporter needs the package prometheus-client: pip install 'zbudfs[exporter]'"
-
-
-class _Question:
-    """One mount, being asked in a thread of its own."""
-
-    def __init__(self, mountpoint: str) -> None:
-        self.numbers: dict[str, Any] | None = None
-        self.asked_at = time.monotonic()
-        self._mountpoint = mountpoint
-        self.thread = threading.Thread(target=self._ask, daemon=True)
-        self.thread.start()
-
-    def is_good(self, now: float) -> bool:
-        """Whether it is not answered yet, or was asked just now."""
-        return self.thread.is_alive() or now < self.asked_at + CACHE_SECONDS
-
-    def _ask(self) -> None:
-        with suppress(OSError, ValueError):
-            found = snapshot(self._mountpoint)
-            if "stored_pages" in found:
-                self.numbers = found
-
 
 class Asker:
-    """Asks mounts for their numbers, all at once, and none of them while it has not answered yet."""
+    """Asks several mounts for their numbers at the same time. A mount that has not answered yet is not asked again."""
 
     def __init__(self, limit_seconds: float = SCRAPE_SECONDS) -> None:
         self._limit_seconds = limit_seconds
         self._lock = threading.Lock()
-        self._under_way: dict[str, _Question] = {}
+        self._under_way: dict[str, Question[dict[str, Any]]] = {}
 
     def ask(self, mountpoints: list[str]) -> dict[str, dict[str, Any] | None]:
-        """Return the numbers of each mount, None for one that gives none within the limit."""
+        """Return the numbers of each mount by its mountpoint; None for a mount that gives none within the limit."""
         with self._lock:
-            now = time.monotonic()
-            waiting = {at: question for at, question in self._under_way.items() if question.is_good(now)}
-            questions = {at: waiting[at] if at in waiting else _Question(at) for at in mountpoints}
-            self._under_way = waiting | questions
-        for question in questions.values():
-            question.thread.join(max(0.0, question.asked_at + self._limit_seconds - time.monotonic()))
-        return {at: question.numbers for at, question in questions.items()}
+            fresh = time.monotonic() - CACHE_SECONDS
+            kept = {at: each for at, each in self._under_way.items() if each.is_open or each.asked_at > fresh}
+            questions = {at: kept.get(at) or Question(partial(snapshot, at)) for at in mountpoints}
+            self._under_way = kept | questions
+        return {at: self._numbers(question) for at, question in questions.items()}
+
+    def _numbers(self, question: Question[dict[str, Any]]) -> dict[str, Any] | None:
+        with suppress(OSError, ValueError):
+            found = question.answer(self._limit_seconds)
+            return found if "stored_pages" in found else None
+        return None
 
 
 class Collector:
-    """What prometheus-client asks at each scrape. `mountpoints` gives the mounts that there are."""
+    """The collector that prometheus-client calls at each scrape. `mountpoints` returns the present mountpoints."""
 
     def __init__(self, mountpoints: Callable[[], list[str]], asker: Asker | None = None) -> None:
         self._mountpoints = mountpoints
         self._asker = asker or Asker()
 
     def describe(self) -> list[Any]:
-        """Nothing: otherwise the mounts would be asked when this is registered."""
+        """Return nothing. Otherwise the registration of this collector would ask the mounts."""
         return []
 
     def collect(self) -> Iterator[Any]:
-        """Yield the families of samples, of one moment for each mount."""
+        """Yield the metric families. All samples of a mount are from one snapshot."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         answers = self._asker.ask(self._mountpoints())
@@ -141,20 +131,8 @@ class Collector:
 
 
 def _text(value: str) -> str:
-    """Return a label's value: UTF-8, whatever bytes a path has."""
+    """Return the value of a label as UTF-8; bytes of a path that are not UTF-8 are escaped."""
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def listen_address(text: str) -> tuple[str, int]:
-    """Return ADDR:PORT as address and port; ADDR may be empty (all) or in brackets. ValueError."""
-    address, separator, port = text.rpartition(":")
-    if not separator or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{text!r} is not ADDR:PORT, such as localhost:9824 or [::]:9824")
-    if address.startswith("[") and address.endswith("]"):
-        address = address[1:-1]
-    elif ":" in address:
-        raise ValueError(f"{text!r} is not ADDR:PORT: write an IPv6 address in brackets")
-    return address or "::", int(port)
 
 
 def _registry(mountpoints: Callable[[], list[str]]) -> Any:
@@ -173,12 +151,12 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """An HTTP server with a bounded number of threads, which waits for no client for ever."""
+    """An HTTP server with a bounded number of threads and a time limit for each client."""
 
     daemon_threads = True
 
     def __init__(self, address: str, port: int) -> None:
-        """Listen; OSError where that cannot be had."""
+        """Listen on an address. Raises OSError if it is not available."""
         flags = socket.AI_PASSIVE
         family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)[0]
         self.address_family = family
@@ -186,29 +164,31 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().__init__((str(where[0]), int(where[1])), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Have a thread answer; without a thread to spare the connection is closed."""
+        """Answer in a thread, or close the connection if MOST_CONNECTIONS threads are busy."""
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer."""
+        """Answer the request, and free the thread's place."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore it: a client that goes away is no error of the exporter."""
+        """Ignore the error: a client that disconnects is no error of the exporter."""
 
 
 def serve(mountpoints: Callable[[], list[str]], address: str, port: int, ready: Callable[[int], None]) -> None:
-    """Answer scrapes until SIGTERM or Ctrl-C; `ready` is told the port. OSError if the address cannot be had."""
+    """Answer scrapes until SIGTERM or Ctrl-C. `ready` is called with the port. Raises OSError if the address is not free."""
     from prometheus_client import make_wsgi_app
 
     signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # inherited by the server's threads: only this one takes them
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, signals
+    )  # the server's threads inherit the mask: only this thread gets them
     server = _Server(address, port)
     server.set_app(make_wsgi_app(_registry(mountpoints)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -223,7 +203,7 @@ def serve(mountpoints: Callable[[], list[str]], address: str, port: int, ready: 
 
 
 def write(mountpoints: Callable[[], list[str]], path: str, interval_seconds: float | None) -> None:
-    """Write a file for node_exporter's textfile collector, complete at every moment; again and again with an interval."""
+    """Write a file for node_exporter's textfile collector, once or at each interval. The file is complete at every moment."""
     from prometheus_client import write_to_textfile
 
     registry = _registry(mountpoints)
@@ -233,7 +213,37 @@ def write(mountpoints: Callable[[], list[str]], path: str, interval_seconds: flo
     while True:
         try:
             write_to_textfile(path, registry)
-        except OSError as error:  # it names a temporary file beside it
+        except OSError as error:  # the error names a temporary file, not `path`
             raise OSError(error.errno, error.strerror, path) from None
         if interval_seconds is None or stop.wait(interval_seconds):
             return
+
+
+def exporter(arguments: Arguments) -> int:
+    """Serve the statistics to Prometheus until a signal ends it, or write them to a file."""
+    wanted = [resolve(path) for path in arguments.mountpoints]
+    try:
+        import prometheus_client as prometheus_client
+    except ImportError:
+        raise CommandError(f"the exporter needs prometheus-client: {Installation().command_for('exporter')}") from None
+    if arguments.interval is not None and arguments.textfile is None:
+        raise CommandError(
+            "--interval is for --textfile FILE: leave --interval out, since Prometheus itself has a scrape_interval"
+        )
+
+    def mountpoints() -> list[str]:
+        return wanted or list(dict.fromkeys(mount.mountpoint for mount in zbudfs_mounts()))
+
+    if arguments.textfile is not None:
+        with suppress(KeyboardInterrupt):
+            write(mountpoints, arguments.textfile, arguments.interval)
+        return 0
+    address, port = arguments.listen or DEFAULT_LISTEN
+    if os.geteuid() != 0:
+        print("zbudfs: not root: the exported statistics are rounded, and some are missing", file=sys.stderr)
+
+    def ready(port: int) -> None:
+        print(f"zbudfs: answering on {address}, port {port}; Ctrl-C ends it", file=sys.stderr, flush=True)
+
+    serve(mountpoints, address, port, ready)
+    return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What zbudfs takes and saves on a machine, in sentences: for `mount`, `doctor` and `estimate`."""
+"""Sentences on the memory that zbudfs takes and saves on a machine, for `mount`, `doctor` and `estimate`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from zbudfs.service.settings import Settings, default_pool_bytes, default_size_b
 
 REMEDY: Final = "use zram if the kernel has it, or swap on a disk"
 _STEP_BYTES: Final = 16 << 20
-"""A size of RAM that is told is a multiple of this."""
+"""Step in which `smallest_ram` searches."""
 
 
 def takes_and_saves(footprint: Footprint) -> str:
-    """Return what zbudfs takes, and what a full pool saves: one sentence without a full stop."""
+    """Return one sentence, without a full stop, on the memory that zbudfs takes and a full pool saves."""
     text = (
         f"zbudfs itself takes {itself(footprint)}, and the pool {format_size(footprint.pool_bytes)}, of this machine's"
         f" {format_size(footprint.ram_bytes)} of RAM; a full pool holds {format_size(footprint.holds_bytes)} of programs'"
         " memory at most"
     )
     if footprint.saves_bytes <= 0:
-        return f"{text}: nothing can be saved"
+        return f"{text}: the pool can save nothing"
     usual = format_size(footprint.typically_saves_bytes) if footprint.is_worthwhile else "nothing"
-    return f"{text}, which saves {format_size(footprint.saves_bytes)} ({usual} with the memory of usual programs)"
+    return f"{text}, which saves {format_size(footprint.saves_bytes)} ({usual} with the memory of typical programs)"
 
 
 def itself(footprint: Footprint) -> str:
-    """Return what zbudfs takes besides the pool, and for what."""
+    """Return the memory that zbudfs takes besides the pool, with its parts."""
     return (
         f"{format_size(footprint.own_bytes)} (processes {format_size(footprint.processes_bytes)}, buffers"
         f" {format_size(footprint.buffers_bytes)}, tables {format_size(footprint.tables_bytes)})"
@@ -39,7 +39,7 @@ def itself(footprint: Footprint) -> str:
 
 
 def note(parts: Sequence[Settings], ram: int) -> str | None:
-    """Return the line that `mount` prints on a machine with little RAM; None on any other."""
+    """Return the line that `mount` prints on a machine with little RAM; None on any other machine."""
     footprint = Footprint.of(parts, ram)
     if not footprint.is_small_machine:
         return None
@@ -48,18 +48,18 @@ def note(parts: Sequence[Settings], ram: int) -> str | None:
 
 
 def not_worthwhile(parts: Sequence[Settings]) -> str:
-    """Return from which RAM on these settings pay, and what to do below: a clause for a footprint that does not pay."""
+    """Return a clause for settings that do not pay: the RAM from which they pay, and what to do on a smaller machine."""
     with_dense = [replace(part, packing=str(DENSE)) for part in parts]
     remedy = REMEDY
     ram = Footprint.of(parts, 1).pool_bytes * 4
     if parts[0].packing != str(DENSE) and Footprint.of(with_dense, ram).is_worthwhile:
         remedy = f"use --packing dense, {REMEDY[4:]}"
     least = smallest_ram(parts[0])
-    return f"with the default size and pool not worthwhile below {format_size(least)} of RAM: {remedy}"
+    return f"with the default size and pool, zbudfs does not pay below {format_size(least)} of RAM: {remedy}"
 
 
 def smallest_ram(settings: Settings) -> int:
-    """Return the RAM, in steps of 16 MiB, from which on the default size and pool pay with these settings otherwise."""
+    """Return the smallest RAM, a multiple of 16 MiB, on which these settings with the default size and pool pay."""
     ram = _STEP_BYTES
     while not Footprint.of(
         [replace(settings, size_bytes=default_size_bytes(ram), pool_bytes=default_pool_bytes(ram))], ram

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The command `zbudfs`: from words to one call, and from errors to one line and an exit status.
+"""The command `zbudfs`: it parses the words, runs the command, and turns an error into one line and an exit status.
 
-    0    done
-    1    it could not be done: one line "zbudfs: ..." on stderr says why
-    2    it was asked for wrongly (an unknown option, a size that is none): one line as well
+    0    success
+    1    the command failed: one line "zbudfs: ..." on stderr says why
+    2    usage error, such as an unknown option or a malformed size: one line as well
     130  Ctrl-C
 
-A user's or a system's error never shows a traceback; a traceback is a bug. What the commands do is in `commands`.
+An error of the user or of the system never prints a traceback: a traceback is a bug. `parser` names the function of each
+command.
 """
 
 from __future__ import annotations
@@ -17,16 +18,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
+from zbudfs.cli.argument_parser import one_line
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.config import ConfigError
-from zbudfs.cli.options import build_parser, one_line
+from zbudfs.cli.errors import ConfigError
+from zbudfs.cli.parser import build_parser
 from zbudfs.cli.stdio import OutputError, checked_output
-from zbudfs.cli.target import CommandError
-from zbudfs.service.launch import LaunchError
-from zbudfs.service.mountpoint import MountError, shown_path
-from zbudfs.service.pooldir import PoolDirectoryError
+from zbudfs.core.errors import Failed
+from zbudfs.service.mountpoint import shown_path
 from zbudfs.service.settings import SettingsError
-from zbudfs.swap.loop import SwapError
 
 FAILURE: Final = 1
 USAGE: Final = 2
@@ -35,35 +34,48 @@ INTERRUPTED: Final = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default that of the process) and return its exit status."""
+    return prepared(argv)()
 
-    def run() -> int:
-        arguments = build_parser().parse_args(argv, Arguments())
-        return arguments.run(arguments)
 
-    return guarded(run)
+def prepared(argv: Sequence[str] | None = None) -> Callable[[], int]:
+    """Parse the command line, import the code of its command, and return the function that runs the command.
+
+    If the command line is wrong, or asks for help, the function only returns the exit status.
+    """
+    parsed: list[Arguments] = []
+
+    def parse() -> int:
+        parsed.append(build_parser().parse_args(argv, Arguments()))
+        return 0
+
+    status = guarded(parse)
+    if not parsed:
+        return lambda: status
+    run = parsed[0].run.function()
+    return lambda: guarded(lambda: run(parsed[0]))
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Do something and return its exit status, or tell its error in one line and return the status for that."""
+    """Call `run` and return its exit status, or print its error in one line and return the status of that error."""
     try:
         with checked_output():
-            return _told(run)
+            return _reported(run)
     except BrokenPipeError:
-        return FAILURE  # the reader of the output has gone, and knows it
+        return FAILURE  # the reader of the output closed it on purpose, so no message is printed
     except OutputError as error:
         return _fail(error, FAILURE)
 
 
-def _told(run: Callable[[], int]) -> int:
+def _reported(run: Callable[[], int]) -> int:
     try:
         return run()
-    except SystemExit as end:  # argparse: 0 after --help and --version, 2 after an error that it has told
+    except SystemExit as end:  # argparse: 0 after --help and --version, 2 after an error that it has printed
         return end.code if isinstance(end.code, int) else USAGE
     except ConfigError as error:
         return max(_fail(problem, FAILURE) for problem in error.problems)
     except SettingsError as error:
         return _fail(error, USAGE)
-    except (CommandError, LaunchError, MountError, PoolDirectoryError, SwapError) as error:
+    except Failed as error:
         return _fail(error, FAILURE)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -74,7 +86,7 @@ def _told(run: Callable[[], int]) -> int:
 
 
 def _sentence(error: OSError) -> str:
-    """Return what failed: the file, if the error names one, and the system's words."""
+    """Return the message of a system error: the file, if the error names one, and the text of the errno."""
     path = error.filename2 if error.filename2 is not None else error.filename
     if error.strerror is None or not isinstance(path, str | bytes):
         return str(error)

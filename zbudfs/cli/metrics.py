@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The numbers of stats/ as Prometheus knows them: names, units and kinds by its conventions, each with its help.
+"""The numbers of stats/ as metrics of Prometheus, with name, unit, kind and help text by its conventions.
 
-    zbudfs_NAME_bytes, _seconds, _pages, ...     a gauge: how it is now
-    zbudfs_NAME_total                            a counter, which only grows; takeovers do not set it back
+    zbudfs_NAME_bytes, _seconds, _pages, ...     a gauge: the present value
+    zbudfs_NAME_total                            a counter, which only grows; a takeover does not reset it
     zbudfs_NAME_seconds                          a histogram
 
-Every metric has the label `mountpoint`. This module knows no library: whoever exports makes samples of it.
+Every metric has the label `mountpoint`. This module imports no library: the exporter turns the metrics into samples.
+Most metrics come from the declaration of the statistics (core/statistics.py).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from zbudfs.core.errors import Loss, Refusal
+from zbudfs.core.statistics import COUNTED, declared
 
 PREFIX: Final = "zbudfs"
-FRAME_BYTES: Final = 4096
 LE_BUCKETS: Final = 25
-"""Buckets of a latency histogram that are exported: up to 16 s; what took longer is in +Inf."""
+"""Buckets of a latency histogram that are exported: up to 16 s. Longer times are in +Inf."""
 
 Numbers = Mapping[str, Any]
 Samples = Callable[[Numbers], Iterator[tuple[tuple[str, ...], float]]]
@@ -27,16 +28,16 @@ Samples = Callable[[Numbers], Iterator[tuple[tuple[str, ...], float]]]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One family of samples."""
+    """One metric family: a gauge or a counter."""
 
     name: str
-    """Without prefix, and for a counter without _total."""
+    """Name without the prefix, and without the _total of a counter."""
     kind: Literal["gauge", "counter"]
     help: str
     samples: Samples
-    """From one mount's numbers: (values of `labels`, value)."""
+    """Function that turns the numbers of a mount into samples: (values of `labels`, value)."""
     labels: tuple[str, ...] = ()
-    """Besides mountpoint."""
+    """Labels besides `mountpoint`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Histogram:
 
 
 def _one(name: str, scale: float = 1) -> Samples:
-    """The number `name`, times `scale`."""
+    """Return the samples function for the number `name`, times `scale`."""
 
     def samples(numbers: Numbers) -> Iterator[tuple[tuple[str, ...], float]]:
         yield (), float(numbers[name]) * scale
@@ -58,7 +59,7 @@ def _one(name: str, scale: float = 1) -> Samples:
 
 
 def _of(names: Mapping[tuple[str], str] | Mapping[tuple[str, str], str]) -> Samples:
-    """A number for each set of label values."""
+    """Return the samples function for several numbers, each with its own label values."""
 
     def samples(numbers: Numbers) -> Iterator[tuple[tuple[str, ...], float]]:
         for values, name in names.items():
@@ -68,7 +69,7 @@ def _of(names: Mapping[tuple[str], str] | Mapping[tuple[str, str], str]) -> Samp
 
 
 def _list(name: str) -> Samples:
-    """The numbers of a list, from 1 on, by their place in it."""
+    """Return the samples function for a list: element 1 and the following, each with its index as label value."""
 
     def samples(numbers: Numbers) -> Iterator[tuple[tuple[str, ...], float]]:
         for index, number in enumerate(numbers[name]):
@@ -106,84 +107,47 @@ _FRAMES: Final = {
     )
 }
 
+
+def _declared() -> Iterator[Metric]:
+    """Yield the metric of each declared statistic, except for the statistics that share one metric under a label."""
+    for name, stat in declared():
+        if not stat.grouped:
+            help_text = f"{stat.unit} {stat.meaning}."
+            yield Metric(
+                name.removeprefix("cumul_") if stat.metric is None else stat.metric,
+                "counter" if name in COUNTED else "gauge",
+                help_text[0].upper() + help_text[1:],
+                _one(name, stat.scale),
+            )
+
+
 METRICS: Final = (
     Metric("info", "gauge", "Version and backing file; always 1.", _info, ("version", "backing")),
     Metric("mount_time_seconds", "gauge", "Unix time of the mount.", _one("mounted_at")),
-    Metric("size_bytes", "gauge", "Size of the swapfile.", _one("size_bytes")),
-    Metric("level", "gauge", "zstd level of what is compressed now.", _one("level")),
-    Metric("stored_pages", "gauge", "Pages stored, wherever they are.", _one("stored_pages")),
-    Metric("same_filled_pages", "gauge", "Pages that are one word repeated.", _one("same_filled_pages")),
-    Metric("raw_pages", "gauge", "Pages kept uncompressed, in RAM or on disk.", _one("raw_pages")),
-    Metric("pages", "gauge", "Pages stored, by where they are.", _places, ("place",)),
-    Metric("compressed_bytes", "gauge", "Bytes of the zpages in RAM, without handles.", _one("compressed_bytes")),
-    Metric("pool_limit_bytes", "gauge", "Limit of the pool in force.", _one("pool_limit_bytes")),
-    Metric("pool_limit_set_bytes", "gauge", "Limit of the pool that is wanted.", _one("pool_limit_set_bytes")),
-    Metric("pool_configured_bytes", "gauge", "Pool of the mount.", _one("pool_configured_bytes")),
-    Metric("pool_used_bytes", "gauge", "Frames that hold something.", _one("pool_used_bytes")),
-    Metric("pool_ready_bytes", "gauge", "Free frames that have memory.", _one("pool_ready_bytes")),
-    Metric(
-        "pool_low_watermark_bytes",
-        "gauge",
-        "Free frames below which writeback starts.",
-        _one("low_watermark_frames", FRAME_BYTES),
-    ),
-    Metric(
-        "pool_high_watermark_bytes",
-        "gauge",
-        "Free frames at which writeback stops.",
-        _one("high_watermark_frames", FRAME_BYTES),
-    ),
+    Metric("pages", "gauge", "Stored pages, by place.", _places, ("place",)),
     Metric("frames", "gauge", "Frames in use, by kind and state.", _of(_FRAMES), ("kind", "state")),
     Metric(
         "unbuddied_frames",
         "gauge",
-        "Frames with room, by chunks of 64 bytes used.",
+        "Frames with room for another zpage, by the number of used chunks of 64 bytes.",
         _list("unbuddied_lists"),
         ("chunks",),
     ),
-    Metric("zpages", "gauge", "zpages in RAM, by chunks of 64 bytes.", _list("chunk_histogram"), ("chunks",)),
+    Metric("zpages", "gauge", "zpages in RAM, by size in chunks of 64 bytes.", _list("chunk_histogram"), ("chunks",)),
     Metric(
         "backing_size_bytes",
         "gauge",
-        "Most that the backing file can grow to; 0 without one.",
+        "Largest size of the backing file; 0 without one.",
         _one("backing_size_bytes"),
     ),
-    Metric("backing_used_bytes", "gauge", "Blocks that hold something.", _one("backing_used_bytes")),
-    Metric("backing_ready_bytes", "gauge", "Bytes allocated to the backing file.", _one("backing_ready_bytes")),
-    Metric("backing_full", "gauge", "1 if the backing file could not grow when it had to.", _one("backing_full")),
-    Metric("writeback_enabled", "gauge", "1 if frames are written back without an order.", _one("writeback_enabled")),
-    Metric(
-        "writeback_failing", "gauge", "1 if the backing file did not take the last batch.", _one("writeback_failing")
-    ),
-    Metric(
-        "writeback_budget_bytes",
-        "gauge",
-        "Most that is written to the backing file a day; 0 is no limit.",
-        _one("writeback_budget_bytes_per_day"),
-    ),
-    Metric("writeback_budget_left_bytes", "gauge", "What is left of the budget.", _one("writeback_budget_left_bytes")),
-    Metric("coldest_age_seconds", "gauge", "Age of the frame that goes next.", _one("coldest_age_seconds")),
-    Metric("requests_in_work", "gauge", "Requests received and not answered.", _one("requests_in_work")),
-    Metric("open_swapfiles", "gauge", "Open files of the swapfile.", _one("open_swapfiles")),
+    *_declared(),
+    Metric("requests_in_work", "gauge", "Requests received and not yet answered.", _one("requests_in_work")),
+    Metric("open_swapfiles", "gauge", "Open file descriptions of the swapfile.", _one("open_swapfiles")),
     Metric("standby_ready", "gauge", "1 if a standby can take over at once.", _one("standby_ready")),
     Metric("survives_crash", "gauge", "1 if a crash of the worker loses nothing.", _one("survives_crash")),
-    Metric("warnings", "gauge", "Things that the system refused.", _warnings),
+    Metric("warnings", "gauge", "Protections of the daemon that the system refused.", _warnings),
     Metric("requests", "counter", "Requests for the swapfile.", _one("served_requests")),
     Metric("wakeups", "counter", "Wake-ups that served requests.", _one("wakeups")),
-    Metric("read_pages", "counter", "Pages read.", _one("cumul_read_pages")),
-    Metric("written_pages", "counter", "Pages written.", _one("cumul_written_pages")),
-    Metric("discarded_pages", "counter", "Stored pages discarded.", _one("cumul_discarded_pages")),
-    Metric("incompressible_pages", "counter", "Pages written that were kept raw.", _one("cumul_raw_pages")),
-    Metric("writeback_bytes", "counter", "Bytes of frames written back.", _one("cumul_writeback_bytes")),
-    Metric("writeback_frames", "counter", "Frames written back.", _one("cumul_writeback_frames")),
-    Metric("writeback_pages", "counter", "Pages in the frames written back.", _one("cumul_writeback_pages")),
-    Metric("aged_frames", "counter", "Frames written back because of their age.", _one("cumul_aged_frames")),
-    Metric("grown_bytes", "counter", "Zeros written to have the backing file ready.", _one("cumul_grown_bytes")),
-    Metric("dropped_frames", "counter", "Ephemeral frames dropped.", _one("cumul_dropped_frames")),
-    Metric("pagein_blocks", "counter", "Blocks read back.", _one("cumul_pagein_blocks")),
-    Metric("pagein_pages", "counter", "Pages asked for that came from a block.", _one("cumul_pagein_pages")),
-    Metric("readahead_blocks", "counter", "Blocks of them read along with others.", _one("cumul_readahead_blocks")),
-    Metric("refault_blocks", "counter", "Blocks read back soon after they were written.", _one("cumul_refault_blocks")),
     Metric(
         "refused_writes",
         "counter",
@@ -194,13 +158,10 @@ METRICS: Final = (
     Metric(
         "lost_pages",
         "counter",
-        "Reads answered with EIO since the page was lost, by cause.",
+        "Reads answered with EIO because the page was lost, by cause.",
         _of({(str(cause),): f"lost_{cause}" for cause in Loss}),
         ("cause",),
     ),
-    Metric("writeback_failures", "counter", "Batches that the backing file did not take.", _one("writeback_failures")),
-    Metric("pagein_failures", "counter", "Blocks that the backing file did not give.", _one("pagein_failures")),
-    Metric("pressure_reports", "counter", "Reports of memory pressure.", _one("pressure_reports")),
     Metric("recoveries", "counter", "Takeovers from a worker that died.", _one("recoveries")),
     Metric("log_dropped", "counter", "Lines of the log that were dropped.", _one("log_dropped")),
 )
@@ -213,14 +174,14 @@ HISTOGRAMS: Final = (
     ),
     Histogram(
         "backing_duration_seconds",
-        "Time of one batch written to, or one read from, the backing file.",
+        "Time of one batch of writes to the backing file, or of one read from it.",
         (("write", "writeback"), ("read", "pagein")),
     ),
 )
 
 
 def buckets(counts: list[int]) -> list[tuple[str, float]]:
-    """Return a histogram of stats/ as (le, cumulative count), in seconds."""
+    """Return a histogram of stats/ as pairs of (le in seconds, cumulative count)."""
     found: list[tuple[str, float]] = []
     seen = 0
     for bucket, count in enumerate(counts[:LE_BUCKETS]):

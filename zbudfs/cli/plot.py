@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Pictures in a file, drawn by matplotlib, which is an extra: `pip install 'zbudfs[plot]'`.
+"""Plots in a file, drawn by matplotlib, which is an extra.
 
-Whether a picture can be made is asked before the work whose result it shows. Nothing here needs a display.
+A command checks whether it can draw before it does its work. No display is needed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from zbudfs.cli.target import CommandError
+from zbudfs.cli.errors import CommandError
+from zbudfs.cli.installation import Installation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,24 +22,22 @@ SIZE_INCHES: Final = (9.0, 6.0)
 
 
 def check_plot(path: str | None) -> None:
-    """CommandError if no picture can be written to `path`, as far as that can be told now. None is fine."""
+    """Raise CommandError if the folder of `path` or matplotlib is missing. None is allowed."""
     if path is None:
         return
     folder = Path(path).parent
     if not folder.is_dir():
-        raise CommandError(f"the folder {str(folder)!r} for the picture does not exist")
+        raise CommandError(f"the folder {str(folder)!r} for the picture does not exist: create it first")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise CommandError(
-            "--plot needs matplotlib: pip install 'zbudfs[plot]' (or apt install python3-matplotlib)"
-        ) from None
+        raise CommandError(f"--plot needs matplotlib: {Installation().command_for('plot')}") from None
 
 
 def save_plot(path: str, title: str, draw: Callable[[Figure], None]) -> None:
-    """Have `draw` fill a figure and write it to `path`; there is the whole picture or, if that fails, what was there before.
+    """Call `draw` with a figure, and write the figure to `path`. On failure, an earlier file at `path` is unchanged.
 
-    An SVG has its text as text. OSError.
+    An SVG keeps its text as text. Raises OSError.
     """
     import matplotlib
     from matplotlib.figure import Figure

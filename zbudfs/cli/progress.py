@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A bar for what takes a while: on stderr, if that is a terminal, and gone when the work is done.
+"""A progress bar on stderr, if stderr is a terminal. It disappears when the work is done.
 
-It is drawn by rich, which need not be installed: nothing but the bar is missing then.
+The library rich draws it. Without rich there is no bar, and the work is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Have a function that is told (done, in all), in any unit, and shows how far `what` is."""
+    """Yield a function of (done, total), in any unit, that updates the bar of the work `what`."""
     try:
         if not sys.stderr.isatty():
             raise ImportError

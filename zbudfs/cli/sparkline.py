@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Numbers as a line of small bars, a character each, for whatever the terminal can show."""
+"""Sparklines: numbers as a line of small bars, one character for each number."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _ASCII: Final = " .:-=+*#@"
 
 
 def sparkline(values: Sequence[float], *, unicode: bool | None = None) -> str:
-    """Return a character for each value, from nothing for 0 to the highest for the largest.
+    """Return a character for each value: a space for 0, and the highest bar for the largest value.
 
-    In block elements, or in ASCII where `unicode` is false (None: as the locale allows).
+    The bars are block elements, or ASCII if `unicode` is false. None: the locale decides.
     """
     if unicode is None:
         unicode = shows_unicode()

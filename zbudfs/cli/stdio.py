@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Standard streams that tell when they cannot be written, and what characters they can show.
+"""Standard streams whose write errors are reported, and the characters that the terminal can show.
 
-Python passes over much of this by itself: argparse ignores errors when it prints help, an error at the last flush comes
-after the exit status is known, and with a closed stream `print` prints nothing, or prints to the other stream.
+Python alone loses many of these errors. argparse ignores an error while it prints help. An error at the last flush comes
+after the exit status is known. With a closed stream, `print` prints nothing, or prints to another file.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 _COERCED: Final = ("C.UTF-8", "C.utf8", "UTF-8")
-"""What Python sets LC_CTYPE to by itself where LANG is C."""
+"""Values that Python itself gives LC_CTYPE if LANG is C."""
 
 
 class OutputError(OSError):
-    """Standard output cannot be written."""
+    """A write to standard output failed."""
 
     def __str__(self) -> str:
-        """Say what failed: the error's own words do not."""
+        """Return a message that names standard output, which the text of the errno does not."""
         why = "it is closed" if self.errno == errno.EBADF else self.strerror
-        return f"standard output cannot be written, so what was to be printed is lost: {why}"
+        return f"standard output cannot be written, so the output is lost: {why}"
 
 
 class _Output(io.FileIO):
-    """Standard output. `failure` keeps the first error, since not everybody who prints lets it through."""
+    """Standard output that keeps its first error in `failure`, since a caller such as argparse may ignore it."""
 
     failure: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        """Write. BrokenPipeError, OutputError."""
+        """Write bytes. Raises BrokenPipeError and OutputError."""
         try:
             return super().write(data)
         except BrokenPipeError as error:
@@ -46,10 +46,10 @@ class _Output(io.FileIO):
 
 
 class _Errors(io.FileIO):
-    """Standard error. An error on it cannot be told to anybody, and must not end what the command does."""
+    """Standard error that ignores write errors: they cannot be reported, and must not end the command."""
 
     def write(self, data: Any, /) -> int:
-        """Write, if it can be written."""
+        """Write bytes, or drop them on an error."""
         try:
             return super().write(data)
         except OSError:
@@ -57,7 +57,10 @@ class _Errors(io.FileIO):
 
 
 def open_closed_streams() -> None:
-    """Give a closed standard stream its number back, so that no file of the command gets it. Standard output stays unusable."""
+    """Open /dev/null for each closed standard stream, so that no file of the command gets its number.
+
+    A closed standard output is opened for reading: a write to it still fails.
+    """
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -70,9 +73,9 @@ def open_closed_streams() -> None:
 
 @contextmanager
 def checked_output() -> Iterator[None]:
-    """Have standard output and standard error checked. OutputError or BrokenPipeError at the end if not all was written.
+    """Check all writes to standard output. Raises OutputError or BrokenPipeError at the end if a write failed.
 
-    Streams that somebody has replaced already, such as a test, stay as they are.
+    Write errors of standard error are ignored. A stream that has been replaced, for example by a test, stays as it is.
     """
     before = sys.stdout, sys.stderr
     out = None
@@ -82,7 +85,7 @@ def checked_output() -> Iterator[None]:
         sys.stdout = _text(out, before[0])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # a path may hold characters that the terminal cannot show
     if sys.stderr is sys.__stderr__:
         sys.stderr = _text(_Errors(2, "wb", closefd=False), before[1])
     try:
@@ -93,7 +96,7 @@ def checked_output() -> Iterator[None]:
             raise out.failure
     finally:
         if out is not None and out.failure is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python must not try again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python does not fail again at exit
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -101,14 +104,14 @@ def checked_output() -> Iterator[None]:
 
 
 def _text(raw: io.FileIO, like: Any) -> io.TextIOWrapper:
-    """Return a text stream over `raw`; what cannot be encoded is escaped."""
+    """Return a text stream over `raw` that escapes characters which it cannot encode."""
     buffered = io.BufferedWriter(raw)
     lines = isinstance(raw, _Errors) or raw.isatty()
     return io.TextIOWrapper(buffered, getattr(like, "encoding", None), errors="backslashreplace", line_buffering=lines)
 
 
 def shows_unicode(environment: Mapping[str, str] | None = None, encoding: str | None = None) -> bool:
-    """Return whether the user's locale is one of UTF-8, and standard output is written in it."""
+    """Return whether both the user's locale and standard output use UTF-8."""
     environment = os.environ if environment is None else environment
     encoding = getattr(sys.stdout, "encoding", None) if encoding is None else encoding
     language = environment.get("LANG") or "C"

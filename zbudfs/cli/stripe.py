@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Striping: several zbudfs that the commands treat as one, for machines with more cores than one daemon can use.
+"""Striping: several zbudfs mounts that the commands treat as one, for machines with more cores than one daemon uses.
 
-    MOUNTPOINT/0 ... MOUNTPOINT/N-1      each an instance: a whole zbudfs with a daemon, a pool and a backing file of its own
-    size, pool                           divided among them
-    swap                                 all with the same priority, so that the kernel fills them in turns
+    MOUNTPOINT/0 ... MOUNTPOINT/N-1      an instance each: a whole zbudfs with its own daemon, pool and backing file
+    size, pool                           divided among the instances
+    swap                                 the same priority for all, so that the kernel fills them in turns
 
-Nothing is kept about it but the mounts themselves: those on MOUNTPOINT/0, MOUNTPOINT/1 and so on are the instances of
-MOUNTPOINT. An instance can also be named alone, and is a zbudfs like any other then.
+The mounts themselves are the only record of a stripe: the mounts on MOUNTPOINT/0, MOUNTPOINT/1 and so on are the instances
+of MOUNTPOINT. A command can also name one instance, and then treats it like any other zbudfs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zbudfs.service.mountpoint import Mount, shown_path, zbudfs_mounts
 from zbudfs.service.settings import PAGE_BYTES, Settings, SettingsError, default_backing
 
 MAX_INSTANCES: Final = 32
-"""The kernel has room for 23 to 32 swaps (MAX_SWAPFILES), depending on how it was built."""
+"""Most instances of a mount. The kernel has room for 23 to 32 swaps (MAX_SWAPFILES), depending on its configuration."""
 
 Report = dict[str, Any]
 _LARGEST: Final = frozenset(
@@ -30,15 +30,15 @@ _LARGEST: Final = frozenset(
         *("writeback_budget_full_in_seconds", "writeback_enabled"),
     }
 )
-"""Numbers of which the largest is told; so it is with all whose names end in `_max_us`."""
+"""Numbers whose largest value is reported for the whole. The same holds for all names that end in `_max_us`."""
 _OF_EACH: Final = frozenset({"pid", "keeper_pid", "worker_pid", "standby_pid", "level", "age_seconds"})
-"""Numbers that mean nothing when they are added up: told once where they are all the same, else one by one."""
+"""Numbers whose sum has no meaning: one value is reported if all instances agree, else a list."""
 
 
 def divided(whole: Settings, instances: int, backing: str | None) -> list[Settings]:
-    """The settings of each instance; those as they are for one. `backing` is what was typed, None for the default.
+    """Return the settings of each instance; for one instance, the settings of the whole.
 
-    Raises SettingsError where a part would be too small.
+    `backing` is the typed value, None for the default. Raises SettingsError if a part is too small.
     """
     if instances == 1:
         return [whole]
@@ -61,18 +61,20 @@ def _backing(whole: Settings, typed: str | None, mountpoint: str, number: int) -
     if whole.backing is None:
         return None
     if Path(whole.backing).is_block_device():
-        raise SettingsError(f"backing {shown_path(whole.backing)} is one device, which is not divided: write a file")
+        raise SettingsError(
+            f"backing {shown_path(whole.backing)} is a device, which instances cannot share: write the path of a file"
+        )
     return default_backing(mountpoint) if typed is None else f"{whole.backing}.{number}"
 
 
 def instance_of(mountpoint: str, number: int) -> str:
-    """Where an instance is mounted."""
+    """Return the mountpoint of an instance."""
     return f"{mountpoint.rstrip('/')}/{number}"
 
 
 def mounts_of(mountpoint: str) -> list[Mount]:
-    """The zbudfs mounted on `mountpoint`, or its instances in their order; empty if there is neither."""
-    known = {mount.mountpoint: mount for mount in zbudfs_mounts()}  # of several on one place the topmost
+    """Return the zbudfs mounted on `mountpoint`, or its instances in order; empty if there is neither."""
+    known = {mount.mountpoint: mount for mount in zbudfs_mounts()}  # of several mounts on one place, the topmost
     if mountpoint in known:
         return [known[mountpoint]]
     numbers = range(MAX_INSTANCES)
@@ -80,12 +82,12 @@ def mounts_of(mountpoint: str) -> list[Mount]:
 
 
 def is_part(mountpoint: str, whole: str) -> bool:
-    """Whether `mountpoint` is `whole`, or that of one of its instances."""
+    """Return whether `mountpoint` is `whole`, or the mountpoint of one of its instances."""
     return mountpoint == whole or mountpoint in (instance_of(whole, number) for number in range(MAX_INSTANCES))
 
 
 def grouped(mounts: Iterable[Mount]) -> list[tuple[str, list[Mount]]]:
-    """All mounts, instances together: (mountpoint of the whole, mounts) in the order in which they came."""
+    """Group mounts by the mountpoint of their whole. Return pairs (mountpoint of the whole, mounts) in the given order."""
     there = list(mounts)
     paths = {mount.mountpoint for mount in there}
     found: dict[str, list[Mount]] = {}
@@ -99,7 +101,7 @@ def grouped(mounts: Iterable[Mount]) -> list[tuple[str, list[Mount]]]:
 
 
 def make_folders(parts: Sequence[Settings]) -> None:
-    """Make the directories on which instances are to be mounted; a dead mount would answer every look at it with an error."""
+    """Make the directories of the instances. A directory that is a mountpoint is skipped: on a dead mount, access fails."""
     mounted = {mount.mountpoint for mount in zbudfs_mounts()}
     for part in parts if len(parts) > 1 else ():
         if part.mountpoint in mounted:
@@ -108,22 +110,23 @@ def make_folders(parts: Sequence[Settings]) -> None:
 
 
 def undo_folders(parts: Sequence[Settings]) -> None:
-    """Take them away again."""
+    """Remove the directories of the instances again."""
     for part in parts if len(parts) > 1 else ():
         remove_folder(part.mountpoint)
 
 
 def remove_folder(mountpoint: str) -> None:
-    """Take the directory of an instance away again; one that is not empty, or gone already, is left alone."""
+    """Remove the directory of an instance. A directory that is not empty, or does not exist, is left alone."""
     with contextlib.suppress(OSError):
         Path(mountpoint).rmdir()
 
 
 def summed(mountpoint: str, reports: Sequence[Report]) -> Report:
-    """One report of all instances: numbers added up, and lists of numbers place by place; `instances` has each one's own.
+    """Return one report of all instances; its `instances` has the report of each.
 
-    Of times the largest counts; what says yes or no says yes if all do; what is told in words is told once where all say
-    the same, else one by one. An instance that gives no numbers makes an error of the whole.
+    Numbers are added up, and lists of numbers element by element. For times, the largest value is taken. A boolean is true
+    if it is true for all instances. A text is one value if all instances agree, else a list. If an instance gives no
+    numbers, the whole report is an error.
     """
     whole: Report = {"mountpoint": mountpoint}
     if errors := [str(report["error"]) for report in reports if "error" in report]:
@@ -140,7 +143,7 @@ def summed(mountpoint: str, reports: Sequence[Report]) -> Report:
 def _missing(mountpoint: str, reports: Sequence[Report]) -> list[str]:
     numbers = {int(str(report["mountpoint"]).rpartition("/")[2]) for report in reports}
     missing = (shown_path(instance_of(mountpoint, number)) for number in range(max(numbers)) if number not in numbers)
-    return [f"nothing is mounted on {path}, which lies among the instances" for path in missing]
+    return [f"nothing is mounted on {path}, although instances with higher numbers are mounted" for path in missing]
 
 
 def _together(name: str, values: list[Any]) -> Any:

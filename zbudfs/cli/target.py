@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The mount that a command is about: from the path that was typed to what is mounted there."""
+"""The search for the mount that a command works on, from the typed path."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import os
 from collections.abc import Sequence
 
 from zbudfs.cli import stripe
+from zbudfs.cli.errors import CommandError
 from zbudfs.service import mountpoint as mountpoints
 from zbudfs.service.mountpoint import Mount, shown_path
 from zbudfs.swap.loop import users
 
 
-class CommandError(Exception):
-    """What was asked for cannot be done now; the text is one sentence for the user."""
-
-
 def need_root(command: str) -> None:
-    """CommandError for those who are not root. All ids of this process are 0 afterwards.
+    """Raise CommandError unless the user is root. Afterwards all user and group ids of this process are 0.
 
-    The kernel lets a process into a FUSE mount of root only if they are (see `service/mountpoint.py`): not after newgrp, for
-    example, or in a program that is setuid root.
+    Otherwise the kernel refuses this process a FUSE mount of root (see `service/mountpoint.py`): for example after newgrp, or
+    in a setuid program.
     """
     if os.geteuid() != 0:
         raise CommandError(f"{command} needs root: run it with sudo")
@@ -33,7 +30,7 @@ def need_root(command: str) -> None:
 
 
 def all_mounted(mountpoint: str) -> list[Mount]:
-    """Return the zbudfs that is mounted there, or the instances below. Raises CommandError if there is none."""
+    """Return the zbudfs mounted on `mountpoint`, or its instances. Raises CommandError if there is none."""
     found = stripe.mounts_of(mountpoint)
     if not found:
         raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
@@ -41,7 +38,7 @@ def all_mounted(mountpoint: str) -> list[Mount]:
 
 
 def find_mounted(mountpoint: str) -> Mount:
-    """Return the one that is mounted there."""
+    """Return the zbudfs mounted on `mountpoint`. Raises CommandError if there is none, or if there are instances."""
     found, *more = all_mounted(mountpoint)
     if more or found.mountpoint != mountpoint:
         raise CommandError(
@@ -51,9 +48,9 @@ def find_mounted(mountpoint: str) -> Mount:
 
 
 def resolve(path: str) -> str:
-    """Return the absolute path without symbolic links; nothing need exist, and a mount that nobody serves is no obstacle.
+    """Return the absolute path without symbolic links. The path need not exist, and a dead mount is no obstacle.
 
-    Raises CommandError for what cannot be a path.
+    Raises CommandError if `path` cannot be a path.
     """
     if not path or "\0" in path:
         raise CommandError(f"{path!r} is not a path")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Taking a mount away: `umount`, the end of `swapoff --umount`, and the way back where `mount` or `swapon` fails."""
+"""The removal of a mount: for `umount`, for `swapoff --umount`, and after a failure of `mount` or `swapon`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Final
 
 from zbudfs.cli import stripe
 from zbudfs.cli.ask import once_more_if_stale
-from zbudfs.cli.target import CommandError, refuse_users
+from zbudfs.cli.errors import CommandError
+from zbudfs.cli.target import refuse_users
 from zbudfs.service.mountpoint import Mount, MountError, is_dead, shown_path, unmount
 from zbudfs.service.pooldir import pool_directories, remove_dead
 from zbudfs.service.settings import default_backing
@@ -25,19 +26,22 @@ from zbudfs.swap.detach import detach
 from zbudfs.swap.loop import users
 
 END_LIMIT_SECONDS: Final = 60.0
-"""Longest wait for a daemon to end after its unmount. Arbitrary, and generous: it may have to wait for the disk."""
+"""Longest wait for a daemon to end after its unmount. Arbitrary: long, since the daemon may wait for the disk."""
 
-_TELL_AFTER_SECONDS: Final = 2.0
-"""How long the daemon may take to notice the unmount, before it is told. Arbitrary."""
+_SIGNAL_AFTER_SECONDS: Final = 2.0
+"""Time in which the daemon may notice the unmount by itself; then it gets SIGTERM. Arbitrary."""
 
 _LOOK_SECONDS: Final = 0.02
 
 _BUSY_LIMIT_SECONDS: Final = 2.0
-"""How long "busy" is not believed. Arbitrary: closing the last file of a loop device is finished a little later."""
+"""Time for which EBUSY is tried again: a loop device closes its file a little later. Arbitrary."""
 
 
 def take_all_down(mountpoint: str, mounts: Sequence[Mount]) -> None:
-    """Unmount all instances of a mountpoint, as `take_down` does; none while swap or a loop device is on any of them."""
+    """Unmount all instances of a mountpoint, as `take_down` does.
+
+    Raises CommandError, with nothing changed, while swap or a loop device is on one of them.
+    """
     if len(mounts) > 1:
         refuse_users(mountpoint, mounts, f"is in use: {{}}; run zbudfs swapoff {shown_path(mountpoint)} first")
     for mounted in mounts:
@@ -49,8 +53,8 @@ def take_all_down(mountpoint: str, mounts: Sequence[Mount]) -> None:
 def take_down(mounted: Mount) -> None:
     """Unmount, and return when the daemon has ended and its backing file is empty.
 
-    A mount whose daemon has died is taken away as well. Raises CommandError, with nothing changed, while swap or a
-    loop device is on it.
+    A mount whose daemon has died is removed with its swap and its loop devices. For a live mount, raises CommandError, with
+    nothing changed, while swap or a loop device is on it.
     """
     mountpoint = mounted.mountpoint
     shown = shown_path(mountpoint)
@@ -65,18 +69,18 @@ def take_down(mounted: Mount) -> None:
         daemon.wait_for_end()
     finally:
         daemon.close()
-    _remove_remains(mountpoint)  # there are none, unless the keeper had died before its worker
+    _remove_remains(mountpoint)  # there are remains only if the keeper died before its worker
 
 
 class _Daemon:
-    """The processes of a mount that is alive, seen by two signs of their end.
+    """The processes of a live mount, with two signs of their end: the keeper's pid, and the lock of the pool directory.
 
-    The keeper's pid is of use in its own PID namespace only: a process that cannot be seen from here has not ended. The lock of
-    the pool directory is free when all of them have ended, wherever they run.
+    The pid works in the keeper's own PID namespace only: a process that is invisible from here may still run. The lock is
+    free when all processes have ended, in whichever namespace they run.
     """
 
     def __init__(self, mountpoint: str) -> None:
-        """Open what will tell the end. Raises CommandError where neither sign can be seen from here."""
+        """Open a pidfd and the lock file. Raises CommandError if both are out of reach from here."""
         self._shown = shown_path(mountpoint)
         pid = int(once_more_if_stale(Path(mountpoint, "stats/pid").read_text))
         folder = once_more_if_stale(Path(mountpoint, "stats/pool_directory").read_text).removesuffix("\n")
@@ -86,22 +90,22 @@ class _Daemon:
             self._lock_fd = os.open(f"{folder}/lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         if self._pidfd is None and self._lock_fd is None:
             raise CommandError(
-                f"the daemon of {self._shown} runs in another container or namespace, and its end cannot be seen from"
-                " here: run this command where the mount was made"
+                f"the daemon of {self._shown} runs in another container or namespace, where this command cannot see its"
+                " end: run the command in the container or namespace in which the mount was made"
             )
 
     def wait_for_end(self) -> None:
         """Wait until the daemon has ended. Raises CommandError after END_LIMIT_SECONDS.
 
-        A worker without a keeper does not see the unmount while another mount namespace holds the mount: it is told.
+        A worker without a keeper does not see the unmount while another mount namespace holds the mount. It gets SIGTERM.
         """
         began = time.monotonic()
-        told = False
+        signalled = False
         while (waited := time.monotonic() - began) < END_LIMIT_SECONDS:
             if self._has_ended(_LOOK_SECONDS):
                 return
-            if self._pidfd is not None and waited > _TELL_AFTER_SECONDS and not told:
-                told = True
+            if self._pidfd is not None and waited > _SIGNAL_AFTER_SECONDS and not signalled:
+                signalled = True
                 if _shares_mounts(self._pidfd):
                     with suppress(ProcessLookupError):
                         signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
@@ -110,7 +114,7 @@ class _Daemon:
                 return
         raise CommandError(
             f"{self._shown} is unmounted, but its daemon has not ended within {END_LIMIT_SECONDS:g} s:"
-            " its backing file may not be empty yet"
+            " its backing file may not be empty yet; look for its processes with ps, and at its disk (dmesg)"
         )
 
     def _has_ended(self, limit_seconds: float) -> bool:
@@ -138,7 +142,7 @@ class _Daemon:
 
 
 def _open_process(pid: int) -> int | None:
-    """Return a pidfd of the daemon's process `pid`; None where that pid is of no process here, or of another program's."""
+    """Return a pidfd of the daemon's process `pid`; None if no process has that pid here, or another program has it."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -151,7 +155,7 @@ def _open_process(pid: int) -> int | None:
 
 
 def _unmount_when_idle(mountpoint: str) -> None:
-    """Unmount; a mount on which nobody has the swapfile open leaves the tree although a process stands in it."""
+    """Unmount. If the mount stays busy but no process has the swapfile open, unmount lazily."""
     end = time.monotonic() + _BUSY_LIMIT_SECONDS
     while True:
         try:
@@ -169,7 +173,7 @@ def _unmount_when_idle(mountpoint: str) -> None:
 
 
 def _shares_mounts(pidfd: int) -> bool:
-    """Return whether a process is in this process's mount namespace: what is unmounted here is unmounted there."""
+    """Return whether a process is in the mount namespace of this process, so that it sees the unmount."""
     with suppress(OSError):
         facts = Path(f"/proc/self/fdinfo/{pidfd}").read_text().split()
         pid = int(facts[facts.index("Pid:") + 1])
@@ -178,20 +182,20 @@ def _shares_mounts(pidfd: int) -> bool:
 
 
 def _clean_up_dead(mounted: Mount) -> None:
-    """Take away what dead processes have left: swap, loop devices, mount, memory, and the content of the backing file.
+    """Remove the remains of dead processes: swap, loop devices, mount, memory, and the content of the backing file.
 
-    What was swapped out is gone with them; programs that need it are ended by the kernel.
+    The swapped pages are lost. The kernel ends the programs that need them.
     """
     mountpoint = mounted.mountpoint
     detach([(mountpoint, mounted.st_dev)], force=True)
-    # Nobody can use what is on it any more: the mount leaves the tree although files are still open.
+    # No process can use the mount any more, so it is unmounted lazily, even with open files.
     unmount(mountpoint, lazy=True)
     if not _remove_remains(mountpoint):
         _empty(default_backing(mountpoint))
 
 
 def _remove_remains(mountpoint: str) -> bool:
-    """Take away memory and content of backing files that processes which are gone have not; whether there was any."""
+    """Remove the memory and the content of backing files that dead processes have left. Return whether there was any."""
     end = time.monotonic() + _BUSY_LIMIT_SECONDS
     found = False
     while left := pool_directories(mountpoint):
@@ -199,17 +203,17 @@ def _remove_remains(mountpoint: str) -> bool:
         for backing in remove_dead(mountpoint):
             _empty(backing)
         if pool_directories(mountpoint) == left and time.monotonic() > end:
-            break  # its processes live: it serves a mount that was taken away lazily
+            break  # its processes live: they serve a mount that was unmounted lazily
         time.sleep(0.02)  # a standby ends a little later than its keeper
     return found
 
 
 def _empty(backing: str) -> None:
-    """Empty a backing that nobody has claimed. What is not one is left alone, whatever the remains call it."""
+    """Empty a backing that no daemon has claimed. A file that is no backing is left alone, even if the remains name it."""
     try:
         empty_left(backing)
     except FileNotFoundError:
         return
     except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.ELOOP):  # a new daemon's by now, which empties what it finds; a link
+        if error.errno not in (errno.EBUSY, errno.ELOOP):  # claimed by a new daemon, which empties it; or a link
             raise

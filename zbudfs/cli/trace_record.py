@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs trace record`: has a mount record its requests in a ring, and carries them from there to a file.
+"""`zbudfs trace record` makes a mount record its requests in a ring, and copies the records from the ring to a file.
 
-It ends after --seconds, at Ctrl-C or SIGTERM, or when the daemon does; the file is whole in each case. Should it be killed,
-the daemon notices that nobody reads and stops recording.
+It ends after --seconds, at Ctrl-C or SIGTERM, or when the daemon ends. The file is complete in each case. If the command is
+killed, the daemon notices that no process reads the ring, and stops recording.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any, Final
 from zbudfs import __version__
 from zbudfs.cli import status
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.errors import CommandError
 from zbudfs.cli.progress import progress_bar
-from zbudfs.cli.target import CommandError, find_mounted, need_root, resolve
+from zbudfs.cli.target import find_mounted, need_root, resolve
 from zbudfs.core.sizes import format_size
 from zbudfs.core.trace_file import TraceFileError
 from zbudfs.service.mountpoint import shown_path
@@ -30,18 +31,18 @@ from zbudfs.tracing.file import MIN_FILE_BYTES, TraceWriter
 from zbudfs.tracing.ring import RingReader, open_ring
 
 DEFAULT_MAX_BYTES: Final = 64 << 20
-"""Some ten million records."""
+"""Default limit of the file: about ten million records."""
 
 _POLL_MS: Final = 50
-"""Between two looks at the ring, which holds 65,536 records."""
+"""Time between two reads of the ring, which holds 65,536 records."""
 _FLUSH_SECONDS: Final = 10.0
-"""What was recorded is in the file after so long, even if there is little of it."""
+"""Longest time until a record is in the file."""
 _ANSWER_LIMIT_SECONDS: Final = 20.0
-"""Longest wait for the daemon to begin, for which it has to find 1 MiB of memory, and to end."""
+"""Longest wait for the daemon to start the recording, which takes 1 MiB of memory, and to stop it."""
 
 
 def record(arguments: Arguments) -> int:
-    """Record until told to stop; say how much."""
+    """Record until a signal, a limit or the daemon ends it, and print a summary."""
     need_root("trace record")
     mounted = find_mounted(resolve(arguments.mountpoint))
     shown = shown_path(mounted.mountpoint)
@@ -53,11 +54,9 @@ def record(arguments: Arguments) -> int:
     switch = Path(mounted.mountpoint, "control/trace")
     try:
         if switch.read_text().strip() != "0":
-            raise CommandError(f"{shown} is being recorded already")
+            raise CommandError(f"{shown} is being recorded already: end the other zbudfs trace record first")
     except FileNotFoundError:
-        raise CommandError(
-            f"the daemon of {shown} is of a version that records nothing: zbudfs restart {shown}"
-        ) from None
+        raise CommandError(f"the daemon of {shown} is too old to record a trace: run zbudfs restart {shown}") from None
     daemon = os.pidfd_open(int(report["pid"]))
     try:
         ring = open_ring(str(report["pool_directory"]), int(report["worker_pid"]))
@@ -71,12 +70,12 @@ def record(arguments: Arguments) -> int:
         raise CommandError(str(error)) from None
     finally:
         os.close(daemon)
-    _tell(writer, arguments.output, why)
+    _print_summary(writer, arguments.output, why)
     return 0
 
 
 def _about(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what the file says about the mount: figures, and no names."""
+    """Return the description of the mount for the head of the file: numbers, and no names."""
     names = ("size_bytes", "pool_limit_bytes", "level", "backing_size_bytes", "stored_pages", "written_back_pages")
     return {
         "zbudfs": __version__,
@@ -88,14 +87,14 @@ def _about(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _record(ring: RingReader, writer: TraceWriter, switch: Path, daemon: int, seconds: float | None) -> str:
-    """Carry records until something ends it; what, or nothing if that was expected."""
+    """Copy records until the recording ends. Return the reason; empty after --seconds or a signal."""
     poll = select.poll()
     poll.register(daemon, select.POLLIN)
     with _stoppable() as stopped, progress_bar("recording (Ctrl-C ends it)") as progress:
         switch.write_text("1")
         try:
             if not _wait(lambda: ring.active):
-                raise CommandError("the daemon has not begun to record: the system gives it no memory for that")
+                raise CommandError("the daemon has not begun to record: it got no memory for the ring; try again later")
             began = flushed = time.monotonic()
             ended = ""
             while not stopped and not ended:
@@ -115,13 +114,13 @@ def _record(ring: RingReader, writer: TraceWriter, switch: Path, daemon: int, se
         finally:
             with suppress(OSError):  # the mount may be gone
                 switch.write_text("0")
-                _wait(lambda: not ring.active)  # no more comes; what came last can still be read
+                _wait(lambda: not ring.active)  # after that no record is added; the last ones can still be read
         writer.add(*ring.read())
     return ended
 
 
 def _wait(condition: Callable[[], bool]) -> bool:
-    """Wait until something holds; whether it does within the limit."""
+    """Wait until `condition` is true. Return whether it became true within _ANSWER_LIMIT_SECONDS."""
     end = time.monotonic() + _ANSWER_LIMIT_SECONDS
     while not condition():
         if time.monotonic() > end:
@@ -132,7 +131,7 @@ def _wait(condition: Callable[[], bool]) -> bool:
 
 @contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """Have a list that is empty until SIGINT or SIGTERM comes."""
+    """Yield a list that is empty until SIGINT or SIGTERM comes."""
     stopped: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: stopped.append(number)) for number in numbers]
@@ -143,12 +142,12 @@ def _stoppable() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _tell(writer: TraceWriter, path: str, why: str) -> None:
+def _print_summary(writer: TraceWriter, path: str, why: str) -> None:
     parts = [f"{writer.records:,} records", f"{format_size(writer.file_bytes)} in {shown_path(path)}"]
     if writer.rounds:
-        parts.append("the oldest made room for the newest (--max)")
+        parts.append("new records have replaced the oldest (--max)")
     if writer.lost_records:
-        parts.append(f"{writer.lost_records:,} lost, since they came faster than they were read")
+        parts.append(f"{writer.lost_records:,} records lost, which came faster than they were read")
     print("; ".join(parts))
     if why:
         print(f"zbudfs: {why}", file=sys.stderr)

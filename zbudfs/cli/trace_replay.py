@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs trace replay`: one trace against a store with several settings, and what came of each, side by side."""
+"""`zbudfs trace replay` replays a trace on a store with several settings, and prints their results in a table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.errors import CommandError
 from zbudfs.cli.progress import progress_bar
-from zbudfs.cli.target import CommandError
 from zbudfs.cli.trace_show import load
 from zbudfs.core.errors import ZbudfsError
 from zbudfs.core.packing import Packing
@@ -23,12 +23,12 @@ from zbudfs.tracing.file import Trace
 from zbudfs.tracing.replay import ReplayResult, ReplaySettings, Script, replay
 
 DEFAULT_FOLDER: Final = "/var/tmp"
-"""On a disk, unlike /tmp on many systems."""
+"""Default folder of the backing file. It is on a disk, unlike /tmp on many systems."""
 MAX_SETTINGS: Final = 64
 
 
 def replay_trace(arguments: Arguments) -> int:
-    """Replay and compare; 1 if a page came back wrong."""
+    """Replay the trace with each combination of settings, and print the results. Return 1 if a page was read wrong."""
     trace = load(arguments.trace)
     ram = ram_bytes()
     pools = [_pool(text, ram) for text in arguments.pools or ()] or [_recorded_pool(trace, ram)]
@@ -40,7 +40,7 @@ def replay_trace(arguments: Arguments) -> int:
         for text in arguments.watermarks or [""]
     ]
     if len(wanted) > MAX_SETTINGS:
-        raise CommandError(f"these are {len(wanted)} settings to compare: the most is {MAX_SETTINGS}")
+        raise CommandError(f"these are {len(wanted)} combinations: write at most {MAX_SETTINGS}")
     folder = _folder(arguments.backing, trace)
     script = Script(trace, arguments.seed)
     _check_memory(max(pools), script)
@@ -51,7 +51,9 @@ def replay_trace(arguments: Arguments) -> int:
             with progress_bar(what) as progress:
                 results.append(replay(script, settings, folder, arguments.seed, progress))
         except (ZbudfsError, MemoryError) as error:
-            raise CommandError(str(error) or "there is not enough memory for this replay") from None
+            raise CommandError(
+                str(error) or "the system has no memory for this replay: write a smaller --pool"
+            ) from None
     if arguments.json:
         print(json.dumps([_as_json(result) for result in results], indent=2))
     else:
@@ -63,17 +65,17 @@ def _pool(text: str, ram: int) -> int:
     pool = parse_size_or_percent(text, ram) // PAGE_SIZE * PAGE_SIZE
     if not MIN_POOL_BYTES <= pool <= ram:
         raise CommandError(
-            f"pool of {format_size(pool)} cannot be: it must be from 1M to this machine's {format_size(ram)}"
+            f"pool of {format_size(pool)} is out of range: write a size from 1M to this machine's {format_size(ram)}"
         )
     return pool
 
 
 def _recorded_packing(trace: Trace) -> str:
-    """Return the packing that the mount had. CommandError for one that this version does not know."""
+    """Return the packing of the recorded mount. Raises CommandError for one that this version does not know."""
     try:
         return str(Packing.parse(str(trace.about.get("packing", DEFAULT_PACKING))))
     except ValueError as error:
-        raise CommandError(f"the trace was recorded with a packing that cannot be: {error}") from None
+        raise CommandError(f"the trace was recorded with an unknown packing: {error}") from None
 
 
 def _recorded_pool(trace: Trace, ram: int) -> int:
@@ -81,42 +83,42 @@ def _recorded_pool(trace: Trace, ram: int) -> int:
     if pool > ram:
         raise CommandError(
             f"the trace was recorded with a pool of {format_size(pool)}, more than this machine's {format_size(ram)}: write"
-            " another one with --pool"
+            " a smaller one with --pool"
         )
     return pool
 
 
 def _watermarks(text: str, pool: int) -> tuple[int, int]:
-    """Return low and high in frames; 0 is what follows the pool."""
+    """Return the low and the high watermark in frames; (0, 0) for those of the daemon, which follow from the pool."""
     if not text:
         return 0, 0
     low, high = (parse_size_or_percent(part, pool) >> PAGE_SHIFT for part in text.split(":"))
     if not 0 < low <= high <= pool >> PAGE_SHIFT:
         raise CommandError(
-            f"watermarks {text} cannot be for a pool of {format_size(pool)}: low must be a frame or more, and no more than"
-            " high, and high no more than the pool"
+            f"watermarks {text} are wrong for a pool of {format_size(pool)}: write a low of at least one frame, and a high"
+            " from low to the pool"
         )
     return low, high
 
 
 def _folder(typed: str | None, trace: Trace) -> str | None:
-    """Return where the backing file goes; None: nowhere."""
+    """Return the folder of the backing file; None for no backing file."""
     if typed == "none" or (typed is None and trace.about.get("backing_size_bytes") == 0):
         return None
     folder = typed or DEFAULT_FOLDER
     if not Path(folder).is_dir():
-        raise CommandError(f"{shown_path(folder)} is no folder: write one for the backing file, or none")
+        raise CommandError(f"{shown_path(folder)} is not a folder: write a folder for the backing file, or none")
     return folder
 
 
 def _check_memory(pool: int, script: Script) -> None:
-    """Raise CommandError if the pool would not fit into what is left of RAM."""
+    """Raise CommandError if the available RAM has no room for the pool."""
     needed = min(pool, script.nr_pages * PAGE_SIZE)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:") and needed > int(line.split()[1]) * 1024:
             raise CommandError(
-                f"this replay may need {format_size(needed)} of RAM, and {format_size(int(line.split()[1]) * 1024)} are"
-                " left: write a smaller --pool"
+                f"this replay may need {format_size(needed)} of RAM, but {format_size(int(line.split()[1]) * 1024)} are"
+                " available: write a smaller --pool"
             )
 
 
@@ -153,6 +155,6 @@ def _as_table(results: Sequence[ReplayResult], path: str, script: Script) -> lis
         )
         if result.wrong_pages or result.lost_pages:
             lines.append(
-                f"  {result.wrong_pages:,} pages came back wrong and {result.lost_pages:,} were lost: please report it"
+                f"  {result.wrong_pages:,} pages were read wrong and {result.lost_pages:,} were lost: please report this bug"
             )
     return lines

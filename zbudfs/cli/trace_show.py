@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs trace show`: what is in a trace, as a page with the working set over time, as JSON, and as a picture."""
+"""`zbudfs trace show` prints a summary of a trace with its working set over time, as text or JSON, and draws it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from zbudfs.cli.arguments import Arguments
+from zbudfs.cli.errors import CommandError
 from zbudfs.cli.plot import check_plot, save_plot
 from zbudfs.cli.sparkline import sparkline
-from zbudfs.cli.target import CommandError
 from zbudfs.core.sizes import format_size
 from zbudfs.core.trace import RAW_CLASS, Kind
 from zbudfs.core.trace_file import TraceFileError
@@ -29,7 +29,7 @@ _ROW_CHUNKS: Final = 8
 
 
 def show(arguments: Arguments) -> int:
-    """Tell what is in a trace."""
+    """Print the summary of a trace, and draw it if --plot is given."""
     check_plot(arguments.plot)
     shown = shown_path(arguments.trace)
     trace = load(arguments.trace)
@@ -42,7 +42,7 @@ def show(arguments: Arguments) -> int:
 
 
 def load(path: str) -> Trace:
-    """Return the trace in a file. CommandError with one sentence, OSError."""
+    """Return the trace in a file. Raises CommandError with one sentence for a malformed file, and OSError."""
     try:
         return read_trace(path, shown_path(path))
     except TraceFileError as error:
@@ -78,7 +78,7 @@ def _as_page(shown: str, trace: Trace, summary: Summary) -> str:
     rows = [
         (
             "recorded",
-            recorded.encode("ascii", "backslashreplace").decode() if recorded.isprintable() else "by somebody",
+            recorded.encode("ascii", "backslashreplace").decode() if recorded.isprintable() else "unknown",
         ),
         (
             "mount",
@@ -93,9 +93,9 @@ def _as_page(shown: str, trace: Trace, summary: Summary) -> str:
             "touched",
             f"{summary.distinct_pages:,} different pages ({format_size(summary.distinct_pages << PAGE_SHIFT)})",
         ),
-        ("lost", f"{trace.gaps:,} records, since they came faster than they were read" if trace.gaps else ""),
-        ("older", "what came before was overwritten (--max)" if trace.first_block else ""),
-        ("cut off", f"{trace.rest_bytes:,} bytes at the end are no whole block" if _is_cut(trace) else ""),
+        ("lost", f"{trace.gaps:,} records, which came faster than they were read" if trace.gaps else ""),
+        ("older", "earlier records were replaced (--max)" if trace.first_block else ""),
+        ("cut off", f"the last {trace.rest_bytes:,} bytes are not a whole block" if _is_cut(trace) else ""),
     ]
     lines = [shown, *(f"  {name:10} {text}" for name, text in rows if text), ""]
     return "\n".join([*lines, *_over_time(summary), *_class_lines(summary)])
@@ -143,7 +143,7 @@ def _class_lines(summary: Summary) -> list[str]:
         rows.append((f"to {(high - 1) * SIZE_CLASS_BYTES:4} B", sum(classes[chunks] for chunks in range(low, high))))
     rows.append(("raw", classes[RAW_CLASS]))
     most = max(count for _, count in rows)
-    lines = ["", "  pages written, by how they are kept"]
+    lines = ["", "  pages written, by stored size"]
     for name, count in rows:
         bar = "#" * round(_BAR_COLUMNS * count / most) or ("." if count else "")
         lines.append(f"    {name:11}  {100 * count / total:5.1f} %  {bar}".rstrip())
@@ -151,7 +151,7 @@ def _class_lines(summary: Summary) -> list[str]:
 
 
 def _draw(figure: Figure, summary: Summary) -> None:
-    """Fill the picture: the working set over time, and what was asked."""
+    """Draw the working set over time, and the rates of the requests."""
     top, bottom = figure.subplots(2, 1, sharex=True)
     width = summary.interval_seconds
     times = [number * width for number in range(len(summary.intervals))]
@@ -159,7 +159,7 @@ def _draw(figure: Figure, summary: Summary) -> None:
     top.fill_between(times, [interval.distinct * mib for interval in summary.intervals], step="post")
     top.set_ylabel(f"different pages in {width:.3g} s, MiB")
     top.set_title(
-        f"working set; {format_size(summary.distinct_pages << PAGE_SHIFT)} were touched in all", fontsize="medium"
+        f"working set; {format_size(summary.distinct_pages << PAGE_SHIFT)} of different pages in all", fontsize="medium"
     )
     for name, values in (
         ("written", [interval.written for interval in summary.intervals]),

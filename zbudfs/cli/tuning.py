@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs set`: what can be changed while a mount runs. A check of all that was typed, then control/, then what is in force.
+"""`zbudfs set` changes tunables of a running mount: it checks the values, writes control/, and prints the values in force.
 
-The daemon checks again and has the last word. Here a wrong value is told with what would be right, and before anything is
-changed; from the daemon there is only "Invalid argument".
+The daemon checks the values again and decides. It can only answer "Invalid argument". So the command checks first: it
+names the wrong value and a right one before it changes anything.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ HIGH: Final = "high_watermark_frames"
 
 
 def pairs(typed: Sequence[str]) -> dict[str, str]:
-    """Return what was typed as KEY=VALUE, by key. SettingsError for what is not that, or is no key, or comes twice."""
+    """Return the typed KEY=VALUE words as values by key. Raises SettingsError for a malformed word or a wrong key."""
     found: dict[str, str] = {}
     for text in typed:
         name, separator, value = text.partition("=")
         if not separator:
-            raise SettingsError(f"{text!r} is not KEY=VALUE; the last word is the MOUNTPOINT")
+            raise SettingsError(f"{text!r} is not KEY=VALUE: write KEY=VALUE ..., and the MOUNTPOINT as the last word")
         if name not in NAMES:
-            raise SettingsError(f"{name!r} cannot be set: {did_you_mean(name.replace('-', '_'), NAMES)}")
+            hint = did_you_mean(name.replace("-", "_"), NAMES)
+            raise SettingsError(f"{name!r} cannot be set: {hint} (see zbudfs set --help)")
         if name in found:
-            raise SettingsError(f"{name} is there twice")
+            raise SettingsError(f"{name} is set twice: leave one of the two out")
         found[name] = value
     return found
 
 
 def check(wanted: Mapping[str, str], mountpoint: str) -> None:
-    """Raise SettingsError unless the mount allows all of it together. OSError if it does not answer."""
+    """Raise SettingsError unless all values together are right for the mount, and OSError if it does not answer."""
     numbers = all_numbers(mountpoint)
     low, high = int(numbers[LOW]), int(numbers[HIGH])
     pool_bytes = int(numbers["pool_configured_bytes"])
     backed = bool(numbers["backing_path"])
     try:
-        # The two watermarks bound each other: each is checked with the other as it will be.
+        # The two watermarks bound each other, so each is checked against the future value of the other.
         low_bound = _wanted_number(wanted, LOW, low)
         high_bound = _wanted_number(wanted, HIGH, high)
         for name, text in wanted.items():
@@ -60,7 +61,7 @@ def _wanted_number(wanted: Mapping[str, str], name: str, now: int) -> int:
 
 
 def apply(wanted: Mapping[str, str], mountpoint: str) -> None:
-    """Write all of it to control/, which `check` has let pass. OSError, with a text that says how far it got."""
+    """Write values that `check` has accepted to control/. Raises OSError with a text that names the values already set."""
     done: list[str] = []
     for name in _order(wanted, mountpoint):
         try:
@@ -73,7 +74,7 @@ def apply(wanted: Mapping[str, str], mountpoint: str) -> None:
 
 
 def _order(wanted: Mapping[str, str], mountpoint: str) -> list[str]:
-    """Values before orders; of the watermarks first the one that makes room for the other."""
+    """Return the keys in the order of writing: values before orders, and first the watermark that makes room."""
     names = sorted(wanted, key=lambda name: (name in ORDERS, NAMES.index(name)))
     if LOW in wanted and HIGH in wanted:
         high_now = int(value(mountpoint, HIGH))
@@ -92,17 +93,17 @@ def _write(mountpoint: str, name: str, text: str) -> None:
 
 
 def value(mountpoint: str, name: str) -> str:
-    """Return what is in force. OSError."""
+    """Return the value of one tunable that is in force. Raises OSError."""
     return within_limit(Path(mountpoint, "control", name).read_text).strip()
 
 
 def values(mountpoint: str) -> dict[str, int]:
-    """Return everything that can be set and is in force. OSError."""
+    """Return the values of all tunables that are in force. Raises OSError."""
     return {name: int(value(mountpoint, name)) for name in NAMES}
 
 
 def as_lines(found: Mapping[str, int], numbers: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the keys in `found` for people: value, unit and what it means."""
+    """Yield the lines of `zbudfs set`: the value of each key in `found`, and its meaning."""
     width = max(map(len, found))
     for tunable in TUNABLES:
         if tunable.name in found:

@@ -1,156 +1,162 @@
 # SPDX-License-Identifier: MIT
-"""What may be typed for a value, as argparse wants it: a function from the text to the value.
+"""Readers of values. Each turns a word of the command line into a value.
 
-A text that is none raises ArgumentTypeError with what was wrong and what would be right, so that it is a usage error.
+For a wrong word, a reader raises ValueError with a text that says what is wrong and what to write. If the text begins with
+"it is", `OneLineParser` replaces "it" by the word.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import Final
+from typing import Final, TypeVar
 
 from zbudfs.core.packing import Packing
 from zbudfs.core.sizes import parse_size, parse_size_or_percent
 from zbudfs.service.settings import MAX_LEVEL, MIN_LEVEL
 
+T = TypeVar("T")
+
 MAX_SECONDS: Final = 1e9
-MAX_SEED: Final = (1 << 63) - 1
 _NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 _WHOLE: Final = re.compile(r"-?[0-9]{1,20}")
-PLOT_ENDS: Final = (".svg", ".png")
-"""What the name of a picture may end in, and what it then is."""
 
 
-def size(text: str) -> int:
-    """A size, in bytes."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def error_about(word: str, error: ValueError) -> str:
+    """Return the text of a reader's error. In a text that begins with "it is", the word replaces "it"."""
+    text = str(error)
+    return f"{word!r}{text[2:]}" if text.startswith("it is") else text
+
+
+def each(read: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Return a reader of a list of values, separated by commas. A repeated value counts once."""
+
+    def read_each(text: str) -> list[T]:
+        found = []
+        for part in map(str.strip, text.split(",")):
+            try:
+                found.append(read(part))
+            except ValueError as error:
+                raise ValueError(error_about(part, error)) from None
+        return list(dict.fromkeys(found))
+
+    return read_each
+
+
+def whole_number(what: str, low: int, high: int) -> Callable[[object], int]:
+    """Return a reader of whole numbers, given as text or int. `what` names such a number in the error."""
+
+    def read(value: object) -> int:
+        is_number = isinstance(value, str | int) and not isinstance(value, bool) and _WHOLE.fullmatch(str(value))
+        if not (is_number and low <= int(str(value)) <= high):
+            raise ValueError(f"it is not {what}: write a whole number from {low} to {high}")
+        return int(str(value))
+
+    return read
+
+
+level: Final = whole_number("a level", MIN_LEVEL, MAX_LEVEL)
+"""Reader of a zstd level. It accepts 0, which the check of the settings refuses with the reason."""
+seed: Final = whole_number("a seed", 0, (1 << 63) - 1)
+"""Reader of the seed of random numbers."""
+pid: Final = whole_number("a process id", 1, (1 << 31) - 1)
+"""Reader of a process id."""
 
 
 def some_size(text: str) -> int:
-    """A size that is not zero, in bytes."""
-    found = size(text)
+    """Read a size above zero, in bytes."""
+    found = parse_size(text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is a size of zero bytes: write a size above 0, such as 64M")
+        raise ValueError("it is a size of zero bytes: write a size above 0, such as 64M")
     return found
 
 
 def size_or_percent(text: str) -> str:
-    """A size or a percentage, as it was typed: of what is not known here."""
-    try:
-        parse_size_or_percent(text, 0)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    """Check a size or a percentage, and return the text. The caller knows the size of which it is a percentage."""
+    parse_size_or_percent(text, 0)
     return text
 
 
-def level(text: str) -> int:
-    """A zstd level; 0 passes, and the check of the settings tells why it is refused."""
-    return whole_number(text, "a level", MIN_LEVEL, MAX_LEVEL)
+def compared_level(text: str) -> int:
+    """Read a zstd level, and refuse 0."""
+    if found := level(text):
+        return found
+    raise ValueError(
+        f"there is no level 0: write levels from {MIN_LEVEL} to -1 and from 1 to {MAX_LEVEL}, such as -3,-1,1"
+    )
 
 
-def levels(text: str) -> list[int]:
-    """Levels with commas between them."""
-    found = [level(part.strip()) for part in text.split(",")]
-    if 0 in found:
-        raise argparse.ArgumentTypeError(
-            f"there is no level 0: write levels from {MIN_LEVEL} to -1 and from 1 to {MAX_LEVEL}, such as -3,-1,1"
-        )
-    return list(dict.fromkeys(found))
+def packing(text: str) -> str:
+    """Read a packing, and return its full name."""
+    return str(Packing.parse(text))
 
 
-def pools(text: str) -> list[str]:
-    """Sizes or percentages with commas between them, as they were typed."""
-    return list(dict.fromkeys(size_or_percent(part.strip()) for part in text.split(",")))
-
-
-def packings(text: str) -> list[str]:
-    """Packings with commas between them."""
-    try:
-        return list(dict.fromkeys(str(Packing.parse(part.strip())) for part in text.split(",")))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def watermarks(text: str) -> list[str]:
-    """Pairs LOW:HIGH of sizes or percentages with commas between them, as they were typed."""
-    found = [part.strip() for part in text.split(",")]
-    for pair in found:
-        parts = pair.split(":")
-        if len(parts) != 2:
-            raise argparse.ArgumentTypeError(
-                f"{pair!r} is not a pair of watermarks: write LOW:HIGH, such as 2%:5% or 8M:16M"
-            )
-        for part in parts:
-            size_or_percent(part)
-    return list(dict.fromkeys(found))
+def watermarks(text: str) -> str:
+    """Check a pair LOW:HIGH of sizes or percentages, and return the text."""
+    parts = text.split(":")
+    if len(parts) != 2:
+        raise ValueError(f"{text!r} is not a pair of watermarks: write LOW:HIGH, such as 2%:5% or 8M:16M")
+    for part in parts:
+        size_or_percent(part)
+    return text
 
 
 def seconds(text: str) -> float:
-    """A time that is not zero."""
-    try:
-        found = number(text)
-    except ValueError:
-        found = 0.0
+    """Read a number of seconds above zero."""
+    found = _number(text)
     if not 0 < found < MAX_SECONDS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of seconds: write one above 0 and below {MAX_SECONDS:,.0f}, such as 60 or 0.5"
+        raise ValueError(
+            f"it is not a number of seconds: write one above 0 and below {MAX_SECONDS:,.0f}, such as 60 or 0.5"
         )
     return found
 
 
-def number(text: str) -> float:
-    """A number in ordinary digits: Python's float() takes "1_0", "nan", and digits of all scripts. ValueError."""
-    if not _NUMBER.fullmatch(text):
-        raise ValueError(f"{text!r} is not a number")
-    return float(text)
+def interval(text: str) -> float:
+    """Read an interval in seconds, from 0.1 to a day."""
+    found = _number(text)
+    if not 0.1 <= found <= 86400:
+        raise ValueError("it is not a number of seconds: write one from 0.1 to 86400")
+    return found
 
 
-def seed(text: str) -> int:
-    """What random numbers start from."""
-    return whole_number(text, "a seed", 0, MAX_SEED)
-
-
-def pid(text: str) -> int:
-    """The number of a process."""
-    return whole_number(text, "the number of a process", 1, (1 << 31) - 1)
+def _number(text: str) -> float:
+    """Return a number written in ASCII digits, 0 for any other text: float() accepts "1_0", "nan" and digits of all scripts."""
+    return float(text) if _NUMBER.fullmatch(text) else 0.0
 
 
 def file_name(text: str) -> str:
-    """The path of a file, which need not be there."""
+    """Check the path of a file, which need not exist."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file name: write the path of a file")
+        raise ValueError("it is not a file name: write the path of a file")
     return text
 
 
 def folder(text: str) -> str:
-    """A directory that is there."""
+    """Check the path of a directory that exists."""
     if not text or "\0" in text or not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a directory: write the path of one that exists")
+        raise ValueError("it is not a directory: write the path of one that exists")
     return text
 
 
-def plot_file(text: str) -> str:
-    """The name of a picture."""
-    if PurePath(text).suffix.lower() not in PLOT_ENDS or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a picture: write one that ends in .svg or .png")
-    return text
+def picture(*ends: str) -> Callable[[str], str]:
+    """Return a reader that checks the name of a picture: it must end in one of `ends`."""
+
+    def check(text: str) -> str:
+        if PurePath(text).suffix.lower() not in ends or "\0" in text:
+            raise ValueError(f"it is not the name of a picture: write one that ends in {' or '.join(ends)}")
+        return text
+
+    return check
 
 
-def svg_file(text: str) -> str:
-    """The name of a picture that can only be an SVG."""
-    if PurePath(text).suffix.lower() != ".svg" or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of an SVG: write one that ends in .svg")
-    return text
-
-
-def whole_number(text: str, what: str, low: int, high: int) -> int:
-    """A whole number of what `what` says, from `low` to `high`."""
-    found = int(text) if _WHOLE.fullmatch(text) else low - 1
-    if not low <= found <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}: write a whole number from {low} to {high}")
-    return found
+def listen_address(text: str) -> tuple[str, int]:
+    """Return ADDR:PORT as address and port. ADDR may be empty (all addresses) or in brackets. Raises ValueError."""
+    address, separator, port = text.rpartition(":")
+    if not separator or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not ADDR:PORT: write an address and a port, such as localhost:9824 or [::]:9824")
+    if address.startswith("[") and address.endswith("]"):
+        address = address[1:-1]
+    elif ":" in address:
+        raise ValueError(f"{text!r} is not ADDR:PORT: write an IPv6 address in brackets")
+    return address or "::", int(port)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Pure decisions and data structures: no os, no trio, no clock. Everything lives in buffers that the caller gives."""
+"""Pure decisions and data structures, without os, trio or a clock. All state lives in buffers that the caller provides."""

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Which blocks of the backing file are free, and which zpages of the others are still wanted.
+"""The map of the backing file: which blocks are free, and which zpages of the blocks in use are live.
 
-The file is divided into segments of 64 blocks (256 KiB). A segment is a hole (the file system has given it
-nothing yet, or has got it back) or ready (allocated and written over, so that a write there changes no
-metadata). A ready segment has a 64-bit mask of its free blocks and is on the list of segments with that many
-free ones, so the emptiest segment, which has room for the longest run of neighbouring blocks, is found without
-a scan. Ready free blocks are always used before the file grows.
+The file is divided into segments of 64 blocks (256 KiB). A segment is a hole or ready. The file system has given a hole no
+space yet, or has got it back. A ready segment is allocated and written over, so that a write there changes no metadata. It
+has a 64-bit mask of its free blocks, and is on the list of segments with that many free ones. So the emptiest segment,
+which has room for the longest run of neighbouring blocks, is found without a scan. Ready free blocks are always used
+before the file grows.
 
-Segments from a number on have never been ready (`_fresh`): they are holes and on no list, so that nothing that is done here
-takes longer because the file may become large.
+The segments from `_fresh` on have never been ready. They are holes and on no list, so that no operation takes longer
+because the file may become large.
 
     segment   hole --grow--> ready, 64 free --alloc--> ready, n free --last free--> ready, 64 free --punch--> hole
 
-A block is in use from `alloc` until its last live zpage is freed; which are live is a bit mask a block, one bit
-for each zpage that a frame can hold.
+A block is in use from `alloc` until its last live zpage is freed. A bit mask for each block says which zpages are live,
+with one bit for each zpage that a frame can hold.
 """
 
 from collections.abc import Callable
@@ -27,28 +27,28 @@ _ALL_FREE: Final = (1 << SEGMENT_BLOCKS) - 1
 _HOLES: Final = SEGMENT_BLOCKS + 1
 _LISTS: Final = SEGMENT_BLOCKS + 2
 BEAT_SEGMENTS: Final = 4096
-"""Segments between two signs of life in a long loop: some milliseconds."""
+"""Segments between two heartbeats in a long loop: some milliseconds."""
 _NOT_LIVE: Final = bytes(1 << 16)
 HEADER_BLOCK: Final = 0
-"""The file's own: never free."""
+"""The block of the file's header: never free."""
 
 
 def _lowest_bit(mask: int) -> int:
-    """The number of the lowest bit that is set, of which there must be one."""
+    """Return the number of the lowest bit that is set; there must be one."""
     return (mask & -mask).bit_length() - 1
 
 
 class BlockMap:
-    """The map of a backing file of at most `nr_segments` segments; all of them holes where the table is zeros.
+    """The map of a backing file of at most `nr_segments` segments, all of them holes if the table is zeros.
 
     buffer: a zeroed writable memoryview of `table_size(nr_segments)` bytes. `limit`: segments that the disk has; those
     beyond are neither holes nor ready.
 
-    I1: a block is free iff its bit in the segment's mask is set; then nothing of it is live.
-    I2: a ready segment with n free blocks is on list n; a hole is on the list of holes, or it is `fresh` or a later one.
-    I3: nothing of the table is set for a fresh segment.
+    I1: a block is free iff its bit in the segment's mask is set; then none of its zpages is live.
+    I2: a ready segment with n free blocks is on list n; a hole is on the list of holes, or its number is at least `_fresh`.
+    I3: the table is zero for the segments from `_fresh` on.
 
-    With `attach` nothing is written, and nothing may be asked, before `reset`.
+    With `attach` the constructor writes nothing, and `reset` must come before any other call.
     """
 
     def __init__(self, buffer: memoryview, nr_segments: int, *, attach: bool = False, limit: int | None = None) -> None:
@@ -68,8 +68,8 @@ class BlockMap:
         fresh_at = -(-(live_end + nr_segments) // 8) * 8
         self._ready = buffer[live_end : live_end + nr_segments]
         self._fresh = buffer[fresh_at : fresh_at + 8].cast("Q")
-        """Of one number: the first segment that has never been ready."""
-        self._zero_counters()  # who attaches is asked for them before it restores
+        """An array of one number: the first segment that has never been ready."""
+        self._zero_counters()  # a store that attaches reads the counters before it restores
         if not attach:
             self.reset()
 
@@ -77,15 +77,15 @@ class BlockMap:
         self._lengths = [0] * _LISTS
         self._nonempty = 0
         self.free_blocks = 0
-        """Ready and free."""
+        """Blocks of ready segments that are free."""
         self.used_blocks = 0
-        """With a live zpage, or being written."""
+        """Blocks with a live zpage, or being written."""
         self.ready_segments = 0
 
     def reset(self, beat: Callable[[], None] | None = None) -> None:
-        """No block is in use. Segments are ready or holes as the table says. O(segments that were ever ready).
+        """Mark all blocks free. Segments stay ready or holes, as the table says. O(segments that were ever ready).
 
-        `beat` is called every BEAT_SEGMENTS.
+        The method calls `beat` every BEAT_SEGMENTS segments.
         """
         self._zero_counters()
         self._lists.clear()
@@ -104,7 +104,7 @@ class BlockMap:
                     self._link(segment, _HOLES)
 
     def restore(self, block: int, index: int) -> bool:
-        """After `reset`: zpage `index` of the block is live. False if that cannot be, or it is already."""
+        """Mark zpage `index` of the block live, after `reset`. False if that is impossible, or it is live already."""
         segment, bit = divmod(block, SEGMENT_BLOCKS)
         if (
             not 0 < block < self.nr_segments * SEGMENT_BLOCKS
@@ -125,7 +125,7 @@ class BlockMap:
 
     @staticmethod
     def table_size(nr_segments: int) -> int:
-        """Bytes of the table: 1.27 a block, and half a KiB."""
+        """Return the bytes of the table: 1.27 a block, and half a KiB."""
         return -(-nr_segments * (8 + 8 + SEGMENT_BLOCKS + 1) // 8) * 8 + 8 * _LISTS + 8
 
     def _link(self, segment: int, which: int) -> None:
@@ -139,10 +139,10 @@ class BlockMap:
         if not self._lengths[which]:
             self._nonempty &= ~(1 << which)
 
-    # ---- growing and giving back -------------------------------------------------------------------------------
+    # ---- growing and punching ----------------------------------------------------------------------------------
 
     def take_holes(self, most: int) -> tuple[int, int]:
-        """Up to `most` neighbouring holes to be made ready, taken off the list: (first segment, count), count 0 if none."""
+        """Take up to `most` neighbouring holes, to be made ready, off the list: (first segment, count); count 0 if none."""
         first = self._lists.oldest(_HOLES)
         if first >= self.nr_segments:
             first = self._fresh[0]
@@ -156,13 +156,13 @@ class BlockMap:
         return first, count
 
     def return_holes(self, first: int, count: int) -> None:
-        """Segments of `take_holes` that could not be made ready, or of `take_free` that were punched."""
+        """Put back segments of `take_holes` that could not be made ready, or of `take_free` that are punched."""
         for segment in range(first, first + count):
             self._masks[segment] = 0
             self._link(segment, _HOLES)
 
     def add_ready(self, first: int, count: int) -> None:
-        """Segments of `take_holes` that are ready now."""
+        """Add segments of `take_holes` that are ready now."""
         for segment in range(first, first + count):
             free = SEGMENT_BLOCKS
             self._ready[segment] = 1
@@ -175,7 +175,7 @@ class BlockMap:
             self._link(segment, free)
 
     def take_free(self, keep_blocks: int) -> int:
-        """A wholly free segment to be punched, taken off its list, if more than `keep_blocks` free ones remain; else -1."""
+        """Take a wholly free segment, to be punched, if `keep_blocks` free blocks remain without it; else NO_SEGMENT."""
         segment = self._lists.oldest(SEGMENT_BLOCKS)
         if segment >= self.nr_segments or self.free_blocks - SEGMENT_BLOCKS < keep_blocks:
             return NO_SEGMENT
@@ -187,14 +187,14 @@ class BlockMap:
         return segment
 
     def are_holes(self, first: int, count: int) -> bool:
-        """Whether so many segments from `first` on are holes, or were taken by `take_free`."""
+        """Return whether `count` segments from `first` on are holes, or were taken by `take_free`."""
         end = min(first + count, self.nr_segments)
         return not any(self._ready[first:end]) and not any(self._masks[first:end])
 
     # ---- blocks --------------------------------------------------------------------------------------------------
 
     def alloc(self, most: int) -> tuple[int, int]:
-        """A run of at most `most` neighbouring free blocks from the emptiest segment: (first block, count), count 0 if none."""
+        """Take a run of up to `most` neighbouring free blocks of the emptiest segment: (first block, count); count 0: none."""
         ready = self._nonempty & (_ALL_FREE << 1)  # lists 1..64
         if not ready:
             return 0, 0
@@ -211,22 +211,22 @@ class BlockMap:
         return segment * SEGMENT_BLOCKS + low, count
 
     def set_live(self, block: int, live: int) -> None:
-        """Block `block`, from `alloc`, now holds the zpages of the bit mask `live`; with 0 it is free again."""
+        """Record the bit mask of the live zpages of a block from `alloc`; with 0 the block is free again."""
         self._live[block] = live
         if not live:
             self._release(block)
 
     @property
     def nr_blocks(self) -> int:
-        """Blocks of all segments."""
+        """The blocks of all segments."""
         return self.nr_segments * SEGMENT_BLOCKS
 
     def live(self, block: int) -> int:
-        """The bit mask of the live zpages of a block."""
+        """Return the bit mask of the live zpages of a block."""
         return self._live[block]
 
     def free(self, block: int, index: int) -> bool:
-        """Forget zpage `index` of a block. True if that was the last one, and the block is free now."""
+        """Forget zpage `index` of a block. True if that was the last live one, so that the block is free now."""
         bit = 1 << index
         live = self._live[block]
         if not live & bit:
@@ -251,11 +251,11 @@ class BlockMap:
 
     @property
     def holes(self) -> int:
-        """Segments that are holes, without those that are taken."""
+        """The segments that are holes, without those that are taken."""
         return self._lengths[_HOLES] + max(0, self._limit - self._fresh[0])
 
     def check(self) -> None:
-        """Recount; AssertionError where a list or counter disagrees. O(blocks)."""
+        """Recount everything; AssertionError where a list or counter differs. O(blocks)."""
         free_blocks = ready = 0
         fresh = self._fresh[0]
         assert not any(self._ready[fresh:]), "I3: a fresh segment is ready"

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The zstd dictionary of every zpage: tables for the entropy coder, and nothing to be found again.
+"""The zstd dictionary of every zpage: tables for the entropy coder, without any content that a page could repeat.
 
 zstd codes lengths and distances of matches with tables (FSE). For a page of 4096 bytes it counts, makes, writes and reads
-three of them, which takes a fifth of the time. From a dictionary that has all codes a fast level takes them as they are. The
-memory of programs is much alike in this: heaps of Python, Node and Java, a compiler, git, and the whole RAM of a virtual
-machine were cut into sequences by zstd, each of them counting the same (scripts/dictionary.py made it, and can do so again).
+three of them, which takes a fifth of the time. A fast level uses the tables of a dictionary unchanged, if the dictionary
+has all codes. The memory of programs hardly differs in its counts of these codes. zstd cut heaps of Python, Node and Java, a
+compiler, git, and the whole RAM of a virtual machine into sequences, and each sequence counted the same.
+scripts/dictionary.py made the dictionary, and can make it again.
 
-Its content is seven zeros, as many as its repeated distances need, and too few for zstd to look for matches in.
+Its content is seven zeros: as many as its repeated distances need, and too few for zstd to look for matches there.
 
-What zpages mean depends on every bit of this. It belongs to the layout that store/board.py numbers.
+The meaning of zpages depends on every bit of the dictionary. It belongs to the layout that store/board.py numbers.
 """
 
 from typing import Final

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* The hot path: the common case of a page's write, read and discard, over the tables that Python works with as well.
+/* The hot path: the common case of a write, read and discard of a page, over the same tables as the Python code.
 
        PageStore.write_nowait  -->  write(page, content, compress, state, between)
                                         one word repeated       -> its entry
@@ -11,40 +11,40 @@
        PageStore.discard       -->  discard(page, stop, most, state)
                                         commit -> free the old place
 
-   This is `Allocator.match` / `create_prep` + `create_finish` / `free`, `State._commit` and `PageTable.store` once more, step
-   by step and in the same order; those are the reference, and tests drive both and compare every byte of the tables. What each
-   packing does of it is in hot_zbud.c and hot_dense.c, behind the four functions of hot.h; the rest, here, is the same for all. The
-   zstd calls are python-zstandard's here too. What this knows nothing of it leaves to methods of `state` (store/state.py), which
-   do it in Python, within the same request:
+   The reference is `Allocator.match` / `create_prep` + `create_finish` / `free`, `State._commit` and `PageTable.store`. This file
+   does the same steps in the same order. Tests run both and compare every byte of the tables. The steps of each packing are in
+   hot_zbud.c and hot_dense.c, behind `struct packing` of hot.h; the rest, here, is the same for all packings. The caller passes
+   python-zstandard's functions for the zstd calls. Rare cases go to methods of `state` (store/state.py), which handle them in
+   Python within the same request:
 
        take_frame() -> frame or -1                give_frame(frame)         the pool
        put_word(page, word) -> stored             a word that does not fit an entry
        put(page, zpage, content) -> stored        a zpage that no frame can hold: the page is kept raw
        free_place(entry)                          an old place that is not a whole zpage in a persistent frame
 
-   or, for a read, to the caller: None says that Python must do all of it, since something is in a block, or missing, or
-   damaged, or a word in a zpage. So no error is raised here that Python would raise with more to say.
+   A rare case of a read goes to the caller: None says that Python must do the whole read. A page is then in a block, missing,
+   damaged, or a word in a zpage. So this file never raises an error where Python would raise one with more details.
 
-   Every index that comes from the tables is looked at before it is used: a list of frames that does not hang together is an
-   AssertionError and never a write to somewhere else. The order of stores matters for a kill at any point: zpage and handle are
-   complete before the entry is stored, and the entry is stored before anything of the old place is touched. A process that
-   is killed has done what stands before in its program; so all that is needed is that the compiler keeps the order.
+   Every index that comes from the tables is checked before it is used. A list of frames with wrong links is an AssertionError,
+   and never a write to a wrong place. The order of stores matters, since a kill may come at any point. Zpage and handle are
+   complete before the entry is stored, and the entry is stored before the old place is changed. A process that is killed has
+   done all stores up to that point of the program. So it is enough that the compiler keeps the order.
 
-   A large write takes a millisecond, for which a reader would have to wait: `between` is called after every few pages of it, when
-   the tables are whole, and reads are answered there.
+   A large write takes a millisecond, and a reader would have to wait for it. So the write calls `between` after every few pages,
+   when the tables are consistent, and the daemon answers reads there.
 
-   All of this runs on the one thread that runs trio, with the GIL held, but while zstd works. Whatever was looked up before
-   a call out is looked up again after it. */
+   All of this runs on the thread that runs trio, with the GIL held except while zstd works. Code that calls Python reads the
+   tables again after the call. */
 #include "hot.h"
 
-enum { PAGES_AT_ONCE = 8 }; /* of a write: 60 us, beside which the half microsecond of `between` is little */
+enum { PAGES_AT_ONCE = 8 }; /* of a write between two calls of `between`: 60 us, while a call takes half a microsecond */
 
 static PyObject *zero_page, *page_size, *name_now, *name_release, *name_take_frame, *name_give_frame, *name_put_word, *name_put,
     *name_free_place;
 
 /* ---- calls of Python ------------------------------------------------------------------------------------------- */
 
-/* state.NAME(...), taking over the references to the arguments, any of which may be NULL after an error. */
+/* Call state.NAME(...). The call takes over the references to the arguments; each may be NULL after an error. */
 static PyObject *call(PyObject *state, PyObject *name, PyObject *one, PyObject *two, PyObject *three) {
     PyObject *arguments[] = {state, one, two, three};
     size_t count = three ? 4 : two ? 3 : one ? 2 : 1;
@@ -55,7 +55,7 @@ static PyObject *call(PyObject *state, PyObject *name, PyObject *one, PyObject *
     return result;
 }
 
-/* What a call returned as truth, or -1. */
+/* Return the truth value of the result of a call, or -1. */
 static int truth(PyObject *result) {
     int yes = result ? PyObject_IsTrue(result) : -1;
     Py_XDECREF(result);
@@ -67,7 +67,7 @@ static int done(PyObject *result) {
     return result ? 0 : -1;
 }
 
-/* The views that a call was given are of memory that will be something else soon: whoever kept one must not see that. */
+/* Release a view that a call was given. Its memory will hold other data soon, so a callee that kept the view must not read it. */
 static void let_go(PyObject *view) {
     if (Py_REFCNT(view) > 1) {
         PyObject *type, *value, *traceback;
@@ -82,7 +82,7 @@ static void let_go(PyObject *view) {
 
 /* ---- writing --------------------------------------------------------------------------------------------------- */
 
-/* A free frame. 1, 0 if there is none, -1. */
+/* Take a free frame from the pool. 1; 0 if there is none; -1. */
 static int take_frame(Hot *hot, PyObject *state, uint32_t *taken) {
     PyObject *number = call(state, name_take_frame, NULL, NULL, NULL);
     if (!number) return -1;
@@ -96,7 +96,7 @@ static int take_frame(Hot *hot, PyObject *state, uint32_t *taken) {
     return 1;
 }
 
-/* Store a zpage in a frame; nothing refers to it yet. 1, 0 if there is no frame for it, -1. */
+/* Store a zpage in a frame. No entry refers to it yet. 1; 0 if there is no frame for it; -1. */
 static int place(Hot *hot, uint64_t page, const char *bytes, unsigned size, PyObject *state, uint32_t now, uint64_t *ref) {
     struct zpage zpage = {page, bytes, size};
     int placed = hot->packing->match(hot, &zpage, ref);
@@ -120,7 +120,7 @@ static int place(Hot *hot, uint64_t page, const char *bytes, unsigned size, PyOb
     return 1;
 }
 
-/* A zpage in a persistent frame is wanted no more. */
+/* Free a zpage in a persistent frame. 0, or -1. */
 static int free_zpage(Hot *hot, uint32_t frame, unsigned index, unsigned size, PyObject *state) {
     if (!hangs(&hot->lru, frame)) return corrupt("the LRU list at frame", frame);
     int emptied = hot->packing->free(hot, frame, index, size);
@@ -135,11 +135,11 @@ static int free_zpage(Hot *hot, uint32_t frame, unsigned index, unsigned size, P
     return done(call(state, name_give_frame, PyLong_FromUnsignedLong(frame), NULL, NULL));
 }
 
-/* The page is from now on what the entry says, and its old place is free. 1, or -1. */
+/* Commit `entry` as the state of the page, and free its old place. 1, or -1. */
 static int commit(Hot *hot, uint64_t page, uint64_t entry, PyObject *state) {
     uint64_t old = hot->entries[page], frame = (old >> KIND_BITS & REF_MASK) >> REF_BITS;
     unsigned kind = old & KIND_MASK, index = old >> KIND_BITS & INDEX_MASK, size;
-    if (!old) hot->touched[page >> STRETCH_SHIFT] = 1; /* first: this process may be killed between the two */
+    if (!old) hot->touched[page >> STRETCH_SHIFT] = 1; /* first: a kill may come between the two stores */
     keep_order();
     __atomic_store_n(&hot->entries[page], entry, __ATOMIC_RELEASE);
     keep_order();
@@ -147,13 +147,13 @@ static int commit(Hot *hot, uint64_t page, uint64_t entry, PyObject *state) {
     hot->kinds[entry & KIND_MASK]++;
     if (old >> 63 && (kind == FRAME || kind == BLOCK)) hot->kinds[WORD_ZPAGES]--;
     if (kind < FRAME) return 1;
-    if (kind == FRAME && frame < hot->nr_frames && hot->state[frame] == PERSISTENT && !hot->owner[frame] &&
-        hot->packing->find(hot, frame, index, page, &size))
+    if (kind == FRAME && frame < hot->nr_frames && hot->state[frame] == PERSISTENT && !hot->owner[frame]
+        && hot->packing->find(hot, frame, index, page, &size))
         return free_zpage(hot, (uint32_t)frame, index, size, state) ? -1 : 1;
     return done(call(state, name_free_place, PyLong_FromUnsignedLongLong(old), NULL, NULL)) ? -1 : 1;
 }
 
-/* The entry of a page that is one word repeated; 0 if the word does not fit. */
+/* Return the entry of a page that is one word repeated; 0 if the word does not fit. */
 static uint64_t entry_of_word(uint64_t word) {
     if (!(word >> (64 - KIND_BITS))) return word << KIND_BITS | WORD;
     if (!(~word >> (64 - KIND_BITS))) return ~word << KIND_BITS | WORD_INVERTED;
@@ -161,7 +161,7 @@ static uint64_t entry_of_word(uint64_t word) {
     return 0;
 }
 
-/* Store one page. 1, 0 if there is no frame for it, -1. */
+/* Store one page. 1; 0 if there is no frame for it; -1. */
 static int put(Hot *hot, uint64_t page, const char *content, PyObject *compress, PyObject *state, uint32_t now) {
     if (!memcmp(content, content + sizeof(uint64_t), PAGE_SIZE - sizeof(uint64_t))) {
         uint64_t word, entry;
@@ -193,7 +193,7 @@ static int put(Hot *hot, uint64_t page, const char *content, PyObject *compress,
 static int in_range(const Hot *hot, uint64_t page, uint64_t count) {
     if (page <= hot->nr_pages && count <= hot->nr_pages - page) return 1;
     PyErr_Format(PyExc_IndexError, "pages %llu .. %llu of %llu", (unsigned long long)page, (unsigned long long)(page + count),
-                 (unsigned long long)hot->nr_pages);
+        (unsigned long long)hot->nr_pages);
     return 0;
 }
 
@@ -231,7 +231,7 @@ static PyObject *hot_discard(PyObject *self, PyObject *const *args, Py_ssize_t n
     if (!in_range(hot, page, stop - page)) return NULL;
     for (; page < stop; page++) {
         if (!hot->entries[page]) {
-            if (!hot->touched[page >> STRETCH_SHIFT]) page |= (1 << STRETCH_SHIFT) - 1; /* nothing is stored in all of it */
+            if (!hot->touched[page >> STRETCH_SHIFT]) page |= (1 << STRETCH_SHIFT) - 1; /* the whole stretch is absent */
             continue;
         }
         if (done == numbers[2]) break;
@@ -244,8 +244,8 @@ static PyObject *hot_discard(PyObject *self, PyObject *const *args, Py_ssize_t n
 
 /* ---- reading --------------------------------------------------------------------------------------------------- */
 
-/* The 4096 bytes of the page whose zpage is at `ref`; NULL, without an error unless it is not for Python to tell, if that is
-   not so. */
+/* Return the 4096 bytes of the page whose zpage is at `ref`. NULL without an error if Python must do it; NULL with an error
+   otherwise (KeyboardInterrupt, no memory for the view). */
 static PyObject *unpacked(Hot *hot, uint64_t page, uint64_t ref, PyObject *decompress) {
     unsigned size;
     if (ref >> REF_BITS >= hot->nr_frames) return NULL;
@@ -257,7 +257,7 @@ static PyObject *unpacked(Hot *hot, uint64_t page, uint64_t ref, PyObject *decom
     PyObject *content = PyObject_Vectorcall(decompress, arguments, 2, NULL);
     let_go(view);
     if (content && PyBytes_CheckExact(content) && PyBytes_GET_SIZE(content) == PAGE_SIZE) return content;
-    if (!content && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear(); /* Python comes by it again, and says more */
+    if (!content && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear(); /* Python raises it again with more details */
     Py_XDECREF(content);
     return NULL;
 }
@@ -265,11 +265,14 @@ static PyObject *unpacked(Hot *hot, uint64_t page, uint64_t ref, PyObject *decom
 static void fill_with_word(unsigned char *to, uint64_t entry) {
     uint64_t payload = entry >> KIND_BITS;
     unsigned kind = entry & KIND_MASK;
-    uint64_t word = kind == WORD_INVERTED ? ~payload : kind == WORD_HALVES ? payload << 32 | payload : kind == WORD ? payload : 0;
+    uint64_t word = kind == WORD_INVERTED ? ~payload
+                    : kind == WORD_HALVES ? payload << 32 | payload
+                    : kind == WORD        ? payload
+                                          : 0;
     for (unsigned at = 0; at < PAGE_SIZE; at += sizeof word) memcpy(to + at, &word, sizeof word);
 }
 
-/* What was made ready for a page, if that is what its zpage holds. */
+/* Return the content that was made ready for a page, if the page's zpage still has the bytes from which it was made. */
 static const unsigned char *made_ready(const Hot *hot, uint64_t page, uint64_t ref) {
     const struct ready *ready = &hot->ready;
     uint64_t at = page - ready->first;
@@ -279,7 +282,7 @@ static const unsigned char *made_ready(const Hot *hot, uint64_t page, uint64_t r
     return zpage && size == ready->sizes[at] && !memcmp(zpage, ready->zpages[at], size) ? ready->contents[at] : NULL;
 }
 
-/* Put the content of a page that is in RAM at `to`. 1, 0 if Python must do it, -1. */
+/* Copy the content of a page that is in RAM to `to`. 1; 0 if Python must do it; -1. */
 static int get(Hot *hot, uint64_t page, PyObject *decompress, unsigned char *to) {
     uint64_t entry = hot->entries[page], ref = entry >> KIND_BITS & REF_MASK;
     switch (entry & KIND_MASK) {
@@ -317,13 +320,13 @@ static PyObject *hot_read(PyObject *self, PyObject *const *args, Py_ssize_t narg
     if (count == 1) {
         uint64_t entry = hot->entries[page];
         if ((entry & KIND_MASK) == ABSENT) return Py_NewRef(zero_page);
-        if ((entry & KIND_MASK) == FRAME) { /* without another copy */
+        if ((entry & KIND_MASK) == FRAME) { /* the result of zstd is returned without a copy */
             PyObject *content = unpacked(hot, page, entry >> KIND_BITS & REF_MASK, args[2]);
             return content || PyErr_Occurred() ? content : Py_NewRef(Py_None);
         }
     }
     for (uint64_t at = 0; at < count; at++)
-        if ((hot->entries[page + at] & KIND_MASK) >= BLOCK) Py_RETURN_NONE; /* before any work is done */
+        if ((hot->entries[page + at] & KIND_MASK) >= BLOCK) Py_RETURN_NONE; /* check all pages before any work */
     PyObject *contents = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(count << PAGE_SHIFT));
     if (!contents) return NULL;
     unsigned char *to = (unsigned char *)PyBytes_AS_STRING(contents);
@@ -372,13 +375,13 @@ static void hot_dealloc(PyObject *self) {
     Py_TYPE(self)->tp_free(self);
 }
 
-/* Take one of the buffers over: so many entries of so many bytes. */
+/* Take over one of the buffers, which must have room for `entries` entries of `width` bytes. 0, or -1. */
 static int take_buffer(Hot *hot, int number, PyObject *given, uint64_t entries, unsigned width) {
     Py_buffer *buffer = &hot->buffers[number];
     if (PyObject_GetBuffer(given, buffer, PyBUF_WRITABLE)) return -1;
     if ((uint64_t)buffer->len >= entries * width && !((uintptr_t)buffer->buf & (width - 1))) return 0;
     PyErr_Format(PyExc_ValueError, "buffer %d has %zd bytes instead of %llu, or is not aligned", number, buffer->len,
-                 (unsigned long long)(entries * width));
+        (unsigned long long)(entries * width));
     return -1;
 }
 
@@ -392,26 +395,28 @@ static PyObject *hot_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     if (PyErr_Occurred()) return NULL;
     const struct packing *packing = NULL;
     for (size_t i = 0; i < sizeof packings / sizeof *packings; i++)
-        if (packings[i]->layout == layout && packings[i]->fewest_zpages <= most_zpages && most_zpages <= packings[i]->most_zpages)
+        if (packings[i]->layout == layout && packings[i]->fewest_zpages <= most_zpages
+            && most_zpages <= packings[i]->most_zpages)
             packing = packings[i];
     if (!packing) return PyErr_Format(PyExc_ValueError, "no packing has the layout %lu with %lu zpages", layout, most_zpages);
     if (n >= 1ull << 31) return PyErr_Format(PyExc_ValueError, "too many frames");
     int own = 0;
     while (own < OWN_COLUMNS && packing->own_widths[own]) own++;
     if (given != OWN + own + 1) return PyErr_Format(PyExc_TypeError, "%zd buffers instead of %d", given, OWN + own + 1);
-    Hot *hot = (Hot *)type->tp_alloc(type, 0); /* zeroed */
+    Hot *hot = (Hot *)type->tp_alloc(type, 0); /* the memory is zeroed */
     if (!hot) return NULL;
     const struct {
         uint64_t entries;
         unsigned width;
     } shared[OWN] = {{0, 8}, {TABLE_COUNTS, 8}, {n << PAGE_SHIFT >> 3, 8}, {n + 2, 4}, {n + 2, 4}, {n + 2 * NCHUNKS, 4},
-                     {n + 2 * NCHUNKS, 4}, {n, 4}, {n, 1}, {n, 1}, {COUNTERS, 8}, {n, 4}, {0, 1}};
+        {n + 2 * NCHUNKS, 4}, {n, 4}, {n, 1}, {n, 1}, {COUNTERS, 8}, {n, 4}, {0, 1}};
     for (int i = 0; i < OWN; i++)
         if (take_buffer(hot, i, PyTuple_GET_ITEM(args, numbers + i), shared[i].entries, shared[i].width)) goto failed;
-    uint64_t pages = (uint64_t)hot->buffers[ENTRIES].len / sizeof *hot->entries, stretches = (pages + (1 << STRETCH_SHIFT) - 1) >> STRETCH_SHIFT;
+    uint64_t pages = (uint64_t)hot->buffers[ENTRIES].len / sizeof *hot->entries,
+             stretches = (pages + (1 << STRETCH_SHIFT) - 1) >> STRETCH_SHIFT;
     if ((uint64_t)hot->buffers[TOUCHED].len < stretches) {
         PyErr_Format(PyExc_ValueError, "buffer %d has %zd bytes instead of %llu", TOUCHED, hot->buffers[TOUCHED].len,
-                     (unsigned long long)stretches);
+            (unsigned long long)stretches);
         goto failed;
     }
     for (int i = 0; i < own; i++) {
@@ -443,25 +448,30 @@ failed:
 
 static PyMethodDef hot_methods[] = {
     {"write", (PyCFunction)(void (*)(void))hot_write, METH_FASTCALL,
-     "write(page, content, compress, state, between) -> int: store whole pages, as many as there are frames for: how many"},
+        "write(page, content, compress, state, between) -> int: store whole pages, as many as there are frames for: how many"},
     {"discard", (PyCFunction)(void (*)(void))hot_discard, METH_FASTCALL,
-     "discard(page, stop, most, state) -> (int, int): free up to so many stored pages: the page to go on at, and how many"},
+        "discard(page, stop, most, state) -> (int, int): free up to so many stored pages: the page to go on at, and how many"},
     {"read", (PyCFunction)(void (*)(void))hot_read, METH_FASTCALL,
-     "read(page, count, decompress) -> bytes | None: the contents of pages; None if Python must get them"},
-    {"make_ready", hot_make_ready, METH_O, "make_ready(decompress) -> bool: one more page for a reader in order; False: there is none"},
+        "read(page, count, decompress) -> bytes | None: the contents of pages; None if Python must get them"},
+    {"make_ready", hot_make_ready, METH_O,
+        "make_ready(decompress) -> bool: one more page for a reader in order; False: there is none"},
     {"coldest", hot_coldest, METH_O, "coldest(most) -> list[int]: persistent frames that are not unevictable, coldest first"},
     {"evict", hot_evict, METH_O, "evict(frames): make persistent frames zombies"},
     {"written", hot_written, METH_O,
-     "written(batch) -> bytes: zombies are in their blocks and free, by (frame, block): the live zpages of each block"},
+        "written(batch) -> bytes: zombies are in their blocks and free, by (frame, block): the live zpages of each block"},
     {"adopt", (PyCFunction)(void (*)(void))hot_adopt, METH_FASTCALL,
-     "adopt(frame, block, live) -> bool: a frame holds a copy of a block: let its live zpages be there"},
+        "adopt(frame, block, live) -> bool: a frame holds a copy of a block: let its live zpages be there"},
     {"drop", hot_drop, METH_NOARGS, "drop() -> int: free the coldest ephemeral frame, and which it is; -1 if there is none"},
+    {"restore", (PyCFunction)(void (*)(void))hot_restore, METH_FASTCALL,
+        "restore(ref, page) -> bool: after a crash, claim the zpage at a ref; False if it is not the page's or its place is "
+        "taken"},
     {NULL, NULL, 0, NULL},
 };
 
 static PyTypeObject hot_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "zbudfs.core._hot.Hot",
-    .tp_doc = "Hot(layout, most_zpages, nr_frames, entries, kinds, frames, ...): the hot path over the tables of a store; see hot.c.",
+    .tp_doc =
+        "Hot(layout, most_zpages, nr_frames, entries, kinds, frames, ...): the hot path over the tables of a store; see hot.c.",
     .tp_basicsize = sizeof(Hot),
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_new = hot_new,
@@ -469,20 +479,16 @@ static PyTypeObject hot_type = {
     .tp_methods = hot_methods,
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_hot", "The hot path; see hot.c.", -1, NULL, NULL, NULL, NULL, NULL};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_hot", "The hot path; see hot.c.", -1, NULL, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__hot(void);
 PyMODINIT_FUNC PyInit__hot(void) {
     const struct {
         PyObject **name;
         const char *text;
-    } names[] = {{&name_now, "now"},
-                 {&name_release, "release"},
-                 {&name_take_frame, "take_frame"},
-                 {&name_give_frame, "give_frame"},
-                 {&name_put_word, "put_word"},
-                 {&name_put, "put"},
-                 {&name_free_place, "free_place"}};
+    } names[] = {{&name_now, "now"}, {&name_release, "release"}, {&name_take_frame, "take_frame"},
+        {&name_give_frame, "give_frame"}, {&name_put_word, "put_word"}, {&name_put, "put"}, {&name_free_place, "free_place"}};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!*names[i].name && !(*names[i].name = PyUnicode_InternFromString(names[i].text))) return NULL;
     if (!page_size && !(page_size = PyLong_FromLong(PAGE_SIZE))) return NULL;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-/* What the hot path (hot.c, hot_disk.c) and its packings (hot_zbud.c, hot_dense.c) have in common: the tables, and the steps of a list.
+/* The common part of the hot path (hot.c, hot_disk.c) and its packings (hot_zbud.c, hot_dense.c): tables, and steps of a list.
 
-   A packing is some functions over the tables. What they do for any packing is here: an index that comes from the tables is
-   looked at before it is used, and lists are changed after all that is needed of them has been looked at. */
+   A packing is a set of functions over the tables (`struct packing`). All packings share the steps of this file. Each step
+   checks an index that comes from the tables before it uses it. It changes lists only after all checks. */
 #ifndef ZBUDFS_HOT_H
 #define ZBUDFS_HOT_H
 
@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* As in core/units.py, core/allocator.py, core/page_table.py, core/codec.py. */
+/* These constants have the values of core/units.py, core/allocator.py, core/page_table.py and core/codec.py. */
 enum {
     PAGE_SHIFT = 12,
     STRETCH_SHIFT = 9,
@@ -33,14 +33,14 @@ enum {
     KIND_MASK = (1 << KIND_BITS) - 1,
     CHECK_SHIFT = 39,
     CHECKSUM_MASK = (1 << 24) - 1,
-    CHECK_BITS_BELOW = 24, /* of a check, the bit above its checksum says that the zpage is a word */
+    CHECK_BITS_BELOW = 24, /* bits of the checksum in a check; the bit above them says that the zpage is a word */
 };
 #define REF_MASK ((1ull << 36) - 1)
 enum { ABSENT, WORD, WORD_INVERTED, WORD_HALVES, FRAME, RAW_FRAME, BLOCK, RAW_BLOCK, WORD_ZPAGES, TABLE_COUNTS };
 enum { FREE, PERSISTENT };
-enum { FULL = 0 }; /* what stands for an unbuddied list where a frame is on none, since it has no room */
+enum { FULL = 0 }; /* the number that replaces an unbuddied list for a frame without room, which is on none */
 
-/* The allocator's counters: pairs of persistent and ephemeral, then a row of NCHUNKS for either. `_map_counters` in Python. */
+/* The allocator's counters: pairs of persistent and ephemeral, then a row of NCHUNKS for each. See `_map_counters` in Python. */
 enum {
     MASK = 0,
     PAGEFRAMES = 2,
@@ -58,11 +58,27 @@ enum {
     COUNTERS = HISTOGRAM + 2 * NCHUNKS,
 };
 
-/* The buffers, in the order in which they are given; the packing's own columns follow, and then its own bytes. */
-enum { ENTRIES, TABLE, FRAMES, LRU_NEXT, LRU_PREV, BUD_NEXT, BUD_PREV, OWNER, STATE, PINS, COUNTS, NOTED, TOUCHED, OWN, OWN_COLUMNS = 3 };
+/* The buffers in the order of the arguments. The packing's own columns follow, and then its own bytes. */
+enum {
+    ENTRIES,
+    TABLE,
+    FRAMES,
+    LRU_NEXT,
+    LRU_PREV,
+    BUD_NEXT,
+    BUD_PREV,
+    OWNER,
+    STATE,
+    PINS,
+    COUNTS,
+    NOTED,
+    TOUCHED,
+    OWN,
+    OWN_COLUMNS = 3
+};
 enum { MOST_BUFFERS = OWN + OWN_COLUMNS + 1 };
 
-/* Lists as in core/lists.py: rings of indices through sentinels, all below `nodes`. */
+/* Lists as in core/lists.py: rings of indices through sentinels. All indices are below `nodes`. */
 struct rings {
     uint32_t *next, *prev;
     uint64_t nodes;
@@ -70,13 +86,13 @@ struct rings {
 
 struct packing;
 
-/* Pages that a reader in order will ask for next, decompressed in a moment in which nothing else was to be done, each beside the
-   zpage that it was made from: good for whatever zpage has the same bytes, and for nothing else. */
+/* Pages that a reader in order will request next, decompressed in an idle moment. Each is kept beside a copy of its zpage. It is
+   valid only while the page's zpage has the same bytes as the copy. */
 enum { READY_PAGES = 8 };
 struct ready {
-    uint64_t first;        /* page */
-    unsigned wanted, done; /* pages */
-    unsigned sizes[READY_PAGES]; /* of the zpages; 0 = not made */
+    uint64_t first; /* page number */
+    unsigned wanted, done; /* numbers of pages */
+    unsigned sizes[READY_PAGES]; /* of the zpages, in bytes; 0: the page is not ready */
     unsigned char zpages[READY_PAGES][MAX_ZPAGE_SIZE], contents[READY_PAGES][PAGE_SIZE];
 };
 
@@ -86,17 +102,17 @@ typedef struct {
     const struct packing *packing;
     unsigned most_zpages;
     uint64_t *entries, nr_pages;
-    unsigned char *touched; /* by stretch of the page table */
-    int64_t *kinds; /* by kind of entry, then the words in zpages */
+    unsigned char *touched; /* one byte for each stretch of the page table */
+    int64_t *kinds; /* entries of each kind, then the words in zpages */
     unsigned char *frames, *state, *pins;
     struct rings lru, bud;
     uint32_t *owner;
-    uint32_t *noted; /* when something was added to a persistent frame last, the block of an ephemeral one */
+    uint32_t *noted; /* of a persistent frame: time of the last store to it; of an ephemeral frame: its block */
     int64_t *counters;
     uint64_t nr_frames;
     void *own[OWN_COLUMNS]; /* the packing's own columns, by frame */
     unsigned char *own_bytes;
-    uint64_t read_until; /* the page after those that were read last, several at once */
+    uint64_t read_until; /* the page after the last read of several pages */
     struct ready ready;
 } Hot;
 
@@ -107,49 +123,53 @@ struct zpage {
     unsigned size;
 };
 
-/* What a packing does; -1 is an error that is set, and then nothing has been changed. The frames that it is given exist, are
-   persistent (but for `create`) and not raw. */
+/* The functions of a packing. -1 is an error that is set, without a change. The frames in the arguments exist, are persistent
+   (except for `create`) and not raw. */
 struct packing {
-    unsigned layout;                   /* LAYOUT in Python */
-    unsigned own_widths[OWN_COLUMNS];  /* OWN_WIDTHS: bytes of an entry of each column, 0 = none */
-    unsigned own_bytes;                /* OWN_BYTES */
+    unsigned layout; /* LAYOUT in Python */
+    unsigned own_widths[OWN_COLUMNS]; /* OWN_WIDTHS: bytes of an entry of each column, 0 = none */
+    unsigned own_bytes; /* OWN_BYTES */
     unsigned fewest_zpages, most_zpages;
-    /* Store a zpage, complete with its handle, in the fullest frame with room for it: its ref. 1, 0 if there is none, -1. */
+    /* Store a zpage, with its handle, in the fullest frame with room for it, and set `ref`. 1; 0 if there is no room; -1. */
     int (*match)(Hot *hot, const struct zpage *zpage, uint64_t *ref);
-    /* Store it as the first one of a free frame. 1, -1. */
+    /* Store a zpage as the first one of a free frame, and set `ref`. 1; -1. */
     int (*create)(Hot *hot, uint32_t frame, const struct zpage *zpage, uint64_t *ref);
-    /* Forget the zpage of so many bytes whose handle `find` has seen. 1 if it was the last one of the frame, else 0; -1. */
+    /* Forget the zpage of `size` bytes whose handle `find` has checked. 1 if it was the last one of the frame, else 0; -1. */
     int (*free)(Hot *hot, uint32_t frame, unsigned index, unsigned size);
-    /* The zpage of that page and its size; NULL if there is none at this index, or its handle is another's. */
+    /* Return the zpage of `page` and set `size`; NULL if no zpage is at this index, or its handle names another page. */
     unsigned char *(*find)(const Hot *hot, uint64_t frame, unsigned index, uint64_t page, unsigned *size);
-    /* The mask of the indices in use, and the unbuddied list on which the frame belongs. */
+    /* Return the mask of the indices in use, and the unbuddied list to which the frame belongs. */
     unsigned (*live)(const Hot *hot, uint64_t frame);
     unsigned (*list_of)(const Hot *hot, uint64_t frame);
-    /* The page that the handle at an index names, whatever is there. */
+    /* Return the page that the handle at an index names, whether or not a zpage is there. */
     uint64_t (*page_at)(const Hot *hot, uint64_t frame, unsigned index);
-    /* The zpage of so many bytes that `find` has found in a copy of a block is there from now on; nothing is there any more. */
+    /* Return whether the zpage of `size` bytes that `find` has found overlaps another zpage of its frame. */
+    int (*overlaps)(const Hot *hot, uint64_t frame, unsigned index, unsigned size);
+    /* Count the zpage of `size` bytes that `find` has found as stored. No other zpage is at this index. */
     void (*claim)(Hot *hot, uint64_t frame, unsigned index, unsigned size);
     void (*clear)(Hot *hot, uint64_t frame);
 };
 extern const struct packing hot_zbud, hot_dense;
 
-/* hot_disk.c */
+/* These functions are in hot_disk.c. */
 PyObject *hot_coldest(PyObject *self, PyObject *most);
 PyObject *hot_evict(PyObject *self, PyObject *frames);
 PyObject *hot_written(PyObject *self, PyObject *batch);
 PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hot_drop(PyObject *self, PyObject *none);
+PyObject *hot_restore(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 
 static inline void keep_order(void) { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 static inline int corrupt(const char *what, uint64_t number) {
-    if (!PyErr_Occurred()) PyErr_Format(PyExc_AssertionError, "the tables are damaged: %s %llu", what, (unsigned long long)number);
+    if (!PyErr_Occurred())
+        PyErr_Format(PyExc_AssertionError, "the tables are damaged: %s %llu", what, (unsigned long long)number);
     return -1;
 }
 
 /* ---- lists ----------------------------------------------------------------------------------------------------- */
 
-/* Whether a node and its neighbours are where they say: then it can be taken out, or another be put beside it. */
+/* Return whether a node and its neighbours are linked correctly, so that the node can be removed, or another put beside it. */
 static inline int hangs(const struct rings *rings, uint64_t node) {
     if (node >= rings->nodes) return 0;
     uint32_t after = rings->next[node], before = rings->prev[node];
@@ -170,7 +190,7 @@ static inline void append(struct rings *rings, uint32_t sentinel, uint32_t node)
     rings->prev[sentinel] = node;
 }
 
-/* Put a frame on its kind's unbuddied list of those that use so many chunks, or count it as buddied if that is FULL. */
+/* Put a frame on the unbuddied list of its kind for frames that use `used` chunks; if that is FULL, count it as buddied. */
 static inline void enlist_of(Hot *hot, uint32_t frame, unsigned used, unsigned kind) {
     if (used == FULL) {
         hot->counters[BUDDIED + kind]++;
@@ -191,15 +211,15 @@ static inline void delist_of(Hot *hot, uint32_t frame, unsigned used, unsigned k
     hot->counters[UNBUDDIED_COUNT + kind]--;
 }
 
-/* The same for persistent frames. */
+/* The same two functions for persistent frames. */
 static inline void enlist(Hot *hot, uint32_t frame, unsigned used) { enlist_of(hot, frame, used, 0); }
 static inline void delist(Hot *hot, uint32_t frame, unsigned used) { delist_of(hot, frame, used, 0); }
 
-/* Whether a frame can be taken off the unbuddied list `used`, and one be put on it. */
+/* Return whether a frame can be taken off the unbuddied list `used`, and whether one can be put on it. */
 static inline int can_delist(const Hot *hot, uint32_t frame, unsigned used) { return used == FULL || hangs(&hot->bud, frame); }
 static inline int can_enlist(const Hot *hot, unsigned used) { return used == FULL || hangs(&hot->bud, hot->nr_frames + used); }
 
-/* The fullest frame with room for so many chunks, and the unbuddied list on which it is. 1, 0 if there is none, -1. */
+/* Find the fullest frame with room for `chunks` chunks, and its unbuddied list. 1; 0 if there is none; -1. */
 static inline int find_room(const Hot *hot, unsigned chunks, uint32_t *found, unsigned *used) {
     uint64_t fitting = (uint64_t)hot->counters[MASK] & (~0ull >> (chunks - 1)) & ~1ull;
     if (!fitting) return 0;
@@ -212,11 +232,11 @@ static inline int find_room(const Hot *hot, unsigned chunks, uint32_t *found, un
     return 1;
 }
 
-/* Something was added to a frame of `find_room`: it is on this list from now on, and the most recent one. */
+/* Move a frame of `find_room`, in which a zpage was stored, from list `before` to list `used`, and make it the most recent. */
 static inline void added(Hot *hot, uint32_t frame, unsigned before, unsigned used) {
     delist(hot, frame, before);
     enlist(hot, frame, used);
-    if (hot->lru.next[frame] != hot->nr_frames) { /* not the most recent already */
+    if (hot->lru.next[frame] != hot->nr_frames) { /* it is not the most recent already */
         take_out(&hot->lru, frame);
         append(&hot->lru, (uint32_t)hot->nr_frames, frame);
     }

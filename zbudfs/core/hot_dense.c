@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-/* The hot path's packing `dense`: up to seven zpages to a frame. `Dense.match`, `create_prep` + `create_finish`, `zpage`,
-   `free` and `_compact` of core/dense.py once more; the layout, and what a kill in the midst of a compaction leaves, are told
-   there. */
+/* The packing `dense` of the hot path: up to seven zpages to a frame.
+
+   It does the steps of `Dense.match`, `create_prep` + `create_finish`, `zpage`, `free` and `_compact` of core/dense.py. That file
+   describes the layout, and the state that a kill in the middle of a compaction leaves. */
 #include "hot.h"
 
 enum {
@@ -9,7 +10,7 @@ enum {
     OFFSET_SHIFT = SIZE_BITS,
     PAGE_NUMBER_SHIFT = 2 * SIZE_BITS,
 };
-#define MARK ((uint64_t)LAYOUT << 32) /* what stands above the offset in a handle, but for its page */
+#define MARK ((uint64_t)LAYOUT << 32) /* the bits above the page number in a handle */
 #define UNDO (0x756E646Full << 32)
 
 /* The columns, by frame. */
@@ -21,27 +22,29 @@ static unsigned start_of(const Hot *hot) { return HANDLE_SIZE * hot->most_zpages
 static unsigned all_live(const Hot *hot) { return (1u << hot->most_zpages) - 1; }
 static unsigned chunks_for(unsigned size) { return (size + CHUNK_SIZE - 1) >> CHUNK_SHIFT; }
 
-static uint64_t *handles_of(const Hot *hot, uint64_t frame) { return (uint64_t *)(void *)(hot->frames + (frame << PAGE_SHIFT)); }
+static uint64_t *handles_of(const Hot *hot, uint64_t frame) {
+    return (uint64_t *)(void *)(hot->frames + (frame << PAGE_SHIFT));
+}
 static unsigned size_in(uint64_t handle) { return handle & SIZE_MASK; }
 static unsigned offset_in(uint64_t handle) { return handle >> OFFSET_SHIFT & SIZE_MASK; }
 
-/* Where what is given away ends: of an unevictable frame the tail alone is room, of another the holes as well. */
+/* Return the end of the room that is in use. Only the tail of an unevictable frame is free; other frames have free holes too. */
 static unsigned end_of(const Hot *hot, uint32_t frame) {
     return hot->pins[frame] ? tail_of(hot)[frame] : start_of(hot) + used_of(hot)[frame];
 }
 
-/* The unbuddied list of a frame with these indices in use and this end. */
+/* Return the unbuddied list of a frame with these indices in use and this end. */
 static unsigned list_for(const Hot *hot, unsigned live, unsigned end) {
     return live == all_live(hot) || chunks_for(end) >= NCHUNKS ? FULL : chunks_for(end);
 }
 
-/* Whether a frame's columns can be. */
+/* Return whether the columns of a frame are consistent. */
 static int sound(const Hot *hot, uint32_t frame) {
     unsigned live = live_of(hot)[frame], tail = tail_of(hot)[frame];
     return live && live <= all_live(hot) && tail <= PAGE_SIZE && start_of(hot) + used_of(hot)[frame] <= tail;
 }
 
-/* Store a zpage at the tail. */
+/* Store a zpage at the tail, and return its ref. */
 static uint64_t put_in(Hot *hot, uint32_t frame, const struct zpage *zpage) {
     unsigned live = live_of(hot)[frame], offset = tail_of(hot)[frame], index = (unsigned)__builtin_ctz(~live);
     memcpy(hot->frames + ((uint64_t)frame << PAGE_SHIFT) + offset, zpage->bytes, zpage->size);
@@ -52,7 +55,7 @@ static uint64_t put_in(Hot *hot, uint32_t frame, const struct zpage *zpage) {
     return (uint64_t)frame << REF_BITS | index;
 }
 
-/* Make the room of a frame one piece, at its tail. Who is killed here leaves it to `Dense.reset` to undo what was begun. */
+/* Move the room of a frame together, to its tail. If a kill interrupts this, `Dense.reset` undoes it. 0, or -1. */
 static int compact(Hot *hot, uint32_t frame) {
     uint64_t *handles = handles_of(hot, frame), *undo_of = (uint64_t *)(void *)hot->own_bytes;
     unsigned char *bytes = (unsigned char *)handles, *copy = hot->own_bytes + sizeof *undo_of;
@@ -61,7 +64,8 @@ static int compact(Hot *hot, uint32_t frame) {
         if (!(live >> index & 1)) continue;
         uint64_t handle = handles[index];
         unsigned size = size_in(handle), offset = offset_in(handle);
-        if (handle >> PAGE_NUMBER_SHIFT >> 32 != LAYOUT || !size || offset < start_of(hot) || offset + size > tail_of(hot)[frame])
+        if (handle >> PAGE_NUMBER_SHIFT >> 32 != LAYOUT || !size || offset < start_of(hot)
+            || offset + size > tail_of(hot)[frame])
             return corrupt("a handle in frame", frame);
         total += size;
     }
@@ -74,7 +78,7 @@ static int compact(Hot *hot, uint32_t frame) {
     for (unsigned index = 0; index < hot->most_zpages; index++) {
         if (!(live >> index & 1)) continue;
         unsigned size = size_in(handles[index]), offset = offset_in(handles[index]);
-        if (offset != tail) { /* else it lies there already, and what was moved before lies in front of it */
+        if (offset != tail) { /* otherwise it is in place already, and all zpages moved before lie in front of it */
             memcpy(bytes + tail, copy + offset, size);
             handles[index] = (handles[index] & ~((uint64_t)SIZE_MASK << OFFSET_SHIFT)) | (uint64_t)tail << OFFSET_SHIFT;
         }
@@ -122,7 +126,7 @@ static int free_zpage(Hot *hot, uint32_t frame, unsigned index, unsigned size) {
     used_of(hot)[frame] = (uint16_t)(used_of(hot)[frame] - size);
     tail_of(hot)[frame] = (uint16_t)now_tail;
     live_of(hot)[frame] = (unsigned char)now_live;
-    if (now_live && used == before) return 0; /* and keeps its place on the list */
+    if (now_live && used == before) return 0; /* the frame keeps its place on the list */
     delist(hot, frame, before);
     if (!now_live) return 1;
     enlist(hot, frame, used);
@@ -134,7 +138,8 @@ static unsigned char *find(const Hot *hot, uint64_t frame, unsigned index, uint6
     uint64_t handle = handles_of(hot, frame)[index];
     unsigned offset = offset_in(handle);
     *size = size_in(handle);
-    if (handle >> PAGE_NUMBER_SHIFT != (MARK | page) || !*size || *size > MAX_ZPAGE_SIZE || offset < start_of(hot) || offset + *size > PAGE_SIZE)
+    if (handle >> PAGE_NUMBER_SHIFT != (MARK | page) || !*size || *size > MAX_ZPAGE_SIZE || offset < start_of(hot)
+        || offset + *size > PAGE_SIZE)
         return NULL;
     return hot->frames + (frame << PAGE_SHIFT) + offset;
 }
@@ -147,6 +152,16 @@ static unsigned list_of(const Hot *hot, uint64_t frame) {
 
 static uint64_t page_at(const Hot *hot, uint64_t frame, unsigned index) {
     return index < hot->most_zpages ? handles_of(hot, frame)[index] >> PAGE_NUMBER_SHIFT & UINT32_MAX : UINT64_MAX;
+}
+
+static int overlaps(const Hot *hot, uint64_t frame, unsigned index, unsigned size) {
+    const uint64_t *handles = handles_of(hot, frame);
+    unsigned offset = offset_in(handles[index]), live = live_of(hot)[frame];
+    for (unsigned other = 0; other < hot->most_zpages; other++) { /* including the index itself, if it is in use */
+        unsigned start = offset_in(handles[other]);
+        if (live >> other & 1 && offset < start + size_in(handles[other]) && start < offset + size) return 1;
+    }
+    return 0;
 }
 
 static void claim(Hot *hot, uint64_t frame, unsigned index, unsigned size) {
@@ -171,6 +186,7 @@ const struct packing hot_dense = {
     .live = live,
     .list_of = list_of,
     .page_at = page_at,
+    .overlaps = overlaps,
     .claim = claim,
     .clear = clear,
 };

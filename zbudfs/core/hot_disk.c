@@ -1,27 +1,29 @@
 // SPDX-License-Identifier: MIT
-/* The hot path to the backing file and back: what happens to each frame of a batch, over the same tables.
+/* The hot path to the backing file and back: the steps for each frame of a batch, over the same tables.
 
        State.begin_writeback   -->  coldest(most), evict(frames)     persistent frames become zombies
        State.finish_writeback  -->  written(batch)                   their pages are in blocks from now on, the frames are free
        State.adopt             -->  adopt(frame, block, live)        a copy of a block becomes an ephemeral frame
        State.drop_ephemeral    -->  drop()                           its pages are in its block again, the frame is free
+       rebuild                 -->  restore(ref, page)               a new worker claims the zpages that the page table names
 
-   The Python of core/allocator.py and store/state.py once more, for any packing, in the same order: entries are stored when the
-   form that they name is complete, and before the old one is given up. Blocks and the pool's free frames stay with Python.
-   Nothing here is called across a checkpoint with something that was looked up before it: what is in a frame, and where its
-   pages are, is read anew by each call. All of a frame is looked at before anything of it is changed. */
+   It does the steps of core/allocator.py and store/state.py, for any packing, in the same order. An entry is stored when the
+   form that it names is complete, and before the old form is given up. Blocks and the pool's free frames stay with Python. No
+   argument of these functions is older than a checkpoint: each call reads from the tables which pages are in a frame, and where
+   they are. Each function checks a whole frame before it changes any of it. */
 #include "hot.h"
 
 enum { EPHEMERAL = 2, ZOMBIE = 3 };
-enum { PERS = 0, EPH = 1 }; /* PERSISTENT_KIND, EPHEMERAL_KIND */
+enum { PERS = 0, EPH = 1 }; /* PERSISTENT_KIND and EPHEMERAL_KIND of core/allocator.py */
 
-/* The zpages of a frame, or the raw page that it is. */
+/* A zpage of a frame, or the raw page that the frame holds. */
 struct resident {
     uint64_t page;
     unsigned index, size;
 };
 
-/* What is in a frame, of the indices of a mask, if each of these pages' entries says that it is there; else -1, without an error.
+/* Read the zpages of a frame at the indices of a mask, and return their number. -1, without an error, if the entry of one of
+   their pages does not say that it is there.
    `where` is the ref of index 0 that entries give, in a frame or a block. */
 static int residents(const Hot *hot, uint64_t frame, unsigned mask, uint64_t where, unsigned kind, struct resident *found) {
     int count = 0;
@@ -36,7 +38,7 @@ static int residents(const Hot *hot, uint64_t frame, unsigned mask, uint64_t whe
     return count;
 }
 
-/* The same for what the allocator says is in a frame of the pool; -1 with an error. */
+/* Read the zpages, or the raw page, that the allocator has in a frame of the pool, and return their number. -1 with an error. */
 static int all_residents(const Hot *hot, uint64_t frame, struct resident *found) {
     uint64_t where = frame << REF_BITS;
     int count = 1;
@@ -51,7 +53,7 @@ static int all_residents(const Hot *hot, uint64_t frame, struct resident *found)
     return count < 0 ? corrupt("what is in frame", frame) : count;
 }
 
-/* The page is from now on at this ref of a frame or a block; its check stays. */
+/* Commit a ref in a frame or a block as the place of the page; the check of its entry stays. */
 static void move(Hot *hot, uint64_t page, unsigned kind, uint64_t ref) {
     uint64_t old = hot->entries[page];
     keep_order();
@@ -61,7 +63,7 @@ static void move(Hot *hot, uint64_t page, unsigned kind, uint64_t ref) {
     hot->kinds[kind]++;
 }
 
-/* The pages of a frame are in its block: which of them. */
+/* Commit the pages of a frame as pages of its block, and return the mask of their indices. */
 static unsigned move_to_block(Hot *hot, uint32_t frame, const struct resident *found, int count, uint64_t block) {
     unsigned live = 0, kind = hot->owner[frame] ? RAW_BLOCK : BLOCK;
     for (int i = 0; i < count; i++) {
@@ -71,7 +73,7 @@ static unsigned move_to_block(Hot *hot, uint32_t frame, const struct resident *f
     return live;
 }
 
-/* Nothing refers to a frame of that kind, which is on no list: it is free. */
+/* Free a frame of this kind that is on no list, and to which no entry refers. */
 static void forget(Hot *hot, uint32_t frame, unsigned kind, const struct resident *found, int count) {
     if (hot->owner[frame]) {
         hot->owner[frame] = 0;
@@ -89,7 +91,7 @@ static void forget(Hot *hot, uint32_t frame, unsigned kind, const struct residen
     hot->state[frame] = FREE;
 }
 
-/* Whether a frame is in that state, and can be taken off its lists. */
+/* Return whether a frame has this state and can be taken off its lists. */
 static int can_leave(const Hot *hot, uint64_t frame, unsigned state) {
     if (frame >= hot->nr_frames || hot->state[frame] != state || hot->pins[frame] || !hangs(&hot->lru, frame)) return 0;
     return hot->owner[frame] || can_delist(hot, (uint32_t)frame, hot->packing->list_of(hot, frame));
@@ -100,7 +102,7 @@ static void leave_lists(Hot *hot, uint32_t frame, unsigned kind) {
     if (!hot->owner[frame]) delist_of(hot, frame, hot->packing->list_of(hot, frame), kind);
 }
 
-/* The next frame of a list that is not unevictable, from this node on; a number that is no frame's if there is none. */
+/* Return the first frame of a list, from this node on, that is not unevictable. A result >= nr_frames stands for none. */
 static uint64_t evictable(const Hot *hot, uint64_t node) {
     while (node < hot->nr_frames && hot->pins[node]) node = hot->lru.next[node];
     return node;
@@ -140,10 +142,11 @@ PyObject *hot_evict(PyObject *self, PyObject *frames) {
     return all ? Py_NewRef(Py_None) : NULL;
 }
 
-/* A frame of a batch, and its block: which of the block's zpages are live, or -1. */
+/* Free a zombie that is written to this block. Return the mask of the block's live zpages, or -1. */
 static int written(Hot *hot, uint64_t frame, uint64_t block) {
     struct resident found[MOST_ZPAGES];
-    if (frame >= hot->nr_frames || hot->state[frame] != ZOMBIE || block > REF_MASK >> REF_BITS) return corrupt("not a zombie:", frame);
+    if (frame >= hot->nr_frames || hot->state[frame] != ZOMBIE || block > REF_MASK >> REF_BITS)
+        return corrupt("not a zombie:", frame);
     int count = all_residents(hot, frame, found);
     if (count < 0) return -1;
     unsigned live = move_to_block(hot, (uint32_t)frame, found, count, block);
@@ -168,9 +171,9 @@ PyObject *hot_written(PyObject *self, PyObject *batch) {
     return lives;
 }
 
-/* ---- and back ---------------------------------------------------------------------------------------------------- */
+/* ---- from the backing file --------------------------------------------------------------------------------------- */
 
-/* Whether the check of a page's entry is that of this zpage, as `check_of` in Python. */
+/* Return whether the check of a page's entry is the check of this zpage, as `check_of` in Python computes it. */
 static int is_checked(uint64_t entry, const unsigned char *zpage, unsigned size) {
     const unsigned char *end = zpage + size;
     uint64_t check = size < 4 ? 0 : (end[-4] | (uint64_t)end[-3] << 8 | (uint64_t)end[-2] << 16) & CHECKSUM_MASK;
@@ -185,8 +188,8 @@ PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     uint64_t block = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[1]);
     unsigned long live = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLong(args[2]);
     if (PyErr_Occurred()) return NULL;
-    if (frame >= hot->nr_frames || hot->state[frame] != EPHEMERAL || !hot->pins[frame] || hot->owner[frame] ||
-        hot->packing->live(hot, frame) || live >> hot->most_zpages || block > UINT32_MAX) {
+    if (frame >= hot->nr_frames || hot->state[frame] != EPHEMERAL || !hot->pins[frame] || hot->owner[frame]
+        || hot->packing->live(hot, frame) || live >> hot->most_zpages || block > UINT32_MAX) {
         corrupt("not a frame to be filled:", frame);
         return NULL;
     }
@@ -232,4 +235,23 @@ PyObject *hot_drop(PyObject *self, PyObject *Py_UNUSED(none)) {
     move_to_block(hot, (uint32_t)frame, found, count, hot->noted[frame]);
     forget(hot, (uint32_t)frame, EPH, found, count);
     return PyLong_FromUnsignedLongLong(frame);
+}
+
+/* ---- after a crash ------------------------------------------------------------------------------------------------ */
+
+PyObject *hot_restore(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Hot *hot = (Hot *)self;
+    if (nargs != 2) return PyErr_Format(PyExc_TypeError, "restore(ref, page)");
+    uint64_t ref = PyLong_AsUnsignedLongLong(args[0]), page = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[1]);
+    if (PyErr_Occurred()) return NULL;
+    uint64_t frame = ref >> REF_BITS;
+    unsigned index = ref & INDEX_MASK, size;
+    if (frame >= hot->nr_frames || index >= hot->most_zpages || hot->owner[frame]
+        || !hot->packing->find(hot, frame, index, page, &size) || hot->packing->overlaps(hot, frame, index, size))
+        Py_RETURN_FALSE;
+    hot->packing->claim(hot, frame, index, size);
+    hot->counters[HISTOGRAM + PERS * NCHUNKS + ((size + ROUND_UP) >> CHUNK_SHIFT)]++;
+    hot->counters[ZPAGES + PERS]++;
+    hot->counters[ZBYTES + PERS] += size;
+    Py_RETURN_TRUE;
 }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
-/* The hot path's packing `zbud`: two zpages to a frame. `Zbud.match`, `create_prep` + `create_finish`, `zpage` and `free` of
-   core/zbud.py once more; the layout is told there. */
+/* The packing `zbud` of the hot path: two zpages to a frame.
+
+   It does the steps of `Zbud.match`, `create_prep` + `create_finish`, `zpage` and `free` of core/zbud.py, which describes the
+   layout. */
 #include "hot.h"
 
-/* By frame: chunks of the first or the last buddy, 0 = none. */
+/* The column of the chunks of the first or the last buddy; 0 stands for no buddy. */
 static unsigned char *chunks_of(const Hot *hot, unsigned last) { return hot->own[last]; }
 
 static unsigned chunks_for(unsigned size) { return (size + ROUND_UP) >> CHUNK_SHIFT; }
@@ -12,7 +14,7 @@ static uint64_t *handle_of(const Hot *hot, uint64_t frame, unsigned last) {
     return (uint64_t *)(void *)(hot->frames + (last ? ((frame + 1) << PAGE_SHIFT) - HANDLE_SIZE : frame << PAGE_SHIFT));
 }
 
-/* Where the zpage of so many chunks is. */
+/* Return the address of the zpage of a buddy that takes `chunks` chunks. */
 static unsigned char *zpage_at(const Hot *hot, uint64_t frame, unsigned last, unsigned chunks) {
     return hot->frames + (last ? ((frame + 1) << PAGE_SHIFT) - (chunks << CHUNK_SHIFT) : (frame << PAGE_SHIFT) + HANDLE_SIZE);
 }
@@ -80,6 +82,10 @@ static uint64_t page_at(const Hot *hot, uint64_t frame, unsigned index) {
     return index < hot->most_zpages ? *handle_of(hot, frame, index) >> SIZE_BITS : UINT64_MAX;
 }
 
+static int overlaps(const Hot *hot, uint64_t frame, unsigned index, unsigned size) {
+    return chunks_of(hot, index)[frame] || chunks_for(size) + chunks_of(hot, !index)[frame] > NCHUNKS;
+}
+
 static void claim(Hot *hot, uint64_t frame, unsigned index, unsigned size) {
     chunks_of(hot, index)[frame] = (unsigned char)chunks_for(size);
 }
@@ -98,6 +104,7 @@ const struct packing hot_zbud = {
     .live = live,
     .list_of = list_of,
     .page_at = page_at,
+    .overlaps = overlaps,
     .claim = claim,
     .clear = clear,
 };

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""How long things took: histograms in power-of-two microseconds, in memory that outlives the process.
+"""Histograms of durations, in power-of-two microseconds, in memory that outlives the process.
 
     row of a kind    BUCKETS counts, then the sum of all in nanoseconds, then the longest in nanoseconds
 
-Bucket n counts what took less than 2**n us and, for n > 0, at least 2**(n - 1) us; the last one what took longer as well.
-Requests are entered by the shim (fuse/shim.c, which has the same layout): from when it was received to when it was answered,
-waiting included; the time that the kernel kept it before is not seen here. Behind the rows stand a few more of the shim's
-numbers.
+Bucket n counts durations of less than 2**n us and, for n > 0, at least 2**(n - 1) us. The last bucket counts all longer ones
+too. The shim enters requests (fuse/shim.c has the same layout): from the moment in which it received the request to the
+answer, waiting included. The time that the kernel kept the request before is not included. A few more numbers of the shim
+follow the rows.
 """
 
 from enum import IntEnum
@@ -19,24 +19,24 @@ ROW_WORDS: Final = BUCKETS + 2
 
 
 class Timed(IntEnum):
-    """What is timed: the number of its row."""
+    """The kinds of durations: each is the number of its row."""
 
     READ = 0
     WRITE = 1
     DISCARD = 2
     SYNC = 3
     WRITEBACK = 4
-    """One batch of frames on its way to the backing file."""
+    """One batch of frames, from its start to its end in the backing file."""
     PAGEIN = 5
     """One read of blocks from the backing file."""
 
 
 SERVED: Final = len(Timed) * ROW_WORDS
-"""Requests for the swapfile that were received."""
+"""Index of the number of requests for the swapfile that were received."""
 WAKEUPS: Final = SERVED + 1
-"""Wake-ups that served one or more."""
+"""Index of the number of wake-ups that served at least one request."""
 MOST_IN_WORK: Final = SERVED + 2
-"""Most requests that were received and not yet answered at any time."""
+"""Index of the largest number of requests that were received and not yet answered at one time."""
 WORDS: Final = SERVED + 3
 
 
@@ -47,7 +47,7 @@ class Latencies:
         self.words = words
 
     def record(self, kind: Timed, nanoseconds: int) -> None:
-        """Something took so long."""
+        """Enter a duration of this kind."""
         words = self.words
         row = kind * ROW_WORDS
         words[row + min((nanoseconds // 1000).bit_length(), BUCKETS - 1)] += 1
@@ -61,7 +61,7 @@ class Latencies:
         return self.words[SERVED]
 
     def numbers(self) -> dict[str, int | list[int]]:
-        """By name: `KIND_latency_us`, counts by bucket; the sum and the longest in microseconds."""
+        """Return the numbers by name: `KIND_latency_us` has the counts of the buckets; sum and longest are in microseconds."""
         found: dict[str, int | list[int]] = {}
         for kind in Timed:
             row = kind * ROW_WORDS

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Doubly linked lists of indices, intrusive and without a Python object per member.
 
-`nodes` members (frame numbers, say) can each be on one of `lists` lists. A list is a ring through a
+Each of `nodes` members (frame numbers, for example) can be on one of `lists` lists. A list is a ring through a
 sentinel, node `nodes + list`, so that linking and unlinking have no special cases:
 
     sentinel -> oldest -> ... -> newest -> sentinel
@@ -11,15 +11,13 @@ Every operation is O(1). The columns lie in buffers of the caller, 4 bytes a nod
 
 from collections.abc import Iterator
 
-UINT32 = "I"
-
 
 class IndexLists:
     """`lists` lists over `nodes` members.
 
-    `nexts` and `prevs` are memoryviews of format "I" with `nodes + lists` entries. What stands at a
-    member that is on no list means nothing: whoever owns the lists must know where a member is. With
-    `attach` nothing is written, and nothing may be asked, before `clear`.
+    `nexts` and `prevs` are memoryviews of format "I" with `nodes + lists` entries. The entries of a member that is on no
+    list mean nothing: the owner of the lists must know which list a member is on. With `attach` the constructor writes
+    nothing, and `clear` must come before any other call.
     """
 
     __slots__ = ("lists", "nexts", "nodes", "prevs")
@@ -65,11 +63,11 @@ class IndexLists:
         self.prevs[after] = before
 
     def oldest(self, which: int) -> int:
-        """The oldest member of list `which`, or a number >= `nodes` if it is empty."""
+        """Return the oldest member of list `which`, or a number >= `nodes` if it is empty."""
         return self.nexts[self.nodes + which]
 
     def members(self, which: int) -> Iterator[int]:
-        """From the oldest to the newest. The list must not change meanwhile, save for the member just given."""
+        """Yield the members from the oldest to the newest. Meanwhile only the member just yielded may leave the list."""
         node = self.nexts[self.nodes + which]
         while node < self.nodes:
             after = self.nexts[node]
@@ -77,7 +75,7 @@ class IndexLists:
             node = after
 
     def check(self, which: int) -> None:
-        """AssertionError unless list `which` leads back the way it leads there."""
+        """Raise AssertionError unless the `prevs` of list `which` are the reverse of its `nexts`."""
         node = sentinel = self.nodes + which
         while True:
             after = self.nexts[node]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The packings there are, by name, and the allocator of each. Only who makes a store or talks to people needs this.
+"""The packings by name, with the allocator of each. Only code that makes a store or that parses or prints a packing needs it.
 
-zbud       two zpages to a frame                       core/zbud.py
-dense      up to DEFAULT_ZPAGES of them                core/dense.py
-dense:N    up to N of them, N from 2 to 7
+The text of a packing is one of these:
+
+    zbud       two zpages to a frame                       core/zbud.py
+    dense      up to DEFAULT_ZPAGES zpages to a frame      core/dense.py
+    dense:N    up to N zpages to a frame, N from 2 to 7
 """
 
 from dataclasses import dataclass
@@ -14,21 +16,21 @@ from zbudfs.core.dense import DEFAULT_ZPAGES, FEWEST_ZPAGES, Dense
 from zbudfs.core.zbud import Zbud
 
 GRAMMAR: Final = f"zbud, dense, or dense:N with N from {FEWEST_ZPAGES} to {MOST_ZPAGES} zpages to a frame"
-"""What a packing looks like, for error messages and for help texts."""
+"""The syntax of a packing, for error messages and help texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How zpages are packed into frames. Frames of one packing mean nothing to another."""
+    """A way to pack zpages into frames. Another packing cannot read the frames."""
 
     name: str
-    """zbud or dense."""
+    """The name: "zbud" or "dense"."""
     zpages: int
     """Most zpages to a frame."""
 
     @classmethod
     def parse(cls, text: str) -> "Packing":
-        """The packing that `text` names; ValueError with a sentence that says what would be right."""
+        """Return the packing that `text` names. Raises ValueError with a sentence that gives the right syntax."""
         name, colon, number = text.partition(":")
         if text == "zbud":
             return ZBUD
@@ -42,26 +44,26 @@ class Packing:
 
     @classmethod
     def of_code(cls, code: int) -> "Packing | None":
-        """The packing whose `code` this is; None if this version knows none."""
+        """Return the packing with this `code`; None if this version knows none."""
         dense = (cls("dense", zpages) for zpages in range(FEWEST_ZPAGES, MOST_ZPAGES + 1))
         return next((packing for packing in (ZBUD, *dense) if packing.code == code), None)
 
     @property
     def code(self) -> int:
-        """A number for it and its layout, never 0, for what outlives a process."""
+        """The number of the packing and its layout, never 0. Memory that outlives the process holds it."""
         return self.kind.LAYOUT << 8 | self.zpages
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """Return the text that `parse` reads."""
         return self.name if self.name == "zbud" else f"{self.name}:{self.zpages}"
 
     @property
     def kind(self) -> type[Allocator]:
-        """The class of its allocator, which knows the layout of the table."""
+        """The class of the allocator, which knows the layout of the table."""
         return Zbud if self.name == "zbud" else Dense
 
     def allocator(self, frames: memoryview, table: memoryview, nr_frames: int, *, attach: bool = False) -> Allocator:
-        """An allocator over frames and table; see Allocator."""
+        """Return an allocator over frames and table; see Allocator."""
         if self.name == "zbud":
             return Zbud(frames, table, nr_frames, attach=attach)
         return Dense(frames, table, nr_frames, attach=attach, most_zpages=self.zpages)

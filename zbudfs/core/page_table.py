@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""The page table: one 8-byte entry a page of the device, and the truth about where each page is.
+"""The page table: one 8-byte entry for each page of the device, which alone says where the page is.
 
     63                  39 38                                3 2    0
     | check, 25 bits      |  ref in a frame or a block        | kind |
     | word, 61 bits                                           | kind |
 
-One 8-byte store of an entry is the commit of whatever led to it. The check is the end of the stored form's
-checksum: an outdated copy of the same page is seen for what it is. A block is a copy of a frame, so a place in
-a block is a ref with the block number instead of the frame number.
+One 8-byte store of an entry is the commit of a change. The check is the end of the checksum of the stored form, so that
+a reader recognises an outdated copy of the same page. A block is a copy of a frame, so a place in a block is a ref with
+the block number instead of the frame number.
 
-Same-filled pages: a word has 64 bits and an entry has room for 61. Zero-extended, sign-extended and twice
-repeated 32-bit words go in as they are; what is left over (a double such as 0.1) becomes a zpage of one chunk,
-which the highest bit of its check tells from others.
+A same-filled page has a word of 64 bits, and an entry has room for 61. Words that are a zero-extended, sign-extended or
+twice repeated 32-bit word fit into the entry. Any other word (a double such as 0.1) becomes a zpage of one chunk; the
+highest bit of its check distinguishes it from other zpages.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,13 +23,13 @@ from zbudfs.core.units import WORD_SIZE
 ENTRY_SIZE: Final = 8
 
 ABSENT: Final = 0
-"""Never written, or discarded: reads as zeros. The entry is 0 as a whole."""
+"""Never written, or discarded: a read returns zeros. The whole entry is 0."""
 WORD: Final = 1
 """Same-filled: the word itself, below 2**61."""
 WORD_INVERTED: Final = 2
 """Same-filled: all bits of the word inverted."""
 WORD_HALVES: Final = 3
-"""Same-filled: a 32-bit pattern, which is both halves of the word."""
+"""Same-filled: both halves of the word are this 32-bit pattern."""
 FRAME: Final = 4
 """A zpage in a frame of the pool."""
 RAW_FRAME: Final = 5
@@ -47,30 +47,48 @@ KIND_MASK: Final = (1 << KIND_BITS) - 1
 REF_WIDTH: Final = 36
 REF_MASK: Final = (1 << REF_WIDTH) - 1
 CHECK_SHIFT: Final = KIND_BITS + REF_WIDTH
-TO_BLOCK: Final = BLOCK - FRAME
-"""What is added to FRAME or RAW_FRAME to get BLOCK or RAW_BLOCK."""
 
 _WORD_ZPAGES: Final = KIND_MASK + 1
-"""Where `PageTable.numbers` counts the same-filled pages kept as a zpage: after the kinds."""
+"""Index in `PageTable.numbers` of the same-filled pages that are kept as a zpage. The kinds are before it."""
 
 _WORD_LIMIT: Final = 1 << (64 - KIND_BITS)
 _ALL_ONES: Final = (1 << 64) - 1
 STRETCH_PAGES: Final = 512
-"""Pages that share a byte of `touched`: what hot.h has as STRETCH_SHIFT."""
+"""Pages that share a byte of `touched`. hot.h has STRETCH_SHIFT for it."""
 _EMPTY_STRETCH: Final = bytes(STRETCH_PAGES * ENTRY_SIZE)
 _LOOK_STRETCHES: Final = 4096
-"""Bytes of `touched` that are looked at at once."""
+"""Bytes of `touched` that one search reads."""
 
 assert CHECK_SHIFT + CHECK_BITS <= 64
 
 
 def entry(kind: int, ref: int, check: int) -> int:
-    """The entry of a page kept at `ref`; kind is one of FRAME, RAW_FRAME, BLOCK, RAW_BLOCK."""
+    """Return the entry of a page kept at `ref`; kind is one of FRAME, RAW_FRAME, BLOCK, RAW_BLOCK."""
     return check << CHECK_SHIFT | ref << KIND_BITS | kind
 
 
+def entry_kind(entry: int) -> int:
+    """Return the kind of an entry: ABSENT, WORD, ... RAW_BLOCK."""
+    return entry & KIND_MASK
+
+
+def entry_ref(entry: int) -> int:
+    """Return the ref of an entry of one of the kinds FRAME, RAW_FRAME, BLOCK, RAW_BLOCK."""
+    return entry >> KIND_BITS & REF_MASK
+
+
+def entry_check(entry: int) -> int:
+    """Return the check of an entry of one of the kinds FRAME, RAW_FRAME, BLOCK, RAW_BLOCK."""
+    return entry >> CHECK_SHIFT
+
+
+def moved_entry(old: int, kind: int, ref: int) -> int:
+    """Return the new entry of a page whose stored form is copied unchanged from the place in `old` to `ref`."""
+    return entry(kind, ref, entry_check(old))
+
+
 def entry_of_word(word: int) -> int | None:
-    """The entry of a same-filled page, or None if its word does not fit."""
+    """Return the entry of a same-filled page, or None if its word does not fit."""
     if word < _WORD_LIMIT:
         return word << KIND_BITS | WORD
     inverted = word ^ _ALL_ONES
@@ -82,7 +100,7 @@ def entry_of_word(word: int) -> int | None:
 
 
 def word_of_entry(entry: int) -> int:
-    """The word of a same-filled page's entry."""
+    """Return the word of a same-filled page's entry."""
     payload = entry >> KIND_BITS
     kind = entry & KIND_MASK
     if kind == WORD:
@@ -93,7 +111,7 @@ def word_of_entry(entry: int) -> int:
 
 
 def is_word_zpage(entry: int) -> bool:
-    """Whether the entry is of a same-filled page that is kept as a zpage."""
+    """Return whether the entry is of a same-filled page that is kept as a zpage."""
     return entry >> 63 == 1 and entry & KIND_MASK in (FRAME, BLOCK)
 
 
@@ -105,13 +123,13 @@ def touched_size(nr_pages: int) -> int:
 class PageTable:
     """The entries of `nr_pages` pages in `buffer`, a zeroed writable memoryview of bytes.
 
-    `touched`, a zeroed writable memoryview of `touched_size(nr_pages)` bytes, has a byte for each stretch of STRETCH_PAGES
-    pages: 1 if anything may be stored in it. It is set before the first entry is stored, so that a scan of the table passes
-    over stretches that were never used: a scan costs what is stored, and not the size of the device. Without it, each is
-    looked at.
+    `touched` is a zeroed writable memoryview of `touched_size(nr_pages)` bytes. It has a byte for each stretch of
+    STRETCH_PAGES pages: 1 if an entry of the stretch may be stored. The byte is set before the first entry is stored, so
+    that a scan of the table can skip stretches that were never used. So the cost of a scan follows the stored pages and not
+    the size of the device. Without `touched` a scan reads every stretch.
 
-    `counts[kind]` is how many entries are of each kind, `word_zpages` how many are same-filled pages kept as a zpage.
-    `numbers` holds both, one after the other, for the hot path in C, which counts there as well.
+    `counts[kind]` is the number of entries of each kind, `word_zpages` the number of same-filled pages kept as a zpage.
+    `numbers` holds both, one after the other, for the hot path in C, which counts there too.
     """
 
     def __init__(self, buffer: memoryview, nr_pages: int, touched: memoryview | None = None) -> None:
@@ -125,7 +143,7 @@ class PageTable:
         self.numbers[ABSENT] = nr_pages
 
     def store(self, page: int, entry: int) -> int:
-        """Commit: the page is now what `entry` says. Returns the entry that stood there."""
+        """Commit `entry` as the state of the page. Return the old entry."""
         entries = self.entries
         old: int = entries[page]
         if not old:
@@ -139,9 +157,9 @@ class PageTable:
         return old
 
     def stretches(self, beat: Callable[[], None] | None = None) -> Iterator[tuple[int, list[int]]]:
-        """(first page, entries) of each stretch of pages in which something is stored, absent ones among them.
+        """Yield (first page, entries) of each stretch that has a stored page; `entries` has the absent pages too.
 
-        `beat` is called for each stretch that was ever used, also for an empty one.
+        The method calls `beat` for each stretch that was ever used, also for an empty one.
         """
         number, end = 0, len(self.touched)
         while (number := self._next_touched(number, end)) < end:
@@ -156,7 +174,7 @@ class PageTable:
             number += 1
 
     def _next_touched(self, number: int, end: int) -> int:
-        """The first stretch from `number` on, below `end`, that is touched; `end` if there is none."""
+        """Return the first touched stretch from `number` on, below `end`; `end` if there is none."""
         while number < end:
             piece = bytes(self.touched[number : min(number + _LOOK_STRETCHES, end)])
             at = piece.find(1)
@@ -166,7 +184,7 @@ class PageTable:
         return end
 
     def recount(self, beat: Callable[[], None] | None = None) -> None:
-        """Make `counts` and `word_zpages` say what the entries are; `beat` as for `stretches`."""
+        """Set `counts` and `word_zpages` from the entries; `beat` as for `stretches`."""
         counts = [0] * (KIND_MASK + 1)
         word_zpages = 0
         for _, values in self.stretches(beat):
@@ -179,9 +197,9 @@ class PageTable:
             self.numbers[number] = value
 
     def next_stored(self, page: int, stop: int) -> int:
-        """The first page from `page` on, below `stop`, that is not absent; `stop` if there is none.
+        """Return the first page from `page` on, below `stop`, that is not absent; `stop` if there is none.
 
-        Stretches that were never used are not looked at, and one in which nothing is stored is compared as a whole.
+        The method skips stretches that were never used, and compares a stretch without a stored page as a whole.
         """
         entries = self.entries
         while page < stop:
@@ -201,21 +219,21 @@ class PageTable:
 
     @property
     def counts(self) -> list[int]:
-        """How many entries are of each kind."""
+        """The number of entries of each kind."""
         return self.numbers[:_WORD_ZPAGES].tolist()
 
     @property
     def word_zpages(self) -> int:
-        """How many same-filled pages are kept as a zpage."""
+        """The number of same-filled pages that are kept as a zpage."""
         return self.numbers[_WORD_ZPAGES]
 
     @property
     def stored_pages(self) -> int:
-        """Pages that are not absent."""
+        """The number of pages that are not absent."""
         return self.nr_pages - self.numbers[ABSENT]
 
     def check(self) -> None:
-        """AssertionError if the counts are not what a recount gives. O(pages)."""
+        """Raise AssertionError if the counts differ from a recount. O(pages)."""
         recount = [0] * (KIND_MASK + 1)
         word_zpages = 0
         for number, touched in enumerate(self.touched):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""What users other than root are told: a list of numbers, and how they are rounded.
+"""The statistics that users other than root may read, and the rounding of each.
 
-A number that follows from the content of one page is a tool against the program that the page belongs to: its compressed
-size tells whether a guess stands beside a secret in the same page. So
+A number that follows from the content of one page helps an attack on the program that the page belongs to. For example, its
+compressed size shows whether a guess stands beside a secret in the same page. So there are four groups:
 
-    EXACT        facts of the mount, what was set, and counts of trouble: nothing of it follows from the content of pages
-    PAGES        counts of pages and requests, rounded down: the kernel's own counts of them can be read by every user
+    EXACT        facts of the mount, settings, and counts of failures: they do not follow from the content of pages
+    PAGES        counts of pages and requests, rounded down: every user can read the kernel's own counts of them
     BLURRED      room, blocks and writes to the disk, which follow from the sizes of pages: rounded at random (`Blur`)
-    HISTOGRAMS   as BLURRED; reads below 64 us are one bucket: how fast a page is decompressed follows from its content
+    HISTOGRAMS   as BLURRED; reads below 64 us are one bucket: the time to decompress a page follows from its content
 
-and all else is for root alone: sizes of zpages, their histogram, the counts of same-filled and of raw pages, the
-allocator's counters, and the times of writes.
+Root alone may read the rest: sizes of zpages, their histogram, the counts of same-filled and of raw pages, the allocator's
+counters, and the times of writes.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,17 +51,17 @@ BLURRED: Final[Mapping[str, int]] = {
     **dict.fromkeys(("cumul_pagein_pages", "cumul_readahead_blocks", "cumul_refault_blocks"), _FRAMES_STEP),
     **dict.fromkeys(_REFUSED, _REFUSED_STEP),
 }
-"""By name: the step."""
+"""The step of the rounding, by name."""
 
 DERIVED: Final = (
     *("refused_pool_full", "cumul_writeback_bytes", "writeback_budget_left_bytes", "writeback_budget_full_in_seconds"),
 )
-"""Told as they follow from the blurred ones: another blur of the same number would tell more of it."""
+"""Statistics that are computed from the blurred ones: a second blur of the same number would reveal more of it."""
 
 HISTOGRAMS: Final = ("read", "discard", "sync", "writeback", "pagein")
-"""KIND_latency_us and KIND_latency_sum_us of these; the times of writes tell how long a page took to be compressed."""
+"""Kinds whose KIND_latency_us and KIND_latency_sum_us are public. The times of writes show how long compression took."""
 FIRST_READ_BUCKET: Final = 6
-"""Reads faster than 2**6 us are all in this bucket."""
+"""The bucket that counts all reads faster than 2**6 us."""
 
 NAMES: Final = frozenset(
     (
@@ -70,17 +70,17 @@ NAMES: Final = frozenset(
         *(f"{kind}_latency_sum_us" for kind in HISTOGRAMS),
     )
 )
-"""All that is told."""
+"""The names of all public statistics."""
 
 
 class Blur:
-    """One number, rounded at random, told again only when it has moved far enough.
+    """One number, rounded at random, whose public value changes only when the number has moved far enough.
 
-    What is told is a multiple of `step`, off by less than two steps. It is rounded up or down by chance, and how far the
-    number must move before it is told again is chance as well, between one step and two. So neither the value that is told
-    nor the moment at which it changes tells where the number is within a step; a user who moves the number himself learns
-    one random sample each time. A number that only grows is told as one that only grows. `below` gives a random number
-    from 0 to its argument less one.
+    The public value is a multiple of `step`, off by less than two steps. Chance decides whether it is rounded up or down,
+    and how far the number must move before the public value changes again: between one step and two. So neither the value
+    nor the moment of its change shows where the number is within a step. A user who moves the number himself gets one
+    random sample each time. If the number only grows, its public value only grows. `below` returns a random number from 0
+    to its argument less one.
     """
 
     __slots__ = ("_below", "_far", "_shown", "_step")
@@ -92,7 +92,7 @@ class Blur:
         self._far = step + below(step)
 
     def tell(self, value: int) -> int:
-        """Return what is told of `value`, which is 0 or more."""
+        """Return the public value of `value`, which is 0 or more."""
         if abs(value - self._shown) >= self._far:
             self._shown = (value + self._below(self._step)) // self._step * self._step
             self._far = self._step + self._below(self._step)
@@ -100,7 +100,7 @@ class Blur:
 
 
 class Discretion:
-    """Makes of a mount's numbers those that everybody may see."""
+    """The filter that makes the public statistics of a mount from its statistics."""
 
     def __init__(self, below: Callable[[int], int]) -> None:
         self._blurs = {name: Blur(step, below) for name, step in BLURRED.items()}
@@ -108,7 +108,7 @@ class Discretion:
         self._buckets = {kind: [Blur(_BUCKET_STEP, below) for _ in range(BUCKETS)] for kind in HISTOGRAMS}
 
     def public(self, numbers: Mapping[str, Value]) -> dict[str, Value]:
-        """Return what is told of `numbers`, a snapshot of stats/."""
+        """Return the public statistics of `numbers`, a snapshot of stats/."""
         found: dict[str, Value] = {name: numbers[name] for name in EXACT}
         for name in PAGES:
             found[name] = _count(numbers[name]) // PAGES_STEP * PAGES_STEP

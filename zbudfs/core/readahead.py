@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""How many blocks to read along with those that are asked for. Pure: told which blocks are read, and what became of them.
+"""The number of blocks to read ahead. Callers report which blocks are read, and how many of them were of use.
 
-Pages that went out together lie in neighbouring blocks, and who reads one of a stretch in order will want the next: a
-program that goes through its memory, swapoff. One read of 64 KiB takes hardly longer than one of 4 KiB, while a read of its own
-for each request is a wait for the disk each time. So a reader that goes on where its last read ended gets more and more
-along. Everybody else gets nothing along, and pays nothing; and so does who asks for a single page, since the kernel asks for
-more where it thinks that somebody reads in order.
+Pages that were written back together lie in neighbouring blocks. A program that reads one stretch of them in order will want
+the next stretch too: examples are a program that goes through its memory, and swapoff. One read of 64 KiB takes hardly
+longer than one of 4 KiB, while a read for each request waits for the disk each time. So the read-ahead of a reader that
+continues where its last read ended grows with each read. All other reads have no read-ahead and no cost. A request for a
+single page has none either: the kernel asks for more pages where it expects a reader in order.
 """
 
 from typing import Final
 
 STREAMS: Final = 4
-"""Readers that are told apart; the one that was heard of least recently goes. Guessed."""
+"""Number of readers that are distinguished; a new one replaces the one that read least recently. Guessed."""
 
 FEWEST_BLOCKS: Final = 2
-"""Asked for at once by whoever reads in order."""
+"""Fewest blocks that a reader in order requests at once."""
 
 FIRST_BLOCKS: Final = 8
-"""Read along when a reader goes on for the first time: 32 KiB."""
+"""Blocks of the read-ahead when a reader continues for the first time: 32 KiB."""
 
 MOST_BLOCKS: Final = 32
-"""Read along at most: 128 KiB. Measured on a virtual disk: 4 KiB take 60 us, 64 KiB 119, 128 KiB 181, 256 KiB 339."""
+"""Most blocks of a read-ahead: 128 KiB. Measured on a virtual disk: 4 KiB take 60 us, 64 KiB 119, 128 KiB 181, 256 KiB 339."""
 
 
 class ReadAhead:
@@ -28,20 +28,20 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self._streams: dict[int, int] = {}
-        """By the block at which a reader is expected next: how many were read along last. The oldest first."""
+        """The last read-ahead of each reader in blocks, by the block where its next read is expected. The oldest first."""
 
     def window(self, first: int, last: int, count: int) -> int:
-        """How many blocks behind `last` to read along when `count` blocks from `first` to `last` are asked for."""
+        """Return the number of blocks behind `last` to read ahead, for a request of `count` blocks from `first` to `last`."""
         if count < FEWEST_BLOCKS or last - first >= 2 * count:
-            return 0  # one, or here and there
-        for expected in (first, first + 1):  # the last block of the read before may have had a page of this one
+            return 0  # a single block, or blocks far apart
+        for expected in (first, first + 1):  # a page of this read may have been in the last block of the read before
             before = self._streams.pop(expected, None)
             if before is not None:
                 return min(max(2 * before, FIRST_BLOCKS), MOST_BLOCKS)
         return 0
 
     def done(self, last: int, ahead: int, kept: int) -> None:
-        """A read ended at `last`, what was read along included: `ahead` blocks, of which `kept` were of use."""
+        """Record a read that ended at `last`, with `ahead` blocks of read-ahead, of which `kept` were of use."""
         self._streams[last + 1] = ahead if 2 * kept >= ahead else 0
         if len(self._streams) > STREAMS:
             del self._streams[next(iter(self._streams))]

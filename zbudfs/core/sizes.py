@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Sizes as people write and read them; inside the program a size is an int of bytes.
+"""Sizes as users write and read them; inside the program a size is an int of bytes.
 
-One grammar for every option, so that nobody has to remember which one multiplies what:
+All options share one grammar, so that a suffix means the same everywhere:
 
     size     = number [ suffix ]
     number   = digits [ "." digits ]     a fraction only with a suffix, and only for whole bytes
@@ -9,8 +9,8 @@ One grammar for every option, so that nobody has to remember which one multiplie
     percent  = number "%"                only where the option says so
 
 There is no "KB", "KiB" or "kB": two spellings that differ by 2.4 % are a trap in a tool that counts frames.
-Arithmetic is exact (integers, no floats), so "1.1G" is refused instead of rounded. What goes
-the other way, `format_size`, is for people, is rounded, and is never parsed again.
+Arithmetic is exact (integers, no floats), so "1.1G" is refused instead of rounded. `format_size` is the opposite
+direction. It rounds, and its result is for users alone and never parsed again.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ import re
 from typing import Final
 
 SUFFIXES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-"""Suffix in upper case -> bytes."""
+"""Bytes by suffix in upper case."""
 
 GRAMMAR: Final = "digits with an optional K, M, G or T (powers of 1024), such as 4G, 1.5G, 512M, 64K or 4096"
-"""What a size looks like, for error messages and for help texts."""
+"""The syntax of a size, for error messages and help texts."""
 
 _SIZE: Final = re.compile(r"([0-9]+)(?:\.([0-9]+))?([KMGT]?)", re.ASCII | re.IGNORECASE)
 _PERCENT: Final = re.compile(r"([0-9]+)(?:\.([0-9]+))?%", re.ASCII)
 _UNITS: Final = {10: "KiB", 20: "MiB", 30: "GiB", 40: "TiB"}
 _LONGEST_NR: Final = 32
-"""Longest text that is looked at, in characters: a size needs 16 digits at most."""
+"""Longest text that the parser reads, in characters: a size needs 16 digits at most."""
 
 
 def parse_size(text: str) -> int:
     """Return the size that `text` names, in bytes.
 
-    Raises ValueError, with a sentence that says what was wrong and what would be right, when the text is
-    not in the grammar or does not come to a whole number of bytes. Zero is a size; whether it makes sense
-    is for the caller to say.
+    Raises ValueError when the text is not in the grammar or does not come to a whole number of bytes. Its sentence says
+    what is wrong and how to write it. Zero is a size; the caller decides whether it makes sense.
     """
     match = _SIZE.fullmatch(text) if len(text) <= _LONGEST_NR else None
     if match is None:
@@ -69,7 +68,7 @@ def parse_size_or_percent(text: str, whole_bytes: int) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """Return `size_bytes` for people: "0 B", "4 KiB", "1.5 GiB"; one digit after the point, none if it is 0.
+    """Return `size_bytes` for users: "0 B", "4 KiB", "1.5 GiB"; one digit after the point, none if it is 0.
 
     Negative sizes (a difference) keep their sign.
     """

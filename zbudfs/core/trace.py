@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Records of a trace: what was asked of the device and when, never what was in it. 16 bytes each.
+"""Records of a trace: the requests to the device with their times, without any content. 16 bytes each.
 
     first word    | time since the start, microseconds: 53 bits | size class: 7 | kind: 4 |
     second word   | pages: 32 bits                    | first page: 32                    |
 
-A size class says how the pages are kept: 0 takes no room (same-filled, or absent), 1 to 63 are the chunks of a zpage with its
-handle, RAW_CLASS is a page that did not compress, UNKNOWN_CLASS is in the backing file alone, or was not stored.
+A size class says how the pages are kept:
+
+    0               they take no room: same-filled, or absent
+    1 to 63         chunks of a zpage with its handle
+    RAW_CLASS       pages that did not compress
+    UNKNOWN_CLASS   pages that are in the backing file alone, or were not stored
 """
 
 from enum import IntEnum
@@ -25,28 +29,28 @@ UNKNOWN_CLASS: Final = CLASS_MASK
 
 
 class Kind(IntEnum):
-    """What was asked, and what came of it."""
+    """The kind of a request, with its result."""
 
     WRITE = 1
-    """Stored."""
+    """A write that was stored."""
     READ = 2
-    """Answered from RAM."""
+    """A read that was answered from RAM."""
     PAGEIN = 3
-    """Read, and in the backing file alone. What else a request asked for is READ."""
+    """A read of pages that were in the backing file alone. The other pages of its request have a record of kind READ."""
     DISCARD = 4
     REFUSED = 5
     """A write that was not stored, since there was no room."""
     LOST = 6
     """A read that failed."""
     GAP = 15
-    """So many records, not pages, were overwritten before anybody had read them."""
+    """A mark instead of a request: that many records (in place of pages) were overwritten before they were read."""
 
 
 def first_word(time_us: int, size_class: int, kind: int) -> int:
-    """The first word of a record."""
+    """Return the first word of a record."""
     return time_us << TIME_SHIFT | size_class << KIND_BITS | kind
 
 
 def second_word(page: int, pages: int) -> int:
-    """The second word of a record; more pages than it can count are as many as it can."""
+    """Return the second word of a record. It holds 2**32 - 1 pages at most."""
     return min(pages, 0xFFFFFFFF) << 32 | page

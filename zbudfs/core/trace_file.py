@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The bytes of a trace file. docs/trace-format.md says the same for those who want to read one with something else.
+"""The bytes of a trace file. docs/use/reference.md describes them for readers that are not part of zbudfs.
 
     header      magic, version, lengths, CRC, and JSON about the mount; filled up to a multiple of 64 bytes
     blocks      each at a multiple of 64 bytes: 32 bytes of header, then records as zstd-compressed columns
 
-A file with a bound is a ring: what comes after the last place is written at the first again, over the oldest blocks. So a
-reader goes by the blocks' numbers, not by their places. What lies between the newest block and the next whole one is the
-rest of what was overwritten. Nothing in a file is believed before it was checked: a file may come from anybody.
+A file with a maximum size is a ring: after the last place, writing continues at the first, over the oldest blocks. So a
+reader orders blocks by their numbers, not by their places. The bytes between the newest block and the next whole one are
+the rest of an overwritten block. Any user may have made a file: the reader checks each value before it uses it.
 """
 
 import json
@@ -56,7 +56,7 @@ BLOCK_HEADER_BYTES: Final = _BLOCK.size
 
 
 class TraceFileError(Exception):
-    """Not a trace file, or a damaged one; the text is one sentence for the user."""
+    """The file is no trace file, or a damaged one; the text is one sentence for the user."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Records:
 
     @classmethod
     def none(cls) -> "Records":
-        """No record yet."""
+        """Return columns without a record."""
         return cls(array("Q"), array("B"), array("B"), array("Q"), array("Q"))
 
     def __len__(self) -> int:
@@ -80,19 +80,19 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block of a file, checked."""
+    """A block of a file, whose checksum was right."""
 
     number: int
     offset: int
     end: int
-    """Where the next may start."""
+    """Offset at which the next block may start."""
     records: int
     payload: bytes
     started_us: int
 
 
 def aligned(size: int) -> int:
-    """The next multiple of the alignment."""
+    """Return the next multiple of the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -100,7 +100,7 @@ def aligned(size: int) -> int:
 
 
 def encode_header(about: Mapping[str, Any]) -> bytes:
-    """The header of a file about a mount; what is in `about` must be JSON and contain "size_bytes"."""
+    """Return the header of a file about a mount. `about` must fit into JSON and contain "size_bytes"."""
     text = json.dumps(about, sort_keys=True).encode()
     length = aligned(_HEADER.size + len(text))
     head = _HEADER.pack(MAGIC, VERSION, length, len(text), crc32(text))
@@ -108,7 +108,7 @@ def encode_header(about: Mapping[str, Any]) -> bytes:
 
 
 def encode_block(number: int, words: "array[int]") -> bytes:
-    """The block number `number`, of records as they come from the ring: two words each, BLOCK_RECORDS at most."""
+    """Return the block with this number. `words` are the records of the ring: two words each, BLOCK_RECORDS records at most."""
     firsts, seconds = words[::2], words[1::2]
     times = [word >> TIME_SHIFT for word in firsts]
     pages = [word & _MASK32 for word in seconds]
@@ -129,7 +129,7 @@ def encode_block(number: int, words: "array[int]") -> bytes:
 
 
 def decode_header(data: bytes) -> tuple[dict[str, Any], int]:
-    """What the file is about, and where its blocks begin. TraceFileError."""
+    """Return the description of the mount, and the offset of the first block. Raises TraceFileError."""
     if len(data) < _HEADER.size or not data.startswith(MAGIC):
         raise TraceFileError("it is not a trace: record one with zbudfs trace record")
     _, version, length, text_length, check = _HEADER.unpack_from(data)
@@ -149,12 +149,12 @@ def decode_header(data: bytes) -> tuple[dict[str, Any], int]:
             raise TraceFileError(f"the header of the trace does not say {name}")
     size, pool, level = about["size_bytes"], about["pool_limit_bytes"], about["level"]
     if not 0 < size <= MAX_DEVICE_PAGES << PAGE_SHIFT or pool < 0 or not MIN_LEVEL <= level <= MAX_LEVEL or not level:
-        raise TraceFileError("the header of the trace tells of a device that cannot be")
+        raise TraceFileError("the header of the trace describes an impossible device")
     return about, length
 
 
 def find_blocks(data: bytes, start: int) -> tuple[list[Block], int]:
-    """The blocks in the order of their numbers, and the bytes that are rest. TraceFileError if one is missing."""
+    """Return the blocks in the order of their numbers, and the bytes outside them. TraceFileError if a block is missing."""
     blocks: list[Block] = []
     holes: list[tuple[int, int]] = []
     at = start
@@ -175,7 +175,7 @@ def find_blocks(data: bytes, start: int) -> tuple[list[Block], int]:
     for before, after in pairwise(blocks):
         if after.number != before.number + 1:
             raise TraceFileError(f"the trace is damaged: block {before.number + 1} is missing")
-    # Only what was being written last, or overwritten first, may be no block.
+    # Only the block that was written last, or the one that was being overwritten, may be incomplete.
     for hole, _ in holes:
         if blocks and hole != blocks[-1].end:
             raise TraceFileError(f"the trace is damaged at byte {hole}")
@@ -194,16 +194,16 @@ def _block_at(data: bytes, at: int) -> Block | None:
 
 
 def decode_block(block: Block, device_pages: int, into: Records) -> None:
-    """Add the records of a block. TraceFileError if they are none that a daemon could have made."""
+    """Add the records of a block to `into`. Raises TraceFileError if no daemon can have written them."""
     wrong = TraceFileError(f"the trace is damaged: block {block.number} holds no records")
     wanted = block.records * _RECORD_BYTES
     try:
-        if zstandard.frame_content_size(block.payload) != wanted:  # before memory is given to it
+        if zstandard.frame_content_size(block.payload) != wanted:  # before the decompressor allocates memory
             raise wrong
         columns = zstandard.ZstdDecompressor().decompress(block.payload, max_output_size=wanted)
     except zstandard.ZstdError:
         raise wrong from None
-    if len(columns) != wanted:  # pragma: no cover  zstd holds a frame to the size that it says
+    if len(columns) != wanted:  # pragma: no cover  zstd checks the size of a frame
         raise wrong
     read: list[array[int]] = []
     at = 0

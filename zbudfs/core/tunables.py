@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What can be changed while a mount runs: names, meanings, and which values are right. Pure.
+"""The settings that can be changed while a mount runs: names, meanings, and permitted values.
 
-control/ and `zbudfs set` ask here. A value is a whole number; how it is written is part of its key. Whoever parses gets
-the number or a ValueError whose text says what was wrong and what would be right. An order is a key that makes something
-happen: what it reads as is how much is left to be done.
+control/ and `zbudfs set` use this module. A value is a whole number; each key has its own syntax. The parser returns the
+number or raises ValueError; the text says what is wrong and how to write it. An order is a key that starts work: reading it
+returns the work that is left.
 """
 
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 
 MIN_POOL_BYTES: Final = 1 << 20
 AUTO: Final = "auto"
-"""Written to a watermark: it follows the pool's limit again."""
+"""The value of a watermark that follows the pool's limit."""
 ALL: Final = "all"
 
 MAX_SECONDS: Final = 10 * 366 * 86400
 MAX_BYTES: Final = 1 << 60
 MAX_WRITERS: Final = 64
 _LONGEST: Final = 64
-"""Longest text that is looked at, in characters."""
+"""Longest text that the parser reads, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tunable:
-    """One key."""
+    """A key of control/."""
 
     name: str
     unit: str
     meaning: str
     order: bool = False
-    """It makes something happen, and reads as what is left to be done."""
+    """Whether the key starts work. Then reading it returns the work that is left."""
 
 
 TUNABLES: Final = (
@@ -41,20 +41,32 @@ TUNABLES: Final = (
     Tunable("low_watermark_frames", "frames", "free frames below which writeback starts; auto follows the limit"),
     Tunable("high_watermark_frames", "frames", "free frames at which writeback stops; auto follows the limit"),
     Tunable(
-        "level", "zstd level", f"of what is compressed from now on: {MIN_LEVEL} (fast) to {MAX_LEVEL} (small), not 0"
+        "level",
+        "zstd level",
+        f"level for pages that are compressed from now on: {MIN_LEVEL} (fast) to {MAX_LEVEL} (small), not 0",
     ),
     Tunable("writeback_enabled", "0 or 1", "whether frames are written to the backing file without an order"),
     Tunable("writeback_budget_bytes_per_day", "bytes a day", "most that is written to the backing file; 0 is no limit"),
-    Tunable("age_seconds", "seconds", "frames to which nothing was added for so long are written back; 0 is never"),
-    Tunable("trace", "0 or 1", "whether requests are recorded for zbudfs trace; off again when nobody reads them"),
+    Tunable("age_seconds", "seconds", "frames that got no page for this time are written back; 0 is never"),
+    Tunable(
+        "trace", "0 or 1", "whether requests are recorded for zbudfs trace; it turns off when no program reads them"
+    ),
     Tunable(
         "writers",
         "open files",
-        f"how many may have swapfile open for writing: 1 keeps a second loop device off it; up to {MAX_WRITERS}",
+        f"most open files of swapfile for writing; 1 refuses a second loop device; up to {MAX_WRITERS}",
     ),
-    Tunable("writeback", "frames", "write N or all of the coldest frames now; reads as what is left of it", order=True),
     Tunable(
-        "drop_ephemeral", "frames", "write 1 to drop clean copies of blocks; reads as how many there are", order=True
+        "writeback",
+        "frames",
+        "write N or all of the coldest frames now; reads as the frames still to write",
+        order=True,
+    ),
+    Tunable(
+        "drop_ephemeral",
+        "frames",
+        "write 1 to drop clean copies of blocks; reads as the number of such copies",
+        order=True,
     ),
 )
 
@@ -64,21 +76,21 @@ ORDERS: Final = frozenset(tunable.name for tunable in TUNABLES if tunable.order)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one mount allows."""
+    """The limits of one mount for values."""
 
     pool_bytes: int
-    """The pool that it was mounted with."""
+    """Bytes of the mount's pool."""
     backed: bool
     """Whether it has a backing file."""
     low_watermark_frames: int
-    """In force now."""
+    """The low watermark in force now."""
     high_watermark_frames: int
 
 
 def parse(name: str, text: str, limits: Limits) -> int:
-    """The number that `text` means for `name`. ValueError with a sentence; KeyError for a name that is none.
+    """Return the number that `text` means for `name`. ValueError with a sentence; KeyError for an unknown name.
 
-    For a watermark 0 stands for AUTO, for `writeback` -1 for ALL.
+    The number 0 of a watermark stands for AUTO; the number -1 of `writeback` stands for ALL.
     """
     text = text.strip()
     if len(text) > _LONGEST:

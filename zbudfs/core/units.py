@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The units of the project, and the only place where they are converted.
 
-page   4096 bytes of the device          numbered from 0
-frame  4096 bytes of pool RAM            numbered from 0
-block  4096 bytes of the backing file    numbered from 0; block 0 is the file's header
-chunk  64 bytes, the unit of room inside a frame; a frame has NCHUNKS of them
+There are four units:
+
+
+    page   4096 bytes of the device          numbered from 0
+    frame  4096 bytes of pool RAM            numbered from 0
+    block  4096 bytes of the backing file    numbered from 0; block 0 is the file's header
+    chunk  64 bytes, the unit of room inside a frame; a frame has NCHUNKS of them
 """
 
 from typing import Final
@@ -18,9 +21,9 @@ CHUNK_SIZE: Final = 1 << CHUNK_SHIFT
 NCHUNKS: Final = PAGE_SIZE >> CHUNK_SHIFT
 
 SIZE_CLASS_BYTES: Final = CHUNK_SIZE
-"""Zpages are counted by size in steps of so many bytes, handle included: what is said about sizes goes no further."""
+"""Step of the size classes of zpages in bytes, handle included. Statistics and traces show no size more exactly."""
 SIZE_CLASSES: Final = NCHUNKS
-"""Classes from 0 on, which is nothing."""
+"""Number of size classes. Class 0 takes no room."""
 
 WORD_SIZE: Final = 8
 PAGE_WORDS: Final = PAGE_SIZE // WORD_SIZE
@@ -30,5 +33,5 @@ NO_FRAME: Final = -1
 
 
 def pages_in(size_bytes: int) -> int:
-    """Whole pages needed for `size_bytes` bytes, rounded up."""
+    """Return the whole pages needed for `size_bytes` bytes, rounded up."""
     return -(-size_bytes >> PAGE_SHIFT)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""How some memory would compress and pair, found by doing it: samples of processes, files and core dumps. No daemon."""
+"""Estimates: samples of processes, files and core dumps are compressed and packed as the daemon would do. No daemon runs."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What becomes of a sample: compressed by the daemon's own codec, packed by its own allocators, timed.
+"""Measure a sample: the daemon's own codec compresses it, and its own allocators pack it, with times.
 
-Nothing is modelled. Each page goes the way that it would go in the daemon (same-filled? -> zpage -> raw), and each packing
-in PACKINGS is handed the zpages in the same order. Only the frames are counted that are taken; nothing is freed meanwhile,
-as nothing is while memory is being swapped out.
+Nothing is modelled. Each page goes the way that it would go in the daemon (same-filled? -> zpage -> raw). Each packing
+in PACKINGS gets the zpages in the same order. Only the taken frames are counted. Nothing is freed meanwhile,
+as nothing is freed while the kernel swaps memory out.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from zbudfs.core.page_table import entry_of_word
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE, SIZE_CLASSES
 
 PACKINGS: Final[Mapping[str, Packing]] = {packing.name: packing for packing in (ZBUD, DENSE)}
-"""By the name that `--packing` has for it: how zpages are put into frames."""
+"""The packings, by their names for `--packing`."""
 
 _ORDER: Final = sys.byteorder
 _EVERY_PAGES: Final = 256
-"""Pages between two words about progress."""
+"""Pages between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ class LevelMeasure:
     raw_pages: int
     """No zpage of them fits a buddy: they take a frame each."""
     zpage_bytes: int
-    """Of the zpages, without handles; raw pages not included."""
+    """Size of the zpages, without handles and raw pages."""
     zpages: int
     """Pages that are kept as a zpage."""
     chunk_histogram: tuple[int, ...]
-    """How many zpages use n chunks, for n from 0 to 63."""
+    """Number of zpages that use n chunks, for n from 0 to 63."""
     frames: Mapping[str, int]
-    """By packing: frames that all of it takes, raw pages included."""
+    """Frames that the whole sample takes, raw pages included, for each packing."""
     compress_us: float
     """Mean of the pages that were compressed, raw ones included; 0 if there were none."""
     decompress_us: float

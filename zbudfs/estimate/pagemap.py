@@ -4,7 +4,7 @@
 pagemap has 8 bytes for each page of the kernel, which may be larger than the 4096 bytes of a page here. Page numbers in
 this module are the kernel's: an address divided by `Proc.page_bytes`.
 
-A process is not trusted: it may map terabytes and give its files any name. Holes are skipped where the kernel can tell
+A process is not trusted: it may map terabytes and give its files any name. Holes are skipped where the kernel can find
 them (PAGEMAP_SCAN), and every look has a limit of time.
 """
 
@@ -64,7 +64,7 @@ def _kind(top: int) -> bytes:
 
 
 _KINDS: Final = b"".join(map(_kind, range(256)))
-"""By the top byte of an entry: e a process's own, s shared or unknown, w swapped out, "." does not count."""
+"""Kind of a page, by the top byte of its entry: e a process's own, s shared or unknown, w swapped out, "." not counted."""
 _RUNS: Final = re.compile(rb"e+|s+|w+")
 
 # ioctl(PAGEMAP_SCAN) of Linux 6.7: struct pm_scan_arg, struct page_region.
@@ -80,7 +80,7 @@ _SCAN_STEP_BYTES: Final = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class Proc:
-    """Where processes are found, and how long to look."""
+    """The place of the processes, and the limits of time for a look at them."""
 
     folder: str = "/proc"
     page_bytes: int = field(default_factory=resource.getpagesize)
@@ -133,7 +133,7 @@ class Frames:
 
 @dataclass(slots=True)
 class Looked:
-    """What was found in one process; all numbers are of the kernel's pages."""
+    """The result of a look at one process; all numbers are of the kernel's pages."""
 
     starts: array[int] = field(default_factory=lambda: array("Q"))
     """Runs of pages that count: the first page of each ..."""

@@ -5,11 +5,11 @@
     /proc/PID/pagemap    8 bytes for each page of the kernel: which pages are in RAM, anonymous, and whose
     /proc/PID/mem        what is in them
 
-Only pages in RAM are read. A second look at pagemap, just before the read, makes sure of it: a read must neither bring
-back a page that was swapped out nor make one that was never touched. Pages of files (a program's data until the program
+Only pages in RAM are read. A second look at pagemap, just before the read, makes sure of it. A read must neither
+bring back a page that was swapped out nor make one that was never touched. Pages of files (a program's data until the program
 writes to it) do not count: the kernel drops them and does not swap them out.
 
-A page that several processes share after a fork counts once, where the kernel tells the number of the page (to root).
+A page that several processes share after a fork counts once, where the kernel shows the number of the page (to root).
 Elsewhere a page that is not a process's alone is left out. Most of those are the kernel's one page of zeros.
 
 The processes are not trusted. A process may map terabytes, give its files odd names, end at any time, or keep the kernel
@@ -56,11 +56,15 @@ def sample_processes(
 ) -> Sample:
     """Return up to `wanted` pages of these processes.
 
-    Counted by cause: "processes" that were looked at, "denied" (permission), "ended" meanwhile, "failed" (other errors),
-    "stuck" (the kernel did not answer), "cut_off" (more memory than the limit of time allows), "not_reached" (the time
-    for all of them was over), "without_memory" (the kernel's own threads), "swapped_pages" and "shared_pages" that were
-    left out, and of the pages drawn those that were "gone_pages" or "unreadable_pages" when their turn came. With
-    `strict` SampleError names a process that is not there or may not be read.
+    The counts by cause are:
+
+    - "processes" that were looked at, "denied" (permission), "ended" meanwhile, "failed" (other errors)
+    - "stuck" (the kernel did not answer), "cut_off" (more memory than the limit of time allows)
+    - "not_reached" (the time for all of them was over), "without_memory" (the kernel's own threads)
+    - "swapped_pages" and "shared_pages", which are left out
+    - "gone_pages" and "unreadable_pages": pages of the sample that could not be read when their turn came
+
+    With `strict`, SampleError names a process that does not exist or may not be read.
     """
     proc = Proc() if proc is None else proc
     sample = Sample(source)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Progress = Callable[[int, int], None]
-"""Told how far the work is: pages done, pages in all."""
+"""A function that receives the progress: pages done, pages in all."""
 
 
 class SampleError(Exception):
@@ -27,13 +27,13 @@ class Sample:
     """Pages, and what they stand for."""
 
     source: str
-    """What was looked at, for people."""
+    """The population, in words for people."""
     population_pages: int = 0
     """Pages from which the sample was drawn."""
     pages: list[bytes] = field(default_factory=list)
     """Their contents, 4096 bytes each."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What else was seen, by cause: see `processes` and `files`."""
+    """Numbers of other observations, by cause: see `processes` and `files`."""
 
     def count(self, cause: str, number: int = 1) -> None:
         """Count something that was seen or left out."""

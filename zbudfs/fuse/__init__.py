@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: MIT
-"""The filesystem: what the kernel asks, translated for the page store. Importing this loads the libfuse shim first."""
+"""The filesystem: it translates the kernel's requests for the page store. Importing it loads the libfuse shim first."""
 
 from zbudfs.fuse import shim as shim

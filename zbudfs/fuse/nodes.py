@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The tree that the mount shows, with inode numbers that never change.
 
-/              1
-/swapfile      2    0600, the device
-/stats         3    one value a file, and all.json; 0444
-/control       4    0700, what can be changed (core/tunables.py): one value a file, 0600
-/stats/...          made from the name: the kernel keeps names for ever, and a newer version that takes over has
-/control/...        other names, but must not give the number of one file to another
+    /              1
+    /swapfile      2    0600, the device
+    /stats         3    one value a file, all.json, and log; 0444
+    /control       4    0700, the tunables (core/tunables.py): one value a file, 0600
+    /stats/...          the number is made from the name
+    /control/...        the same
+
+The kernel keeps names for ever. A newer version that takes over has other names, but must not give one file the number of
+another. So the numbers follow from the names.
 """
 
 import json
@@ -16,7 +19,7 @@ from zlib import crc32
 
 from zbudfs.core.tunables import NAMES
 from zbudfs.store.page_store import PageStore
-from zbudfs.store.steering import Steering
+from zbudfs.store.tuner import Tuner
 
 ROOT: Final = 1
 SWAPFILE: Final = 2
@@ -43,35 +46,35 @@ class Folder:
             raise AssertionError(f"two names in {path} have the same number: rename one")
 
     def inode(self, name: bytes) -> int | None:
-        """The inode of a name in this directory, or None."""
+        """Return the inode of a name in this directory, or None."""
         return self._inode_of.get(name)
 
     def name(self, inode: int) -> str | None:
-        """The name of the file with this inode, or None if there is none."""
+        """Return the name of the file with this inode, or None if there is none."""
         return self._name_of.get(inode)
 
 
 class Control(Folder):
-    """The files of control/. `log` is told what was set."""
+    """The files of control/. The function `log` gets a line for each change."""
 
-    def __init__(self, steering: Steering, log: Callable[[str], None]) -> None:
+    def __init__(self, tuner: Tuner, log: Callable[[str], None]) -> None:
         super().__init__("control/", NAMES)
-        self._steering = steering
+        self._tuner = tuner
         self._log = log
 
     def content(self, name: str) -> bytes:
-        """What the file holds now: the value in force and a newline."""
-        return f"{self._steering.value(name)}\n".encode()
+        """Return the present content of a file: the value in force and a newline."""
+        return f"{self._tuner.value(name)}\n".encode()
 
     def set(self, name: str, content: bytes) -> None:
-        """What was written to the file. ValueError, and nothing has changed."""
+        """Set the value that was written to a file. Raises ValueError, without a change, if the value is not permitted."""
         text = content.decode("ascii")
-        self._steering.set(name, text)
+        self._tuner.set(name, text)
         self._log(f"control: {name} is set to {text.strip()}")
 
 
 class Stats(Folder):
-    """The files of stats/. `facts` gives what the store does not know: pid, mountpoint, warnings, ..."""
+    """The files of stats/. `facts` returns the values that the store does not have: pid, mountpoint, warnings, ..."""
 
     def __init__(
         self, store: PageStore, facts: Callable[[], Mapping[str, Value]], log: Callable[[], list[str]]
@@ -82,19 +85,18 @@ class Stats(Folder):
         super().__init__("stats/", [*self.snapshot(), ALL_NAME, LOG_NAME])
 
     def snapshot(self) -> dict[str, Value]:
-        """Everything by name, of one moment."""
+        """Return all values by name, of one moment."""
         values: dict[str, Value] = dict(self._facts())
         values.update(self._store.statistics().by_name())
-        values.update(self._store.causes())
         values.update(self._store.zbud_counters())
-        values["unbuddied_lists"] = self._store.unbuddied_lists()
-        values["chunk_histogram"] = self._store.chunk_histogram()
+        values["unbuddied_lists"] = self._store.state.allocator.unbuddied_lists()
+        values["chunk_histogram"] = self._store.state.allocator.chunk_histogram()
         return values
 
     def content(self, name: str) -> bytes:
-        """What the file holds now: a value and a newline, several values separated by spaces, lines, or JSON."""
+        """Return the present content of a file: a value and a newline, several values separated by spaces, lines, or JSON."""
         if name == ALL_NAME:
-            return json.dumps(self.snapshot()).encode() + b"\n"  # indented it would not be done in C
+            return json.dumps(self.snapshot()).encode() + b"\n"  # indented it would be made in Python, not in C
         if name == LOG_NAME:
             return _lines(self._log())
         value = self.snapshot()[name]

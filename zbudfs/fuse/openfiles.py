@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What open files of stats/ and control/ hold, within bounds: a program that leaks open files costs no memory.
+"""The contents of open files of stats/ and control/, within bounds: a program that leaks open files costs no memory.
 
-The memory of the daemon is locked and never given back. So the content of the oldest open file is dropped when there are
-too many, or when they hold too many bytes. Reading that file is ESTALE then, as it is after a takeover.
+The memory of the daemon is locked and never given back. So the oldest open file loses its content when there are too many,
+or when they hold too many bytes. A read of that file then fails with ESTALE, as it does after a takeover.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ class OpenFile:
     """One open file of stats/ or control/."""
 
     content: bytes
-    """What it held when it was opened, or was written last."""
+    """The content at the time of the open or of the last write."""
     key: str | None
     """The name in control/; None for a file of stats/."""
 
 
 class OpenFiles:
-    """Open files by handle. Handles are numbers from `first` on, and none of them is used twice."""
+    """Open files by handle. Handles are numbers from `first` on, and no number is used twice."""
 
     def __init__(self, first: int) -> None:
         self._next = first
@@ -33,11 +33,11 @@ class OpenFiles:
         self._bytes = 0
 
     def __len__(self) -> int:
-        """Return how many have a content."""
+        """Return the number of open files with a content."""
         return len(self._files)
 
     def add(self, content: bytes, key: str | None = None) -> int:
-        """Return the handle of a new open file. The oldest ones lose their content where there are too many."""
+        """Return the handle of a new open file. The oldest open files lose their content if there are too many."""
         handle = self._next
         self._next += 1
         self._files[handle] = OpenFile(content, key)

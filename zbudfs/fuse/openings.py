@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The open files of swapfile, in slots on the board, where they outlive the worker.
 
-    slot    0, or the handle of one open file: OPENED | WRITING, if it was opened for that | number of the open request
+    slot    0, or the handle of one open file: OPENED | WRITING, if it was opened for writing | number of the open request
 
-The kernel sends a request again when its worker dies without an answer. An open that comes again finds its own slot, and
-a release that comes again finds none: neither is counted twice. A count alone would be wrong for ever after either.
+The kernel sends a request again when its worker dies without an answer. A repeated open finds its own slot, and a repeated
+release finds none, so that neither is counted twice. A plain count would stay wrong for ever after either.
 
-One open file at a time may be for writing, unless the tunable `writers` allows more. A loop device keeps such a file open, so
-no second one can be made on swapfile, by any program: two of them, both swap, would mix the pages of programs.
+Only one open file at a time may be for writing, unless the tunable `writers` allows more. A loop device keeps such a file
+open, so that no program can make a second loop device on swapfile. Two of them, both swap, would mix the pages of programs.
 """
 
 import errno
@@ -21,13 +21,13 @@ OPENED: Final = 1 << 63
 
 WRITING: Final = 1 << 62
 _SENT_AGAIN: Final = 1 << 63
-"""FUSE_UNIQUE_RESEND: set in the number of a request that the kernel sends again."""
+"""FUSE_UNIQUE_RESEND: the bit that the kernel sets in the number of a request that it sends again."""
 
 assert MAX_WRITERS == OPENINGS
 
 
 class Openings:
-    """The open files of one mount's swapfile; `fields` are those of its board."""
+    """The open files of swapfile in one mount; `fields` are those of its board."""
 
     def __init__(self, fields: memoryview) -> None:
         self._fields = fields
@@ -35,7 +35,7 @@ class Openings:
     def open(self, unique: int, *, writing: bool) -> int:
         """Return the handle for the open request with the number `unique`.
 
-        Raises OSError: EBUSY where as many files as are allowed are open for writing, EMFILE where no slot is free.
+        Raises OSError: EBUSY if as many files as are allowed are open for writing, EMFILE if no slot is free.
         """
         fields = self._fields
         handle = OPENED | (WRITING if writing else 0) | (unique & ~_SENT_AGAIN & (WRITING - 1))

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The FUSE handlers: thin, and the only place where an error becomes an errno."""
+"""The FUSE handlers. They are thin, and the only place where an error becomes an errno."""
+
+from __future__ import annotations
 
 import errno
 import logging
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import pyfuse3
@@ -42,7 +44,7 @@ ERRNO_OF: Final[Mapping[type[ZbudfsError], int]] = {
 }
 
 FOREVER_SECONDS: Final = 86400.0 * 365
-"""How long the kernel may keep names and attributes: the tree never changes, and no look-up should need the daemon."""
+"""Seconds for which the kernel may keep names and attributes. The tree never changes, so look-ups need no daemon."""
 
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -55,11 +57,11 @@ _log = logging.getLogger(__name__)
 
 _MOST_BUGS: Final = 32
 _known_bugs: set[tuple[type, str, int]] = set()
-"""Kind and place of the bugs that were logged."""
+"""Type and place (file, line) of the bugs that were logged."""
 
 
 def fuse_error(error: Exception) -> pyfuse3.FUSEError:
-    """What to tell the kernel; something that is not ours is a bug, and is logged with its traceback, once."""
+    """Return the answer to the kernel for an error. An error that is not the store's own is a bug: it is logged once."""
     if isinstance(error, ZbudfsError):
         return pyfuse3.FUSEError(ERRNO_OF[type(error)])
     trace = error.__traceback__
@@ -68,12 +70,12 @@ def fuse_error(error: Exception) -> pyfuse3.FUSEError:
     bug = type(error), trace.tb_frame.f_code.co_filename if trace else "", trace.tb_lineno if trace else 0
     if bug not in _known_bugs and len(_known_bugs) < _MOST_BUGS:
         _known_bugs.add(bug)
-        _log.error("a request failed on a bug in zbudfs", exc_info=error)
+        _log.error("a request failed because of a bug in zbudfs", exc_info=error)
     return pyfuse3.FUSEError(errno.EIO)
 
 
 class Operations(pyfuse3.Operations):
-    """What the kernel may ask of one mount. `started` is set when FUSE_INIT has come, from the kernel or replayed."""
+    """The handlers of one mount. `started` is set when FUSE_INIT has come, from the kernel or from `resume`."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -81,6 +83,7 @@ class Operations(pyfuse3.Operations):
     def __init__(self, store: PageStore, stats: Stats, control: Control, nursery: trio.Nursery, born_ns: int) -> None:
         super().__init__()
         self._store = store
+        self._requests = store.requests
         self._stats = stats
         self._control = control
         self._folders: dict[int, Folder] = {STATS: stats, CONTROL: control}
@@ -89,16 +92,15 @@ class Operations(pyfuse3.Operations):
         self.started = trio.Event()
         self._board = store.memory.board
         self._openings = Openings(self._board.fields)
-        # Not from the start again after a takeover: an old handle must not read another file's content.
+        # Handles do not start at the same number after a takeover: an old one must not read another file's content.
         self._open_files = OpenFiles((os.getpid() << 32) + SWAPFILE + 1)
-        store.tracer.on_change = self._serve
-        store.between = shim.serve_reads
-        shim.set_make_ready(store.make_ready)
+        store.tracer.notify(self._serve)
+        shim.set_make_ready(store.requests.make_ready)
         store.aio.serve(shim.reply_data, self._read_again)
         self._serve()
 
     def init(self) -> None:
-        """FUSE_INIT has come: the mount answers from now on."""
+        """Handle FUSE_INIT: the mount answers requests from now on."""
         if not self._board.init():
             self._board.save_init(shim.first_request())
         self.started.set()
@@ -107,27 +109,27 @@ class Operations(pyfuse3.Operations):
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
-        entry.st_ino = pyfuse3.InodeT(inode)
+        entry.st_ino = inode
         entry.attr_timeout = entry.entry_timeout = FOREVER_SECONDS
         entry.st_uid = entry.st_gid = 0
         entry.st_blksize = PAGE_SIZE
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._born_ns
         if inode in (ROOT, STATS):
-            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o555)
+            entry.st_mode = stat.S_IFDIR | 0o555
             entry.st_nlink = 4 if inode == ROOT else 2
         elif inode == CONTROL:
-            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o700)
+            entry.st_mode = stat.S_IFDIR | 0o700
             entry.st_nlink = 2
         elif inode == SWAPFILE:
-            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o600)
+            entry.st_mode = stat.S_IFREG | 0o600
             entry.st_nlink = 1
             entry.st_size = self._store.size_bytes
-            entry.st_blocks = self._store.size_bytes // 512  # fewer would be a file with holes, which swapon refuses
+            entry.st_blocks = self._store.size_bytes // 512  # with fewer the file has holes, and swapon refuses it
         elif self._stats.name(inode) is not None:
-            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o444)
+            entry.st_mode = stat.S_IFREG | 0o444
             entry.st_nlink = 1
         elif self._control.name(inode) is not None:
-            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o600)
+            entry.st_mode = stat.S_IFREG | 0o600
             entry.st_nlink = 1
         else:
             raise pyfuse3.FUSEError(errno.ENOENT)
@@ -136,7 +138,7 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        """A name in a directory."""
+        """Return the attributes of a name in a directory."""
         inode: int | None = None
         if parent_inode == ROOT:
             inode = {SWAPFILE_NAME: SWAPFILE, STATS_NAME: STATS, CONTROL_NAME: CONTROL}.get(name)
@@ -147,10 +149,10 @@ class Operations(pyfuse3.Operations):
         return self._attributes(inode)
 
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
-        """Inodes are fixed: nothing to forget."""
+        """Do nothing: the kernel's look-up counts do not matter, since inodes are fixed."""
 
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        """The attributes of an inode."""
+        """Return the attributes of an inode."""
         return self._attributes(inode)
 
     async def setattr(
@@ -161,7 +163,7 @@ class Operations(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        """Nothing can be changed. Times are taken and forgotten, as are sizes that are what they were, or of control/."""
+        """Refuse to change attributes. New times have no effect, nor has the present size or any size of a control/ file."""
         current = self._attributes(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise pyfuse3.FUSEError(errno.EPERM)
@@ -170,24 +172,24 @@ class Operations(pyfuse3.Operations):
         return current
 
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
-        """Open a directory: its handle is its inode."""
+        """Open a directory; its handle is its inode."""
         if inode != ROOT and inode not in self._folders:
             raise pyfuse3.FUSEError(errno.ENOTDIR)
-        return pyfuse3.FileHandleT(inode)
+        return inode
 
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """The names of a directory, from number `start_id` on."""
+        """Report the names of a directory, from number `start_id` on."""
         if fh == ROOT:
             entries = [(SWAPFILE_NAME, SWAPFILE), (STATS_NAME, STATS), (CONTROL_NAME, CONTROL)]
         else:
             folder = self._folders[fh]
             entries = [(name, folder.inode(name) or 0) for name in folder.names]
         for number, (name, inode) in enumerate(entries[start_id:], start_id + 1):
-            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._attributes(inode), number):
+            if not pyfuse3.readdir_reply(token, name, self._attributes(inode), number):
                 break
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """No blocks and no inodes, as pseudo filesystems say: df and monitoring leave such a mount out."""
+        """Report no blocks and no inodes, as pseudo filesystems do, so that df and monitoring leave the mount out."""
         answer = pyfuse3.StatvfsData()
         answer.f_bsize = answer.f_frsize = PAGE_SIZE
         answer.f_blocks = answer.f_bfree = answer.f_bavail = 0
@@ -196,13 +198,13 @@ class Operations(pyfuse3.Operations):
         return answer
 
     async def access(self, inode: pyfuse3.InodeT, mode: int, ctx: pyfuse3.RequestContext) -> bool:
-        """The kernel checks the modes itself (default_permissions)."""
+        """Allow the access: the kernel has checked the modes itself (default_permissions)."""
         return True
 
-    # ---- what a tree of fixed files does not do -----------------------------------------------------------------
+    # ---- operations that a tree of fixed files does not have ----------------------------------------------------
 
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
-        """There are no symbolic links."""
+        """Refuse: there are no symbolic links."""
         raise pyfuse3.FUSEError(errno.EINVAL)
 
     async def _refuse(self, *_: object) -> None:
@@ -213,16 +215,16 @@ class Operations(pyfuse3.Operations):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     async def open(self, inode: pyfuse3.InodeT, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Open the swapfile, past the page cache, or another file, whose content is fixed at this moment."""
+        """Open the swapfile, without page cache, or another file, whose content is fixed at this moment."""
         if inode == SWAPFILE:
             if flags & os.O_TRUNC:
-                # The kernel would take a success for a file of no bytes, and a loop device on it would read nothing.
+                # After a success the kernel would take the file as empty, and a loop device on it would read nothing.
                 raise pyfuse3.FUSEError(errno.EPERM)
             try:
                 opened = self._openings.open(shim.open_request(), writing=flags & os.O_ACCMODE != os.O_RDONLY)
             except OSError as error:
                 raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-            return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(opened), direct_io=True)
+            return pyfuse3.FileInfo(fh=opened, direct_io=True)
         if (name := self._control.name(inode)) is not None:
             handle = self._open_files.add(self._control.content(name), name)
         elif (name := self._stats.name(inode)) is not None:
@@ -231,24 +233,24 @@ class Operations(pyfuse3.Operations):
             handle = self._open_files.add(self._stats.content(name))
         else:
             raise pyfuse3.FUSEError(errno.EISDIR)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=True)
+        return pyfuse3.FileInfo(fh=handle, direct_io=True)
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        """The last user of an open file is gone."""
+        """Close an open file after its last user."""
         if fh & OPENED:
             self._openings.release(fh)
         else:
             self._open_files.remove(fh)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        """Bytes of a file of stats/ or control/; those of the swapfile do not come this way."""
+        """Return bytes of a file of stats/ or control/. Reads of the swapfile go to `_read_served` instead."""
         file = self._open_files.find(fh)
         if file is None:
-            raise pyfuse3.FUSEError(errno.ESTALE)  # opened before a new worker took over, or before too many others
+            raise pyfuse3.FUSEError(errno.ESTALE)  # opened before a takeover, or before too many other files
         return file.content[off : off + size]
 
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        """Set a value of control/: each write is a whole value, wherever in the file it goes, as in sysfs."""
+        """Set a value of control/. Each write is a whole value, whatever its offset, as in sysfs."""
         file = self._open_files.find(fh)
         if file is None or file.key is None:
             raise pyfuse3.FUSEError(errno.ESTALE)
@@ -260,29 +262,29 @@ class Operations(pyfuse3.Operations):
         return len(buf)
 
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        """A file is closed: nothing is held back that could be flushed."""
+        """Do nothing when a file is closed: no data is buffered."""
 
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        """What was written to control/ is in force; the swapfile's fsync does not come this way."""
+        """Do nothing: values written to control/ are in force already. The swapfile's fsync goes to `_fsync_served`."""
 
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        """Directories never change."""
+        """Do nothing: directories never change."""
 
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
-        """Nothing to let go of."""
+        """Do nothing: an open directory has no resources."""
 
-    # ---- the swapfile's data, which the shim asks for -------------------------------------------------------------
-    # Each answers at once where it can (bytes, 0 or an errno), or None and later, from a task, with `shim.reply`.
+    # ---- the swapfile's data: handlers that the shim calls -------------------------------------------------------
+    # Each returns its answer at once if it can (bytes, 0 or an errno). Else it returns None, and a task calls `shim.reply`.
 
     def _serve(self) -> None:
-        """Have the shim ask here: with a trace, or without one and without a question whether there is one."""
+        """Register the handlers with the shim: those that trace while a trace is on, else those without any test for one."""
         plain = self._read_served, self._write_served, self._fallocate_served
         read, write, fallocate = traced(self._store.tracer, *plain) if self._store.tracer.active else plain
         shim.serve_file(SWAPFILE, read, write, fallocate, self._fsync_served)
 
     def _read_served(self, request: int, offset: int, length: int) -> bytes | int | None:
         try:
-            content = self._store.read_nowait(offset, length)
+            content = self._requests.read_nowait(offset, length)
         except Exception as error:
             return fuse_error(error).errno
         if content is None and not self._store.aio.begin(request, offset, length):
@@ -294,18 +296,18 @@ class Operations(pyfuse3.Operations):
 
     async def _read_later(self, request: int, offset: int, length: int) -> None:
         try:
-            content = await self._store.read(offset, length)
+            content = await self._requests.read(offset, length)
         except Exception as error:
             shim.reply(request, fuse_error(error).errno)
         else:
             shim.reply_data(request, content)
 
     def _write_served(self, request: int, offset: int, content: memoryview) -> int | None:
-        """`content` is good until the request is answered. Beyond the end the swapfile is full, as a block device is."""
+        """Store `content`, which is valid until the request is answered. A write beyond the end is ENOSPC, as on a disk."""
         if offset + len(content) > self._store.size_bytes:
             return errno.ENOSPC
         try:
-            done = self._store.write_nowait(offset, content)
+            done = self._requests.write_nowait(offset, content)
         except Exception as error:
             return fuse_error(error).errno
         if done == len(content):
@@ -316,7 +318,7 @@ class Operations(pyfuse3.Operations):
     async def _write_later(self, request: int, offset: int, content: memoryview, length: int) -> None:
         rest = len(content)
         try:
-            await self._store.write(offset, content)
+            await self._requests.write(offset, content)
         except Exception as error:
             self._trace_write(Kind.REFUSED, offset, rest, length)
             answer = fuse_error(error).errno
@@ -327,7 +329,7 @@ class Operations(pyfuse3.Operations):
         shim.reply(request, answer, length)
 
     def _trace_write(self, kind: Kind, offset: int, rest: int, length: int) -> None:
-        """Record a write that had to wait: `rest` bytes of it at `offset`, of `length` in all."""
+        """Record a write of `length` bytes that had to wait: its last `rest` bytes start at `offset`."""
         tracer = self._store.tracer
         if tracer.active:
             start = offset + rest - length
@@ -337,30 +339,22 @@ class Operations(pyfuse3.Operations):
                 tracer.missed(kind, start, length)
 
     def _fallocate_served(self, request: int, mode: int, offset: int, length: int) -> int | None:
-        """Punching and zeroing are discards; anything else is not supported. Never ENOSYS: it would be the last call."""
+        """Punch and zero as discards; refuse other modes. Never ENOSYS: the kernel would not send fallocate again."""
         if mode not in _DISCARDS:
             return errno.EOPNOTSUPP
         if not mode & FALLOC_FL_KEEP_SIZE and offset + length > self._store.size_bytes:
             return errno.EFBIG
-        self._nursery.start_soon(self._discard_later, request, offset, length)
+        self._nursery.start_soon(self._act_later, request, self._requests.discard, offset, length)
         return None
 
     def _fsync_served(self, request: int) -> int | None:
-        """What was written before is stored; what of it was written back is on the disk as well."""
-        self._nursery.start_soon(self._sync_later, request)
+        """Sync the backing file. All earlier writes are stored by then; those that were written back are on the disk too."""
+        self._nursery.start_soon(self._act_later, request, self._requests.sync)
         return None
 
-    async def _sync_later(self, request: int) -> None:
+    async def _act_later(self, request: int, act: Callable[..., Awaitable[None]], *arguments: int) -> None:
         try:
-            await self._store.sync()
-        except Exception as error:
-            shim.reply(request, fuse_error(error).errno)
-        else:
-            shim.reply(request, 0)
-
-    async def _discard_later(self, request: int, offset: int, length: int) -> None:
-        try:
-            await self._store.discard(offset, length)
+            await act(*arguments)
         except Exception as error:
             shim.reply(request, fuse_error(error).errno)
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One FUSE session: pyfuse3's loop on a file descriptor of /dev/fuse that somebody else has opened and mounted."""
+"""One FUSE session: pyfuse3's loop on a file descriptor of /dev/fuse that another process has opened and mounted."""
 
 import os
 import struct
@@ -11,54 +11,55 @@ import pyfuse3
 
 from zbudfs.fuse import shim
 from zbudfs.fuse.operations import Operations
-from zbudfs.store.memory import PARKING_SLOT_BYTES, PARKING_SLOTS
+from zbudfs.store.memory import REQUEST_SLOT_BYTES, REQUEST_SLOTS
 
-MAX_BACKGROUND: Final = PARKING_SLOTS - 2
-"""Requests that the kernel keeps in flight on its own account (swap is all of these). Its default is 12; one thread
-serves them, so more in flight is more memory and no more speed."""
+MAX_BACKGROUND: Final = REQUEST_SLOTS - 2
+"""Most requests that the kernel keeps in flight in the background (all of swap's are). The kernel's default is 12. One thread
+serves them, so more in flight take more memory and are not faster."""
 
 MAX_BURST: Final = 64
-"""Requests taken without a sleep before the other tasks get their turn: some 0.3 ms. Guessed."""
+"""Requests that the worker takes without a sleep before its other tasks get their turn: some 0.3 ms. Guessed."""
 
 SPIN_NS: Final = 100_000
-"""How long the next request is waited for awake, while that pays; not at all on a single core.
+"""Longest time in nanoseconds for which the worker waits awake for the next request, while that pays; 0 on a single core.
 
-No core has to be woken then: random page-ins of a swap storm on two cores go 1.8 times as fast. It only pays if the CPU is
-offered to others meanwhile (shim.c): without that, the same storm was a quarter slower.
+No core has to be woken then: random page-ins of a swap storm on two cores go 1.8 times as fast. It only pays if the worker
+offers the CPU to other programs meanwhile (shim.c): without that, the same storm was a quarter slower.
 """
 
 MAX_TASKS: Final = 1
-"""pyfuse3's tasks. None of its handlers waits for anything, and a second task would only contend for the first's lock."""
+"""Number of pyfuse3's tasks. None of its handlers waits, and a second task would only contend for the first one's lock."""
 
-MAX_REQUEST_BYTES: Final = 1 << 20
-"""Largest read or write that the kernel sends."""
+MAX_REQUEST_BYTES: Final = 256 << 10
+"""Largest read or write that the kernel sends. Swap sends writes of 226 KiB on average in a storm (/sys/block/loopN/stat)."""
 
-HEAP_BYTES: Final = 3 * MAX_REQUEST_BYTES
-"""Heap that requests may need at once, set aside in advance: the pages of a large read, and all of it in one piece.
+HEAP_BYTES: Final = 2 << 20
+"""Heap that requests may need at once, in bytes, which the daemon reserves in advance.
 
-What waits to be written lies in the store's parking, not here.
+Python takes 1 MiB at a time for small objects. The rest is for the pages of large reads, and for each read in one piece. A
+write that waits for a frame stays in its request slot, not here.
 """
 
 
 FUSE_NOTIFY_RESEND: Final = 7
 
 
-def open_session(operations: Operations, fuse_fd: int, parking: memoryview) -> None:
-    """Start the session on `fuse_fd`, which is mounted already. shim.ShimError if pyfuse3 does not go through the shim."""
+def open_session(operations: Operations, fuse_fd: int, request_slots: memoryview) -> None:
+    """Start the session on `fuse_fd`, which is mounted already. Raises shim.ShimError if pyfuse3 does not call the shim."""
     shim.verify(Path("/proc/self/maps").read_text(errors="replace"))
     shim.set_limits(MAX_BACKGROUND, MAX_BURST, SPIN_NS if len(os.sched_getaffinity(0)) > 1 else 0)
-    shim.use_slots(parking, PARKING_SLOT_BYTES)
+    shim.use_slots(request_slots, REQUEST_SLOT_BYTES)
     pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())
 
 
 def resume(first_request: bytes) -> None:
-    """Go on with a session that another process has begun, of which this is the first request."""
+    """Continue a session that another process has begun with `first_request`. Raises shim.ShimError if libfuse refuses."""
     if not shim.replay(first_request):
         raise shim.ShimError("libfuse did not take the session over")
 
 
 def resend(fuse_fd: int) -> bool:
-    """Have the kernel send again what was taken and not answered. False if it cannot (before Linux 6.9)."""
+    """Make the kernel send again all requests that were taken and not answered. False if it cannot (before Linux 6.9)."""
     try:
         os.write(fuse_fd, struct.pack("=IiQ", 16, FUSE_NOTIFY_RESEND, 0))
     except OSError:
@@ -67,11 +68,11 @@ def resend(fuse_fd: int) -> bool:
 
 
 def _event_loop() -> tuple[int, Sized]:
-    """Of trio's loop: the epoll descriptor, readable when anything that a task waits for has happened, and the tasks that
-    are to run now. (-1, ()) if they are not found.
+    """Return the epoll descriptor and the runnable tasks of trio's loop; (-1, ()) if they are not found.
 
-    trio has no public names for them, and its statistics cost 2 us a request. Without them every request is waited for in
-    trio, which is slower and nothing else. Deadlines are not asked for: a burst keeps them waiting for 6 ms at most.
+    The descriptor is readable when an event has happened for which a task waits. trio has no public names for the two, and
+    its statistics cost 2 us a request. Without them the worker waits for every request in trio, which is only slower. The
+    shim ignores trio's deadlines: a burst delays them by 6 ms at most.
     """
     try:
         from trio._core._run import GLOBAL_RUN_CONTEXT
@@ -87,5 +88,5 @@ def _event_loop() -> tuple[int, Sized]:
 async def serve() -> None:
     """Answer requests until the mount is gone."""
     shim.set_linger(*_event_loop())
-    # Tasks are made as they are needed and then kept: making one needs memory.
+    # pyfuse3 makes tasks when it needs them and then keeps them: making one needs memory.
     await pyfuse3.main(min_tasks=MAX_TASKS, max_tasks=MAX_TASKS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Loads the libfuse shim (shim.c tells what it is for) so that pyfuse3, imported later, calls it instead of libfuse.
+"""Loads the libfuse shim so that pyfuse3, imported later, calls it instead of libfuse. shim.c explains its purpose.
 
-The order is everything: the shim's names must be in the process's global scope before pyfuse3 is linked.
+The order matters: the shim's names must be in the process's global scope before pyfuse3 is linked.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 
 
 class ShimError(Exception):
-    """The shim is missing, was loaded too late, or sits in front of another libfuse than pyfuse3's."""
+    """The shim is missing, was loaded too late, or uses another libfuse than pyfuse3."""
 
 
 if "pyfuse3" in sys.modules:
@@ -18,7 +18,7 @@ if "pyfuse3" in sys.modules:
 _flags = sys.getdlopenflags()
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
 try:
-    import zbudfs.fuse._shim as _shim  # the other form of import blames a circular one if there is no such file
+    import zbudfs.fuse._shim as _shim  # `from ... import` would report a circular import if the file is missing
 except ImportError as error:
     raise ShimError(f"the libfuse shim cannot be loaded ({error}): install the package, do not just copy it") from None
 finally:
@@ -43,7 +43,7 @@ serve_reads = _shim.serve_reads
 
 
 def verify(maps: str) -> None:
-    """ShimError unless one libfuse is loaded, the shim's and pyfuse3's. `maps` is the text of /proc/self/maps."""
+    """Raise ShimError unless the shim and pyfuse3 use the same libfuse. `maps` is the text of /proc/self/maps."""
     loaded = {line.split(None, 5)[5] for line in maps.splitlines() if "/libfuse3.so" in line}
     if len(loaded) > 1:
         raise ShimError(

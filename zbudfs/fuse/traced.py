@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The handlers of the swapfile's data with a record of each request. They stand in for the plain ones while a trace is on.
+"""The handlers of the swapfile's data that also record each request. They replace the plain ones while a trace is on.
 
-A write that has to wait is recorded when it is done, by whoever does it: only then is it known how its pages are kept.
+The task that completes a waiting write also records it: only then is it known how its pages are kept.
 """
 
 import errno
@@ -16,7 +16,7 @@ Fallocate = Callable[[int, int, int, int], int | None]
 
 
 def traced(tracer: Tracer, read: Read, write: Write, fallocate: Fallocate) -> tuple[Read, Write, Fallocate]:
-    """The same handlers, which tell the tracer as well."""
+    """Return the same handlers, which also report each request to the tracer."""
 
     def traced_read(request: int, offset: int, length: int) -> bytes | int | None:
         content = read(request, offset, length)

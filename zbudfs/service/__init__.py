@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Processes and the system: how a daemon is started, mounted, protected, and what it says.
+"""The daemon's processes: how they start, mount, protect themselves, hand over and report.
 
-`settings`, `mountpoint`, `hardening` and `log` are the daemon's own and kept lean, since all that they import is
-locked in memory. `launch` belongs to whoever starts a daemon and is never imported by it.
+`settings`, `mountpoint`, `hardening` and `log` run in the daemon and import little, since all that they import is locked
+in memory. `launch` runs in the command that starts a daemon; the daemon never imports it.
 """

@@ -15,16 +15,16 @@ import time
 from typing import Final
 
 MAX_CLIENTS: Final = 4
-"""More than that wait in the socket's queue."""
+"""Most clients at a time. More of them wait in the socket's queue."""
 CLIENT_SECONDS: Final = 5.0
-"""How long a client may take to send its order. Arbitrary."""
+"""Longest time in which a client must send its order. Arbitrary."""
 _ORDER_BYTES: Final = 1 << 16
 _QUEUE: Final = 64
-"""Clients that can wait to be accepted: a connect fails beyond that."""
+"""Clients that can wait to be accepted. A connect beyond that fails."""
 
 
 class Client:
-    """One connection."""
+    """The connection of one client."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -35,7 +35,7 @@ class Client:
         return self._connection.fileno()
 
     def take_order(self) -> bytes | None:
-        """Return what the client has sent: nothing if it has gone, None if it has sent nothing yet."""
+        """Return the data that the client has sent: empty if it has closed the connection, None if none has come yet."""
         try:
             return self._connection.recv(_ORDER_BYTES)
         except BlockingIOError:
@@ -48,9 +48,13 @@ class Client:
         with self._connection, contextlib.suppress(OSError):
             self._connection.send(json.dumps(answer).encode() + b"\n", socket.MSG_NOSIGNAL)
 
+    def close(self) -> None:
+        """Close this process's descriptor of the connection, without an answer."""
+        self._connection.close()
+
 
 class Control:
-    """The socket at `path`. OSError if it cannot be made."""
+    """The control socket at `path`. OSError if it cannot be made."""
 
     def __init__(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -66,7 +70,7 @@ class Control:
             raise
 
     def descriptors(self) -> list[int]:
-        """Return what is to be polled: a descriptor is readable when `orders` has something to do."""
+        """Return the descriptors to poll. One is readable when `orders` has work."""
         accepting = [self._socket.fileno()] if len(self._clients) < MAX_CLIENTS else []
         return accepting + [client.fileno() for client in self._clients]
 
@@ -75,7 +79,7 @@ class Control:
         while len(self._clients) < MAX_CLIENTS:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # there is none, or no descriptor for it
+            except OSError:  # no client waits, or there is no free descriptor
                 break
             connection.setblocking(False)
             self._clients.append(Client(connection))
@@ -92,8 +96,14 @@ class Control:
         return found
 
     def close(self) -> None:
-        """Close the socket and all connections."""
+        """Answer all clients that the keeper ends, and close the socket."""
         for client in self._clients:
             client.answer({"error": "the keeper ends"})
+        self.close_copies()
+
+    def close_copies(self) -> None:
+        """Close the socket and all connections in this process. In a child of the keeper they are copies."""
+        for client in self._clients:
+            client.close()
         self._clients.clear()
         self._socket.close()

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The daemon's way in: `python -I -m zbudfs.service.daemon`, started by service/launch.py or by an older keeper.
+"""The entry point of the daemon: `python -I -m zbudfs.service.daemon`, started by service/launch.py or an older keeper.
 
-    --settings-fd N --ready-fd M [--foreground]   make a mount; say on M how it went: one line of JSON
+    --settings-fd N --ready-fd M [--foreground]   make a mount; report the result on M: one line of JSON
     --adopt-fd N [--foreground]                   take a mount over from the keeper at the other end of the socket N
-    --service [--settings-fd N]                   be the main process of a service: go on with what an earlier one has
-                                                  left, or make a mount; without settings only the former
+    --service [--settings-fd N]                   be the main process of a service: continue a mount of an earlier process,
+                                                  or make a mount; without settings only the former
 
-What runs here is the keeper (service/keeper.py), which forks the workers.
+This process is the keeper (service/keeper.py), which forks the workers.
 """
 
-from zbudfs.service import verdict  # isort: skip  before anything that may fail to be imported
-from zbudfs.service import slim as slim  # isort: skip  before anything imports trio
+from zbudfs.service import verdict  # isort: skip  before any import that may fail
+from zbudfs.service import import_guard as import_guard  # isort: skip  before any import of trio
 
 import contextlib
 import json
@@ -21,30 +21,34 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
+from zbudfs import __version__
 from zbudfs.core.errors import ZbudfsError
 from zbudfs.fuse.shim import ShimError
-from zbudfs.service.keeper import ENDING, Keeper, StartError, keep_adopted
+from zbudfs.service.ending import ENDING
+from zbudfs.service.handing_over import receive_line, receive_with_descriptors
+from zbudfs.service.keeper import Keeper
 from zbudfs.service.locks import coming_up
 from zbudfs.service.log import Log, route_logging
 from zbudfs.service.mountpoint import MountError, shown_path
 from zbudfs.service.notify import Notifier, take_stored
-from zbudfs.service.pooldir import PoolDirectoryError
+from zbudfs.service.pooldir import PoolDirectory, PoolDirectoryError
 from zbudfs.service.predecessors import NAMES, Held, Remains, find
+from zbudfs.service.resources import StartError
 from zbudfs.service.settings import Settings, SettingsError
 
 EXPECTED = (ZbudfsError, MountError, PoolDirectoryError, SettingsError, ShimError, StartError, MemoryError, OSError)
-"""What can go wrong at the start without being a bug: told in one line."""
+"""Errors of a start that are no bugs: each is reported in one line."""
 
 
 def _say(ready_fd: int, message: dict[str, object]) -> None:
-    """Tell whoever started us; they may be gone."""
+    """Report to the process that started the daemon, which may have ended."""
     with contextlib.suppress(OSError):
         os.write(ready_fd, json.dumps(message).encode() + b"\n")
     os.close(ready_fd)
 
 
 def _is_awaited(ready_fd: int) -> bool:
-    """Whether the command that started this daemon still has the other end of the pipe open."""
+    """Return whether the command that started this daemon still has the other end of the pipe open."""
     poll = select.poll()
     poll.register(ready_fd, 0)
     return not poll.poll(0)
@@ -60,27 +64,27 @@ def _mount(
     made = False
     try:
         with coming_up(settings.mountpoint):
-            # If it ends later, the next command finds this daemon coming up, and waits for it (cli/alone.py).
+            # If the command ends later, the next command finds this daemon starting, and waits for it (cli/alone.py).
             if not is_awaited():
                 raise StartError("the command that started this daemon has ended: nothing is mounted")
-            keeper.make()
+            keeper.resources.make()
         made = True
-        keeper.start()
-        keeper.serve_first()
+        keeper.first_worker.start()
+        keeper.first_worker.serve()
     except EXPECTED as error:
         if made:
             keeper.undo()
         text = str(error) or type(error).__name__
-        log.error(text)
+        log.failed_start(text)
         say({"error": text})
         return verdict.GIVE_UP
     verdict.GUARD.held = True
-    say({"ready": True, "pid": os.getpid(), "warnings": keeper.warnings})
+    say({"ready": True, "pid": os.getpid(), "warnings": keeper.resources.warnings})
     return keeper.run()
 
 
 def _serve(settings: Settings | None, log: Log) -> int:
-    """Be the main process of a service: the exit status."""
+    """Run as the main process of a service, and return the exit status."""
     notifier = Notifier.from_environment()
     try:
         remains = find(take_stored(), settings.mountpoint if settings is not None else None)
@@ -91,67 +95,94 @@ def _serve(settings: Settings | None, log: Log) -> int:
     for name in NAMES:
         notifier.forget(name)
     if settings is None:
-        log.error("there is nothing to go on with, and no settings to mount with")
+        log.failed_start("there is no mount to continue with, and there are no settings to mount with")
         return verdict.GIVE_UP
 
     def say(message: dict[str, object]) -> None:
         if "error" in message:
             notifier.tell(f"STATUS={message['error']}")
 
-    return _mount(settings, log, say, Keeper(settings, log, foreground=False, notifier=notifier))
+    return _mount(settings, log, say, Keeper(settings, log, notifier=notifier))
 
 
 def _leave(held: Held, mountpoint: str, log: Log, notifier: Notifier) -> int:
-    """Leave a mount to the processes that serve it: the exit status."""
+    """Leave a mount to the processes that serve it, and return the exit status."""
     remedy = (
-        f"it serves on. To start anew, end it first: zbudfs swapoff --umount {shown_path(mountpoint)}"
+        f"it continues to serve. To start again, end it first: zbudfs swapoff --umount {shown_path(mountpoint)}"
         if held.for_good
-        else "it is tried again"
+        else "the service tries again"
     )
     text = f"{mountpoint} is served by another zbudfs, which this one cannot take over from: {held}; {remedy}"
-    log.error(text)
+    log.failed_start(text)
     notifier.tell(f"STATUS={text}")
     return verdict.GIVE_UP if held.for_good else verdict.RETRY
 
 
 def _resume(remains: Remains, wanted: Settings | None, log: Log, notifier: Notifier) -> int:
-    """Go on with a mount that has lost its keeper, and perhaps its worker."""
+    """Continue a mount that has lost its keeper, and perhaps its worker. Return the exit status."""
     settings = remains.settings
     verdict.GUARD.held = True
-    keeper = Keeper(settings, log, foreground=False, notifier=notifier)
+    keeper = Keeper(settings, log, notifier=notifier)
     try:
-        keeper.adopt(remains.directory, remains.descriptors, remains.born_ns)
+        keeper.resources.adopt(remains.directory, remains.descriptors, remains.born_ns)
         if remains.are_working:
-            keeper.start()
+            keeper.first_worker.start()
+            keeper.first_worker.wait_for_disk()
         else:
-            keeper.start_at_once()
+            keeper.first_worker.start_at_once()
     except EXPECTED as error:
         text = f"{settings.mountpoint} cannot be taken over: {error or type(error).__name__}"
-        log.error(text)
+        log.failed_start(text)
         notifier.tell(f"STATUS={text}")
         return verdict.RETRY
-    # From here on there is no way back. The new worker waits for the end of the old one (service/roster.py).
-    keeper.end_others()
+    # The takeover cannot be undone after this. The new worker waits for the end of the old one (service/roster.py).
+    keeper.first_worker.end_others()
     if wanted is not None and wanted != settings:
-        log.warning(f"the configuration has changed: it takes effect when {settings.mountpoint} is mounted anew")
-    keeper.order_first()
+        log.warning(f"the configuration has changed: it takes effect when {settings.mountpoint} is mounted again")
+    keeper.first_worker.order()
+    return keeper.run()
+
+
+def _succeed(channel: socket.socket, log: Log, *, foreground: bool, notifier: Notifier | None) -> int:
+    """Run as the keeper that takes over from the one at the other end of `channel`, and return the exit status."""
+    try:
+        handed, descriptors = receive_with_descriptors(channel)
+        settings = Settings.from_json(str(handed["settings"]))
+        keeper = Keeper(settings, log, foreground=foreground, notifier=notifier, predecessor=channel)
+        directory = PoolDirectory.adopt(str(handed["folder"]), descriptors[1])
+        keeper.resources.adopt(directory, descriptors, int(str(handed["born_ns"])))
+        keeper.first_worker.start()
+    except Exception as error:
+        channel.sendall(json.dumps({"error": str(error) or repr(error)}).encode() + b"\n")
+        return 1
+    ready = {"ready": True, "version": __version__, "worker": keeper.first_worker.pid}
+    try:
+        channel.sendall(json.dumps(ready).encode() + b"\n")
+    except OSError:
+        return 1
+    said = receive_line(channel)
+    if not said:
+        return 1  # the old keeper has died or given up the restart: its worker continues to serve
+    if "ending" in said and not receive_line(channel):
+        keeper.first_worker.end_others()  # the old keeper has died after it had killed its worker
+    keeper.first_worker.order()
     return keeper.run()
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the daemon; the exit status."""
+    """Run the daemon, and return the exit status."""
     verdict.GUARD.loading = False
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the keeper is up
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the keeper handles them
     foreground = "--foreground" in arguments
     service = "--service" in arguments
     words = [word for word in arguments if word not in ("--foreground", "--service")]
     named = dict(zip(words[::2], words[1::2], strict=True))
-    log = Log(foreground)
+    log = Log(foreground, service=service)
     route_logging(log)
     if "--adopt-fd" in named:
         notifier = Notifier.from_environment() if service else None
         channel = socket.socket(fileno=int(named["--adopt-fd"]))
-        return keep_adopted(channel, log, foreground=foreground, notifier=notifier)
+        return _succeed(channel, log, foreground=foreground, notifier=notifier)
     settings = None
     if "--settings-fd" in named:
         with open(int(named["--settings-fd"]), "rb") as stream:  # noqa: PTH123  a descriptor

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a backing lies on: file systems, devices, and what is below those, down to the disk or to something that is none.
+"""The layers below a backing: file systems, devices, and the layers below those, down to the disk or to another end.
 
-What writes back must not wait for memory. A file system in memory gives nothing; one that another program or another
-machine serves needs memory just when there is none; a loop device is another file in disguise.
+Writeback must not wait for memory. A file system in memory frees none. A file system that another program or another machine
+serves needs memory just when there is none. A loop device is another file.
 
 The daemon refuses such places before it creates anything (`check`), and `zbudfs doctor` names them. Every function takes
 `root`, the folder that holds `proc/`, `sys/` and `etc/`; paths are those of a system whose / is `root`.
@@ -32,7 +32,7 @@ NETWORK: Final = frozenset(
 """File systems whose writes need memory for packets, or another machine."""
 MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 ALLOCATING: Final = frozenset({"btrfs", "zfs", "bcachefs", "overlay", "f2fs"})
-"""File systems that write elsewhere than they wrote before, or through another one: every write allocates."""
+"""File systems that write to a new place each time, or through another file system: every write allocates."""
 NUMBERS: Final = {
     0x01021994: "tmpfs",
     0x858458F6: "ramfs",
@@ -50,13 +50,13 @@ NUMBERS: Final = {
     0xF2F52010: "f2fs",
     0xEF53: "ext4",
 }
-"""Of statfs(2), for a mount that is not in the table, as in a chroot."""
+"""File system types by their number in statfs(2), for a mount that is not in the mount table, as in a chroot."""
 
 MEMORY_DEVICE: Final = re.compile(r"/dev/(zram|ram)\d")
 NETWORK_DEVICE: Final = re.compile(r"/dev/(nbd|rbd|drbd)\d")
 LOOP_DEVICE: Final = re.compile(r"/dev/loop\d")
 _DEEPEST: Final = 8
-"""Loop devices on files on loop devices ... that are followed."""
+"""Most loop devices on files on loop devices ... that `layers` follows."""
 _UNIT_FOLDERS: Final = (
     *("etc/systemd/system", "run/systemd/system", "run/systemd/transient"),
     *("run/systemd/generator", "run/systemd/generator.late"),
@@ -71,14 +71,14 @@ class MountRow:
     mountpoint: str
     fstype: str
     device: str
-    """As "major:minor"."""
+    """The device number as "major:minor"."""
     source: str
     options: dict[str, str]
-    """Those of the file system."""
+    """The options of the file system."""
 
 
 def mounts(root: str = "/") -> Iterator[MountRow]:
-    """Yield what is mounted, in the order of the table."""
+    """Yield the mounts in the order of the table."""
     for line in Path(root, "proc/self/mountinfo").read_bytes().split(b"\n"):
         fields, separator, rest = line.partition(b" - ")
         words, behind = fields.split(b" "), rest.split(b" ")
@@ -106,9 +106,9 @@ def _is_inside(path: str, folder: str) -> bool:
 
 
 def layers(path: str, root: str = "/", depth: int = _DEEPEST) -> list[str]:
-    """Return what is below a path, from the top: file systems by their type, devices as "/dev/NAME".
+    """Return the layers below a path, from the top: file systems by their type, devices as "/dev/NAME".
 
-    The path is that of a file, which need not be there, or of a block device.
+    The path is that of a file, which need not exist, or of a block device.
     """
     if depth == 0:
         return []
@@ -122,7 +122,7 @@ def layers(path: str, root: str = "/", depth: int = _DEEPEST) -> list[str]:
     number = row.device
     source = Path(root, row.source.lstrip("/"))
     if number.startswith("0:") and row.source.startswith("/dev/") and source.is_block_device():
-        number = _number(source.stat().st_rdev)  # btrfs, whose own number is made up
+        number = _number(source.stat().st_rdev)  # btrfs reports a number of its own that is no device
     return names + _below_device(number, root, depth)
 
 
@@ -131,7 +131,7 @@ def _number(device: int) -> str:
 
 
 def _type_by_number(path: str, root: str) -> str:
-    """Return the type of the file system that the nearest folder that exists is on."""
+    """Return the type of the file system of the path, or of its nearest folder that exists."""
     if root != "/":
         return "unknown"
     there = next(each for each in (path, *map(str, Path(path).parents)) if os.path.exists(each))  # noqa: PTH110
@@ -161,16 +161,16 @@ def _below_device(number: str, root: str, depth: int) -> list[str]:
 
 
 def _parts_of(device: Path) -> set[Path]:
-    """Return a block device and all that it is made of, as folders of sysfs."""
+    """Return a block device and all devices that it consists of, as folders of sysfs."""
     return {device}.union(*(_parts_of(slave.resolve()) for slave in device.glob("slaves/*")))
 
 
 def _below_overlay(path: str, row: MountRow, root: str, depth: int) -> list[str]:
-    """Return what is below the upper layer of an overlay: what is written goes there."""
+    """Return the layers below the upper layer of an overlay, to which all writes go."""
     upper = row.options.get("upperdir", "")
     if upper and Path(root, upper.lstrip("/")).is_dir():
         return layers(upper, root, depth - 1)
-    # In a container the path means nothing: ask for a file's extents, which a file system in memory does not have.
+    # In a container the path of the upper layer means nothing. A file system in memory has no extents for a file.
     return ["tmpfs"] if root == "/" and _without_extents(os.path.dirname(path)) else []  # noqa: PTH120
 
 
@@ -188,23 +188,23 @@ def _without_extents(folder: str) -> bool:
     return False
 
 
-# ---- verdict -----------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------------------
 
 
 def is_memory(names: list[str]) -> str | None:
-    """Return what of these layers is memory."""
+    """Return the layer that is memory, or None."""
     return next((name for name in names if name in MEMORY or MEMORY_DEVICE.match(name)), None)
 
 
 def is_served(names: list[str]) -> str | None:
-    """Return what of these layers another program, or another machine, serves."""
+    """Return the layer that another program, or another machine, serves, or None."""
     return next(
         (name for name in names if name in NETWORK or name == "fuse" or name.startswith(("fuse.", "fuseblk"))), None
     )
 
 
 def check(path: str, *, force: bool, root: str = "/") -> list[str]:
-    """Raise BackingError unless a backing can lie at `path`; return a sentence for each thing that is wrong with the place."""
+    """Raise BackingError unless a backing can lie at `path`; return a sentence for each problem of the place."""
     shown = f"the backing {shown_path(path)}"
     if (missing := missing_mount(path, root)) and not force:
         raise BackingError(f"{shown} is refused: {missing}; mount it first, or {INSIST}")
@@ -212,20 +212,23 @@ def check(path: str, *, force: bool, root: str = "/") -> list[str]:
     if FSTYPE in names:
         raise BackingError(f"{shown} is refused: it lies on a zbudfs itself, which would wait for itself")
     if (name := is_memory(names)) is not None:
-        raise BackingError(f"{shown} is refused: it lies on {name}, which is memory; put it on a disk, or use none")
+        raise BackingError(
+            f"{shown} is refused: it lies on {name}, which is memory; put it on a disk, or use no backing"
+        )
     warnings = []
     if (name := is_served(names)) is not None:
         text = f"lies on {name}: writing there needs memory when there is none, and the machine may hang"
         if not force:
             raise BackingError(f"{shown} is refused: it {text}; put it on a disk of this machine, or {INSIST}")
-        warnings.append(f"{shown} {text}")
+        warnings.append(f"{shown} {text}; put it on a disk of this machine")
     if remote := [name for name in names if NETWORK_DEVICE.match(name)]:
         warnings.append(
-            f"{shown} lies on {remote[0]}, a device of a network: writing there needs memory when there is none"
+            f"{shown} lies on {remote[0]}, a device of a network: writing there needs memory when there is none; put it"
+            " on a disk of this machine"
         )
     if names and names[0] == "zfs" and _zfs_version(root) < (2, 3):
         warnings.append(
-            f"{shown} is on ZFS before 2.3, which takes direct I/O and does not do it: use another file system"
+            f"{shown} is on ZFS before 2.3, which accepts direct I/O but does not do it: use another file system"
         )
     return warnings
 
@@ -237,24 +240,24 @@ def _zfs_version(root: str) -> tuple[int, int]:
     return 0, 0
 
 
-# ---- mounts that come late -----------------------------------------------------------------------------------------------
+# ---- mounts that may be missing -----------------------------------------------------------------------------------------
 
 
 def path_to_mount(backing: str) -> str:
-    """Return the path that must be mounted before the daemon starts: what RequiresMountsFor= of a unit is to name."""
+    """Return the path that must be mounted before the daemon starts, for RequiresMountsFor= of a unit."""
     return os.path.dirname(backing)  # noqa: PTH120
 
 
 def missing_mount(path: str, root: str = "/") -> str | None:
-    """Return, in words, the mount that `missing_mountpoint` finds; None if there is none."""
+    """Return a sentence about the mount that `missing_mountpoint` finds; None if there is none."""
     found = missing_mountpoint(path, root)
     return found and f"{shown_path(found[0])} is in {found[1]} and not mounted"
 
 
 def missing_mountpoint(path: str, root: str = "/") -> tuple[str, str] | None:
-    """Return the nearest mountpoint above a path on which the system is to mount, and does not, and the file that says so.
+    """Return the nearest mountpoint above a path that the system should mount and has not, and the file that lists it.
 
-    None if there is none. Looking at the path makes an automount mount what it stands for.
+    None if there is none. The function accesses the path, which makes an automount mount its file system.
     """
     folder = path_to_mount(path)
     with contextlib.suppress(OSError):
@@ -268,7 +271,7 @@ def missing_mountpoint(path: str, root: str = "/") -> tuple[str, str] | None:
 
 
 def _wanted_mounts(folders: list[str], root: str) -> Iterator[tuple[str, str]]:
-    """Yield those of some folders on which something is to be mounted, and the file that says so."""
+    """Yield the folders among `folders` on which a file system should be mounted, and the file that lists it."""
     with contextlib.suppress(OSError):
         for line in Path(root, "etc/fstab").read_bytes().split(b"\n"):
             words = line.split()

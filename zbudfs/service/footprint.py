@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a daemon takes of the machine's RAM for itself, and what its pool can save: known from its settings alone."""
+"""The RAM that a daemon takes for itself, and the RAM that its pool can save, computed from its settings alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.service.settings import MIN_SIZE_BYTES, Settings, SettingsError
 from zbudfs.store.memory import MemorySizes
 
-PROCESSES_BYTES: Final = 80 << 20
-"""Keeper, worker and standby of an empty daemon, without the store's memory: 18 + 24 + 24 MiB of their own and 13 MiB of
-libraries that they share. Measured: `grep -E '^(Pss_Anon|Shared_Clean)' /proc/PID/smaps_rollup` of the three."""
+PROCESSES_BYTES: Final = 66 << 20
+"""RAM of keeper, worker and standby of an empty daemon, without the store's memory: 17 + 19 + 19 MiB of their own, and 10 MiB
+of libraries that they share. Measured: `grep -E '^(Pss_Anon|Shared_Clean)' /proc/PID/smaps_rollup` of the three."""
 
 TYPICAL_ZPAGES: Final = {"zbud": 1.93, "dense": 3.18}
-"""Zpages in a frame with the memory of usual programs at level -1; see docs/packing.md."""
+"""Zpages in a frame with the memory of common programs at level -1; see docs/understand/packing.md."""
 
 TABLES_SHARE: Final = 10
-"""Tables may take one part in so many of RAM. Chosen: the default takes one part in 237."""
+"""Tables may take one part in this many of RAM. Chosen: the default takes one part in 237."""
 
 SMALL_RAM_BYTES: Final = 1 << 30
-"""Machines with this much RAM or less are told what zbudfs takes whenever they mount."""
+"""On machines with this much RAM or less, `zbudfs mount` always reports what zbudfs takes."""
 
 
 def memory_sizes(settings: Settings) -> MemorySizes:
@@ -59,25 +59,25 @@ def largest_size(settings: Settings, ram: int) -> int:
 
 
 def _typed(size_bytes: int) -> str:
-    """Return a size as it can be typed, rounded down to two digits or more."""
+    """Return a size in the syntax of the options, rounded down to two digits or more."""
     mib = size_bytes >> 20
     return f"{mib >> 10}G" if mib >= 16 << 10 else f"{mib}M"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """RAM that one daemon, or all instances of one, take and save; all in bytes."""
+    """The RAM that one daemon, or all instances of one, take and save; all in bytes."""
 
     ram_bytes: int
     processes_bytes: int
     tables_bytes: int
-    """Once the pool is full."""
+    """The size once the pool is full."""
     buffers_bytes: int
     pool_bytes: int
     holds_bytes: int
     """Most memory of programs that the pool can hold, not counting pages of one repeated word."""
     typical_bytes: int
-    """The same with memory that compresses as that of usual programs does."""
+    """The same for memory that compresses like that of common programs."""
 
     @classmethod
     def of(cls, parts: Sequence[Settings], ram: int) -> Footprint:
@@ -101,27 +101,27 @@ class Footprint:
 
     @property
     def own_bytes(self) -> int:
-        """What is taken besides the pool."""
+        """RAM that zbudfs takes besides the pool."""
         return self.processes_bytes + self.tables_bytes + self.buffers_bytes
 
     @property
     def saves_bytes(self) -> int:
-        """Most that can be saved; negative if more is taken than saved."""
+        """Most RAM that the pool can save; negative if zbudfs takes more than it saves."""
         return self.holds_bytes - self.pool_bytes - self.own_bytes
 
     @property
     def typically_saves_bytes(self) -> int:
-        """What is saved with usual memory once the pool is full; may be negative."""
+        """RAM that a full pool saves with common memory; may be negative."""
         return self.typical_bytes - self.pool_bytes - self.own_bytes
 
     @property
     def is_worthwhile(self) -> bool:
-        """Whether a full pool saves more of usual memory than zbudfs takes."""
+        """Whether a full pool saves more of common memory than zbudfs takes."""
         return self.typically_saves_bytes > 0
 
     @property
     def is_small_machine(self) -> bool:
-        """Whether what zbudfs takes itself matters on this machine."""
+        """Whether the RAM that zbudfs takes for itself matters on this machine."""
         return self.ram_bytes <= SMALL_RAM_BYTES
 
     def as_object(self) -> dict[str, int | bool]:

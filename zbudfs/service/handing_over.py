@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Handing a mount over to the keeper of another version, one step at a time.
 
-    STARTING    the new keeper starts, and its worker gets ready; the old worker serves
-    ENDING      the old standby and worker are killed; both have to be gone
+    STARTING    the new keeper starts, and its worker gets ready; the old worker serves, and its disk answers
+    ENDING      the old standby and worker are killed, and must end
     GOING       the new keeper orders its worker to take over
-    GIVING_UP   the new keeper and its worker are killed; both have to be gone
+    GIVING_UP   the new keeper and its worker are killed, and must end
 
     old keeper                                  new keeper
     settings, folder, descriptors           ->
@@ -12,9 +12,9 @@
     {"ending": true}                        ->  from here on the end of the old keeper is the order to go
     {"go": true}                            ->  orders its worker
 
-No step waits: the old keeper looks after its worker all the while, and takes a step each time that it wakes. In STARTING
-the new keeper is given up as soon as the old worker is not well. Later, the old keeper stays until the new worker serves. If
-the new keeper dies or is stopped before that, the old keeper forks a worker.
+No step waits: the old keeper looks after its worker meanwhile, and takes a step each time that it wakes. In STARTING it gives
+the new keeper up as soon as the old worker dies or is stopped. Later it stays until the new worker serves. If the new keeper
+dies or is stopped before that, the old keeper forks a worker.
 """
 
 import contextlib
@@ -29,15 +29,18 @@ from typing import Final, NoReturn
 
 from zbudfs.service.child import Child, Process, Pulse, is_readable
 from zbudfs.service.control import Client
+from zbudfs.service.stall import Stall
 
 START_SECONDS: Final = 50.0
 """A new keeper that gives no sign of life for so long is given up. Its worker may take any time to get ready. Arbitrary."""
+DISK_SECONDS: Final = 5.0
+"""Longest time for which a new keeper that is ready waits for a disk that does not answer. Arbitrary."""
 GO_SECONDS: Final = 3.0
-"""How long a new keeper may take from the order to go until its worker begins to take over. Guessed."""
+"""Longest time from the order to go until the worker of the new keeper begins to take over. Guessed."""
 
 
 class Stage(Enum):
-    """How far it has come."""
+    """The stage of a restart."""
 
     STARTING = auto()
     ENDING = auto()
@@ -46,15 +49,15 @@ class Stage(Enum):
 
 
 class Step(Enum):
-    """What the old keeper has to do."""
+    """The next action of the old keeper."""
 
     NOTHING = auto()
     HAND_OVER = auto()
-    """The new keeper is ready: call `end` with standby and worker."""
+    """Call `end` with standby and worker, since the new keeper is ready."""
     DONE = auto()
-    """The new keeper has everything: end."""
+    """End, since the new keeper has everything."""
     FAILED = auto()
-    """Go on as before, or without a worker if that had been ended; `error` says why."""
+    """Continue with the old worker, or with a new one if the old one was killed; `error` has the reason."""
 
 
 class Successor(Process):
@@ -67,9 +70,9 @@ class Successor(Process):
 
     @classmethod
     def start(cls, arguments: list[str], message: dict[str, object], descriptors: list[int]) -> "Successor":
-        """Start a program; the descriptor of its end of the socket is added to the arguments. OSError, ValueError.
+        """Start a program, and add the descriptor of its end of the socket to its arguments. OSError.
 
-        With fork and exec, since posix_spawn returns only when exec has read the program from the disk.
+        This uses fork and exec, since posix_spawn returns only when exec has read the program from the disk.
         """
         mine, theirs = socket.socketpair()
         try:
@@ -83,12 +86,12 @@ class Successor(Process):
         except OSError:
             mine.close()
             raise
-        with contextlib.suppress(OSError):  # it has ended already: that is noticed later
+        with contextlib.suppress(OSError):  # it has ended already, which is noticed later
             send_with_descriptors(mine, message, descriptors)
         return successor
 
     def next_message(self) -> dict[str, object] | None:
-        """Return what it says next: an empty message if it has closed the socket, None if it says nothing now."""
+        """Return its next message: an empty one if it has closed the socket, None if there is none now."""
         while b"\n" not in self._data:
             try:
                 piece = self.channel.recv(4096)
@@ -107,7 +110,7 @@ class Successor(Process):
         return found
 
     def say(self, word: str) -> None:
-        """Send {word: true}; one that has gone is noticed later."""
+        """Send {word: true}. The end of the successor is noticed later."""
         with contextlib.suppress(OSError):
             self.channel.send(json.dumps({word: True}).encode() + b"\n", socket.MSG_NOSIGNAL)
 
@@ -117,11 +120,13 @@ class Successor(Process):
 
 
 class HandingOver:
-    """One restart: `client` has ordered it and `successor` is the new keeper."""
+    """One restart: `client` has ordered it, `successor` is the new keeper, and `stall` watches the old worker."""
 
-    def __init__(self, client: Client, successor: Successor) -> None:
+    def __init__(self, client: Client, successor: Successor, stall: Stall) -> None:
         self.client = client
         self.successor = successor
+        self._stall = stall
+        self._is_ready = False
         self.stage = Stage.STARTING
         self.version = ""
         self.error = ""
@@ -131,17 +136,23 @@ class HandingOver:
         self._pulse = Pulse()
 
     def descriptors(self) -> list[int]:
-        """Return what is to be polled."""
+        """Return the descriptors to poll."""
         found = [self.successor.pidfd, *(child.pidfd for child in self._old)]
         return [*found, self.successor.channel.fileno()] if self.stage is Stage.STARTING else found
 
-    def advance(self, *, well: bool, getting_ready: int, taking_over: int, serving: bool, connected: bool) -> Step:
-        """Take the next step, if it can be taken. `well`: the old worker serves.
+    def close_copies(self) -> None:
+        """Close the connections in a forked child. The client reads its answer up to the end of the connection."""
+        self.client.close()
+        self.successor.channel.close()
 
-        `getting_ready`, `taking_over` and `serving` are what the board says; `connected`: the mount is there.
+    def advance(self, *, well: bool, getting_ready: int, taking_over: int, serving: bool, connected: bool) -> Step:
+        """Take the next step, if it is possible, and return the action of the old keeper.
+
+        `well`: the old worker serves. `getting_ready`, `taking_over` and `serving` are numbers of the board. `connected`: the
+        mount exists.
         """
         if self.stage is Stage.STARTING:
-            return self._start(well=well, silent_seconds=self._pulse.look(getting_ready))
+            return self._start(well=well, silent_seconds=self._pulse.look(0 if self._is_ready else getting_ready))
         self._old = [child for child in self._old if child.reap() is None]
         if self.stage is Stage.ENDING:
             if problem := self._problem():
@@ -171,8 +182,17 @@ class HandingOver:
         if not well:
             return self._fail("the worker died meanwhile")
         if problem := self._problem():
-            said = self.successor.next_message() or {}  # its last word may say why
+            said = self.successor.next_message() or {}  # its last message may give the reason
             return self._fail(str(said.get("error", problem)))
+        if self._is_ready:
+            if not self._stall.look():
+                return Step.HAND_OVER
+            if self._pulse.silent_seconds > DISK_SECONDS:
+                return self._fail(
+                    "the disk of the backing file does not answer: without the old worker the mount would be dead until it"
+                    " does. Try again when the disk answers"
+                )
+            return Step.NOTHING
         if silent_seconds > START_SECONDS:
             return self._fail(f"the new version has given no sign of life for {START_SECONDS:g} s")
         said_now = self.successor.next_message()
@@ -183,7 +203,9 @@ class HandingOver:
         self.version = str(said_now.get("version", ""))
         worker = said_now.get("worker", 0)
         self._worker_pid = worker if isinstance(worker, int) else 0
-        return Step.HAND_OVER
+        self._is_ready = True
+        self._pulse.restart(0)
+        return Step.NOTHING
 
     def _problem(self) -> str:
         if self.successor.has_ended():
@@ -193,13 +215,13 @@ class HandingOver:
         return ""
 
     def _fail(self, why: str) -> Step:
-        self.successor.kill()  # and its worker with it, which has served nothing yet
+        self.successor.kill()  # its worker, which has not served yet, ends with it
         self.error = why
         return Step.FAILED
 
     def end(self, old: Sequence[Child]) -> None:
-        """Kill standby and worker: from here on there is no way back to them."""
-        if self._worker_pid:  # else the new keeper is of a version that does not know the word
+        """Kill the old standby and worker. They cannot serve again if the restart fails."""
+        if self._worker_pid:  # if not, the version of the new keeper does not know the word
             self.successor.say("ending")
         for child in old:
             child.kill()
@@ -219,7 +241,7 @@ class HandingOver:
 
 
 def _become(arguments: list[str], channel: socket.socket) -> NoReturn:
-    """In the forked process: be another program, or say why not."""
+    """Become another program in the forked process, or report the reason why that is impossible."""
     try:
         os.execve(arguments[0], arguments, dict(os.environ))
     except (OSError, ValueError) as error:
@@ -238,18 +260,18 @@ def send_with_descriptors(channel: socket.socket, message: dict[str, object], de
 
 
 def receive_with_descriptors(channel: socket.socket) -> tuple[dict[str, object], list[int]]:
-    """Return what `send_with_descriptors` sent."""
+    """Return the message and the files of `send_with_descriptors`."""
     data, descriptors, _, _ = socket.recv_fds(channel, 65536, 8)
     message: dict[str, object] = json.loads(data)
     return message, descriptors
 
 
 def receive_line(channel: socket.socket) -> dict[str, object]:
-    """Return the next message; an empty one if the other end is closed. Waits."""
+    """Wait for the next message and return it; an empty one if the other end is closed."""
     data = b""
     while not data.endswith(b"\n"):
         try:
-            piece = channel.recv(1)  # one line and no more: the next one is asked for later
+            piece = channel.recv(1)  # not more than this line: the next line is another message
         except OSError:
             piece = b""
         if not piece:

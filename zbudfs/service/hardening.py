@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What keeps a daemon that serves swap from waiting for itself.
+"""The protections that keep a daemon that serves swap from waiting for itself.
 
-Under global memory pressure every page that the daemon touches for the first time, and every allocation that the
-kernel makes on its behalf, may start reclaim; reclaim swaps out; swapping out waits for the daemon. One such wait and
-the machine hangs. Each step here closes one way in; a run that survived without one of them was lucky.
+Under global memory pressure the daemon may start reclaim by the first access to any page, or by any allocation that the
+kernel makes for it. Reclaim swaps out, and swapping out waits for the daemon. One such wait hangs the machine. Each step
+here prevents one cause. A run without one of the steps may survive by chance.
 
-    before_threads()        the process as a whole: IO flusher, OOM score, malloc, scheduling, sizes of stacks.
-                            Before any thread exists: threads inherit all of it when they start, not later.
-    ... everything is allocated, threads are started, once around every code path ...
-    lock_memory()           no collector, every page present, every page locked, and those to come as well.
+    before_threads()        the whole process: IO flusher, OOM score, malloc, scheduling, sizes of stacks.
+                            Before any thread exists: threads inherit these when they start, not later.
+    ... everything is allocated, threads are started, each code path runs once ...
+    lock_memory()           no collector, every page present, every page locked, future pages too.
 
-That Python's objects come from malloc too, whose heap is set aside and locked here, is the shim's part (fuse/shim.c).
+Python's objects come from malloc too, and its heap is reserved and locked here: that is the shim's part (fuse/shim.c).
 
-No step is fatal. A system may refuse any of them (containers do); each refusal comes back as one plain sentence that
-says what was refused, what that means, and the remedy, for the log and for `status`. Success says nothing.
+No step is fatal. A system may refuse any of them (containers do). Each step returns a refusal as one plain sentence, for the
+log and for `status`: what was refused, what that means, and the remedy. A step that succeeds returns nothing.
 """
 
 from __future__ import annotations
@@ -33,26 +33,28 @@ from typing import Final
 from zbudfs.core.maps import Mapping, parse_maps
 
 PROCESS_NAME: Final = "zbudfs"
-"""What ps and the kernel's log call the process; 15 bytes at most."""
+"""The name of the process in ps and in the kernel's log; 15 bytes at most."""
 
-THREAD_STACK_BYTES: Final = 256 << 10
-"""Stack of every thread started later, all of it locked. The default of 8 MiB a thread would be locked as well.
+THREAD_STACK_BYTES: Final = 128 << 10
+"""Stack of every thread that starts later, in bytes; all of it is locked, and so would be the default of 8 MiB a thread.
 
-Guessed, not measured: the daemon's threads run file I/O and zstd, whose largest buffers are on the heap.
+Measured: a thread used 20 KiB (Rss of its stack in smaps, before it was locked). It had encrypted, written and read blocks,
+logged an error with its traceback, compiled a regular expression and read the mount table.
 """
 
-MAIN_STACK_BYTES: Final = 512 << 10
-"""Stack that the main thread has before memory is locked. Guessed, not measured: it runs the event loop."""
+MAIN_STACK_BYTES: Final = 256 << 10
+"""Stack of the main thread when memory is locked, in bytes. It runs the event loop. Measured: the imports, which go deepest,
+use 132 KiB."""
 
-TOP_PAD_BYTES: Final = 1 << 20
-"""malloc takes this much more than it needs each time the heap must grow after all: fewer, larger steps."""
+TOP_PAD_BYTES: Final = 128 << 10
+"""Bytes that malloc takes beyond its need each time the heap must still grow: fewer, larger steps."""
 
 PRIORITY: Final = 1
-"""Real-time priority, the lowest: above every ordinary program, below whatever else has a reason to be real-time."""
+"""Real-time priority, the lowest: above every ordinary program, and below all other real-time programs."""
 
 RUN_IN_PART: Final = ("libcrypto.", "_rust.abi3.")
-"""Libraries of which little ever runs, 5 and 11 MiB with all of OpenSSL in them: what `store/cipher.py` has tried out is
-present and locked; of the rest only what is written to."""
+"""Libraries of which little ever runs: 5 and 11 MiB, with all of OpenSSL in them. The parts that `store/cipher.py` has used
+once are present and locked; of the rest only writable pages are."""
 
 NEVER_RUN: Final = ("libssl", "_ssl.", "_hashlib.", "unicodedata.", "liblzma", "_lzma.", "libbz2", "_bz2.")
 """Libraries that trio and the standard library load and the daemon never calls: 6 MiB that need not be in RAM."""
@@ -79,9 +81,9 @@ _OOM_NEVER: Final = -1000
 
 
 def before_threads(heap_bytes: int) -> list[str]:
-    """Prepare the process; to be called once, early, while it has one thread. Return what was refused.
+    """Prepare the process. Call this once, early, while it has one thread. Return the refusals.
 
-    `heap_bytes` is what all requests in work may need at one time beyond the frames: malloc's heap is grown by that
+    `heap_bytes` is the most that all requests in work may need at one time beyond the frames. malloc's heap grows by that
     much once and never shrinks again.
     """
     steps = (
@@ -90,7 +92,7 @@ def before_threads(heap_bytes: int) -> list[str]:
         _disable_huge_pages(),
         set_io_flusher(),
         protect_from_oom_killer(),
-        _pin_heap(heap_bytes),
+        pin_heap(heap_bytes),
         schedule_realtime(),
     )
     threading.stack_size(THREAD_STACK_BYTES)
@@ -98,22 +100,17 @@ def before_threads(heap_bytes: int) -> list[str]:
 
 
 def before_exec() -> None:
-    """Prepare a process that is about to become the daemon: what a new program keeps. `before_threads` tells refusals."""
+    """Prepare a process that will execute the daemon: the settings that exec keeps. `before_threads` reports refusals."""
     set_io_flusher()
     schedule_realtime()
 
 
-def grow_heap(heap_bytes: int) -> str | None:
-    """Grow malloc's heap by so much, once, in a process that was forked from one prepared with less. What was refused."""
-    return _pin_heap(heap_bytes)
-
-
 def lock_memory(skip: Iterable[tuple[int, int]] = ()) -> list[str]:
-    """Make every page of the process present and locked, and stop the cyclic collector. Return what was refused.
+    """Make every page of the process present and locked, and stop the cyclic collector. Return the refusals.
 
-    To be called once, when everything is allocated and all threads run. `skip` holds (address, length in bytes) of
-    ranges that someone else fills in, step by step: they are locked as pages come to be, but not filled here. Shared
-    mappings are left to their owner as well, except the text and data of programs and libraries.
+    Call this once, when everything is allocated and all threads run. `skip` has (address, length in bytes) of ranges that
+    other code populates, step by step. They are locked as their pages appear, but not populated here. Shared mappings are
+    left to their owner too, except the text and data of programs and libraries.
     """
     gc.collect()
     gc.freeze()
@@ -122,7 +119,7 @@ def lock_memory(skip: Iterable[tuple[int, int]] = ()) -> list[str]:
     return [refusal for refusal in refusals if refusal]
 
 
-# ---- the process as a whole --------------------------------------------------------------------------------------
+# ---- the whole process -------------------------------------------------------------------------------------------
 
 
 def _libc() -> ctypes.CDLL:
@@ -138,38 +135,47 @@ def _prctl(option: int, value: int | ctypes.Array[ctypes.c_char]) -> int:
 
 def _set_name() -> str | None:
     code = _prctl(_PR_SET_NAME, ctypes.create_string_buffer(PROCESS_NAME.encode()))
-    return f"the process could not be named {PROCESS_NAME} ({os.strerror(code)}): that is all" if code else None
+    return (
+        f"the process could not be named {PROCESS_NAME} ({os.strerror(code)}): its name in ps and in logs is wrong"
+        if code
+        else None
+    )
 
 
 def _set_undumpable() -> str | None:
-    """No core dumps and no ptrace by the same user: other processes' memory is in here."""
+    """Forbid core dumps, and ptrace by the same user: the process has memory of other programs."""
     code = _prctl(_PR_SET_DUMPABLE, 0)
     return (
-        f"core dumps could not be turned off ({os.strerror(code)}): a crash may write out what other programs keep in"
-        " memory; set the core limit to 0 (ulimit -c 0)"
+        f"core dumps could not be turned off ({os.strerror(code)}): a crash may write memory of other programs to disk;"
+        " set the core limit to 0 (ulimit -c 0)"
         if code
         else None
     )
 
 
 def _disable_huge_pages() -> str | None:
-    """A huge page in the heap would be 2 MiB locked for a few kilobytes used."""
+    """Turn huge pages off: a huge page in the heap would lock 2 MiB for a few kilobytes."""
     code = _prctl(_PR_SET_THP_DISABLE, 1)
-    return f"huge pages could not be turned off ({os.strerror(code)}): the daemon may lock more RAM" if code else None
+    return (
+        f"huge pages could not be turned off ({os.strerror(code)}): the daemon may lock more RAM; write never to"
+        " /sys/kernel/mm/transparent_hugepage/enabled"
+        if code
+        else None
+    )
 
 
 def set_io_flusher() -> str | None:
-    """Reclaim that starts from the daemon's own allocations does no I/O (Linux 5.6)."""
+    """Make reclaim that the daemon's own allocations start do no I/O (Linux 5.6)."""
     code = _prctl(_PR_SET_IO_FLUSHER, 1)
     if not code:
         return None
     cause, remedy = {
         errno.EPERM: ("it needs CAP_SYS_RESOURCE, which this process lacks", "start zbudfs with that capability"),
-        errno.EINVAL: ("the kernel does not know it", "use Linux 5.6 or later"),
-    }.get(code, (os.strerror(code), "look in the kernel's log"))
+        errno.EINVAL: ("the kernel does not support it", "use Linux 5.6 or later"),
+    }.get(code, (os.strerror(code), "see the kernel's log"))
     return (
-        f"IO flusher mode was refused ({cause}): when all memory is short the daemon may have to wait for swap, which"
-        f" is itself, and the machine may hang; {remedy}"
+        f"IO flusher mode was refused ({cause}): when all memory is short the daemon may have to wait for the swap that it"
+        f" serves, and the machine may hang; {remedy}"
     )
 
 
@@ -180,7 +186,7 @@ def protect_from_oom_killer(root: str = "/") -> str | None:
         high = int(knob.read_text())
         if _write_number(knob, _OOM_NEVER):
             return None
-        # Not allowed that low (CAP_SYS_RESOURCE): find the lowest value that is. `low` is refused, `high` holds.
+        # The process lacks CAP_SYS_RESOURCE: find the lowest permitted value. `low` is refused, `high` is in force.
         low = _OOM_NEVER
         while high - low > 1:
             middle = (low + high) // 2
@@ -189,7 +195,7 @@ def protect_from_oom_killer(root: str = "/") -> str | None:
             else:
                 low = middle
     except (OSError, ValueError) as error:
-        return f"the OOM killer could not be told to spare the daemon ({error}): it may kill it, and swap with it"
+        return f"the daemon's OOM score could not be set ({error}): the kernel may kill the daemon, and swap with it"
     return (
         f"the OOM score could not be set to {_OOM_NEVER}, only to {high} (it needs CAP_SYS_RESOURCE): when memory runs"
         " out the kernel may kill the daemon, and swap with it; start zbudfs with that capability, or set"
@@ -205,8 +211,8 @@ def _write_number(knob: Path, number: int) -> bool:
     return True
 
 
-def _pin_heap(heap_bytes: int) -> str | None:
-    """Have malloc keep to one heap that never shrinks, and grow that heap by `heap_bytes` now."""
+def pin_heap(heap_bytes: int) -> str | None:
+    """Make malloc use one heap that never shrinks, and grow that heap by `heap_bytes` now."""
     libc = _libc()
     try:
         mallopt, malloc, free = libc.mallopt, libc.malloc, libc.free
@@ -220,24 +226,30 @@ def _pin_heap(heap_bytes: int) -> str | None:
     malloc.restype = ctypes.c_void_p
     malloc.argtypes = [ctypes.c_size_t]
     free.argtypes = [ctypes.c_void_p]
-    # -1 becomes the largest size_t: the top of the heap is never given back.
+    # -1 becomes the largest size_t: malloc never gives the top of the heap back.
     wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, TOP_PAD_BYTES))
     refused = [option for option, value in wanted if mallopt(option, value) != 1]
     block = malloc(heap_bytes)
     free(block)
     if block is None:
-        return f"{heap_bytes} bytes of heap could not be set aside in advance: the daemon may have to ask for it later"
+        return (
+            f"{heap_bytes} bytes of heap could not be reserved: the daemon may have to ask for memory when there is none; free"
+            " memory, and mount again"
+        )
     if refused:
-        return f"malloc refused options {refused}: the daemon may have to ask for memory when there is none"
+        return (
+            f"malloc refused options {refused}: the daemon may have to ask for memory when there is none; use a system with the"
+            " GNU C library"
+        )
     return None
 
 
 def schedule_realtime() -> str | None:
     """Become real-time, so that the daemon runs beside a storm and may use the kernel's reserve of free pages.
 
-    Without SCHED_RESET_ON_FORK: that flag would put every thread started later back to ordinary scheduling (a thread
-    is a fork to the kernel), and the threads that write back are just those that must run. The daemon starts no
-    programs that could inherit it. Round robin, so that no thread of the daemon keeps the others waiting.
+    SCHED_RESET_ON_FORK is not set. It would give every later thread ordinary scheduling (a thread is a fork to the
+    kernel), and the threads that write back must run. The daemon starts no programs that could inherit the priority. The
+    policy is round robin, so that no thread of the daemon delays the others.
     """
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
@@ -255,11 +267,11 @@ def schedule_realtime() -> str | None:
 
 
 def ranges_to_fill(mappings: Iterable[Mapping], skip: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, bool]]:
-    """Yield (start, end, for writing?) of what must be present in memory, in the order of `mappings`.
+    """Yield (start, end, for writing?) of the ranges that must be present in memory, in the order of `mappings`.
 
-    Private memory that may be written is made present for writing: a copy-on-write page that is merely there would
-    still have to be copied later. What may only be read (text and constants of libraries) is made present for reading.
-    Left out: pages nobody may touch, the kernel's own ([vvar], [vsyscall]), shared memory, devices, and `skip`.
+    Private memory that may be written is made present for writing: a copy-on-write page that is only present must still be
+    copied later. Memory that may only be read (text and constants of libraries) is made present for reading. Left out are
+    pages without access, the kernel's own ([vvar], [vsyscall]), shared memory, devices, and `skip`.
     """
     for mapping in mappings:
         readable, writable, private = mapping.access[0] == "r", mapping.access[1] == "w", mapping.access[3] == "p"
@@ -285,7 +297,7 @@ def _without(start: int, end: int, skip: tuple[tuple[int, int], ...]) -> Iterato
 
 
 def _whole_pages(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return `ranges`, (address, length in bytes) each, grown to the pages that they touch."""
+    """Return `ranges`, each (address, length in bytes), extended to whole pages."""
     whole = []
     for address, length in ranges:
         start = address // _PAGE_BYTES * _PAGE_BYTES
@@ -294,7 +306,7 @@ def _whole_pages(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ..
 
 
 def _populate(skip: Iterable[tuple[int, int]]) -> str | None:
-    """Make present what `ranges_to_fill` names in this process."""
+    """Make the ranges of `ranges_to_fill` in this process present. Return a refusal."""
     libc = _libc()
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -304,25 +316,24 @@ def _populate(skip: Iterable[tuple[int, int]]) -> str | None:
         advice = _MADV_POPULATE_WRITE if writing else _MADV_POPULATE_READ
         if libc.madvise(start, end - start, advice) == 0:
             continue
-        # Before Linux 5.14 there is no such advice; mlock(2) makes present as well, but needs the right to lock.
+        # Linux before 5.14 lacks this advice. mlock(2) makes pages present too, but needs the right to lock.
         if ctypes.get_errno() == errno.EINVAL and libc.mlock(start, end - start) == 0:
             continue
         reason = ctypes.get_errno()
         failed_bytes += end - start
     if failed_bytes:
         return (
-            f"{failed_bytes} bytes of the daemon's memory could not be made present in advance ({os.strerror(reason)}):"
-            " it may have to wait for memory later"
+            f"{failed_bytes} bytes of the daemon's memory could not be populated in advance ({os.strerror(reason)}):"
+            " it may have to wait for memory later; free memory, and mount again"
         )
     return None
 
 
 def _grow_main_stack(wanted_bytes: int) -> str | None:
-    """Use `wanted_bytes` of the main thread's stack once, so that its pages are there to be locked.
+    """Use `wanted_bytes` of the main thread's stack once, so that its pages exist when memory is locked.
 
-    The kernel extends that stack as it is used. A Python function that calls itself through C takes some of it at
-    every level; a Python function that calls itself in Python would take none. Other threads have their whole stack
-    from the start.
+    The kernel extends that stack as it is used. A Python function that calls itself through C takes some of it at every
+    level; a plain recursion in Python takes none. Other threads have their whole stack from the start.
     """
     if threading.current_thread() is not threading.main_thread():
         return None
@@ -333,7 +344,7 @@ def _grow_main_stack(wanted_bytes: int) -> str | None:
             callback(levels - 1)
 
     callback = callback_type(descend)
-    # Half of the interpreter's own limit, which counts these levels twice.
+    # A third of the interpreter's limit, which counts each of these levels twice.
     most = sys.getrecursionlimit() // 3
     for levels in range(most // 8, most, most // 8):
         if _main_stack_bytes() >= wanted_bytes:
@@ -343,7 +354,7 @@ def _grow_main_stack(wanted_bytes: int) -> str | None:
 
 
 def _main_stack_bytes() -> int:
-    """Return how far the main thread's stack has been extended, in bytes."""
+    """Return the size of the main thread's stack, in bytes."""
     return sum(mapping.end - mapping.start for mapping in _own_mappings() if mapping.name == "[stack]")
 
 
@@ -353,8 +364,8 @@ def _own_mappings() -> list[Mapping]:
 
 
 def lock_all() -> str | None:
-    """Lock all that is present, and whatever comes to be present later."""
-    # With CAP_IPC_LOCK the limit does not count; without it mlockall() tells whether it was enough.
+    """Lock all present memory, and all memory that becomes present later. Return a refusal."""
+    # With CAP_IPC_LOCK the limit does not count; without it mlockall() reports whether the limit was enough.
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if _libc().mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0:

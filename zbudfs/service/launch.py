@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Starting a daemon: a fresh interpreter, told what to do through one pipe, answering through another.
+"""The start of a daemon: a fresh interpreter that gets its settings through one pipe and reports through another.
 
     zbudfs mount                                   the daemon (python -I -m zbudfs.service.daemon)
         |-- settings, one line of JSON, end -->  --settings-fd N
         |<- {"ready": true, "pid": P, "warnings": [...]}  or  {"error": "..."} --  --ready-fd M
 
-A fresh interpreter and not a fork: what is in this process (argparse, subprocess, the user's environment of imports)
-would stay in the daemon's locked memory for ever, and a fork would share its pages with a parent that goes away.
-`-I` keeps the caller's PYTHON* variables and working directory out of a process that runs as root for weeks.
+The daemon is a fresh interpreter and not a fork. The modules of this process (argparse, subprocess, the user's environment of
+imports) would stay in the daemon's locked memory for ever. A fork would also share its pages with a parent that ends. `-I`
+keeps the caller's PYTHON* variables and working directory out of a process that runs as root for weeks.
 
-A daemon that says nothing and goes has died; its last words on stderr become the error. Everything waits with a limit.
+A daemon that closes the pipe without a report has died; the end of its stderr becomes the error. Every wait has a limit.
 """
 
 from __future__ import annotations
@@ -28,61 +28,62 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Final
 
+from zbudfs.core.errors import Failed
 from zbudfs.service.mountpoint import Mount, MountError, escape_path, is_dead, unmount, zbudfs_mounts
 from zbudfs.service.session import scope_command
 from zbudfs.service.settings import Settings
 
 DAEMON_COMMAND: Final = (sys.executable, "-I", "-m", "zbudfs.service.daemon")
-"""How the daemon is started; its two options come behind."""
+"""The command of the daemon, without its two options."""
 
 READY_LIMIT_SECONDS: Final = 60.0
-"""Longest time that a daemon may take to be up. Arbitrary, and generous: it allocates and writes the first stretch of
-the backing file meanwhile, on a disk that may be slow."""
+"""Longest time in which a daemon must be ready. Arbitrary, and generous: in it the daemon allocates and writes the first
+part of the backing file, on a disk that may be slow."""
 
 _STOP_LIMIT_SECONDS: Final = 10.0
-"""Longest time between SIGTERM and SIGKILL for a daemon that did not come up. Arbitrary."""
+"""Longest time between SIGTERM and SIGKILL for a daemon that did not start. Arbitrary."""
 
 _PASSED_ON: Final = frozenset((signal.SIGINT, signal.SIGTERM))
-"""What a daemon in the foreground is started with blocked."""
+"""Signals that are blocked while a daemon in the foreground starts."""
 
 _LAST_WORDS_BYTES: Final = 64 << 10
-"""Most of a daemon's stderr that is kept for an error message."""
+"""Most bytes of a daemon's stderr that an error message is made from."""
 
 
 _NO_MEMORY: Final = ("Cannot allocate memory", "MemoryError", "failed to map segment", "no memory for")
-"""What the text of an error for want of memory has in it."""
+"""Texts in error messages that are about a lack of memory."""
 
 
 _SCOPE_REFUSED: Final = (b"Failed to ", b"Unknown assignment", b"systemd-run: ", b"Running scope as unit failed")
-"""How the error of systemd-run begins."""
+"""The beginnings of error messages of systemd-run."""
 
 
-class LaunchError(Exception):
-    """A daemon that did not come up; the text is for the user."""
+class LaunchError(Failed):
+    """A daemon could not start; the text is for the user."""
 
 
 class _NoScope(Exception):
-    """systemd did not make the scope in which the daemon was to run."""
+    """systemd did not make the scope in which the daemon should run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What a daemon says when it is up."""
+    """The report of a daemon that is ready."""
 
     pid: int
-    """Its process id."""
+    """The process id of its keeper."""
     warnings: tuple[str, ...]
-    """What the system refused it, one plain sentence each."""
+    """The protections that the system refused, one sentence each."""
 
 
 def start(
     settings: Settings, *, limit_seconds: float = READY_LIMIT_SECONDS, command: Sequence[str] = DAEMON_COMMAND
 ) -> Ready:
-    """Start a daemon in the background and return when it is up.
+    """Start a daemon in the background and return when it is ready.
 
-    It runs in a session of its own, in /, with nothing open but its pipes; under systemd also in a scope of its own, if this
-    process is part of a login session (`session`). Raises LaunchError, with the daemon gone,
-    when it reports an error, dies, or is not up within `limit_seconds`; the same holds for KeyboardInterrupt.
+    The daemon runs in its own session, in /, with no open files but its pipes. Under systemd it also runs in a scope of its
+    own, if this process is part of a login session (`session`). Raises LaunchError, after the daemon has ended, when it
+    reports an error, dies, or is not ready within `limit_seconds`. KeyboardInterrupt ends the daemon too.
     """
     name = escape_path(settings.mountpoint)
     for prefix in (scope_command(name), scope_command(name, every=False)):
@@ -97,14 +98,14 @@ def _start(command: Sequence[str], settings: Settings, limit_seconds: float) -> 
     daemon: subprocess.Popen[bytes] | None = None
     interrupted: list[int] = []
     try:
-        # A daemon that is there, and not known here yet, could not be stopped. A blocked signal would reach another thread.
+        # SIGINT is only noted until `daemon` is set, so that it can be stopped. A blocked signal would reach another thread.
         with _handling({signal.SIGINT: lambda number, frame: interrupted.append(number)}):
             daemon, ready_fd = _spawn(command, settings, foreground=False)
         if interrupted:
             raise KeyboardInterrupt
         ready, last_words = _wait_ready(daemon, ready_fd, limit_seconds)
         if isinstance(ready, Ready):
-            daemon.returncode = 0  # it lives on and outlives us: there is nothing to wait for
+            daemon.returncode = 0  # the daemon outlives this process, which must not wait for it
             return ready
         _stop(daemon)
         if ready is None and last_words.startswith(_SCOPE_REFUSED):
@@ -132,10 +133,10 @@ def run_in_foreground(
 ) -> int:
     """Start a daemon that shares our terminal, wait until it ends, and return its exit status.
 
-    `on_ready` is called once it is up. Ctrl-C reaches the daemon by itself, as a member of the same process group, and
-    only it decides what to do (with swap attached it must not end); SIGTERM and SIGHUP are passed on to it. A daemon
-    that a signal has ended gives 128 and the signal's number, as in a shell. Raises LaunchError as `start` does, and
-    KeyboardInterrupt if it did not come up after Ctrl-C.
+    `on_ready` is called once the daemon is ready. Ctrl-C reaches the daemon directly, as a member of the same process group,
+    and the daemon decides what to do: with swap attached it must not end. SIGTERM and SIGHUP are passed on to it. If a signal
+    ends the daemon, the status is 128 and the signal's number, as in a shell. Raises LaunchError as `start` does, and
+    KeyboardInterrupt if the daemon did not start after Ctrl-C.
     """
     daemon: subprocess.Popen[bytes] | None = None
     mounts_before = zbudfs_mounts()
@@ -147,9 +148,9 @@ def run_in_foreground(
         if daemon is not None and number != signal.SIGINT and daemon.poll() is None:
             daemon.send_signal(number)
 
-    # Handlers rather than SIG_IGN: those are reset in the new program, an ignored signal would stay ignored in it.
+    # Handlers, not SIG_IGN: exec resets handlers, but an ignored signal would stay ignored in the new program.
     with _handling({signal.SIGINT: pass_on, signal.SIGTERM: pass_on, signal.SIGHUP: pass_on}):
-        # The daemon is started with these blocked, and takes what came meanwhile when it can.
+        # The daemon starts with these signals blocked, and handles those that came meanwhile when it can.
         with _blocked(_PASSED_ON):
             daemon, ready_fd = _spawn(command, settings, foreground=True)
         try:
@@ -172,7 +173,7 @@ def run_in_foreground(
 
 @contextmanager
 def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Have signals wait for a while."""
+    """Block signals in the block of the context manager."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -182,7 +183,7 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 @contextmanager
 def _handling(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    """Have signals handled by `handlers` for a while."""
+    """Handle signals with `handlers` in the block of the context manager."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -193,11 +194,9 @@ def _handling(handlers: dict[signal.Signals, Callable[[int, FrameType | None], N
 
 def _spawn(command: Sequence[str], settings: Settings, *, foreground: bool) -> tuple[subprocess.Popen[bytes], int]:
     """Start the daemon; return it and our end of its ready pipe (not blocking)."""
-    settings_read, settings_write = os.pipe()
+    settings_read = settings_pipe(settings)
     ready_read, ready_write = os.pipe()
     try:
-        # Less than the 64 KiB that a pipe takes at once (two paths of 4 KiB at most): this cannot block.
-        os.write(settings_write, settings.to_json().encode() + b"\n")
         options = ["--settings-fd", str(settings_read), "--ready-fd", str(ready_write)]
         daemon = subprocess.Popen(
             [*command, *options, *(["--foreground"] if foreground else [])],
@@ -215,19 +214,28 @@ def _spawn(command: Sequence[str], settings: Settings, *, foreground: bool) -> t
         os.close(ready_read)
         raise
     finally:
-        for fd in (settings_read, settings_write, ready_write):
+        for fd in (settings_read, ready_write):
             os.close(fd)
     os.set_blocking(ready_read, False)
     return daemon, ready_read
 
 
+def settings_pipe(settings: Settings) -> int:
+    """Return the read end of a pipe that holds the settings."""
+    read_fd, write_fd = os.pipe()
+    # The settings have less than the 64 KiB of a pipe (two paths of 4 KiB at most), so this cannot block.
+    os.write(write_fd, settings.to_json().encode() + b"\n")
+    os.close(write_fd)
+    return read_fd
+
+
 def _wait_ready(
     daemon: subprocess.Popen[bytes], ready_fd: int, limit_seconds: float
 ) -> tuple[Ready | str | None, bytes]:
-    """Wait until the daemon has said something.
+    """Wait for the daemon's report.
 
-    Returns (what it says, its stderr so far): `Ready`, the text of its error, or None when it has closed the pipe
-    without a word. Raises LaunchError after `limit_seconds`.
+    Returns (report, stderr so far). The report is `Ready`, the text of an error, or None if the daemon has closed the pipe
+    without a report. Raises LaunchError after `limit_seconds`.
     """
     end = time.monotonic() + limit_seconds
     said, last_words = b"", b""
@@ -239,7 +247,7 @@ def _wait_ready(
         while b"\n" not in said:
             left = end - time.monotonic()
             if left <= 0:
-                raise LaunchError(f"the daemon was not up within {limit_seconds:g} s, and was stopped")
+                raise LaunchError(f"the daemon was not ready within {limit_seconds:g} s, and was stopped")
             for key, _ in selector.select(left):
                 data = os.read(key.fd, 1 << 16)
                 if key.data == "stderr":
@@ -254,7 +262,7 @@ def _wait_ready(
 
 
 def _rest(stream: IO[bytes] | None) -> bytes:
-    """Return what can be read from a stream that does not block."""
+    """Return the bytes that can be read from a stream without a wait."""
     if stream is None:
         return b""
     try:
@@ -264,18 +272,18 @@ def _rest(stream: IO[bytes] | None) -> bytes:
 
 
 def _parse(said: bytes) -> Ready | str:
-    """Return what the daemon's line means: it is up, or an error."""
+    """Return the meaning of the daemon's line: `Ready`, or the text of an error."""
     try:
         answer = json.loads(said.partition(b"\n")[0])
         if answer.get("ready"):
             return Ready(int(answer["pid"]), tuple(str(text) for text in answer.get("warnings", ())))
         return str(answer["error"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"the daemon's answer makes no sense: {said[:200]!r}"
+        return f"the daemon's report makes no sense: {said[:200]!r}"
 
 
 def _why(error: str | None, status: int | None, last_words: bytes) -> str:
-    """Return the text for a daemon that reported `error`, or died (None) with exit status `status`; and a likely cause."""
+    """Return the message for a daemon that reported `error`, or died (None) with exit status `status`; with a likely cause."""
     text = error if error is not None else _death(status, last_words)
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and any(words in text for words in _NO_MEMORY):
@@ -292,17 +300,17 @@ def _death(status: int | None, last_words: bytes) -> str:
     else:
         how = f"ended with exit status {status}"
     lines = last_words.decode("utf-8", "replace").strip().splitlines()
-    return f"the daemon {how} before it was up{f': {lines[-1].strip()}' if lines else ''}"
+    return f"the daemon {how} before it was ready{f': {lines[-1].strip()}' if lines else ''}"
 
 
 def _stop(daemon: subprocess.Popen[bytes]) -> None:
-    """End a daemon that is of no use, with limits: it may have just died, be about to, or hang.
+    """End a daemon that did not start, with limits: it may have died, be about to die, or hang.
 
-    SIGTERM is sent again and again: a worker ignores it until it serves, and while a program looks at the mount. The last
-    resort is for all of the daemon's processes, since a worker lives on without its keeper.
+    SIGTERM is sent repeatedly: a worker ignores it until it serves, and while a program uses the mount. After the limit
+    SIGKILL goes to all of the daemon's processes, since a worker outlives its keeper.
     """
     end = time.monotonic() + _STOP_LIMIT_SECONDS
-    limit_seconds = 0.5  # most have gone already: then this is their own exit status
+    limit_seconds = 0.5  # most daemons have ended by then: this is their own exit status
     while True:
         try:
             daemon.wait(limit_seconds)
@@ -320,9 +328,9 @@ def _stop(daemon: subprocess.Popen[bytes]) -> None:
 
 
 def _clear_mount(mountpoint: str, before: list[Mount]) -> None:
-    """Take away the mount that a daemon which is gone has left at `mountpoint`, if it is not one of `before`.
+    """Unmount the mount that a dead daemon has left at `mountpoint`, if it is not one of `before`.
 
-    Only one that answers as dead: another zbudfs may have been mounted there meanwhile, which is why ours failed.
+    Only a mount that answers as dead is unmounted: another zbudfs may have been mounted there, which is why ours failed.
     """
     if not any(mount.mountpoint == mountpoint and mount not in before for mount in zbudfs_mounts()):
         return

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Locks on a mountpoint that are free when their holder has ended, however it ended: files that are flock()ed.
+"""Locks on a mountpoint, which are free once their holder has ended for any reason: files that are locked with flock(2).
 
-    /run/zbudfs/.commands/NAME     one command at a time works on a mountpoint (cli/alone.py)
-    /run/zbudfs/.mounting/NAME     one daemon at a time comes up on it (service/daemon.py)
+    /run/zbudfs/.commands/NAME     only one command at a time changes a mountpoint (cli/alone.py)
+    /run/zbudfs/.mounting/NAME     only one daemon at a time starts on it (service/daemon.py)
 
-NAME is that of the pool directory. No pool directory has a name that begins with a dot, so no lock is taken for one. A file
-holds a few words about its holder, for messages, and is removed by its last holder.
+NAME is that of the pool directory. No pool directory has a name that begins with a dot, so no lock looks like one. The file
+has a few words about its holder, for messages. The last holder removes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONGEST_WORDS: Final = 200
 
 
 class LockHeld(Exception):
-    """Another process has the lock; `holder` tells which, as far as that is known."""
+    """Another process has the lock; `holder` describes that process, as far as it is known."""
 
     def __init__(self, holder: str) -> None:
         super().__init__(holder)
@@ -41,9 +41,9 @@ class MountpointLock:
 
     @classmethod
     def take(cls, kind: str, mountpoint: str, holder: str, *, shared: bool = False) -> MountpointLock:
-        """Take a lock without waiting. `kind` is COMMANDS or MOUNTING, `holder` is told to others.
+        """Take a lock without waiting. `kind` is COMMANDS or MOUNTING; `holder` describes this process to others.
 
-        Raises LockHeld, and PoolDirectoryError where the folder cannot be used.
+        Raises LockHeld, and PoolDirectoryError if the folder cannot be used.
         """
         private_folder(RUN_FOLDER, 0o755)
         private_folder(f"{RUN_FOLDER}/{kind}", 0o700)
@@ -58,7 +58,7 @@ class MountpointLock:
                 raise LockHeld(words) from None
             if _is_at(path, fd):
                 break
-            os.close(fd)  # its last holder has removed it just now
+            os.close(fd)  # its last holder has just removed it
         os.ftruncate(fd, 0)
         os.pwrite(fd, holder.encode("utf-8", "replace"), 0)
         return cls(path, fd)
@@ -73,7 +73,7 @@ class MountpointLock:
 
 
 def who_comes_up(mountpoint: str) -> str | None:
-    """Return a word about the daemon that comes up on `mountpoint`; None if there is none."""
+    """Return a description of the daemon that starts on `mountpoint`; None if there is none."""
     if not os.path.lexists(_path(MOUNTING, mountpoint)):
         return None
     try:
@@ -88,7 +88,7 @@ def _path(kind: str, mountpoint: str) -> str:
 
 
 def _is_at(path: str, fd: int) -> bool:
-    """Whether the open file `fd` is the one that has the name `path`."""
+    """Return whether the open file `fd` is the file at `path`."""
     try:
         there = os.stat(path, follow_symlinks=False)  # noqa: PTH116
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def _is_at(path: str, fd: int) -> bool:
 
 @contextlib.contextmanager
 def coming_up(mountpoint: str) -> Iterator[None]:
-    """Keep other daemons from coming up on `mountpoint` meanwhile. Raises MountError if one does already."""
+    """Keep other daemons from starting on `mountpoint` in this block. Raises MountError if one is starting already."""
     try:
         lock = MountpointLock.take(MOUNTING, mountpoint, f"pid {os.getpid()}")
     except LockHeld as error:

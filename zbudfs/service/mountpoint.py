@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Mounting and unmounting, with mount(2) itself.
+"""Mounting and unmounting with mount(2).
 
     open("/dev/fuse") -> fd     mount("zbudfs", MOUNTPOINT, "fuse.zbudfs", flags, "fd=N,...")
 
-libfuse would do both inside its session, through a setuid helper, and would take the mount down again as it goes.
-Here the one who opens the file descriptor owns the mount: the session behind it can come and go. It needs root, which
-a daemon that locks memory and serves swap needs anyway.
+libfuse would do both inside its session, through a setuid helper, and would unmount at the end of the session. Here the process
+that opens the file descriptor owns the mount, and sessions on it can begin and end. This needs root, which a daemon that locks
+memory and serves swap needs anyway.
 
-What is mounted is read from /proc/self/mountinfo and never from stat(2): a mount whose daemon has died, or hangs,
-answers every stat with an error, or not at all, and those are just the mounts that somebody wants to clean up.
+The functions read the mounts from /proc/self/mountinfo and never from stat(2). A mount whose daemon has died or hangs answers
+every stat with an error, or not at all, and users want to clean up just such mounts.
 
-Only root may use the mount: without `allow_other` the kernel refuses every other user before the daemon hears of the
-request, so that no request of theirs stands in the queue that swap uses. Processes of root count as root only if all
-their user and group ids are 0. Kernel threads, such as those of a loop device, are root's.
+Only root may use the mount. Without `allow_other` the kernel refuses the requests of other users itself, so that they do not
+enter the queue that swap uses. Processes of root count as root only if all their user and group ids are 0. Kernel threads,
+such as those of a loop device, are root's.
 
-Mountpoints are absolute, resolved `str` paths here; bytes that are no UTF-8 are carried as surrogate escapes.
+Mountpoints are absolute, resolved `str` paths here. Bytes that are not UTF-8 become surrogate escapes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from zbudfs.core.errors import Failed
+
 FSTYPE: Final = "fuse.zbudfs"
 """The file system type in mount tables: FUSE, subtype zbudfs."""
 
 SOURCE: Final = "zbudfs"
-"""What stands for the device in mount tables, where nothing else is wanted."""
+"""The default device name in mount tables."""
 
-MAX_READ_BYTES: Final = 1 << 20
+MAX_READ_BYTES: Final = 256 << 10
 """Largest read request that the kernel may send."""
 
 _MS_NOSUID: Final = 1 << 1
@@ -47,39 +49,39 @@ _UMOUNT_NOFOLLOW: Final = 1 << 3
 
 _SHELL_SAFE: Final = re.compile(r"[\w@%+=:,./-]+")
 _MOST_LINKS: Final = 40
-"""Symbolic links in one path, as the kernel has it: more are a loop."""
+"""Most symbolic links in one path, as in the kernel: more of them are a loop."""
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _TIMEOUTS: Final = ("default_request_timeout", "max_request_timeout")
 _UNIT_SAFE: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
 
 
-class MountError(Exception):
-    """A mount or an unmount that cannot be done; the text is one sentence for the user, with the remedy if any."""
+class MountError(Failed):
+    """A mount or an unmount failed. The text is one sentence for the user, with the remedy if any."""
 
     code: int
-    """The kernel's errno, 0 where it was not the kernel who refused."""
+    """The kernel's errno; 0 if the kernel did not refuse."""
 
     def __init__(self, text: str, code: int = 0) -> None:
-        """Say `text`; `code` is the kernel's errno, if any."""
+        """Make an error with the message `text`; `code` is the kernel's errno, if any."""
         super().__init__(text)
         self.code = code
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One mounted zbudfs, as the kernel lists it."""
+    """One mounted zbudfs, as in the kernel's mount table."""
 
     mountpoint: str
     """Absolute path, as seen by this process."""
     device: str
-    """st_dev of everything on it, as "major:minor"; no two live mounts share one."""
+    """st_dev of all files on it, as "major:minor"; no two live mounts share one."""
 
     admits_others: bool = False
-    """Whether the kernel lets other users in (`allow_other`), as it does where an old version has mounted."""
+    """Whether the kernel admits other users (`allow_other`). It does if an old version has made the mount."""
 
     @property
     def st_dev(self) -> int:
-        """The same number as `os.stat_result.st_dev` has it."""
+        """The device number, as `os.stat_result.st_dev` has it."""
         major, minor = self.device.split(":")
         return os.makedev(int(major), int(minor))
 
@@ -87,7 +89,7 @@ class Mount:
 def zbudfs_mounts(root: str = "/") -> list[Mount]:
     """Return every mounted zbudfs that this process can see, oldest first.
 
-    `root` is the folder that holds `proc/`. Raises OSError where the mount table cannot be read.
+    `root` is the folder that holds `proc/`. Raises OSError if the mount table cannot be read.
     """
     return parse_mountinfo(Path(root, "proc/self/mountinfo").read_bytes())
 
@@ -98,11 +100,11 @@ def find_mount(mountpoint: str, root: str = "/") -> Mount | None:
 
 
 def resolve(path: str, root: str = "/") -> str:
-    """Return the absolute path without symbolic links, and touch no zbudfs on the way; nothing need exist.
+    """Return the absolute path without symbolic links, without a request to any zbudfs. The path need not exist.
 
-    lstat(2) of a mountpoint is a request to its daemon as soon as the kernel's copy of the attributes is too old (a plain
-    `ls` is enough). It waits while nobody serves, and a new daemon would wait for itself. Behind a mountpoint nothing is
-    looked at: ".." and "." are taken by their names. `root` holds `proc/`.
+    lstat(2) of a mountpoint is a request to its daemon when the kernel's copy of the attributes is too old (a plain `ls` can
+    cause that). The request waits while no process serves, and a new daemon would wait for itself. Below a mountpoint the
+    function makes no system call: it resolves ".." and "." by their names. `root` holds `proc/`.
     """
     try:
         mountpoints = {mount.mountpoint for mount in zbudfs_mounts(root)}
@@ -124,7 +126,7 @@ def resolve(path: str, root: str = "/") -> str:
         try:
             target = os.readlink("/" + "/".join(found))  # noqa: PTH115
         except OSError:
-            continue  # it is no link, or is not there
+            continue  # it is no link, or does not exist
         links += 1
         if links > _MOST_LINKS:
             continue
@@ -134,9 +136,9 @@ def resolve(path: str, root: str = "/") -> str:
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether the mount at `mountpoint` has lost its daemon. Waits if the daemon is alive and does not answer.
+    """Return whether the mount at `mountpoint` has lost its daemon. Waits if the daemon is alive and does not answer.
 
-    Not with stat(2), which the kernel may answer from its cache: statfs(2) is passed on every time.
+    The kernel may answer stat(2) from its cache, but it always passes statfs(2) to the daemon.
     """
     try:
         os.statvfs(mountpoint)
@@ -146,16 +148,16 @@ def is_dead(mountpoint: str) -> bool:
 
 
 def is_connected(fuse_fd: int) -> bool:
-    """Whether the connection of this descriptor is alive. One that was unmounted or aborted shows an error."""
+    """Return whether the connection of this descriptor is alive. After an unmount or an abort the descriptor has an error."""
     poll = select.poll()
     poll.register(fuse_fd, 0)
     return not poll.poll(0)
 
 
 def parse_mountinfo(text: bytes) -> list[Mount]:
-    """Return the zbudfs mounts of root in `text`, the contents of a mountinfo file; other lines are passed over.
+    """Return the zbudfs mounts of root in `text`, the contents of a mountinfo file; other lines are skipped.
 
-    Any user may mount a FUSE filesystem of any subtype with fusermount3. The kernel shows who did as `user_id`.
+    Any user may mount a FUSE filesystem of any subtype with fusermount3. The kernel shows that user as `user_id`.
     """
     mounts = []
     for line in text.split(b"\n"):
@@ -190,10 +192,10 @@ def escape_path(path: str) -> str:
 
 
 def request_timeout_warnings(root: str = "/") -> list[str]:
-    """Return a sentence for each limit that the system sets on the time a FUSE request may take.
+    """Return a sentence for each limit that the system sets on the time of a FUSE request.
 
-    The kernel ends a connection whose request is older than that limit, and with it all that was swapped out. A
-    daemon that was stopped for a while, or waits for a slow disk, must get away with it. `root` holds `proc/`.
+    The kernel ends a connection whose request is older than that limit, and all swapped-out pages are lost. But a daemon
+    may be stopped for a while, or wait for a slow disk. `root` holds `proc/`.
     """
     warnings = []
     for name in _TIMEOUTS:
@@ -203,7 +205,7 @@ def request_timeout_warnings(root: str = "/") -> list[str]:
             continue  # older kernels have no such limit
         if value != "0":
             warnings.append(
-                f"fs.fuse.{name} is {value} s: the kernel will cut off the daemon, and lose what is swapped out, when a"
+                f"fs.fuse.{name} is {value} s: the kernel will end the connection, and lose all swapped-out pages, when a"
                 f" request takes longer; set it to 0 with sysctl fs.fuse.{name}=0"
             )
     return warnings
@@ -214,7 +216,7 @@ def check_mountpoint(mountpoint: str, root: str = "/") -> None:
     shown = shown_path(mountpoint)
     if not mountpoint.startswith("/"):
         raise MountError(f"the mountpoint {shown} is not an absolute path")
-    # The table first: a stat of a dead mount would only say "transport endpoint is not connected".
+    # The table comes first: a stat of a dead mount would only return "transport endpoint is not connected".
     if find_mount(mountpoint, root) is not None:
         raise MountError(f"zbudfs is mounted on {shown} already")
     try:
@@ -230,9 +232,9 @@ def check_mountpoint(mountpoint: str, root: str = "/") -> None:
 def open_and_mount(mountpoint: str, source: str = SOURCE) -> int:
     """Mount a zbudfs at `mountpoint` (absolute, resolved) and return the file descriptor of its connection.
 
-    The kernel's first request is waiting in the descriptor on return; nothing on the mount answers until somebody
-    serves it, and closing the last copy of the descriptor leaves a dead mount behind. Close-on-exec is set. Raises
-    MountError, with nothing mounted and nothing open.
+    On return the kernel's first request waits in the descriptor. Requests to the mount wait until a process serves it. When
+    the last copy of the descriptor is closed, the mount is dead. Close-on-exec is set. Raises MountError, with nothing
+    mounted and nothing open.
     """
     if os.geteuid() != 0:
         raise MountError("mounting needs root: run it with sudo")
@@ -253,7 +255,7 @@ def open_and_mount(mountpoint: str, source: str = SOURCE) -> int:
 
 
 def _mount(fd: int, mountpoint: str, source: str) -> None:
-    """Call mount(2) for the connection `fd`; raise MountError where it refuses."""
+    """Call mount(2) for the connection `fd`. Raises MountError if the kernel refuses."""
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME
     data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,max_read={MAX_READ_BYTES}"
     libc = ctypes.CDLL(None, use_errno=True)
@@ -268,10 +270,10 @@ def _mount(fd: int, mountpoint: str, source: str) -> None:
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Take the mount at `mountpoint` away; works on a dead one as well.
+    """Unmount the mount at `mountpoint`, which may be dead.
 
-    With `lazy` the mount leaves the tree at once and ends when its last user does; without it a mount in use is left
-    as it is. Raises MountError; a symbolic link is not followed.
+    With `lazy` the mount leaves the tree at once and ends with its last user; without it a mount in use stays. Raises
+    MountError; a symbolic link is not followed.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
@@ -279,7 +281,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         return
     code = ctypes.get_errno()
     reason = {
-        errno.EBUSY: "it is in use: a program has a file open on it or stands in it (see fuser -vm)",
+        errno.EBUSY: "it is in use: a program has a file open on it or its working directory there (see fuser -vm)",
         errno.EPERM: "unmounting needs root: run it with sudo",
         errno.EINVAL: "nothing is mounted there",
         errno.ENOENT: "it does not exist",
@@ -301,36 +303,32 @@ def places_of(device: str, mountinfo: bytes) -> list[tuple[str, bool]]:
     return [(path, newest[path] != device) for path in reversed(found)]
 
 
-def is_mounted(st_dev: int, root: str = "/") -> bool:
-    """Return whether a file system is mounted anywhere in this mount namespace."""
-    return bool(places_of(_device(st_dev), Path(root, "proc/self/mountinfo").read_bytes()))
-
-
 def unmount_all(st_dev: int, *, lazy: bool = False) -> None:
     """Unmount a file system wherever it is mounted in this mount namespace, and nothing else.
 
-    A path alone does not tell: somebody may have unmounted it lazily and mounted another one there. MountError, if it is in
-    use (without `lazy`) or covered by another mount.
+    The path alone is not enough: the file system may have been unmounted lazily, and another one mounted there. MountError
+    if it is in use (without `lazy`) or covered by another mount.
     """
-    for path, is_covered in places_of(_device(st_dev), Path("/proc/self/mountinfo").read_bytes()):
+    for path, is_covered in places_of(device_name(st_dev), Path("/proc/self/mountinfo").read_bytes()):
         if is_covered:
             raise MountError(f"cannot unmount {shown_path(path)}: another mount covers it; unmount that first")
         unmount(path, lazy=lazy)
 
 
-def _device(st_dev: int) -> str:
+def device_name(st_dev: int) -> str:
+    """Return a device number as the mount table writes it, such as "0:42"."""
     return f"{os.major(st_dev)}:{os.minor(st_dev)}"
 
 
 def printable(text: str) -> str:
-    r"""Return `text` without characters that a terminal obeys: "\x1b" becomes the four characters \x1b."""
+    r"""Return `text` without characters that control a terminal: "\x1b" becomes the four characters \x1b."""
     return "".join(each if each.isprintable() or each in "\n\xa0" else f"\\x{ord(each):02x}" for each in text)
 
 
 def shown_path(path: str) -> str:
-    """Return `path` for a message of one line, as it can be pasted into a shell: quoted where that is needed.
+    """Return `path` for a message of one line, in a form that can be pasted into a shell: quoted if necessary.
 
-    Bytes that a terminal does not show, or that are no UTF-8, become $'...', which bash, zsh, ksh and busybox sh understand.
+    Bytes that a terminal does not show, or that are not UTF-8, become $'...'; bash, zsh, ksh and busybox sh understand that.
     """
     if not path.isprintable():
         return "$'" + "".join(map(_shell_escape, os.fsencode(path))) + "'"

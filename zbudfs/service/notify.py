@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What a service manager is told (sd_notify), and what it keeps for us: datagrams on a socket, descriptors in a store.
+"""The protocol of the service manager (sd_notify): messages as datagrams on a socket, and a store for descriptors.
 
-    NOTIFY_SOCKET   where to: a path, or "@name" for the abstract namespace
-    WATCHDOG_USEC   how often it wants to hear that we live
-    LISTEN_FDS, LISTEN_FDNAMES    descriptors 3, 4, ... that an earlier process of this service gave it to keep
+    NOTIFY_SOCKET   the address: a path, or "@name" for the abstract namespace
+    WATCHDOG_USEC   the watchdog's period, in which the manager expects a sign of life
+    LISTEN_FDS, LISTEN_FDNAMES    descriptors 3, 4, ... that an earlier process of this service stored with the manager
 
-By hand, because a datagram is a few lines and a library would be memory that is locked for ever. Nothing here waits: the
-manager may itself be short of memory just now, and what it cannot take at once is dropped and counted. What must not be
-lost, a descriptor, is sent again by the caller until it was taken.
+The module uses no library: a datagram takes a few lines, and a library would be locked memory. No call waits. The manager may
+be short of memory itself, so a message that it cannot take at once is dropped and counted. The caller sends a message with a
+descriptor, which must not be lost, again until it is accepted.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import socket
 from typing import Final
 
 FIRST_STORED_FD: Final = 3
-"""Where the manager puts the first descriptor: behind stdin, stdout and stderr."""
+"""Number of the first stored descriptor: after stdin, stdout and stderr."""
 
 WATCHDOG_PARTS: Final = 4
-"""So many signs of life in each period of the watchdog. Two would do; a dropped one is to be no matter."""
+"""Signs of life in each period of the watchdog. Two are enough; more allow for a dropped one."""
 
 
 class Notifier:
-    """Sends to the service manager. Without a socket (not started by one) every method does nothing, and says it did."""
+    """Sends to the service manager. Without a socket (no service manager) every method does nothing and returns success."""
 
     dropped: int
-    """Messages that could not be sent at once."""
+    """Number of messages that could not be sent at once."""
 
     def __init__(self, address: str | None = None, watchdog_seconds: float = 0.0) -> None:
-        """Send to `address`, as NOTIFY_SOCKET has it; None: to nobody."""
+        """Send to `address`, in the syntax of NOTIFY_SOCKET; None: send nothing."""
         self.dropped = 0
         self.watchdog_seconds = watchdog_seconds
-        """The watchdog's period; 0: there is none."""
+        """The watchdog's period in seconds; 0: there is none."""
         self._address = f"\0{address[1:]}" if address is not None and address.startswith("@") else address
         self._socket = (
             None
@@ -44,24 +44,24 @@ class Notifier:
 
     @classmethod
     def from_environment(cls) -> Notifier:
-        """Send where the environment says. Whose process id WATCHDOG_PID has is no matter: a keeper inherits the role."""
+        """Make a notifier from the environment. The process id in WATCHDOG_PID is not checked: a keeper inherits the role."""
         text = os.environ.get("WATCHDOG_USEC", "")
         return cls(os.environ.get("NOTIFY_SOCKET") or None, int(text) / 1e6 if text.isdecimal() else 0.0)
 
     def tell(self, *assignments: str) -> bool:
-        """Send assignments such as "READY=1", all in one message. Whether it was taken."""
+        """Send assignments such as "READY=1", all in one message. Return whether it was accepted."""
         return self._send(assignments, None)
 
     def store(self, name: str, fd: int) -> bool:
-        """Have the manager keep a copy of a descriptor until it is told to forget it. Whether it was taken.
+        """Store a copy of a descriptor with the manager until `forget`. Return whether the message was accepted.
 
-        It is not to watch the descriptor (FDPOLL=0): it would let go of it as soon as it shows an error, and an aborted
-        FUSE connection shows one. One that it has already is no matter.
+        The manager must not poll the descriptor (FDPOLL=0): it would close it at the first error, and an aborted FUSE
+        connection has one. To store a descriptor again has no effect.
         """
         return self._send(("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0"), fd)
 
     def forget(self, name: str) -> bool:
-        """Have the manager close what it keeps under that name. Whether the message was taken."""
+        """Make the manager close its copies under this name. Return whether the message was accepted."""
         return self._send(("FDSTOREREMOVE=1", f"FDNAME={name}"), None)
 
     def _send(self, assignments: tuple[str, ...], fd: int | None) -> bool:
@@ -77,16 +77,16 @@ class Notifier:
         return True
 
     def close(self) -> None:
-        """Send nothing any more."""
+        """Close the socket; later messages are dropped."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
 
 def take_stored() -> dict[str, int]:
-    """Return the descriptors that the manager has kept, by name, and keep them from programs started later.
+    """Return the descriptors that the manager has stored, by name, and set close-on-exec on them.
 
-    Of several with one name the last counts; the others are closed. What is meant for another process is left alone.
+    Of several with one name the last counts; the others are closed. Descriptors for another process are left alone.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What an earlier keeper of a service has left, for the one that is started in its place.
+"""The parts that an earlier keeper of a service has left, for the keeper that is started in its place.
 
     descriptors    from the service manager's store, or else copies from the worker that serves (pidfd_getfd)
     memory         the pool directory: the path of the lock's descriptor
     processes      the roster in the pool directory: a worker that serves, a standby that would take over
 
-Three cases, and one way for all of them: the keeper was stopped or killed and its worker serves on; all of them are dead;
-the mount itself is gone and only descriptors are left, which are of no use then.
+There are three cases, which are handled in the same way. The keeper was stopped or killed and its worker still serves; all
+processes are dead; or the mount itself is gone, and the descriptors that are left are useless.
 
-In a fourth case nothing is touched (`find` raises Held): the mount is served by processes that this keeper cannot replace.
-Their memory has no name by which it could be mapped (before Linux 6.4), the kernel does not send the requests again that the
-worker has taken (before Linux 6.9), their keeper lives, the kernel refuses copies of their descriptors (CAP_SYS_PTRACE), or
-they live in a PID namespace that this keeper does not see.
+In a fourth case nothing is changed (`find` raises Held): the mount is served by processes that this keeper cannot replace.
+Their memory has no name by which it could be mapped (before Linux 6.4). Or the kernel does not send again the requests that
+the worker has taken (before Linux 6.9). Or their keeper lives, the kernel refuses copies of their descriptors
+(CAP_SYS_PTRACE), or they live in a PID namespace that this keeper does not see.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ from zbudfs.service.settings import Settings, SettingsError
 from zbudfs.store.board import CANNOT_RESEND, Field
 
 NAMES: Final = ("fuse", "lock", "backing")
-"""Of the descriptors in the store; the last is there only if there is a backing file."""
+"""Names of the descriptors in the store. The last one exists only if there is a backing file."""
 
 _SYS_PIDFD_GETFD: Final = 438
 
 
 class Held(Exception):
-    """The mount is served by processes that cannot be replaced; the text says why."""
+    """The mount is served by processes that cannot be replaced; the text gives the reason."""
 
     def __init__(self, why: str, *, for_good: bool = True) -> None:
-        """`for_good`: they go on serving; otherwise all of them are ending, and it can be tried again."""
+        """`for_good`: the processes continue to serve. Otherwise all of them are ending, and a later attempt may succeed."""
         super().__init__(why)
         self.for_good = for_good
 
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """A mount without a keeper."""
+    """The parts of a mount without a keeper."""
 
     directory: PoolDirectory
     descriptors: list[int]
-    """Connection, lock and, if there is one, backing file."""
+    """The connection, the lock and, if there is one, the backing file."""
     settings: Settings
     born_ns: int
     are_working: bool
-    """Whether a worker serves or a standby would take over. If not, swap is dead until a new worker serves."""
+    """Whether a worker serves or a standby would take over. If not, swap does not work until a new worker serves."""
 
 
 def find(stored: dict[str, int], mountpoint: str | None) -> Remains | None:
-    """Return what is left of the service whose descriptors the manager has `stored`, or of the mount at `mountpoint`.
+    """Return the remains of the service whose descriptors the manager has `stored`, or of the mount at `mountpoint`.
 
-    None if there is nothing to go on with; then the descriptors are closed. Held if others serve and are to be left alone.
+    None if no mount can be continued; then the descriptors are closed. Held if other processes serve and must be left alone.
     """
     remains = _from_descriptors(stored)
     if remains is not None:
@@ -79,7 +79,7 @@ def find(stored: dict[str, int], mountpoint: str | None) -> Remains | None:
 
 
 def _from_descriptors(found: dict[str, int]) -> Remains | None:
-    """None unless the mount is there, and its memory. Held."""
+    """Return the remains; None unless the mount exists, and its memory. Held."""
     if "fuse" not in found or "lock" not in found or not is_connected(found["fuse"]):
         return None
     path, name = os.path.split(os.readlink(f"/proc/self/fd/{found['lock']}"))  # noqa: PTH115
@@ -112,7 +112,7 @@ def _from_descriptors(found: dict[str, int]) -> Remains | None:
     if not complete:
         roster.close()
         return None
-    roster.keep()  # False: the former keeper is killed and not gone yet; it does no more
+    roster.keep()  # False: the former keeper was killed but has not ended yet; it does no more work
     os.set_blocking(found["fuse"], False)
     wanted = [found[name] for name in NAMES if name in found]
     directory = PoolDirectory(path, found["lock"], roster, survives=True)
@@ -120,9 +120,9 @@ def _from_descriptors(found: dict[str, int]) -> Remains | None:
 
 
 def _roster(folder: str) -> Roster | None:
-    """The roster of a pool directory; None if there is no such directory any more. Held.
+    """Return the roster of a pool directory; None if the directory no longer exists. Held.
 
-    The directory of a version without a roster is held if it is locked.
+    A directory of a version without a roster is held if it is locked.
     """
     try:
         return Roster(folder, create=False)
@@ -133,10 +133,10 @@ def _roster(folder: str) -> Roster | None:
 
 
 def _check(roster: Roster) -> None:
-    """Held unless this process can replace all processes in the roster."""
+    """Raise Held unless this process can replace all processes in the roster."""
     keeper = roster.keeper()
     if keeper is not None and not is_ending(keeper):
-        raise Held(f"its keeper, process {keeper}, lives" if keeper else "its keeper lives in another PID namespace")
+        raise Held(f"its keeper, process {keeper}, is alive" if keeper else "its keeper lives in another PID namespace")
     for pid in roster.others():
         if pid == UNSEEN:
             raise Held("its processes live in another PID namespace")
@@ -149,7 +149,7 @@ def _check(roster: Roster) -> None:
 
 
 def _drop(stored: dict[str, int]) -> None:
-    """Close descriptors that are of no use, and free the memory of a mount that is gone. Held."""
+    """Close descriptors that are useless, and free the memory of a mount that is gone. Held."""
     lock_fd = stored.pop("lock", None)
     folder = None
     others: list[int] = []
@@ -160,7 +160,7 @@ def _drop(stored: dict[str, int]) -> None:
             others = roster.others()
             roster.close()
     if "backing" in stored and not others:
-        fcntl.flock(stored["backing"], fcntl.LOCK_UN)  # for the manager's copy as well, which is closed some time later
+        fcntl.flock(stored["backing"], fcntl.LOCK_UN)  # for the manager's copy too, which is closed later
     for fd in stored.values():
         os.close(fd)
     if lock_fd is None:
@@ -173,7 +173,7 @@ def _drop(stored: dict[str, int]) -> None:
 
 
 def _from_worker(folder: str) -> Remains | None:
-    """Take copies of the descriptors of a process of this pool directory, if its keeper is gone. Held."""
+    """Return the remains, with copies of the descriptors of a process of this directory, if its keeper is gone. Held."""
     roster = _roster(folder)
     if roster is None:
         return None
@@ -199,7 +199,7 @@ def _from_worker(folder: str) -> Remains | None:
 
 
 def _descriptors_of(folder: str, pid: int) -> dict[str, int]:
-    """Copies of the descriptors of a process that serves a pool directory or would take over. Held."""
+    """Return copies of the descriptors of a process that serves a pool directory or would take over. Held."""
     taken: dict[str, int] = {}
     try:
         pidfd = os.pidfd_open(pid)
@@ -233,4 +233,4 @@ def _copy_of(pidfd: int, number: int) -> int:
     fd: int = libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0)
     if fd < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return fd  # close-on-exec, as the kernel makes it
+    return fd  # the kernel has set close-on-exec

@@ -4,12 +4,12 @@
 The mount itself is root's (service/mountpoint.py). This file has what other users may know (core/public.py), as one JSON
 object that is filled up with spaces:
 
-    {"as_of": Unix time, "as_of_monotonic": seconds, "device": "0:52", ..., "crc32": of all before this member}
+    {"as_of": Unix time, "as_of_monotonic": seconds, "device": "0:52", ..., "crc32": of all text before this member}
 
-It is on the tmpfs of /run, or one of its own, and not in the pool directory: a user who has it open keeps no memory of the
-pool alive. It has a fixed size and pages from the start, and each process of the mount has it mapped and locked. So to
-renew it takes no memory and waits for nothing, also while swap is dead. A reader who meets the writer sees a wrong
-checksum, and reads again.
+The file is on the tmpfs of /run, or on a separate one, and not in the pool directory. So a user who has it open keeps no
+memory of the pool alive. It has a fixed size and pages from the start, and each process of the mount has it mapped and
+locked. So renewing it takes no memory and no wait, even while swap does not work. A reader that reads during a write sees a
+wrong checksum, and reads again.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from zbudfs.store.arena import Arena
 
 FOLDER: Final = "/run/zbudfs-stats"
 STALE_SECONDS: Final = 10.0
-"""Older numbers are not told: a worker that hangs is replaced within five seconds."""
+"""Age from which the numbers are not shown. A worker that hangs is replaced within five seconds."""
 BASE_BYTES: Final = 12 << 10
-"""Room for all numbers and some warnings; the two paths come to that."""
+"""Room for all numbers and some warnings; the room for the two paths is added."""
 _MS_NOSUID: Final = 1 << 1
 _MS_NODEV: Final = 1 << 2
 _MS_NOEXEC: Final = 1 << 3
@@ -40,7 +40,7 @@ _CHECKSUM: Final = b', "crc32": '
 
 
 class PublicError(OSError):
-    """There are no public statistics to be had; the text says why."""
+    """There are no public statistics; the text gives the reason."""
 
 
 class PublicFile:
@@ -52,10 +52,10 @@ class PublicFile:
 
     @classmethod
     def create(cls, pool_directory: str, device: str, texts: list[str]) -> "PublicFile":
-        """Make the file of the mount with this pool directory, or go on with that of an earlier keeper.
+        """Make the file of the mount with this pool directory, or continue that of an earlier keeper.
 
-        `texts` are the strings of unknown length that it must have room for. Files of mounts that are gone are removed.
-        Raises OSError (PublicError where it would not be memory) and MemoryError.
+        `texts` are the strings of unknown length for which it must have room. Files of mounts that are gone are removed.
+        Raises OSError (PublicError if the file would not be in memory) and MemoryError.
         """
         folder, name = _folder_of(pool_directory), f"{os.path.basename(pool_directory)}.json"  # noqa: PTH119
         if not _is_tmpfs(folder):
@@ -63,18 +63,18 @@ class PublicFile:
         _sweep(folder, os.path.dirname(pool_directory))  # noqa: PTH120
         size = BASE_BYTES + sum(len(json.dumps(text)) for text in texts)
         with contextlib.suppress(FileNotFoundError):
-            size = os.lstat(f"{folder}/{name}").st_size or size  # another version's is right as well
+            size = os.lstat(f"{folder}/{name}").st_size or size  # another version's size is right too
         arena = Arena(name, size, folder)
         arena.populate(0, arena.size)
         os.chmod(f"{folder}/{name}", 0o644)  # noqa: PTH101
         return cls(arena, device)
 
     def map_populated(self) -> None:
-        """Map its pages into this process, so that renewing is no page fault."""
+        """Map the pages of the file into this process, so that renewing it is no page fault."""
         self._arena.map_populated()
 
     def renew(self, numbers: Mapping[str, Value]) -> None:
-        """Write other numbers. Warnings for which there is no room are left out."""
+        """Replace the numbers. Warnings for which there is no room are left out."""
         now: dict[str, Value | float] = {
             "as_of": int(time.time()),
             "as_of_monotonic": round(time.monotonic(), 3),
@@ -82,24 +82,24 @@ class PublicFile:
         }
         text = _text({**now, **numbers})
         if len(text) > self._arena.size:
-            text = _text({**now, **numbers, "warnings": ["more is told to root"]})
+            text = _text({**now, **numbers, "warnings": ["root can read more warnings"]})
         if len(text) <= self._arena.size:
             self._arena.view[:] = text.ljust(self._arena.size - 1) + b"\n"
 
 
 def make_folder(pool_directory: str) -> None:
-    """Make FOLDER, with a small tmpfs on it where /run is none: on a disk a write to a mapped page may wait.
+    """Make FOLDER. If /run is not a tmpfs, mount a small one on it: a write to a mapped page on a disk may wait.
 
-    For one process at a time. Raises OSError where it is not what it should be.
+    Only one process at a time may call this. Raises OSError if the folder is not as it should be.
     """
     folder = _folder_of(pool_directory)
     Path(folder).mkdir(mode=0o755, parents=True, exist_ok=True)
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
-        raise PublicError(f"{folder} must be a directory of root's that nobody else may write to: remove it")
-    os.chmod(folder, 0o755)  # noqa: PTH101  whatever the umask is
+        raise PublicError(f"{folder} must be a directory of root's that no other user may write to: remove it")
+    os.chmod(folder, 0o755)  # noqa: PTH101  mkdir applies the umask
     if not _is_tmpfs(folder):
-        # Without a limit, so that it has no blocks for df: it holds one file of some 12 KiB a mount.
+        # Size 0 is no limit, so that df shows no blocks: the tmpfs holds one file of some 12 KiB for each mount.
         libc = ctypes.CDLL(None, use_errno=True)
         flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
         for options in (b"size=0,mode=0755,noswap", b"size=0,mode=0755"):
@@ -114,12 +114,12 @@ def remove(pool_directory: str) -> None:
 
 
 def _folder_of(pool_directory: str) -> str:
-    """Return where the public files are: FOLDER, unless a test has the pool directories in another place."""
+    """Return the folder of the public files: FOLDER, unless a test has the pool directories in another place."""
     return f"{os.path.dirname(pool_directory)}-stats"  # noqa: PTH120
 
 
 def read(device: str, folder: str = FOLDER) -> dict[str, Any]:
-    """Return the public numbers of the mount with this "major:minor". PublicError where there are none, or old ones.
+    """Return the public numbers of the mount with this "major:minor". PublicError if there are none, or only old ones.
 
     "rounded" is True, and "renewed_at" is the time on the monotonic clock, in seconds.
     """
@@ -132,11 +132,11 @@ def read(device: str, folder: str = FOLDER) -> dict[str, Any]:
         if name.endswith(".json") and (numbers := _read(f"{folder}/{name}")) and numbers.get("device") == device:
             found = max(found, numbers, key=lambda each: float(each.get("as_of_monotonic", 0)))
     if not found:
-        raise PublicError(f"there are no public statistics of it in {folder}: ask as root")
+        raise PublicError(f"there are no public statistics of this mount in {folder}: run the command as root")
     renewed_at = found.pop("as_of_monotonic")
     age = time.monotonic() - renewed_at
     if age > STALE_SECONDS:
-        raise PublicError(f"its public statistics are {age:.0f} s old: the daemon has died, or hangs")
+        raise PublicError(f"the public statistics are {age:.0f} s old: the daemon has died, or hangs")
     del found["device"], found["crc32"]
     return {**found, "rounded": True, "renewed_at": renewed_at}
 
@@ -147,7 +147,7 @@ def _text(numbers: Mapping[str, Value | float]) -> bytes:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Return the numbers in a file; empty where it is not what it should be, or never whole."""
+    """Return the numbers in a file; empty if the file is not as it should be, or no read of it is consistent."""
     for _ in range(_TRIES):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -163,7 +163,7 @@ def _read(path: str) -> dict[str, Any]:
             if separator and int(checksum.strip(b"} \n")) == crc32(body):
                 numbers = json.loads(text)
                 return numbers if isinstance(numbers, dict) else {}
-        time.sleep(0.002)  # it is being written, or was not written yet
+        time.sleep(0.002)  # the worker is writing it, or has not written it yet
     return {}
 
 
@@ -175,7 +175,7 @@ def _sweep(folder: str, pools: str) -> None:
 
 
 def _is_tmpfs(path: str) -> bool:
-    """Whether a directory is on a tmpfs."""
+    """Return whether a directory is on a tmpfs."""
     status = os.stat(path)  # noqa: PTH116
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}".encode()
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):

@@ -4,7 +4,7 @@
 The roster is the file `serving` in the pool directory. Each process of the mount locks one byte of it (POSIX record locks):
 
     byte 0      the worker that serves: it takes this lock before it reads or changes any table
-    byte 1      the keeper that is at work
+    byte 1      the active keeper
     16 to 79    each process has one of them for as long as it lives
 
 A record lock belongs to one process. A child does not inherit it, and no copy of a descriptor in another process holds it.
@@ -26,7 +26,7 @@ from typing import Final
 FILE_NAME: Final = "serving"
 
 UNSEEN: Final = 0
-"""In place of a process id: the holder lives in a PID namespace that this process cannot see."""
+"""Replaces a process id if the holder lives in a PID namespace that this process cannot see."""
 
 MAX_PROCESSES: Final = 64
 
@@ -51,7 +51,7 @@ class Roster:
     # ---- this process --------------------------------------------------------------------------------------------
 
     def join(self) -> None:
-        """Be seen in the roster from now on. OSError if it is full."""
+        """Enter this process into the roster. OSError if it is full."""
         for place in range(_FIRST, _FIRST + MAX_PROCESSES):
             if self._take(place):
                 return
@@ -95,7 +95,7 @@ class Roster:
         return others if server is None else [*others, server]
 
     def working(self) -> list[int]:
-        """Return the others that go on with what they do, without those that end as soon as their last thread can."""
+        """Return the others that continue to work, without those that end as soon as their last thread can."""
         return [pid for pid in self.others() if not is_ending(pid)]
 
     def end_others(self, spared: int) -> None:
@@ -109,7 +109,7 @@ class Roster:
             with contextlib.suppress(ProcessLookupError):
                 pidfd = os.pidfd_open(pid)
                 try:
-                    if pid in self.others():  # else the number may be another process's by now
+                    if pid in self.others():  # if not, the number may be another process's now
                         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 finally:
                     os.close(pidfd)
@@ -121,9 +121,9 @@ class Roster:
 
 
 def is_ending(pid: int) -> bool:
-    """Return whether a process has ended but for threads in the kernel, or has SIGKILL pending: it does no more work.
+    """Return whether a process does no more work: it has ended except for threads in the kernel, or has SIGKILL pending.
 
-    False if that cannot be found out.
+    False if that is unknown.
     """
     try:
         with open(f"/proc/{pid}/status", "rb") as status:  # noqa: PTH123

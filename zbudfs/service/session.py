@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Whose life the daemon shares: that of a login session, or its own.
+"""The cgroup of the daemon: that of a login session, or its own.
 
-A daemon that a shell starts is in the cgroup of the login session. It ends with it; an out-of-memory kill in the session
-may end it; systemd freezes user.slice before the machine sleeps. Under systemd the daemon therefore gets a scope of its own:
+A daemon that a shell starts is in the cgroup of the login session. It ends with the session. An out-of-memory kill in the
+session may end it, and systemd freezes user.slice before the machine sleeps. So under systemd the daemon gets its own scope:
 
     systemd-run --scope --slice=system.slice --unit=zbudfs-NAME-PID.scope    registers itself and becomes the daemon
 
-Children of the daemon are in the same cgroup. A service of the system, such as zbudfs@NAME, is left as it is.
+Children of the daemon are in the same cgroup. A service of the system, such as zbudfs@NAME, keeps its cgroup.
 """
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -19,10 +18,10 @@ from typing import Final
 SESSIONS: Final = re.compile(
     r"/(user|machine)\.slice(/|$)|\.scope$|/(getty|serial-getty|console-getty|sshd?|cron|atd)[@.]"
 )
-"""What the cgroup of a login session looks like, or of a service whose processes are sessions."""
+"""Pattern of the cgroup of a login session, or of a service whose processes are sessions."""
 
 OWN: Final = re.compile(r"/zbudfs-[^/]*\.scope$")
-"""The cgroup of a daemon in a scope of its own."""
+"""Pattern of the cgroup of a daemon in its own scope."""
 
 PROPERTIES: Final = (
     "DefaultDependencies=no",  # no stop at shutdown: swap may still be on
@@ -34,7 +33,7 @@ PROPERTIES: Final = (
     "IOWeight=1000",
 )
 NEW_PROPERTIES: Final = ("SurviveFinalKillSignal=yes", "OOMPolicy=continue")
-"""Those that systemd 252 refuses for a scope."""
+"""The properties that systemd 252 refuses for a scope."""
 
 _LONGEST_NAME: Final = 80
 
@@ -57,7 +56,7 @@ def ends_with_session(cgroup: str) -> bool:
 
 
 def session_warnings(root: str = "/") -> list[str]:
-    """Return a sentence if this process shares the life of a login session."""
+    """Return a sentence if this process is in the cgroup of a login session."""
     cgroup = cgroup_of("self", root)
     if not ends_with_session(cgroup):
         return []
@@ -68,12 +67,14 @@ def session_warnings(root: str = "/") -> list[str]:
 
 
 def scope_command(name: str, *, every: bool = True, root: str = "/") -> list[str]:
-    """Return the words before a command that give it a scope of its own; none where that is not wanted, or not possible.
+    """Return the words before a command that give it its own scope; none if that is unnecessary or impossible.
 
-    `name` is part of the scope's name. `every` False leaves out what old versions of systemd refuse.
+    `name` is part of the scope's name. `every` False leaves out the properties that old versions of systemd refuse.
     """
     if not Path(root, "run/systemd/system").is_dir() or not ends_with_session(cgroup_of("self", root)):
         return []
+    import shutil  # imported here, since the daemon imports this module too
+
     program = shutil.which("systemd-run", path="/usr/bin:/bin")
     if program is None:
         return []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a daemon is told: a few values, checked once, handed over as JSON.
+"""The settings of a daemon: a few values, checked once, passed as JSON.
 
-The command line makes a `Settings` and so may a service manager; the daemon reads nothing else, no environment and no
-file. A value that cannot work is refused here, before anything is mounted, by a `SettingsError` that names the field,
-the value, and what would be right. A `Settings` that exists is valid: `__post_init__` runs every check.
+The command line makes a `Settings`, and a service manager may do so too. The daemon reads no other input, no environment and no
+file. A value that cannot work is refused here, before anything is mounted. The `SettingsError` names the field, the value, and
+a right one. A `Settings` that exists is valid: `__post_init__` runs every check.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MIN_SIZE_BYTES: Final = 1 << 20
 MAX_SIZE_BYTES: Final = (1 << 44) - PAGE_BYTES
 """16 TiB less a page: page numbers have 32 bits, and one of them means "none"."""
 MIN_POOL_BYTES: Final = 1 << 20
-"""256 frames: less than this cannot hold the requests in work and a batch of writeback beside them."""
+"""256 frames. Fewer cannot hold the requests in work and a batch of writeback beside them."""
 MIN_LEVEL: Final = -7
 MAX_LEVEL: Final = 19
 
 DEFAULT_LEVEL: Final = -1
 """Measured: 8 us and 1025 bytes for a real page; level 1 takes 11 us for 941 bytes, and both pack 1.93 to a frame."""
 DEFAULT_POOL: Final = "25%"
-"""Share of RAM. Guessed, not measured: enough to matter, and the rest stays with the programs."""
+"""Share of RAM. Guessed, not measured: large enough to help, while programs keep the rest."""
 DEFAULT_PACKING: Final = str(ZBUD)
 BACKING_FOLDER: Final = "/var/lib/zbudfs"
 
@@ -39,47 +39,38 @@ _NAME_MAX: Final = 255
 
 
 class SettingsError(ValueError):
-    """A value that cannot work; the text names the field, the value and what would be right."""
+    """A value cannot work. The text names the field, the value and a right one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All that one daemon is told. Raises SettingsError for a value that cannot work."""
+    """The settings of one daemon. Raises SettingsError for a value that cannot work."""
 
     mountpoint: str
     """Directory to mount on: absolute, symbolic links resolved."""
     size_bytes: int
     """Size of `swapfile`: whole pages, 1 MiB up to 16 TiB less a page."""
     pool_bytes: int
-    """Most RAM that frames may take: 1 MiB or more; a part of a frame at the end is not used."""
+    """Most RAM that frames may take: 1 MiB or more. A part of a frame at the end is not used."""
     backing: str | None
-    """Absolute path of the backing file; None: nothing is ever written back."""
+    """Absolute path of the backing file; None: there is no writeback."""
     level: int = DEFAULT_LEVEL
     """zstd compression level: -7 (fast) to 19 (small), not 0."""
     encrypt: bool = True
-    """Whether what is written to the backing file is encrypted."""
+    """Whether blocks are encrypted in the backing file."""
     force_backing: bool = False
-    """Whether a backing is used that others could change, that holds foreign data, or that another program serves."""
+    """Whether to use a backing that other users could change, that has foreign data, or that another program serves."""
     source: str = SOURCE
-    """What stands for the device in mount tables: `mount -a` knows by it that a line of fstab is mounted already."""
+    """The device name in mount tables. `mount -a` compares it to see that a line of fstab is mounted already."""
     packing: str = DEFAULT_PACKING
-    """How zpages are packed into frames, by its name: see core/packing.py."""
+    """The packing of zpages into frames, by its name: see core/packing.py."""
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("mountpoint", str),
-            ("size_bytes", int),
-            ("pool_bytes", int),
-            ("level", int),
-            ("source", str),
-            ("packing", str),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise SettingsError(f"{name} is {value!r}: it must be of type {kind.__name__}")
-        for name in ("encrypt", "force_backing"):
-            if not isinstance(getattr(self, name), bool):
-                raise SettingsError(f"{name} is {getattr(self, name)!r}: it must be of type bool")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value).__name__ not in str(field.type).replace("None", "NoneType").split(" | "):
+                kind = "a path or none" if field.name == "backing" else f"of type {field.type}"
+                raise SettingsError(f"{field.name} is {value!r}: it must be {kind}")
         _check_path("mountpoint", self.mountpoint)
         _check_size(self.size_bytes)
         if self.pool_bytes < MIN_POOL_BYTES:
@@ -87,8 +78,6 @@ class Settings:
                 f"pool of {format_size(self.pool_bytes)} ({self.pool_bytes} bytes) is too small: it must be 1M or more"
             )
         if self.backing is not None:
-            if not isinstance(self.backing, str):
-                raise SettingsError(f"backing is {self.backing!r}: it must be a path or none")
             _check_path("backing", self.backing)
             if f"{self.backing}/".startswith(f"{self.mountpoint.rstrip('/')}/") and self.mountpoint != "/":
                 raise SettingsError(f"backing {self.backing!r} lies on the mountpoint: it must be somewhere else")
@@ -101,12 +90,12 @@ class Settings:
             raise SettingsError(f"packing: {error}") from None
 
     def to_json(self) -> str:
-        """Return the settings as one line of JSON, pure ASCII; paths that are no UTF-8 survive."""
+        """Return the settings as one line of JSON, in ASCII; paths that are not UTF-8 survive."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Settings:
-        """Return the settings in `text`. Raises SettingsError when it is not what `to_json` writes."""
+        """Return the settings in `text`. Raises SettingsError unless `to_json` could have written it."""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -143,12 +132,12 @@ def default_pool_bytes(ram: int) -> int:
 def default_backing(mountpoint: str) -> str:
     """Return the path of the backing file that belongs to `mountpoint`.
 
-    The name is that of the mountpoint, escaped, so that two mounts never meet; one too long for a file name is cut,
-    and a digest of the whole keeps it unique.
+    The file name is the escaped mountpoint, so that two mounts never use the same file. If it is too long for a file name,
+    it is cut, and a digest of the whole keeps it unique.
     """
     name = f"{escape_path(mountpoint)}.backing"
     if len(name) > _NAME_MAX:
-        import hashlib  # only here: the daemon, which imports this module, has no use for it
+        import hashlib  # imported here, since the daemon imports this module and does not use it
 
         digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:32]
         name = f"{name[: _NAME_MAX - 48]}-{digest}.backing"
@@ -159,7 +148,7 @@ def _check_path(field: str, path: str) -> None:
     if not path.startswith("/"):
         raise SettingsError(f"{field} {path!r} is not an absolute path: it must start with /")
     if "\0" in path:
-        raise SettingsError(f"{field} {path!r} holds a zero byte: no path can")
+        raise SettingsError(f"{field} {path!r} has a zero byte, which no path can have")
 
 
 def _check_size(size_bytes: int) -> None:
@@ -181,8 +170,8 @@ def _check_size(size_bytes: int) -> None:
 def _check_level(level: int) -> None:
     if level == 0:
         raise SettingsError(
-            f'level 0 is refused: zstd takes it for "the default", which is level 3; write a level from {MIN_LEVEL} to'
-            f" {MAX_LEVEL} that says what is meant (-1 is the default here)"
+            f'level 0 is refused: zstd takes it for "the default", which is level 3; write another level from {MIN_LEVEL} to'
+            f" {MAX_LEVEL} (-1 is the default here)"
         )
     if not MIN_LEVEL <= level <= MAX_LEVEL:
         raise SettingsError(f"level {level} does not exist: write one from {MIN_LEVEL} (fast) to {MAX_LEVEL} (small)")

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""A worker: the process that serves the mount, forked by the keeper (service/keeper.py).
+"""The worker: the process that serves the mount, forked by the keeper (service/keeper.py).
 
-Every worker starts as a standby. It gets ready while things are calm:
+Every worker starts as a standby. It prepares while there is memory:
 
     threads, event loop     the store's threads start, the session is opened on the descriptor
-    warm up                 once around every path, on a small store of its own
-    lock memory             whatever exists now stays; "ready" is written on the board
+    warm up                 each code path runs once, on a small store of its own
+    lock memory             all present memory stays; "ready" is written on the board
     ... waits for the order, an eventfd ...
 
-and then, when there may be no memory to be had:
+It then continues at a time when there may be no free memory:
 
     rebuild                 frames, lists, blocks and counters from the page table and the frames (store/recovery.py)
-    replay FUSE_INIT        unless it is still to come
-    resend                  the kernel sends again what the dead one had taken and not answered
+    replay FUSE_INIT        unless it has not come yet
+    resend                  the kernel sends again the requests that the dead worker had taken and not answered
     serve
 
-A worker that is forked while swap is dead (there was no standby) does it the other way round: it takes over with as little
-memory as it can, and warms up and locks afterwards.
+A worker that is forked while swap does not work (there was no standby) uses the opposite order. It takes over with as little
+memory as possible, and warms up and locks memory afterwards.
 
-The exit status is 0 when the mount is gone, FAILED when it could not come up; anything else is a death.
+The exit status is 0 when the mount is gone, FAILED if the worker could not start. Any other status is a death.
 """
 
 import contextlib
@@ -30,7 +30,6 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -46,106 +45,73 @@ from zbudfs.fuse.operations import Operations
 from zbudfs.fuse.session import HEAP_BYTES, MAX_REQUEST_BYTES, open_session, resend, resume, serve
 from zbudfs.service import hardening
 from zbudfs.service.child import is_readable
-from zbudfs.service.log import Lasting, Log
+from zbudfs.service.log import Lasting
 from zbudfs.service.mountpoint import MountError, is_connected, unmount_all
-from zbudfs.service.public import PublicFile
-from zbudfs.service.roster import Roster
-from zbudfs.service.settings import Settings
-from zbudfs.service.urgency import Urgency
-from zbudfs.store.backing import Backing
+from zbudfs.service.priority_boost import PriorityBoost
+from zbudfs.service.resources import Resources
 from zbudfs.store.board import CANNOT_RESEND, Field
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.memory import Follower, StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pressure import PressureMonitor
-from zbudfs.store.reclaimer import next_tick
-from zbudfs.store.steering import Steering
+from zbudfs.store.signals import next_tick
+from zbudfs.store.tuner import Tuner
 from zbudfs.store.wakeup import use_eventfd
 
 FAILED: Final = 3
-"""Exit status of a worker that could not come up; why stands on the board."""
+"""Exit status of a worker that could not start; the reason is on the board."""
 
 READY_BEAT_SECONDS: Final = 0.5
-"""Between two signs of life of a process that gets ready, which takes a second or two."""
+"""Time between two heartbeats of a process that prepares to serve, which takes a second or two."""
 COLLECT_BEATS: Final = 10
-"""Heartbeats between two looks for cyclic garbage: an error that is kept somewhere often is such. What was there before memory
-was locked is frozen, so that it takes less than a millisecond, and it allocates nothing."""
+"""Heartbeats between two runs of the cyclic garbage collector: an error that is kept is often a cycle. Objects from before
+the lock of memory are frozen, so that a run takes less than a millisecond. It allocates nothing."""
 IDLE_PUBLISH_BEATS: Final = 4
 """Heartbeats between two renewals of the public statistics while no request is served."""
 
 FOLLOW_SECONDS: Final = 2.0
-"""How often a standby maps what the worker has populated meanwhile, and looks at the level."""
+"""Period in which a standby maps the memory that the worker has populated, and checks the level."""
 
 CUT_OFF_SECONDS: Final = 0.2
-"""How long after the unmount the kernel may take to end the connection by itself. Guessed: it is a matter of microseconds."""
+"""Longest time after the unmount in which the kernel should end the connection. Guessed: it takes microseconds."""
 
 KEEPER_SECONDS: Final = 0.7
-"""How long a standby whose worker has ended waits for a keeper that lives and gives no order. Guessed."""
+"""Time for which a standby whose worker has ended waits for a keeper that lives and gives no order. Guessed."""
 
 WAIT_SECONDS: Final = 0.01
-"""How often a worker tries to become the one that serves, while another process still is. Guessed."""
+"""Period in which a worker tries to become the server while another process still is. Guessed."""
 WAIT_TOLD_SECONDS: Final = 1.0
-"""A longer wait is logged."""
+"""Length of a wait after which it is logged."""
 
 SETTLE_SECONDS: Final = 1.0
-"""After a takeover in an emergency, before the worker locks its memory: what waited for swap goes first. Guessed."""
+"""Time after an emergency takeover before the worker locks its memory: requests that wait for swap go first. Guessed."""
 
 SCRATCH_BYTES: Final = 4 << 20
 _PR_SET_PDEATHSIG: Final = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Mounted:
-    """What the keeper has made and every worker works with."""
+def work(resources: Resources, order_fd: int, ready_fd: int, *, emergency: bool, served_by: int | None = None) -> int:
+    """Run as a worker, in a process of its own, and return the exit status. `order_fd` and `ready_fd` are eventfds.
 
-    settings: Settings
-    memory: StoreMemory
-    backing: Backing | None
-    fuse_fd: int
-    keeper_pid: int
-    keeper_pidfd: int
-    born_ns: int
-    """Times of all files."""
-    warnings: list[str]
-    """What the system refused, and what follows."""
-    log: Log
-    pool_directory: str
-    lock_fd: int
-    """Of the pool directory's lock."""
-    roster: Roster
-    public: PublicFile | None
-    """What other users may read; None where it cannot be had."""
-
-    def write_owners(self, fields: memoryview) -> None:
-        """Say on the board which keeper this is, and the numbers of the descriptors in it and in its children."""
-        fields[Field.KEEPER_PID] = self.keeper_pid
-        fields[Field.FUSE_FD] = self.fuse_fd
-        fields[Field.LOCK_FD] = self.lock_fd
-        fields[Field.BACKING_FD] = self.backing.fileno() if self.backing is not None else 0
-
-
-def work(mounted: Mounted, order_fd: int, ready_fd: int, *, emergency: bool, served_by: int | None = None) -> int:
-    """Be a worker, in a process of its own; the exit status. `order_fd` and `ready_fd` are eventfds.
-
-    It waits for the order on the one, and says on the other that it is ready. In an emergency swap is dead until this worker
-    serves. `served_by` is the pidfd of the worker that serves meanwhile.
+    The worker waits for the order on the first, and reports on the second that it is ready. In an emergency swap does not work
+    until this worker serves. `served_by` is the pidfd of the worker that serves meanwhile.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a standby ends with its mount
     for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-Z is for the keeper in the foreground: swap goes on
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the keeper that is coming up has some blocked
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-Z stops only the keeper in the foreground: swap must continue
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a keeper that starts has some signals blocked
     _die_with_keeper(signal.SIGKILL)
-    if os.getppid() != mounted.keeper_pid:
-        return FAILED  # it died before that was set
+    if os.getppid() != resources.keeper_pid:
+        return FAILED  # the keeper died before the death signal was set
     try:
-        mounted.roster.join()
-        trio.run(Worker(mounted, order_fd, ready_fd, served_by, emergency=emergency).run)
+        resources.directory.roster.join()
+        trio.run(Worker(resources, order_fd, ready_fd, served_by, emergency=emergency).run)
     except BaseException as error:
         first = _first(error)
-        if os.getppid() != mounted.keeper_pid:  # else the keeper tells it
-            mounted.log.error(f"a worker failed: {first!r}")
-        mounted.memory.board.save_error(str(first) or repr(first))
+        if os.getppid() != resources.keeper_pid:  # otherwise the keeper reports the error
+            resources.log.error(f"a worker failed: {first!r}")
+        resources.memory.board.save_error(str(first) or repr(first))
         return FAILED
     return 0
 
@@ -155,61 +121,66 @@ def _die_with_keeper(number: int) -> None:
 
 
 def _first(error: BaseException) -> BaseException:
-    """The first error in a group of groups."""
+    """Return the first error in a group of groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 class Worker:
-    """One worker's life."""
+    """A worker from its start to its end."""
 
     def __init__(
-        self, mounted: Mounted, order_fd: int, ready_fd: int, served_by: int | None, *, emergency: bool
+        self, resources: Resources, order_fd: int, ready_fd: int, served_by: int | None, *, emergency: bool
     ) -> None:
         self._emergency = emergency
         self._served_by = served_by
-        self._mounted = mounted
+        self._resources = resources
         self._order_fd = order_fd
         self._ready_fd = ready_fd
-        self._board = mounted.memory.board
-        self._log = mounted.log
+        self._board = resources.memory.board
+        self._log = resources.log
         self._by_itself = False
-        """Whether this standby has ordered itself."""
+        """Whether this standby has given itself the order."""
         self._active = False
-        """Whether this process serves, or is about to: it has the lock of the roster."""
+        """Whether this process serves, or is about to: it has the server's lock of the roster."""
         self._has_settled = False
         self._discretion = Discretion(_random_below)
         self._published = (-1, 0)
-        """Requests served, and heartbeats, when the public statistics were renewed last."""
-        self._follower = Follower(mounted.memory)
-        self._trouble = Lasting(mounted.log.warning, mounted.log.info)
+        """Requests served, and heartbeats, at the last renewal of the public statistics."""
+        self._follower = Follower(resources.memory)
+        self._trouble = Lasting(resources.log.warning, resources.log.info)
 
     async def run(self) -> None:
-        """Get ready, wait for the order, take over, serve until the mount is gone."""
+        """Prepare, wait for the order, take over, and serve until the mount is gone."""
         use_eventfd()
-        mounted = self._mounted
-        settings = mounted.settings
+        resources = self._resources
+        settings = resources.settings
         fields = self._board.fields
         helper = IoThread[None]("helper")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat_until_ready)
             if not self._emergency:
-                await _warm_up(settings.level, mounted.memory.packing)
+                await _warm_up(settings.level, resources.memory.packing)
             store = PageStore(
-                settings.size_bytes, mounted.memory.nr_frames, mounted.backing, Codec(settings.level), mounted.memory
+                settings.size_bytes,
+                resources.memory.nr_frames,
+                resources.backing,
+                Codec(settings.level),
+                resources.memory,
+                log=self._log.warning,
+                between=shim.serve_reads,
             )
-            store.reclaimer.log = self._log.warning
             shim.use_metrics(self._board.latencies.words)
-            steering = Steering(store)
-            steering.adopt_level()
+            tuner = Tuner(store)
+            tuner.resume_level()
             stats = Stats(store, lambda: self._facts(store), self._board.lines)
-            control = Control(steering, self._log.info)
-            operations = Operations(store, stats, control, nursery, mounted.born_ns)
-            open_session(operations, mounted.fuse_fd, mounted.memory.parking.view)
+            control = Control(tuner, self._log.info)
+            operations = Operations(store, stats, control, nursery, resources.born_ns)
+            open_session(operations, resources.fuse_fd, resources.memory.request_slots.view)
             with (
                 self._monitor(store),
-                _urgency() as urgency,
+                _priority_boost() as boost,
                 trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
             ):
                 if self._emergency:
@@ -218,50 +189,51 @@ class Worker:
                     await helper.run(self._settle)
                     _read_with_aio(store)
                 if self._served_by is not None:
-                    _die_with_keeper(0)  # who has said that it is ready is there also when the keeper is not
+                    _die_with_keeper(0)  # a ready standby must outlive the keeper
                 os.eventfd_write(self._ready_fd, 1)
                 nursery.start_soon(self._end_on_signals, signals, helper, nursery.cancel_scope)
                 nursery.start_soon(store.tracer.run, helper)
                 async with trio.open_nursery() as waiting:
                     if not self._emergency:
-                        waiting.start_soon(self._follow, helper, steering)
+                        waiting.start_soon(self._follow, helper, tuner)
                     waiting.start_soon(self._outlive_keeper)
                     await trio.lowlevel.wait_readable(self._order_fd)
                     fields[Field.TAKING_OVER] = os.getpid()
                     waiting.cancel_scope.cancel()
-                nursery.start_soon(self._heartbeat, store, steering, stats)
+                nursery.start_soon(self._heartbeat, store, tuner, stats)
                 is_new = not self._board.init()
-                await self._take_over(store, steering, stats, nursery)
+                await self._take_over(store, tuner, stats, nursery)
                 if is_new:
                     nursery.start_soon(helper.run, _ask_for_attribute, settings.mountpoint)
-                urgency.begin()
+                boost.begin()
                 await serve()
                 fields[Field.SERVING] = 0
                 self._log.info(f"unmounted from {settings.mountpoint}")
                 nursery.cancel_scope.cancel()
 
-    async def _take_over(self, store: PageStore, steering: Steering, stats: Stats, nursery: trio.Nursery) -> None:
-        fields, mounted = self._board.fields, self._mounted
-        _die_with_keeper(0)  # from here on it may be the only one left
+    async def _take_over(self, store: PageStore, tuner: Tuner, stats: Stats, nursery: trio.Nursery) -> None:
+        fields, resources = self._board.fields, self._resources
+        _die_with_keeper(0)  # from now on this may be the only process left
         await self._become_server()
         began = time.monotonic_ns()
         self._active = True
-        mounted.write_owners(fields)
+        resources.write_owners()
         fields[Field.WORKER_PID] = os.getpid()
         fields[Field.SERVING] = 0
         if fields[Field.STANDBY_PID] == os.getpid():
             fields[Field.STANDBY_PID] = fields[Field.STANDBY_READY] = 0
         fields[Field.RECOVERIES] += self._by_itself
+        fields[Field.OLDEST_READ_SECONDS] = 0
         found = store.recover()
-        steering.adopt()
+        tuner.resume()
         first_request = self._board.init()
         if first_request:
             nursery.start_soon(store.run)
             resume(first_request)
         else:
-            await nursery.start(store.run)  # the first of all: the reserves come before the first request
+            await nursery.start(store.run)  # for the first worker, the reserves come before the first request
             self._publish(stats)
-        fields[Field.CAN_RESEND] = 1 if resend(mounted.fuse_fd) else CANNOT_RESEND
+        fields[Field.CAN_RESEND] = 1 if resend(resources.fuse_fd) else CANNOT_RESEND
         fields[Field.LAST_RECOVERY_US] = (time.monotonic_ns() - began) // 1000
         fields[Field.LOST_IN_RECOVERY] += found.lost_pages
         fields[Field.SERVING] = 1
@@ -271,37 +243,38 @@ class Worker:
                 f" {found.blocks} blocks within {fields[Field.LAST_RECOVERY_US] // 1000} ms"
             )
         if found.lost_pages:
-            self._log.error(f"{found.lost_pages} pages were lost: their frames did not confirm the page table")
+            self._log.error(f"{found.lost_pages} pages were lost: their frames did not match the page table")
 
     async def _become_server(self) -> None:
         """Wait until no other process serves.
 
-        A killed worker serves until its last disk write has ended: the write would land in a block with a new owner.
-        Nothing that outlives a worker is read or changed before.
+        A killed worker serves until its last disk write has ended: the write would reach a block that has a new owner. Before
+        that, this process neither reads nor changes anything that outlives a worker.
         """
         began = time.monotonic()
         told = False
-        while not self._mounted.roster.serve():
+        roster = self._resources.directory.roster
+        while not roster.serve():
             if not told and time.monotonic() - began > WAIT_TOLD_SECONDS:
                 told = True
                 self._log.warning(
-                    f"worker {os.getpid()} waits for the end of worker {self._mounted.roster.server()}, which waits in the"
-                    " kernel, for a disk as a rule: see that the disk of the backing file answers"
+                    f"worker {os.getpid()} waits for worker {roster.server()} to end, which waits in the kernel,"
+                    " usually for a disk: check whether the disk of the backing file answers"
                 )
             await trio.sleep(WAIT_SECONDS)
 
     def _settle(self) -> None:
-        """Have all memory present and locked that this worker will ever need. It may take a while."""
-        mounted = self._mounted
+        """Populate and lock all memory that this worker will ever need. It may take a while."""
+        resources = self._resources
         self._follower.follow()
-        if mounted.public is not None:
-            mounted.public.map_populated()
-        if mounted.backing is not None:
-            mounted.backing.warm_up()
-        hardening.grow_heap(HEAP_BYTES)
-        for refused in hardening.lock_memory([(arena.address, arena.size) for arena in mounted.memory.arenas]):
-            if refused not in mounted.warnings:
-                mounted.warnings.append(refused)
+        if resources.public is not None:
+            resources.public.map_populated()
+        if resources.backing is not None:
+            resources.backing.warm_up()
+        hardening.pin_heap(HEAP_BYTES)
+        for refused in hardening.lock_memory([(arena.address, arena.size) for arena in resources.memory.arenas]):
+            if refused not in resources.warnings:
+                resources.warnings.append(refused)
         self._has_settled = True
 
     async def _settle_later(self, helper: IoThread[None], store: PageStore) -> None:
@@ -310,7 +283,7 @@ class Worker:
         _read_with_aio(store)
 
     async def _beat_until_ready(self) -> None:
-        """Give signs of life of a process that gets ready."""
+        """Advance the heartbeat of a process that prepares to serve."""
         fields = self._board.fields
         while not is_readable(self._ready_fd):
             fields[Field.READY_BEAT] += 1
@@ -319,55 +292,56 @@ class Worker:
             await trio.sleep(READY_BEAT_SECONDS)
 
     def _publish(self, stats: Stats) -> None:
-        """Renew what other users may read, some 0.4 ms, but seldom while no request is served.
+        """Renew the public statistics, which takes some 0.4 ms; only seldom while no request is served.
 
-        Not before its pages are mapped here.
+        Do nothing until the pages of the file are mapped in this process.
         """
-        if self._mounted.public is None or not self._has_settled:
+        if self._resources.public is None or not self._has_settled:
             return
         served, beats = self._board.latencies.served_requests, self._board.fields[Field.HEARTBEAT]
         published_served, published_at = self._published
         if served != published_served or not 0 <= beats - published_at < IDLE_PUBLISH_BEATS:
             self._published = served, beats
-            self._mounted.public.renew(self._discretion.public(stats.snapshot()))
+            self._resources.public.renew(self._discretion.public(stats.snapshot()))
 
-    async def _heartbeat(self, store: PageStore, steering: Steering, stats: Stats) -> None:
-        """Give signs of life of a worker that waits for its turn; once it serves, keep what its successor cannot rebuild."""
+    async def _heartbeat(self, store: PageStore, tuner: Tuner, stats: Stats) -> None:
+        """Advance the heartbeat of a worker that waits or serves. While it serves, save state that no successor can rebuild."""
         while True:
             self._board.beat()
             if self._board.fields[Field.HEARTBEAT] % COLLECT_BEATS == 0:
                 gc.collect()
             if self._active:
-                store.save_counters()
-                steering.save()
+                self._board.fields[Field.OLDEST_READ_SECONDS] = store.aio.oldest_seconds()
+                store.report_use()
+                tuner.save()
                 if self._board.fields[Field.SERVING]:
                     self._publish(stats)
             await trio.sleep_until(next_tick())
 
     async def _outlive_keeper(self) -> None:
-        """Without a keeper there is nobody to order a standby: it waits for the worker's end and orders itself.
+        """Replace a keeper that cannot order a standby: wait for the worker's end, and give this process the order.
 
-        It does so as well if the keeper lives and does nothing, because it is stopped. A process that is not the standby of
-        a worker that serves, or whose mount is gone, ends instead.
+        That also happens if the keeper lives and does nothing, because it is stopped. A process that is not the standby of a
+        worker that serves, or whose mount is gone, ends instead.
         """
-        mounted = self._mounted
+        resources = self._resources
         if self._served_by is None:
-            await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
+            await trio.lowlevel.wait_readable(resources.keeper_pidfd)
             os._exit(FAILED)
         await trio.lowlevel.wait_readable(self._served_by)
         if self._board.fields[Field.ENDED]:
             os._exit(0)
         with trio.move_on_after(KEEPER_SECONDS):
-            await trio.lowlevel.wait_readable(mounted.keeper_pidfd)
-        if not is_connected(mounted.fuse_fd):
+            await trio.lowlevel.wait_readable(resources.keeper_pidfd)
+        if not is_connected(resources.fuse_fd):
             os._exit(0)
         self._by_itself = True
         os.eventfd_write(self._order_fd, 1)
 
-    async def _follow(self, helper: IoThread[None], steering: Steering) -> None:
-        """As a standby: keep up with what the worker changes and a takeover would need memory for.
+    async def _follow(self, helper: IoThread[None], tuner: Tuner) -> None:
+        """Follow the worker's changes, as a standby, as far as a takeover would need memory for them.
 
-        The order to take over waits for none of it.
+        The order to take over does not wait for this.
         """
         fields = self._board.fields
         under_way = False
@@ -384,7 +358,7 @@ class Worker:
             if not under_way and self._follower.is_behind:
                 under_way = True
                 helper.put(follow)
-            steering.adopt_level()
+            tuner.resume_level()
 
     @contextlib.contextmanager
     def _monitor(self, store: PageStore) -> Iterator[None]:
@@ -406,8 +380,8 @@ class Worker:
     async def _end_on_signals(
         self, signals: AsyncIterator[int], helper: IoThread[None], everything: trio.CancelScope
     ) -> None:
-        """End when told to, unless the swapfile is open: unmount, and cut off whoever stays on the mount."""
-        mounted = self._mounted
+        """End on a signal, unless the swapfile is open: unmount, and end the connection for programs that stay on the mount."""
+        resources = self._resources
         fields = self._board.fields
         async for number in signals:
             if not self._active:
@@ -415,9 +389,7 @@ class Worker:
             name = signal.Signals(number).name
             users = fields[Field.OPEN_SWAPFILES]
             if users:
-                self._log.warning(
-                    f"{name}: not ending, the swapfile is open ({users} times): zbudfs swapoff comes first"
-                )
+                self._log.warning(f"{name}: not ending, the swapfile is open ({users} times): run zbudfs swapoff first")
                 continue
             try:
                 await helper.run(_unmount, fields[Field.MOUNT_DEVICE])
@@ -425,25 +397,27 @@ class Worker:
                 self._trouble.begin(f"{name}: not ending: {error}")
                 continue
             with trio.move_on_after(CUT_OFF_SECONDS):
-                await trio.sleep_forever()  # without other users the session sees that the mount is gone, and ends
-            if is_connected(mounted.fuse_fd) and not fields[Field.OPEN_SWAPFILES]:
-                # A process stands in it, or another mount namespace has it: nothing there is worth waiting for.
-                self._log.info(f"unmounted from {mounted.settings.mountpoint}: what still uses the mount is cut off")
+                await trio.sleep_forever()  # without other users the session ends, since the mount is gone
+            if is_connected(resources.fuse_fd) and not fields[Field.OPEN_SWAPFILES]:
+                # A process has its working directory there, or another mount namespace has it. Neither needs the mount.
+                self._log.info(
+                    f"unmounted from {resources.settings.mountpoint}: programs that still use it are cut off"
+                )
                 fields[Field.ENDED] = 1
                 fields[Field.SERVING] = 0
                 everything.cancel()
 
     def _facts(self, store: PageStore) -> dict[str, Value]:
-        mounted = self._mounted
-        settings = mounted.settings
+        resources = self._resources
+        settings, backing = resources.settings, resources.backing
         fields = self._board.fields
-        keeper_lives = os.getppid() == mounted.keeper_pid
+        keeper_lives = os.getppid() == resources.keeper_pid
         return {
             "requests_in_work": shim.in_work(),
             **self._board.latencies.numbers(),
             "mountpoint": settings.mountpoint,
-            "mounted_at": mounted.born_ns // 1_000_000_000,
-            "pid": mounted.keeper_pid if keeper_lives else os.getpid(),
+            "mounted_at": resources.born_ns // 1_000_000_000,
+            "pid": resources.keeper_pid if keeper_lives else os.getpid(),
             "keeper_pid": fields[Field.KEEPER_PID],
             "worker_pid": fields[Field.WORKER_PID],
             "standby_pid": fields[Field.STANDBY_PID],
@@ -451,20 +425,20 @@ class Worker:
             "recoveries": fields[Field.RECOVERIES],
             "last_recovery_us": fields[Field.LAST_RECOVERY_US],
             "lost_in_recovery": fields[Field.LOST_IN_RECOVERY],
-            "pool_directory": mounted.pool_directory,
+            "pool_directory": resources.directory.path,
             "survives_crash": self._survives(),
             "version": __version__,
             "packing": settings.packing,
             "page_in_path": store.aio.path,
             "backing_path": settings.backing,
             "encrypted": settings.encrypt and settings.backing is not None,
-            "backing_size_bytes": mounted.backing.size_bytes(settings.size_bytes) if mounted.backing is not None else 0,
+            "backing_size_bytes": backing.size_bytes(settings.size_bytes) if backing is not None else 0,
             "open_swapfiles": fields[Field.OPEN_SWAPFILES],
-            "log_dropped": mounted.log.dropped,
+            "log_dropped": resources.log.dropped,
             "warnings": [
-                *mounted.warnings,
-                *self._present_warnings(keeper_lives=keeper_lives),
                 *store.reclaimer.warnings(),
+                *self._present_warnings(keeper_lives=keeper_lives),
+                *resources.warnings,
             ],
         }
 
@@ -475,29 +449,29 @@ class Worker:
         found = []
         if not self._survives():
             found.append(
-                "a crash of the daemon would lose what is swapped out: the kernel does not send requests again"
-                " (FUSE_NOTIFY_RESEND, Linux 6.9 or later)"
+                "a crash of the daemon would lose all swapped-out pages: the kernel does not send requests again"
+                " (FUSE_NOTIFY_RESEND); use Linux 6.9 or later"
             )
         since = self._board.fields[Field.NO_STANDBY_SINCE]
         fault = self._board.fields[Field.NO_STANDBY_FAULT]
         if keeper_lives and since and fault:
-            why = "the last one died or hung" if fault == errno.ECHILD else f"no process: {os.strerror(fault)}"
+            why = "the last one died or hung" if fault == errno.ECHILD else f"fork failed: {os.strerror(fault)}"
             found.append(
                 f"there has been no standby since {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(since))} UTC ({why}): if"
-                " the worker dies now, swap stands still for longer; the log says more"
+                " the worker dies now, swap is unavailable for longer; see the log"
             )
         if not keeper_lives:
             found.append(
-                "the keeper is gone: the standby would take over once, and nobody after it; start the service again, or"
-                " swapoff and mount anew"
+                "the keeper is gone: the standby can take over once, and no process after it; start the service again, or"
+                " swapoff and mount again"
             )
         return found
 
 
 def _ask_for_attribute(mountpoint: str) -> None:
-    """Have the kernel learn that there are no extended attributes.
+    """Make the kernel learn that there are no extended attributes.
 
-    The kernel passes on getxattr of "security.*" by any user, also to a mount of root alone, until the daemon has refused
+    The kernel passes on getxattr of "security.*" by any user, even on a mount for root alone, until the daemon has refused
     one with ENOSYS.
     """
     with contextlib.suppress(OSError):
@@ -509,7 +483,7 @@ def _random_below(limit: int) -> int:
 
 
 def _unmount(st_dev: int) -> None:
-    """Unmount the file system, also while somebody stands in it. MountError."""
+    """Unmount the file system, even while a process uses it. MountError."""
     try:
         unmount_all(st_dev)
     except MountError as error:
@@ -519,24 +493,24 @@ def _unmount(st_dev: int) -> None:
 
 
 def _read_with_aio(store: PageStore) -> None:
-    """Have the kernel read blocks beside this thread, and the loop that waits for requests finish the reads."""
+    """Make the kernel read blocks beside this thread, and the request loop finish the reads."""
     if store.aio.open():
         shim.set_completions(*store.aio.completions(), store.aio.reap)
         store.aio.opened()
 
 
 @contextlib.contextmanager
-def _urgency() -> Iterator[Urgency]:
-    """Have this thread watched, which will serve."""
-    urgency = Urgency(threading.get_native_id())
+def _priority_boost() -> Iterator[PriorityBoost]:
+    """Watch this thread, which will serve."""
+    boost = PriorityBoost(threading.get_native_id())
     try:
-        yield urgency
+        yield boost
     finally:
-        urgency.close()
+        boost.close()
 
 
 async def _warm_up(level: int, packing: Packing) -> None:
-    """Use each path once, on a small store: a page that compresses, one that does not, a word; a large request, a part."""
+    """Use each path once, on a small store: pages that compress, that do not, and that are a word; large and small requests."""
     nr_frames = SCRATCH_BYTES // PAGE_SIZE
     memory = StoreMemory(SCRATCH_BYTES, nr_frames, backed=False, packing=packing)
     memory.populate()
@@ -547,10 +521,10 @@ async def _warm_up(level: int, packing: Packing) -> None:
         compressible = bytes(range(256)) * (PAGE_SIZE // 256)
         samples = [os.urandom(PAGE_SIZE), compressible * (MAX_REQUEST_BYTES // PAGE_SIZE), bytes(PAGE_SIZE), b"zbudfs"]
         for sample in samples:
-            await store.write(0, sample)
-            if await store.read(0, len(sample)) != sample:
-                raise MemoryError("the store does not give back what it was given: this memory cannot be trusted")
+            await store.requests.write(0, sample)
+            if await store.requests.read(0, len(sample)) != sample:
+                raise MemoryError("the store does not return the pages that it stored: this memory is faulty")
         store.recover()
-        await store.discard(0, SCRATCH_BYTES)
+        await store.requests.discard(0, SCRATCH_BYTES)
         nursery.cancel_scope.cancel()
     store.close()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The page store: where the decisions of core/ meet memory, files, threads and tasks."""
+"""The page store: it carries out the decisions of core/ with memory, files, threads and tasks."""

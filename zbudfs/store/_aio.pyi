@@ -1,4 +1,4 @@
-"""See aio.c."""
+"""Linux AIO reads; see aio.c."""
 
 class Queue:
     def __new__(cls, nr_slots: int) -> Queue: ...

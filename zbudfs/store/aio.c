@@ -3,15 +3,15 @@
 
        Queue(nr_slots) --submit(fd, runs)--> kernel --completion, eventfd--> reap() -> [(slot, result), ...]
 
-   A slot is 4096 bytes. A run is a number of neighbouring blocks of the file and one slot for each; it is one request to the
-   kernel, known by the number of its first slot.
+   A slot is 4096 bytes. A run is a number of neighbouring blocks of the file, with one slot for each. It is one request to the
+   kernel, and the number of its first slot identifies it.
 
-   The slots are private memory of this process. When the process dies while a read is in flight, the kernel keeps the pages
-   of the slots until the disk has answered, and nobody else ever has them: the data cannot reach a frame of the shared pool.
+   The slots are private memory of this process. If the process dies while a read is in flight, the kernel keeps the pages of the
+   slots until the disk has answered. No other process ever has them, so the data cannot reach a frame of the shared pool.
 
-   Everything is allocated by the constructor. A submission asks the kernel not to wait (RWF_NOWAIT): a read that would have
-   to wait for a lock, for metadata of the file system or for a place in the queue of the disk ends with EAGAIN, and the caller
-   reads the blocks in another way. */
+   The constructor allocates all memory. A submission asks the kernel not to wait (RWF_NOWAIT). A read that would have to wait
+   for a lock, for metadata of the file system or for a place in the queue of the disk ends with EAGAIN. The caller then reads
+   the blocks in another way. */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
 #include <Python.h>
@@ -40,7 +40,7 @@ typedef struct {
 } Queue;
 
 /* The head of the ring that the kernel maps into the process: aio_context_t is its address. The layout is a part of the
-   kernel's interface, which libaio uses in the same way. */
+   kernel's interface; libaio uses it in the same way. */
 struct ring {
     uint32_t id, nr, head, tail, magic, compat_features, incompat_features, header_length;
 };
@@ -51,7 +51,7 @@ static PyObject *refused(int error) {
 }
 
 static void tear_down(Queue *queue) {
-    if (queue->context) syscall(SYS_io_destroy, queue->context); /* waits for the reads in flight */
+    if (queue->context) syscall(SYS_io_destroy, queue->context); /* it waits for the reads in flight */
     queue->context = 0;
     if (queue->slots) munmap(queue->slots, (size_t)queue->nr_slots << PAGE_SHIFT);
     queue->slots = NULL;
@@ -68,7 +68,8 @@ static PyObject *queue_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     if (!queue) return NULL;
     queue->event_fd = -1;
     queue->nr_slots = nr_slots;
-    char *slots = mmap(NULL, (size_t)nr_slots << PAGE_SHIFT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    char *slots = mmap(
+        NULL, (size_t)nr_slots << PAGE_SHIFT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (slots == MAP_FAILED) goto failed;
     queue->slots = slots;
     queue->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -85,7 +86,7 @@ static void queue_dealloc(Queue *queue) {
     Py_TYPE(queue)->tp_free((PyObject *)queue);
 }
 
-/* The memory of a slot, for as long as the queue is there. */
+/* Return the memory of a slot. It is valid as long as the queue exists. */
 static PyObject *queue_slot(Queue *queue, PyObject *number) {
     unsigned long slot = PyLong_AsUnsignedLong(number);
     if (PyErr_Occurred()) return NULL;
@@ -93,7 +94,7 @@ static PyObject *queue_slot(Queue *queue, PyObject *number) {
     return PyMemoryView_FromMemory(queue->slots + (slot << PAGE_SHIFT), PAGE_SIZE, PyBUF_WRITE);
 }
 
-/* Fill in the request for one run (offset, slots), whose vectors begin at `vectors`. The number of its blocks, or -1. */
+/* Fill in the request for one run (offset, slots), whose vectors begin at `vectors`. Return the number of its blocks, or -1. */
 static Py_ssize_t describe(Queue *queue, int fd, PyObject *run, struct iocb *request, struct iovec *vectors, Py_ssize_t room) {
     unsigned long long offset;
     PyObject *slots;
@@ -131,7 +132,7 @@ static Py_ssize_t describe(Queue *queue, int fd, PyObject *run, struct iocb *req
     return count;
 }
 
-/* Submit the runs of a list; how many the kernel took, from the first on. */
+/* Submit the runs of a list. Return how many the kernel took, from the first on. */
 static PyObject *queue_submit(Queue *queue, PyObject *args) {
     int fd;
     PyObject *runs;
@@ -143,7 +144,8 @@ static PyObject *queue_submit(Queue *queue, PyObject *args) {
     Py_ssize_t nr_runs = PyList_GET_SIZE(runs);
     if (nr_runs > (Py_ssize_t)queue->nr_slots) return PyErr_Format(PyExc_ValueError, "more runs than slots");
     for (Py_ssize_t i = 0; i < nr_runs; i++) {
-        Py_ssize_t count = describe(queue, fd, PyList_GET_ITEM(runs, i), &requests[i], vectors + used, (Py_ssize_t)queue->nr_slots - used);
+        Py_ssize_t count = describe(
+            queue, fd, PyList_GET_ITEM(runs, i), &requests[i], vectors + used, (Py_ssize_t)queue->nr_slots - used);
         if (count < 0) return NULL;
         pointers[i] = &requests[i];
         used += count;
@@ -152,7 +154,7 @@ static PyObject *queue_submit(Queue *queue, PyObject *args) {
     return PyLong_FromLong(taken < 0 ? 0 : taken);
 }
 
-/* Take what has completed; never waits. */
+/* Return the runs that have ended. Never waits. */
 static PyObject *queue_reap(Queue *queue, PyObject *none) {
     (void)none;
     if (!queue->slots) return PyErr_Format(PyExc_ValueError, "the queue is closed");
@@ -192,11 +194,14 @@ static PyObject *queue_close(Queue *queue, PyObject *none) {
 }
 
 static PyMethodDef queue_methods[] = {
-    {"submit", (PyCFunction)queue_submit, METH_VARARGS, "submit(fd, [(offset, [slot, ...]), ...]) -> int: runs that the kernel took, from the first on"},
-    {"reap", (PyCFunction)queue_reap, METH_NOARGS, "reap() -> [(slot, result), ...]: runs that have ended, by their first slot; bytes read or -errno"},
+    {"submit", (PyCFunction)queue_submit, METH_VARARGS,
+        "submit(fd, [(offset, [slot, ...]), ...]) -> int: runs that the kernel took, from the first on"},
+    {"reap", (PyCFunction)queue_reap, METH_NOARGS,
+        "reap() -> [(slot, result), ...]: runs that have ended, by their first slot; bytes read or -errno"},
     {"slot", (PyCFunction)queue_slot, METH_O, "slot(number) -> memoryview: 4096 bytes; not to be used after close()"},
     {"fileno", (PyCFunction)queue_fileno, METH_NOARGS, "fileno() -> int: an eventfd that is readable when a run has ended"},
-    {"ring", (PyCFunction)queue_ring, METH_NOARGS, "ring() -> int: address of two 32-bit numbers that differ while there is something to reap; 0: unknown"},
+    {"ring", (PyCFunction)queue_ring, METH_NOARGS,
+        "ring() -> int: address of two 32-bit numbers that differ while there is something to reap; 0: unknown"},
     {"close", (PyCFunction)queue_close, METH_NOARGS, "close(): wait for what is in flight and free everything"},
     {NULL, NULL, 0, NULL},
 };
@@ -211,7 +216,8 @@ static PyTypeObject queue_type = {
     .tp_methods = queue_methods,
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_aio", "Reads with Linux AIO; see aio.c.", -1, NULL, NULL, NULL, NULL, NULL};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_aio", "Reads with Linux AIO; see aio.c.", -1, NULL, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__aio(void);
 PyMODINIT_FUNC PyInit__aio(void) {

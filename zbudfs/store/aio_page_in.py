@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Page-in in the common case: the kernel reads the blocks (aio.c), and the thread that serves requests does the rest.
 
-    read request, pages on disk --begin--> blocks held, reads submitted ... request loop goes on ...
+    read request, pages on disk --begin--> blocks held, reads submitted ... request loop continues ...
     completion --reap--> decrypt, check, decompress, reply, adopt        without a task, a thread or a turn of the event loop
 
-The loop that waits for requests also waits for completions (fuse/shim.c). `reap` runs between two requests, as a request
-does: nothing gives way in it.
+The loop that waits for requests also waits for completions (fuse/shim.c). `reap` runs between two requests, and like a
+request it has no checkpoint.
 
-A request whose pages are not as they were when it began, or whose block is refused, damaged or old, goes to `again`: the
-caller then reads in a task (page_in.py), which looks everything up again and reports the errors.
+A request goes to `again` if an entry of its pages has changed since it began, or if a block is refused, damaged or old. The
+caller then reads in a task (page_in.py), which reads the page table again and reports the errors.
 
-A block is read into a slot, which is private memory, and copied into a frame when the read is over. So no frame is held
-across a read, and a read that outlives this process cannot reach a frame of its successor.
+A block is read into a slot, which is private memory, and copied into a frame when the read is complete. So no frame is held
+during a read, and a read that outlives this process cannot reach a frame of its successor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import trio
 from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.errors import PageLost
 from zbudfs.core.latency import Latencies, Timed
-from zbudfs.core.page_table import BLOCK, KIND_BITS, KIND_MASK, LOST, REF_MASK
+from zbudfs.core.page_table import BLOCK, LOST, entry_kind, entry_ref
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.backing import Backing
 from zbudfs.store.block_reads import BlockReads
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from zbudfs.store._aio import Queue
 
 SLOTS: Final = 128
-"""Blocks that can be read at once: the eight requests that the kernel keeps in flight, of eight pages each, and as much
-again for what is read along. 512 KiB of locked memory in the worker and in the standby."""
+"""Blocks that can be read at once: for the eight requests that the kernel keeps in flight, of eight pages each, and as much
+again for read-ahead. The slots are 512 KiB of locked memory in the worker and in the standby."""
 
 
 class Request:
-    """A read request for neighbouring pages. `key` is the caller's."""
+    """A read request for neighbouring pages. `key` identifies it for the caller."""
 
     __slots__ = ("contents", "key", "left", "length", "offset", "whole")
 
@@ -53,9 +53,9 @@ class Request:
         self.left = left
         """Blocks that are still being read."""
         self.contents: dict[int, bytes] = {}
-        """By page: what was read so far."""
+        """The contents read so far, by page."""
         self.whole = True
-        """Every page so far was found in its block."""
+        """Whether every page so far was found in its block."""
 
 
 class Block:
@@ -69,7 +69,7 @@ class Block:
         self.before: dict[int, int] = {}
         """The wanted pages, with their entries when the read began."""
         self.requests: list[Request] = []
-        """Empty for a block that is read along."""
+        """The requests for the block. Empty for a block of the read-ahead."""
 
 
 class Batch:
@@ -81,15 +81,15 @@ class Batch:
         self.last = last
         """The highest block."""
         self.ahead = ahead
-        """Blocks that are read along."""
+        """Number of blocks of the read-ahead."""
         self.kept = 0
-        """Blocks read along of which a copy was kept."""
+        """Number of blocks of the read-ahead whose copy was kept."""
         self.left = left
-        """Blocks that are still being read."""
+        """Number of blocks that are still being read."""
 
 
 class Run:
-    """Neighbouring blocks that one read fetches."""
+    """A run of neighbouring blocks that one read fetches."""
 
     __slots__ = ("batch", "began", "blocks", "over")
 
@@ -101,13 +101,14 @@ class Run:
 
 
 class AioPageIn:
-    """Page-in through a queue of the kernel's; without one (`open` was not called, or was refused) `begin` says no."""
+    """Page-in through an AIO queue. Without one (`open` was not called, or was refused) `begin` returns False."""
 
     def __init__(
         self, state: State, contents: Contents, reads: BlockReads, backing: Backing | None, latencies: Latencies
     ) -> None:
         self._state = state
         self._pool = state.pool
+        self._counters = state.counters
         self._entries = state.table.entries
         self._contents = contents
         self._reads = reads
@@ -117,19 +118,19 @@ class AioPageIn:
         self._slots: list[memoryview] = []
         self._free: list[int] = []
         self._runs: dict[int, Run] = {}
-        """By first slot."""
+        """The reads in flight, by first slot."""
         self._blocks: dict[int, Block] = {}
-        """By number; a part of `reads.loading`."""
+        """The blocks being read, by number; a part of `reads.loading`."""
         self._usable = False
-        """A read has come back through the queue."""
+        """Whether a read has completed through the queue."""
         self._opened = trio.Event()
         self._reply: Callable[[int, bytes], object] = _nobody
         self._again: Callable[[int, int, int], object] = _nobody
         self.requests = 0
-        """Requests that were answered in this way."""
+        """Number of requests that were answered in this way."""
 
     def serve(self, reply: Callable[[int, bytes], object], again: Callable[[int, int, int], object]) -> None:
-        """Answer requests with `reply(key, content)`; hand those over that need a task with `again(key, offset, length)`."""
+        """Set the functions: `reply(key, content)` answers a request, `again(key, offset, length)` gives it to a task."""
         self._reply = reply
         self._again = again
 
@@ -138,7 +139,7 @@ class AioPageIn:
     def open(self) -> bool:
         """Make the queue and submit a read of the header through it. False: the kernel has no queue, so threads read.
 
-        The queue is used from the completion of that read on, if the read is good. Never waits for the disk.
+        The queue is usable when that read completes without an error. The method never waits for the disk.
         """
         if self._queue is not None:
             return True
@@ -158,17 +159,22 @@ class AioPageIn:
 
     @property
     def path(self) -> str:
-        """How pages come from the disk: "aio", "threads", or "none" without a backing file."""
+        """The way in which pages come from the disk: "aio", "threads", or "none" without a backing file."""
         if self._backing is None:
             return "none"
         return "aio" if self._usable else "threads"
 
+    def oldest_seconds(self) -> int:
+        """Return the age of the oldest read in flight, in whole seconds; 0 if there is none."""
+        run = next(iter(self._runs.values()), None)  # in the order of their submission
+        return 0 if run is None else (time.perf_counter_ns() - run.began) // 1_000_000_000
+
     def completions(self) -> tuple[int, int]:
-        """The descriptor that is readable after a completion, and the address of the ring: see aio.c. (-1, 0): no queue."""
+        """Return the descriptor that is readable after a completion, and the address of the ring (aio.c); (-1, 0): no queue."""
         return (self._queue.fileno(), self._queue.ring()) if self._queue is not None else (-1, 0)
 
     async def run(self) -> None:
-        """Reap when the event loop finds a completion first. For ever."""
+        """Reap whenever the event loop finds a completion first. Runs until it is cancelled."""
         while self._queue is None:
             await self._opened.wait()
         while True:
@@ -176,7 +182,7 @@ class AioPageIn:
             self.reap()
 
     def opened(self) -> None:
-        """Tell `run` that the queue is there. For trio's thread, after `open` in any."""
+        """Wake `run`, since the queue exists. Call this in trio's thread; `open` may run in any thread."""
         self._opened.set()
 
     def close(self) -> None:
@@ -198,10 +204,10 @@ class AioPageIn:
         entries = self._entries
         for page in range(first, min(first + (length >> PAGE_SHIFT), len(entries))):
             entry = entries[page]
-            if entry & KIND_MASK >= BLOCK:
+            if entry_kind(entry) >= BLOCK:
                 if entry == LOST:
                     return False
-                wanted.setdefault((entry >> KIND_BITS & REF_MASK) >> REF_BITS, []).append(page)
+                wanted.setdefault(entry_ref(entry) >> REF_BITS, []).append(page)
         loading = self._reads.loading
         new = [block for block in wanted if block not in loading]
         if not wanted or len(new) > len(self._free) or (len(wanted) != len(new) and not self._all_ours(wanted)):
@@ -217,11 +223,11 @@ class AioPageIn:
         return True
 
     def _all_ours(self, wanted: dict[int, list[int]]) -> bool:
-        """Whether every wanted block that is being read is being read here, and not by a task."""
+        """Return whether every wanted block that is being read is being read by this object, and not by a task."""
         return all(block in self._blocks for block in wanted if block in self._reads.loading)
 
     def _submit(self, new: list[int], count: int) -> bool:
-        """Have blocks read, and those along with them that a reader in order will want. False, and nothing was begun."""
+        """Submit reads of blocks and of their read-ahead. False if the kernel did not take all of them."""
         assert self._queue is not None and self._backing is not None
         reads = self._reads
         ahead = reads.blocks_ahead(new, count, len(self._free) - len(new))
@@ -237,15 +243,15 @@ class AioPageIn:
         for run in runs[taken:]:
             self._free += [block.slot for block in run.blocks]
             batch.left -= len(run.blocks)
-        reads.cumul_blocks += batch.left
-        reads.cumul_readahead_blocks += len(ahead)
-        reads.cumul_refault_blocks += sum(map(self._state.is_fresh, new))
-        return taken == len(runs)  # else the task that answers the request waits for what the kernel has taken
+        self._counters.cumul_pagein_blocks += batch.left
+        self._counters.cumul_readahead_blocks += len(ahead)
+        self._counters.cumul_refault_blocks += sum(map(self._state.is_fresh, new))
+        return taken == len(runs)  # if not, the task that answers the request waits for the reads that the kernel took
 
     # ---- completions -----------------------------------------------------------------------------------------------
 
     def reap(self) -> int:
-        """Finish what the kernel has read since; how many reads that were. Never waits."""
+        """Finish the reads that the kernel has completed, and return their number. Never waits."""
         if self._queue is None:
             return 0
         done = self._queue.reap()
@@ -267,7 +273,7 @@ class AioPageIn:
         return len(done)
 
     def _finish(self, block: Block, *, good: bool) -> bool:
-        """End the read of a block: answer the requests for it and keep the copy. Whether a block read along was kept."""
+        """End the read of a block: answer its requests and keep the copy. Return whether a read-ahead block was kept."""
         reads, pool = self._reads, self._pool
         del self._blocks[block.number]
         frame = self._frame_for(block) if good else NO_FRAME
@@ -281,7 +287,7 @@ class AioPageIn:
                     except PageLost:
                         continue  # the task that reads it again reports it
                     whole = True
-        reads.cumul_pages += len(found)
+        self._counters.cumul_pagein_pages += len(found)
         for request in block.requests:
             request.left -= 1
             first = request.offset >> PAGE_SHIFT
@@ -307,7 +313,7 @@ class AioPageIn:
         return was_kept and not block.requests
 
     def _frame_for(self, block: Block) -> int:
-        """The block, decrypted, in a frame of `fill_prep`, or in a bounce frame. NO_FRAME: there is none at all."""
+        """Return the frame, from `fill_prep` or a bounce frame, with the decrypted block. NO_FRAME: none is available."""
         assert self._backing is not None
         frame = self._reads.frame_to_keep()
         if frame != NO_FRAME:
@@ -316,13 +322,13 @@ class AioPageIn:
             frame = self._pool.bounce.pop()
         else:
             return NO_FRAME
-        view = self._state.allocator.raw(frame << REF_BITS)
+        view = self._state.allocator.frame_bytes(frame)
         view[:] = self._slots[block.slot]
         self._backing.decrypt(block.number, [view])
         return frame
 
     def _answer(self, request: Request) -> None:
-        """All blocks of a request were read."""
+        """Answer a request whose blocks were all read, or give it to a task."""
         if request.whole:
             first = request.offset >> PAGE_SHIFT
             pages = range(first, min(first + (request.length >> PAGE_SHIFT), len(self._entries)))
@@ -334,21 +340,22 @@ class AioPageIn:
                 except PageLost:
                     piece = None
                 if piece is None:
-                    break  # it moved, or is lost
+                    break  # the page moved meanwhile, or is lost
                 pieces.append(piece)
             else:
                 self.requests += 1
+                self._counters.cumul_read_pages += len(pieces)
                 self._reply(request.key, pieces[0] if len(pieces) == 1 else b"".join(pieces))
                 return
         self._again(request.key, request.offset, request.length)
 
 
 def new_queue(nr_slots: int) -> Queue:
-    """A queue of the kernel's. OSError where the kernel refuses it, ImportError where the extension was not built."""
+    """Return a new AIO queue. OSError if the kernel refuses it, ImportError if the extension was not built."""
     from zbudfs.store._aio import Queue
 
     return Queue(nr_slots)
 
 
 def _nobody(*_: object) -> None:
-    """Answer nobody: the caller of `serve` comes later."""
+    """Do nothing: this function is in place until `serve` sets another."""

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Memory that the daemon decides about page by page: mapped at its full size at once, populated in steps.
+"""Memory that the daemon controls page by page: mapped at its full size at once, populated in steps.
 
-A page fault at the wrong moment is how a daemon in the swap path hangs: the kernel looks for memory, and the
-memory it finds is waiting for this daemon. So nothing here is touched before `populate` has given it pages, in
-a thread that may wait, and `release` is the only way that pages leave. Shared memory, not anonymous: it can be
-punched while it is locked, and it outlives the process: children of the one that made it have it mapped, and
-where it is a file, a stranger can open it.
+A page fault at the wrong moment can hang a daemon in the swap path: the kernel looks for memory, and the memory that it
+finds waits for this daemon. So no page of an arena is touched before `populate` has allocated it, in a thread that may wait.
+Only `release` frees pages. The memory is shared, not anonymous, so that holes can be punched while it is locked. It outlives
+the process: children of the process that made it have it mapped, and if it is a file, any other process can open it.
 """
 
 import ctypes
@@ -31,19 +30,19 @@ def _page_bounds(offset: int, length: int) -> tuple[int, int]:
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2) with a mode, which the os module has not; OSError. Releases the GIL."""
+    """Call fallocate(2) with a mode, which the os module lacks. Releases the GIL. OSError."""
     if _libc.fallocate(fd, mode, offset, length):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Give the bytes `offset` .. `offset + length` of a file back to the file system; OSError where it cannot."""
+    """Give the bytes `offset` .. `offset + length` of a file back to the file system. OSError if it cannot punch holes."""
     fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
 
 
 def file_system_number(fd: int) -> int:
-    """Return what statfs(2) calls the type of an open file's file system; OSError."""
+    """Return the type number that statfs(2) has for the file system of an open file. OSError."""
     found = (ctypes.c_long * 32)()
     if _libc.fstatfs(fd, found):
         code = ctypes.get_errno()
@@ -54,8 +53,8 @@ def file_system_number(fd: int) -> int:
 class Arena:
     """`size` bytes of shared memory called `name`: the file of that name in `folder`, or a file without a name.
 
-    A new one is zeroed, and nothing of it is populated; a file that is there already is taken with what it holds.
-    LayoutError if that has another size. `view` is a writable memoryview of all of it; `address` is where it starts.
+    A new arena is zeroed and not populated. A file that exists keeps its content; LayoutError if it has another size.
+    `view` is a writable memoryview of the whole arena; `address` is its start.
     """
 
     _fd = -1
@@ -73,15 +72,15 @@ class Arena:
         self._map = mmap.mmap(self._fd, self.size)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        _libc.madvise(self.address, self.size, _MADV_DONTDUMP)  # other programs' memory belongs in no core file
+        _libc.madvise(self.address, self.size, _MADV_DONTDUMP)  # a core file must not contain memory of other programs
 
     def __del__(self) -> None:
-        """Close the file; what is mapped stays for as long as there is a view of it."""
+        """Close the file. The mapping stays as long as a view of it exists."""
         if self._fd >= 0:
             os.close(self._fd)
 
     def populate(self, offset: int, length: int) -> None:
-        """Give the bytes pages now; MemoryError if the system refuses. May wait for memory: for a worker thread."""
+        """Allocate pages for these bytes now. MemoryError if the system refuses. May wait for memory: for a worker thread."""
         start, length = _page_bounds(offset, length)
         if _libc.madvise(self.address + start, length, _MADV_POPULATE_WRITE):
             try:  # before Linux 5.14: the pages, if not their mapping
@@ -90,20 +89,20 @@ class Arena:
                 raise MemoryError(f"no memory for {length} bytes: {error.strerror}") from None
 
     def release(self, offset: int, length: int) -> None:
-        """Give the pages that lie wholly in these bytes back to the system; they read as zeros afterwards."""
+        """Free the pages that lie wholly in these bytes; they read as zeros afterwards."""
         start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:
             punch_hole(self._fd, start, end - start)
 
     def populated(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
-        """(offset, length) of the parts that have pages, as the kernel knows them; only those that begin in some bytes."""
+        """Return (offset, length) of the parts that have pages, among those that begin in the given bytes."""
         parts: list[tuple[int, int]] = []
         end, limit = offset, self.size if length is None else offset + length
         while end < limit:
             try:
                 start = os.lseek(self._fd, end, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing further
+            except OSError:  # ENXIO: no further part
                 break
             if start >= limit:
                 break
@@ -112,7 +111,7 @@ class Arena:
         return parts
 
     def map_populated(self, offset: int = 0, length: int | None = None) -> None:
-        """Map what is populated into this process, so that a touch of it is no page fault. For memory of another's."""
+        """Map the populated parts into this process, so that the first access is no page fault. For shared memory."""
         for start, count in self.populated(offset, length):
             _libc.madvise(self.address + start, count, _MADV_POPULATE_WRITE)
 

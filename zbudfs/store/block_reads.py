@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Blocks that are being read, for both ways to read them: in a thread (page_in.py) and by the kernel (aio_page_in.py).
+"""The blocks that are being read, for both ways of reading: in a thread (page_in.py) and by the kernel (aio_page_in.py).
 
-begin    the block is held: it is not used for anything else, whatever happens to its pages meanwhile
-end      its copy becomes an ephemeral frame, if there is a frame for it and it is what the page table says
+A read has two steps here:
+
+    begin    holds the block: it is not used for anything else, even if all its pages are freed meanwhile
+    end      releases the block. `keep` has made its copy an ephemeral frame before, if the page table confirms the copy
 """
 
 from collections.abc import Iterable
@@ -10,41 +12,36 @@ from collections.abc import Iterable
 import trio
 
 from zbudfs.core.allocator import EPHEMERAL_KIND
-from zbudfs.core.page_table import KIND_MASK, RAW_BLOCK
+from zbudfs.core.page_table import RAW_BLOCK, entry_kind
 from zbudfs.core.readahead import ReadAhead
 from zbudfs.core.units import NO_FRAME
-from zbudfs.store.reclaimer import Reclaimer
+from zbudfs.store.pool_limit import PoolLimit
 from zbudfs.store.state import State
 
 
 class BlockReads:
-    """The blocks of one backing file that are being read, and the readers that are expected to go on."""
+    """The blocks of one backing file that are being read, and the state of its readers in order."""
 
-    def __init__(self, state: State, reclaimer: Reclaimer) -> None:
+    def __init__(self, state: State, limit: PoolLimit) -> None:
         self._state = state
         self._pool = state.pool
-        self._reclaimer = reclaimer
+        self._limit = limit
         self.ahead = ReadAhead()
         self.loading: dict[int, trio.Event] = {}
-        """By block: set when the read of it that is under way is over."""
-        self.cumul_blocks = 0
-        self.cumul_pages = 0
-        self.cumul_readahead_blocks = 0
-        self.cumul_refault_blocks = 0
-        self.failures = 0
+        """The event of each block that is being read. It is set at the end of the read."""
 
     def begin(self, block: int, over: trio.Event) -> None:
-        """The block is being read from now on."""
+        """Record that a read of the block begins, and hold the block."""
         self.loading[block] = over
         self._state.hold_block(block)
 
     def end(self, block: int) -> None:
-        """The read is over. The caller sets the event."""
+        """Record that the read is over, and release the block. The caller sets the event."""
         self._state.release_block(block)
         del self.loading[block]
 
     def blocks_ahead(self, wanted: Iterable[int], count: int, most: int) -> list[int]:
-        """The blocks to read along with `count` wanted ones, for a reader that goes on where it was: at most `most`."""
+        """Return the read-ahead for `count` wanted blocks, if a reader in order reads them: at most `most` blocks."""
         blocks, pool = self._state.blocks, self._pool
         listed = list(wanted)
         last = max(listed)
@@ -52,26 +49,26 @@ class BlockReads:
         found: list[int] = []
         if not window or blocks is None:
             return found
-        # A quarter of what can be ephemeral: what was read along earlier must not go for what is read along now.
-        free = pool.free_frames - self._reclaimer.watermarks.low_frames
+        # Only a quarter of the possible ephemeral frames: new read-ahead must not replace earlier read-ahead.
+        free = pool.free_frames - self._limit.watermarks.low_frames
         room = (free + self._state.allocator.nr_frames_of(EPHEMERAL_KIND)) // 4
         for block in range(last + 1, min(last + 1 + min(window, room, most), blocks.nr_blocks)):
             if not blocks.live(block) or block in self.loading:
-                break  # free, or on its way to the disk, or being read: not what a reader went on with
+                break  # the block is free, being written, or being read: a reader in order would not need it
             found.append(block)
         return found
 
     def frame_to_keep(self) -> int:
-        """A frame for a block that is read back: the coldest ephemeral one rather than one that writes need. NO_FRAME."""
+        """Return a frame for a block that was read; the coldest ephemeral one if writes need the free ones. NO_FRAME: none."""
         pool = self._pool
-        if pool.free_frames <= self._reclaimer.watermarks.low_frames and not self._state.drop_ephemeral():
+        if pool.free_frames <= self._limit.watermarks.low_frames and not self._state.drop_ephemeral():
             return NO_FRAME
         return pool.take_frame()
 
     def keep(self, frame: int, block: int, before: dict[int, int], pages: Iterable[int], *, whole: bool) -> bool:
-        """Adopt a frame of `fill_prep` that holds a copy of the block, or hand it back. Whether it was adopted.
+        """Adopt a frame of `fill_prep` that holds a copy of the block, or hand it back. Return whether it was adopted.
 
-        `whole`: one of `pages`, whose entries were `before`, has been read from the copy, or the block was read along.
+        `whole`: one of `pages`, whose entries were `before`, was read from the copy, or the block is read-ahead.
         """
         if whole and self._adopt(frame, block, before, pages):
             return True
@@ -81,8 +78,8 @@ class BlockReads:
 
     def _adopt(self, frame: int, block: int, before: dict[int, int], pages: Iterable[int]) -> bool:
         for page in pages:
-            if before[page] & KIND_MASK == RAW_BLOCK:
-                if self._state.table.entries[page] != before[page]:  # pragma: no cover  one page, and it was whole
+            if entry_kind(before[page]) == RAW_BLOCK:
+                if self._state.table.entries[page] != before[page]:  # pragma: no cover  one page, which was read
                     return False
                 self._state.adopt_raw(frame, block, page)
                 return True

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The board: one small piece of shared memory in which the processes of a mount tell each other how things stand.
+"""The board: a small piece of shared memory through which the processes of a mount inform each other.
 
-Writing a number here allocates nothing and waits for nobody, which is why it is not a pipe, a socket or a file. Each
-field has one writer at a time. What must survive the worker is here as well: FUSE_INIT, the cumulative counters, the
-last lines of the log.
+Writing a number to the board allocates nothing and never waits, unlike a write to a pipe, a socket or a file. Each field has
+one writer at a time. The board also has the state that must survive the worker: FUSE_INIT, the counters, the last lines of
+the log.
 
     0        fields, 8 bytes each
-    1 KiB    cumulative counters, 8 bytes each, in the order of the store
+    1 KiB    counters of the store, 8 bytes each (core/statistics.py)
     2 KiB    FUSE_INIT: its length in 8 bytes, then the request
     3 KiB    the key with which blocks are encrypted
-    4 KiB    the error of a process that did not come up: length, then text
-    6 KiB    latencies (core/latency.py), written by the shim itself
+    4 KiB    the error of a process that could not start: length, then text
+    6 KiB    latencies (core/latency.py), which the shim writes itself
     8 KiB    log: the number of lines so far in 8 bytes, then LOG_LINES slots of LOG_LINE_BYTES
 """
 
@@ -20,11 +20,12 @@ from typing import Final
 
 from zbudfs.core.errors import LayoutError
 from zbudfs.core.latency import WORDS, Latencies
+from zbudfs.core.statistics import COUNTERS, Counters
 from zbudfs.store.arena import Arena
 
-LAYOUT: Final = 0x7A627564_0009
-"""Of everything that outlives a worker: tables, frames, blocks, this board, and what zpages mean (core/dictionary.py).
-Changed when any of them changes."""
+LAYOUT: Final = 0x7A627564_000B
+"""Layout number of all state that outlives a worker: tables, frames, blocks, this board, and the meaning of zpages
+(core/dictionary.py). It changes when any of them changes."""
 
 _COUNTERS: Final = 1 << 10
 _INIT: Final = 2 << 10
@@ -36,20 +37,21 @@ _LOG: Final = 8 << 10
 LOG_LINES: Final = 128
 LOG_LINE_BYTES: Final = 512
 assert _LATENCIES + 8 * WORDS <= _LOG
+assert _COUNTERS + 8 * len(COUNTERS) <= _INIT
 BOARD_BYTES: Final = _LOG + 8 + LOG_LINES * LOG_LINE_BYTES
 
 
 FIRST_OPENING: Final = 64
 OPENINGS: Final = 64
-"""The fields in which the open files of the swapfile stand (fuse/openings.py); no `Field` lies there."""
+"""The fields that hold the open files of the swapfile (fuse/openings.py); no `Field` lies there."""
 
 
 CANNOT_RESEND: Final = 2
-"""Value of Field.CAN_RESEND: a request that a worker has taken and not answered is lost with it."""
+"""Value of Field.CAN_RESEND: if a worker dies, the requests that it has taken and not answered are lost."""
 
 
 class Field(IntEnum):
-    """The numbers on the board; 0 is "not yet" or "none"."""
+    """The numbers on the board. 0 stands for "not yet" or "none"."""
 
     LAYOUT = 0
     SIZE_BYTES = 1
@@ -60,24 +62,25 @@ class Field(IntEnum):
     WORKER_PID = 5
     STANDBY_PID = 6
     STANDBY_READY = 7
-    """1 once the standby has said that it can take over at once."""
+    """1 once the standby has reported that it can take over at once."""
     SERVING = 8
     """1 once the worker answers requests."""
     HEARTBEAT = 9
-    """Counted up by the worker: by its event loop, and while it rebuilds or waits for the end of the former worker."""
+    """A counter of the worker. Its event loop advances it; the worker does so too while it rebuilds, or waits for the former
+    worker to end."""
     RECOVERIES = 10
-    """Workers that have taken over from a dead one."""
+    """Number of takeovers from a dead worker."""
     OPEN_SWAPFILES = 11
-    """Open files of the swapfile: a loop device is one."""
+    """Number of open files of the swapfile; a loop device holds one."""
     CAN_RESEND = 12
-    """1 if the kernel sends again what a dead worker had taken, 2 if it does not."""
+    """1 if the kernel sends again the requests that a dead worker had taken, 2 if it does not."""
     LAST_RECOVERY_US = 13
     """Microseconds from the order to take over to the first request that can be answered."""
     LOST_IN_RECOVERY = 14
-    """Pages whose frame or block did not confirm the page table after a crash."""
+    """Pages whose frame or block did not match the page table after a crash."""
     PERSISTENT = 15
-    """1 if the memory lies in a pool directory, 0 if it goes with the processes."""
-    # What somebody has changed since the mount (store/steering.py); 0 is "as mounted" or the default.
+    """1 if the memory lies in a pool directory, 0 if it ends with the processes."""
+    # Settings that were changed since the mount (store/tuner.py); 0 is "as mounted" or the default.
     POOL_LIMIT_FRAMES = 16
     LOW_WATERMARK_FRAMES = 17
     HIGH_WATERMARK_FRAMES = 18
@@ -87,62 +90,64 @@ class Field(IntEnum):
     WRITEBACK_BUDGET = 21
     """Bytes a day."""
     WRITEBACK_BUDGET_LEFT = 22
-    """Bytes, as of the last time that the counters were kept."""
+    """Bytes that were left when the counters were last saved."""
     AGE_SECONDS = 23
     TRACING = 24
     """1 while requests are recorded (store/tracer.py)."""
     PACKING = 25
-    """The code of the packing, which is also that of the layout of its frames."""
+    """The code of the packing, which stands for the layout of its frames too."""
     READY_BEAT = 26
-    """Counted up by the event loop of each process that gets ready to serve."""
+    """A counter that the event loop of each process advances while the process prepares to serve."""
     BACKING_FIXED = 27
     """1 if the backing is a file of fixed size."""
     STANDBY_BEAT = 32
-    """Counted up by the standby's event loop."""
+    """A counter that the standby's event loop advances."""
     TAKING_OVER = 33
-    """The process that has begun to take over last."""
+    """PID of the process that began a takeover last."""
     NO_STANDBY_SINCE = 34
-    """Since when there is no standby that is ready, in seconds since 1970; 0: there is one."""
+    """Time in seconds since 1970 from which no standby has been ready; 0: one is ready."""
     NO_STANDBY_FAULT = 35
-    """Why: the errno of fork(2), ECHILD if the last one died, or 0 if one is on its way."""
+    """The reason: the errno of fork(2), ECHILD if the last standby died, or 0 if one is starting."""
     MOUNT_DEVICE = 36
-    """st_dev of the mount; 0: it is not known."""
+    """st_dev of the mount; 0: not known."""
     ENDED = 37
-    """1 once the worker has ended the connection on purpose: nobody takes over."""
+    """1 once the worker has ended the connection on purpose: no process takes over."""
     POPULATED_FRAMES = 38
-    """Frames that the worker has given memory so far, one that was given it twice counted twice."""
+    """Number of frames to which the worker has given memory; a frame counts each time."""
     FRESH_FRAMES = 39
-    """Frames from this number on have never had memory."""
+    """First frame that has never had memory."""
     BORN_NS = 40
-    """When the mount was made: the time of all its files."""
+    """Time of the mount, which is the time of all its files, in ns since 1970."""
     FUSE_FD = 41
-    """Number of the connection's descriptor in the worker and the standby, and of the next two."""
+    """Number of the connection's descriptor in the worker and the standby. The next two fields are descriptors too."""
     LOCK_FD = 42
     BACKING_FD = 43
-    """0: there is no backing file."""
+    """0: the mount has no backing file."""
     STORED_PAGES = 44
-    """As of the last heartbeat, like the next two."""
+    """Value at the last heartbeat, like the next two."""
     USED_FRAMES = 45
     WRITTEN_BACK_PAGES = 46
+    OLDEST_READ_SECONDS = 47
+    """Age of the oldest read of a block that is in flight, in seconds at the last heartbeat; 0: less than a second."""
     WRITERS = 50
-    """How many open files of the swapfile may be for writing; 0: one."""
+    """Number of open files of the swapfile that may be for writing; 0: one."""
 
 
 class Board:
-    """The board in an arena of BOARD_BYTES. All of it is populated when it is made."""
+    """The board in an arena of BOARD_BYTES. The constructor populates all of it."""
 
     def __init__(self, arena: Arena) -> None:
         self._view = arena.view
         arena.populate(0, BOARD_BYTES)
         self.fields = self._view[:_COUNTERS].cast("Q")
-        self._counters = self._view[_COUNTERS:_INIT].cast("Q")
+        self.counters = Counters(self._view[_COUNTERS:_INIT].cast("Q"))
         self._init_length = self._view[_INIT : _INIT + 8].cast("Q")
         self._error_length = self._view[_ERROR : _ERROR + 8].cast("Q")
         self.latencies = Latencies(self._view[_LATENCIES : _LATENCIES + 8 * WORDS].cast("Q"))
         self._lines = self._view[_LOG : _LOG + 8].cast("Q")
 
     def claim(self, **facts: int) -> None:
-        """Say what the memory is for, by the names of fields; LayoutError if it is for something else already."""
+        """Record the layout and the facts, by the names of fields. LayoutError if others are recorded already."""
         wanted = {Field.LAYOUT: LAYOUT, **{Field[name.upper()]: value for name, value in facts.items()}}
         found = self.fields[Field.LAYOUT]
         if not found:
@@ -153,60 +158,49 @@ class Board:
             if self.fields[field] != value:
                 raise LayoutError(
                     f"the running zbudfs has another layout in memory ({field.name.lower()} {self.fields[field]:#x}, this"
-                    f" version wants {value:#x}): restart it with the version that runs, or unmount it and mount it anew"
+                    f" version wants {value:#x}): restart it with the version that runs, or unmount it and mount it again"
                 )
 
     def beat(self) -> None:
-        """Give a sign of life of the worker."""
+        """Advance the heartbeat of the worker."""
         self.fields[Field.HEARTBEAT] += 1
-
-    # ---- cumulative counters -----------------------------------------------------------------------------------
-
-    def save_counters(self, values: list[int]) -> None:
-        """Keep the store's cumulative counters."""
-        for index, value in enumerate(values):
-            self._counters[index] = value
-
-    def counters(self, count: int) -> list[int]:
-        """The first `count` cumulative counters that were kept."""
-        return self._counters[:count].tolist()
 
     # ---- FUSE_INIT -----------------------------------------------------------------------------------------------
 
     def save_init(self, request: bytes) -> None:
-        """Keep the kernel's first request, of at most INIT_BYTES; the shim keeps no longer one."""
+        """Save the kernel's first request. ValueError if it has more than INIT_BYTES; the shim saves no longer one."""
         if len(request) > INIT_BYTES:
             raise ValueError(f"a first request of {len(request)} bytes, and the board has room for {INIT_BYTES}")
         self._view[_INIT + 8 : _INIT + 8 + len(request)] = request
         self._init_length[0] = len(request)
 
     def init(self) -> bytes:
-        """The kernel's first request; empty if it has not come yet."""
+        """Return the kernel's first request; empty if it has not come yet."""
         return bytes(self._view[_INIT + 8 : min(_INIT + 8 + self._init_length[0], _KEY)])
 
     # ---- the key ---------------------------------------------------------------------------------------------------
 
     def key(self, length: int) -> bytes:
-        """The key of this mount, which is made up when it is asked for first."""
+        """Return the key of this mount. The first call creates it at random."""
         place = self._view[_KEY : _KEY + length]
         if bytes(place) == bytes(length):
             place[:] = os.urandom(length)
         return bytes(place)
 
     def forget_key(self) -> None:
-        """Overwrite the key: whatever was encrypted with it is noise from now on."""
+        """Overwrite the key. All data that was encrypted with it is noise from then on."""
         self._view[_KEY:_ERROR] = bytes(_ERROR - _KEY)
 
-    # ---- the error of a process that did not come up -----------------------------------------------------------
+    # ---- the error of a process that could not start -----------------------------------------------------------
 
     def save_error(self, text: str) -> None:
-        """Keep why a process could not come up, for the one that waits for it."""
+        """Save the reason why a process could not start, for the process that waits for it."""
         data = text.encode("utf-8", "backslashreplace")[: _LATENCIES - _ERROR - 8]
         self._view[_ERROR + 8 : _ERROR + 8 + len(data)] = data
         self._error_length[0] = len(data)
 
     def take_error(self) -> str:
-        """What `save_error` kept, once; empty if nothing."""
+        """Return the text that `save_error` saved, and delete it; empty if there is none."""
         length = self._error_length[0]
         self._error_length[0] = 0
         return bytes(self._view[_ERROR + 8 : min(_ERROR + 8 + length, _LOG)]).decode("utf-8", "replace")
@@ -214,7 +208,7 @@ class Board:
     # ---- log -------------------------------------------------------------------------------------------------------
 
     def add_line(self, line: str) -> None:
-        """Keep a line of the log; the oldest goes."""
+        """Save a line of the log; it replaces the oldest."""
         number = self._lines[0]
         data = line.encode("utf-8", "backslashreplace")[:LOG_LINE_BYTES].ljust(LOG_LINE_BYTES, b"\0")
         start = _LOG + 8 + number % LOG_LINES * LOG_LINE_BYTES
@@ -222,7 +216,7 @@ class Board:
         self._lines[0] = number + 1
 
     def lines(self) -> list[str]:
-        """The last lines of the log, oldest first."""
+        """Return the last lines of the log, oldest first."""
         total = self._lines[0]
         found = []
         for number in range(max(0, total - LOG_LINES), total):

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: MIT
-/* AES-256-XTS of many data units in one call, by the system's libcrypto: what store/cipher.py does with `cryptography` otherwise.
+/* AES-256-XTS of many data units in one call, by the system's libcrypto. store/cipher.py uses `cryptography` if it is missing.
 
        Xts(key, library)  -->  encrypt(number, pieces, target)      each piece is a data unit, its number is the tweak
-                               decrypt(number, pieces)              in their place
+                               decrypt(number, pieces)              in place
 
-   Three contexts are made with the key once, one to encrypt with and two to decrypt with, each with a lock; a data unit costs its
-   tweak and the AES, and no memory. The interpreter's lock is let go of for MANY pieces or more: for fewer, getting it back
-   would take longer than the work.
+   The constructor makes three contexts with the key, one for encryption and two for decryption, each with a lock. A data unit
+   then costs its tweak and the AES, and no memory. The GIL is released for MANY pieces or more. For fewer, taking it again would
+   take longer than the work.
 
-   The library is opened, not linked: its headers need not be there for a build, nor it for a daemon that does not encrypt. What is
-   called is the same in every release of OpenSSL since 1.1. It is opened without its configuration file, which could put
-   something else in the place of its AES. All cryptography is its own; here are only lengths, numbers and locks. */
+   The library is opened, not linked. So a build does not need its headers, and a daemon that does not encrypt does not need the
+   library. The functions in use are the same in every release of OpenSSL since 1.1. The library is opened without its
+   configuration file, which could replace its AES. All cryptography is the library's; this file has only lengths, numbers and
+   locks. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
@@ -20,16 +21,17 @@
 enum {
     KEY_BYTES = 64,
     TWEAK_BYTES = 16,
-    LEAST_BYTES = 16, /* of a data unit in XTS */
+    LEAST_BYTES = 16, /* smallest data unit of XTS */
     MOST_BYTES = 1 << 24,
-    PIECES = 64, /* looked at in one go */
+    PIECES = 64, /* pieces of one call of `some` */
     MANY = 8,
     LANES = 3, /* the first encrypts */
 };
 #define NO_LOAD_CONFIG 0x80ull
 #define NO_ATEXIT 0x80000ull
 
-typedef int (*init_function)(void *context, const void *cipher, void *engine, const unsigned char *key, const unsigned char *iv);
+typedef int (*init_function)(
+    void *context, const void *cipher, void *engine, const unsigned char *key, const unsigned char *iv);
 typedef int (*update_function)(void *context, unsigned char *out, int *written, const unsigned char *in, int length);
 
 static int (*init_crypto)(uint64_t options, const void *settings);
@@ -43,9 +45,14 @@ static const struct {
     const char *name;
     void *to;
 } functions[] = {
-    {"OPENSSL_init_crypto", &init_crypto}, {"EVP_CIPHER_CTX_new", &context_new},     {"EVP_CIPHER_CTX_free", &context_free},
-    {"EVP_aes_256_xts", &aes_256_xts},     {"EVP_EncryptInit_ex", &encrypt_init},    {"EVP_DecryptInit_ex", &decrypt_init},
-    {"EVP_EncryptUpdate", &encrypt_update}, {"EVP_DecryptUpdate", &decrypt_update},
+    {"OPENSSL_init_crypto", &init_crypto},
+    {"EVP_CIPHER_CTX_new", &context_new},
+    {"EVP_CIPHER_CTX_free", &context_free},
+    {"EVP_aes_256_xts", &aes_256_xts},
+    {"EVP_EncryptInit_ex", &encrypt_init},
+    {"EVP_DecryptInit_ex", &decrypt_init},
+    {"EVP_EncryptUpdate", &encrypt_update},
+    {"EVP_DecryptUpdate", &decrypt_update},
 };
 
 struct lane {
@@ -58,7 +65,7 @@ typedef struct {
     struct lane lanes[LANES];
 } Xts;
 
-/* Open the library, for good if it is usable. 0, or -1 with an OSError and nothing changed. */
+/* Open the library; it stays open if it is usable. 0, or -1 with an OSError and without a change. */
 static int open_library(const char *name) {
     enum { COUNT = sizeof functions / sizeof *functions };
     void *found[COUNT], *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
@@ -71,7 +78,7 @@ static int open_library(const char *name) {
     return -1;
 }
 
-/* One data unit, or -1. */
+/* Encrypt or decrypt one data unit. 0, or -1. */
 static int unit(void *context, int encrypting, uint64_t number, const unsigned char *in, unsigned char *out, int length) {
     unsigned char tweak[TWEAK_BYTES] = {0};
     for (unsigned i = 0; i < sizeof number; i++) tweak[i] = (unsigned char)(number >> 8 * i);
@@ -95,8 +102,9 @@ static int units(Xts *self, int encrypting, uint64_t number, const Py_buffer *pi
     return failed;
 }
 
-/* Up to PIECES of the sequence from `first` on. Their bytes, or -1. */
-static Py_ssize_t some(Xts *self, int encrypting, uint64_t number, PyObject *const *items, Py_ssize_t count, const Py_buffer *target) {
+/* Encrypt or decrypt up to PIECES pieces of the sequence from `first` on. Return the number of their bytes, or -1. */
+static Py_ssize_t some(
+    Xts *self, int encrypting, uint64_t number, PyObject *const *items, Py_ssize_t count, const Py_buffer *target) {
     Py_buffer pieces[PIECES];
     Py_ssize_t held = 0, bytes = 0;
     for (; held < count; held++) {
@@ -107,12 +115,15 @@ static Py_ssize_t some(Xts *self, int encrypting, uint64_t number, PyObject *con
             break;
         }
     }
-    if (!PyErr_Occurred() && encrypting && bytes > target->len) PyErr_Format(PyExc_ValueError, "%zd bytes do not fit into %zd", bytes, target->len);
+    if (!PyErr_Occurred() && encrypting && bytes > target->len)
+        PyErr_Format(PyExc_ValueError, "%zd bytes do not fit into %zd", bytes, target->len);
     if (!PyErr_Occurred()) {
         PyThreadState *saved = count >= MANY ? PyEval_SaveThread() : NULL;
         int failed = units(self, encrypting, number, pieces, count, encrypting ? target->buf : NULL);
         if (saved) PyEval_RestoreThread(saved);
-        if (failed) PyErr_Format(PyExc_RuntimeError, "libcrypto refused to %s data unit %llu or one after it", encrypting ? "encrypt" : "decrypt", (unsigned long long)number);
+        if (failed)
+            PyErr_Format(PyExc_RuntimeError, "libcrypto refused to %s data unit %llu or one after it",
+                encrypting ? "encrypt" : "decrypt", (unsigned long long)number);
     }
     while (held) PyBuffer_Release(&pieces[--held]);
     return PyErr_Occurred() ? -1 : bytes;
@@ -121,11 +132,12 @@ static Py_ssize_t some(Xts *self, int encrypting, uint64_t number, PyObject *con
 static PyObject *all(Xts *self, int encrypting, PyObject *first, PyObject *sequence, Py_buffer *target) {
     uint64_t number = PyLong_AsUnsignedLongLong(first);
     if (PyErr_Occurred()) return NULL;
-    PyObject *items = PySequence_Tuple(sequence); /* its own: nobody changes it while the lock is let go of */
+    PyObject *items = PySequence_Tuple(sequence); /* a copy, which no other thread changes while the GIL is released */
     if (!items) return NULL;
     Py_ssize_t count = PyTuple_GET_SIZE(items), bytes = 0;
     for (Py_ssize_t at = 0; at < count && bytes >= 0; at += PIECES) {
-        bytes = some(self, encrypting, number + (uint64_t)at, &PyTuple_GET_ITEM(items, at), count - at < PIECES ? count - at : PIECES, target);
+        bytes = some(self, encrypting, number + (uint64_t)at, &PyTuple_GET_ITEM(items, at),
+            count - at < PIECES ? count - at : PIECES, target);
         if (bytes > 0 && encrypting) {
             target->buf = (char *)target->buf + bytes;
             target->len -= bytes;
@@ -152,7 +164,7 @@ static PyObject *xts_decrypt(PyObject *self, PyObject *const *args, Py_ssize_t n
 
 static void xts_dealloc(PyObject *self) {
     for (int i = 0; i < LANES; i++)
-        if (((Xts *)self)->lanes[i].context) context_free(((Xts *)self)->lanes[i].context); /* which overwrites the key in it */
+        if (((Xts *)self)->lanes[i].context) context_free(((Xts *)self)->lanes[i].context); /* it overwrites the key */
     Py_TYPE(self)->tp_free(self);
 }
 
@@ -162,10 +174,8 @@ static PyObject *xts_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     if (kwargs && PyDict_GET_SIZE(kwargs)) return PyErr_Format(PyExc_TypeError, "Xts(key, library)");
     if (!PyArg_ParseTuple(args, "y*s:Xts", &key, &library)) return NULL;
     Xts *xts = NULL;
-    if (key.len != KEY_BYTES)
-        PyErr_Format(PyExc_ValueError, "a key of %zd bytes instead of %d", key.len, KEY_BYTES);
-    else if (!open_library(library))
-        xts = (Xts *)type->tp_alloc(type, 0); /* zeroed */
+    if (key.len != KEY_BYTES) PyErr_Format(PyExc_ValueError, "a key of %zd bytes instead of %d", key.len, KEY_BYTES);
+    else if (!open_library(library)) xts = (Xts *)type->tp_alloc(type, 0); /* the memory is zeroed */
     for (int i = 0; xts && i < LANES; i++) {
         struct lane *lane = &xts->lanes[i];
         pthread_mutex_init(&lane->lock, NULL);
@@ -181,9 +191,10 @@ static PyObject *xts_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
 
 static PyMethodDef xts_methods[] = {
     {"encrypt", (PyCFunction)(void (*)(void))xts_encrypt, METH_FASTCALL,
-     "encrypt(number, pieces, target): put the encrypted form of the data units `number` and on into `target`, one after the other"},
+        "encrypt(number, pieces, target): put the encrypted form of the data units `number` and on into `target`, one after "
+        "the other"},
     {"decrypt", (PyCFunction)(void (*)(void))xts_decrypt, METH_FASTCALL,
-     "decrypt(number, pieces): decrypt the data units `number` and on in their places"},
+        "decrypt(number, pieces): decrypt the data units `number` and on in their places"},
     {NULL, NULL, 0, NULL},
 };
 
@@ -197,7 +208,8 @@ static PyTypeObject xts_type = {
     .tp_methods = xts_methods,
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cipher", "AES-256-XTS; see cipher.c.", -1, NULL, NULL, NULL, NULL, NULL};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cipher", "AES-256-XTS; see cipher.c.", -1, NULL, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__cipher(void);
 PyMODINIT_FUNC PyInit__cipher(void) {

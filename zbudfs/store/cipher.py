@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Encryption of blocks: what leaves RAM for the backing file is readable to nobody who has only the disk.
+"""The encryption of blocks: data in the backing file cannot be read with the disk alone.
 
-AES-256 in XTS mode, one data unit a block, the tweak is the block's number. docs/secrecy.md gives the reasons. The key
-is random, lies on the board (store/board.py) in memory that is never swapped out, and is overwritten when the mount ends.
+The cipher is AES-256 in XTS mode. Each block is one data unit, and its number is the tweak. docs/understand/secrecy.md has
+the reasons. The key is random. It lies on the board (store/board.py), in memory that is never swapped out, and is overwritten
+when the mount ends.
 
-The AES is OpenSSL's, in one of two ways, which give the same bytes: the system's libcrypto, called for many blocks at once
-(cipher.c), or the library `cryptography`, which has an OpenSSL of its own, where the former is not to be had. That makes
-its contexts anew for each block, under the interpreter's lock, and takes some megabytes more.
+The AES is OpenSSL's, in one of two ways with the same result. The first is the system's libcrypto, which one call uses for
+many blocks (cipher.c). If that is not available, it is the library `cryptography`, which has an OpenSSL of its own. That
+library makes a new context for each block, with the GIL held, and takes some megabytes more.
 
-Only imported where it is used, and before the first fork, so that the processes share what it takes.
+Only a daemon that encrypts imports this module, and it does so before the first fork, so that its processes share the memory.
 """
 
 from collections.abc import Sequence
@@ -20,23 +21,23 @@ KEY_BYTES: Final = 64
 """Two AES-256 keys: one for the content, one for the tweak."""
 
 LIBRARY: Final = "libcrypto.so.3"
-"""The system's, by the name under which programs are linked to it."""
+"""Name of the system's library, under which programs are linked to it."""
 
 _TWEAK_BYTES: Final = 16
 
 
 class Xts(Protocol):
-    """AES-256-XTS of neighbouring data units, each a piece of memory. Safe for use by several threads."""
+    """AES-256-XTS of consecutive data units, each in one piece of memory. Safe for use by several threads."""
 
     def encrypt(self, number: int, pieces: Sequence[memoryview], target: memoryview, /) -> None:
-        """Put the encrypted form of the data units `number` and on into `target`, one after the other."""
+        """Put the encrypted form of the data units from `number` on into `target`, one after the other."""
 
     def decrypt(self, number: int, pieces: Sequence[memoryview], /) -> None:
-        """Decrypt the data units `number` and on in their places."""
+        """Decrypt the data units from `number` on in place."""
 
 
 class LibraryXts:
-    """With `cryptography`. The key schedule is made anew for each block: its XTS has no way to set another tweak."""
+    """Encryption by `cryptography`. It makes the key schedule for each block: its XTS cannot set another tweak."""
 
     def __init__(self, key: bytes) -> None:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -46,7 +47,7 @@ class LibraryXts:
         self._mode = modes.XTS
 
     def encrypt(self, number: int, pieces: Sequence[memoryview], target: memoryview, /) -> None:
-        """See Xts."""
+        """Put the encrypted form of the data units from `number` on into `target`; see Xts."""
         at = 0
         for piece in pieces:
             made = self._cipher(self._key, self._mode(number.to_bytes(_TWEAK_BYTES, "little"))).encryptor()
@@ -54,7 +55,7 @@ class LibraryXts:
             number += 1
 
     def decrypt(self, number: int, pieces: Sequence[memoryview], /) -> None:
-        """See Xts."""
+        """Decrypt the data units from `number` on in place; see Xts."""
         for piece in pieces:
             self._cipher(self._key, self._mode(number.to_bytes(_TWEAK_BYTES, "little"))).decryptor().update_into(
                 piece, piece
@@ -63,7 +64,7 @@ class LibraryXts:
 
 
 def best_xts(key: bytes) -> Xts:
-    """The system's libcrypto, or `cryptography` where that is not there or the extension was not built."""
+    """Return the XTS of the system's libcrypto; that of `cryptography` if the library or the extension is missing."""
     try:
         from zbudfs.store._cipher import Xts as SystemXts
 
@@ -73,7 +74,7 @@ def best_xts(key: bytes) -> Xts:
 
 
 class BlockCipher:
-    """Encrypts and decrypts blocks with `key`, KEY_BYTES long. Safe for use by several threads."""
+    """Encrypts and decrypts blocks with `key` of KEY_BYTES bytes. Safe for use by several threads."""
 
     def __init__(self, key: bytes) -> None:
         xts = best_xts(key)
@@ -82,9 +83,9 @@ class BlockCipher:
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Use all of it once, so that it is present, and locked with the rest, in the process that will use it."""
+        """Use the cipher once, in the process that will use it, so that its code and data are in locked memory."""
         block = memoryview(bytearray(PAGE_SIZE))
         self.encrypt(0, [block], block)
         self.decrypt(0, [block])
         if any(block):
-            raise MemoryError("a block that was encrypted does not come back: this memory cannot be trusted")
+            raise MemoryError("decryption does not return the block that was encrypted: this memory is faulty")

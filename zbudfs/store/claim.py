@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Claiming a backing: it must be ours alone, nobody else may decide what is in it, and nothing foreign is destroyed.
+"""The claim of a backing: the daemon must be its only user, and must not destroy data of another program.
 
-    owner, links, folders    root's (or ours), one name, and nobody else can put another file in its place
+    owner, links, folders    root's (or the daemon's), one name, and no other user can put another file in its place
     users                    no other zbudfs, no mount, no swap, no driver
-    content                  nothing, or an earlier backing; else it is named and refused
+    content                  none, or an earlier backing; any other content is named and refused
 
-`force` accepts what the first and the last say, never what the second does.
+`force` overrides the first and the last check, never the second.
 
-A file that is there is replaced by a new one of the same kind, created with O_EXCL: a file that another program has had
-open since it was made is not used.
+An existing file is replaced by a new one of the same kind, created with O_EXCL, so that no other program can have it open.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from zbudfs.store.space import DEVICE_END, DEVICE_START, FIXED_MARK, MAGIC, SEGM
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 INSIST: Final = "insist with --force-backing yes"
 LEAST_SEGMENTS: Final = 4
-"""Segments that a backing of a fixed size must have: 1 MiB."""
+"""Fewest segments of a backing of a fixed size: 1 MiB."""
 
 SWAPS: Final = "/proc/swaps"
 _BTRFS: Final = 0x9123683E
@@ -41,7 +40,7 @@ _BLKSSZGET: Final = 0x1268
 
 @dataclass
 class Claimed:
-    """An open file or device that is ours, with its header written."""
+    """An open file or device that is claimed, with its header written."""
 
     fd: int
     warnings: list[str] = field(default_factory=list)
@@ -53,7 +52,7 @@ def shown(path: str) -> str:
 
 
 def claim(path: str, *, force: bool = False) -> Claimed:
-    """Open and claim the file or block device at `path`, created if need be. BackingError, LayoutError."""
+    """Open and claim the file or block device at `path`; a missing file is created. BackingError, LayoutError."""
     real = path
     try:
         status: os.stat_result | None = os.lstat(path)
@@ -79,7 +78,7 @@ def claim(path: str, *, force: bool = False) -> Claimed:
 
 
 def empty_left(path: str) -> None:
-    """Empty what a dead daemon has left at `path`; what is not a backing, or is in use again, is left alone. OSError."""
+    """Empty a backing that a dead daemon has left at `path`; do nothing if it is no backing, or in use again. OSError."""
     with contextlib.suppress(BackingError):
         mode = os.stat(path).st_mode  # noqa: PTH116
         is_device = stat.S_ISBLK(mode)
@@ -96,11 +95,11 @@ def empty_left(path: str) -> None:
             os.close(fd)
 
 
-# ---- whose it is -------------------------------------------------------------------------------------------------------
+# ---- owners ------------------------------------------------------------------------------------------------------------
 
 
 def _doubt(path: str, status: os.stat_result | None) -> str | None:
-    """Return why other users could decide what is in the file or device; None if they cannot."""
+    """Return why other users could control the content of the file or device; None if they cannot."""
     ours = (0, os.geteuid())
     if status is not None:
         if status.st_uid not in ours:
@@ -108,28 +107,28 @@ def _doubt(path: str, status: os.stat_result | None) -> str | None:
         if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
             return f"the file has {status.st_nlink} names (hard links), and one of them may be another user's"
         if stat.S_ISBLK(status.st_mode) and status.st_mode & stat.S_IWOTH:
-            return "everybody may write to the device"
+            return "every user may write to the device"
     folder = os.path.dirname(os.path.realpath(os.path.dirname(path)) + "/x")  # noqa: PTH120
     while True:
         try:
             found = os.stat(folder)  # noqa: PTH116
         except OSError as error:
-            raise BackingError(f"cannot look at {shown(folder)}, where the backing is: {error.strerror}") from None
+            raise BackingError(f"cannot examine the folder {shown(folder)} of the backing: {error.strerror}") from None
         if found.st_uid not in ours:
             return f"the folder {shown(folder)} belongs to user {found.st_uid}, who could put another file in its place"
         others = stat.S_IWOTH | (stat.S_IWGRP if found.st_gid != 0 else 0)
         if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
-            return f"others may write to the folder {shown(folder)}, and could put another file in its place"
+            return f"other users may write to the folder {shown(folder)}, and could put another file in its place"
         if folder == "/":
             return None
         folder = os.path.dirname(folder)  # noqa: PTH120
 
 
-# ---- who uses it -------------------------------------------------------------------------------------------------------
+# ---- users -------------------------------------------------------------------------------------------------------------
 
 
 def _refuse_swap(path: str, status: os.stat_result) -> None:
-    """BackingError if the file or device is active swap: the kernel keeps pages of programs there."""
+    """Raise BackingError if the file or device is active swap: the kernel keeps pages of programs there."""
     with contextlib.suppress(OSError):
         for line in Path(SWAPS).read_text().splitlines()[1:]:
             with contextlib.suppress(OSError):
@@ -142,7 +141,7 @@ def _refuse_swap(path: str, status: os.stat_result) -> None:
 
 
 def _user_of_device(number: int) -> str:
-    """Return who uses a block device, for a sentence; a guess, for when the kernel has refused it."""
+    """Return the user of a busy block device, for a sentence. The result is a guess."""
     name = f"{os.major(number)}:{os.minor(number)}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -152,7 +151,7 @@ def _user_of_device(number: int) -> str:
         holders = sorted(each.name for each in Path(f"/sys/dev/block/{name}/holders").iterdir())
         if holders:
             return f"it is part of {', '.join(f'/dev/{each}' for each in holders)}"
-    return "it is in use: another zbudfs, a mount in another namespace, or another driver has it, or a part of it"
+    return "it is in use: another zbudfs, a mount in another namespace, or another driver uses it, or a part of it"
 
 
 # ---- a file ------------------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def _claim_file(path: str, status: os.stat_result | None, *, force: bool) -> Cla
         size = _fixed_size(old_fd, path, status, force=force)
         try:
             os.unlink(path)  # noqa: PTH108
-        except OSError:  # a mount of its own, as containers have them: it cannot be replaced
+        except OSError:  # the file is a mount of its own, as in containers, and cannot be replaced
             return _prepare(os.dup(old_fd), path, size, created=False)
         return _create(path, size)
     finally:
@@ -180,7 +179,7 @@ def _claim_file(path: str, status: os.stat_result | None, *, force: bool) -> Cla
 
 
 def _lock(fd: int, path: str) -> None:
-    """Lock the file that is at `path` now."""
+    """Lock the file that is at `path` now. BackingError if another zbudfs has it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         locked = os.path.samestat(os.fstat(fd), os.lstat(path))
@@ -191,7 +190,7 @@ def _lock(fd: int, path: str) -> None:
 
 
 def _fixed_size(fd: int, path: str, status: os.stat_result, *, force: bool) -> int | None:
-    """Return the size that a file is to keep, None if it is to grow. LayoutError if it holds what is not ours."""
+    """Return the size that a file keeps, None if it grows. LayoutError if it holds data of another program."""
     start = os.pread(fd, len(MAGIC) + len(FIXED_MARK), 0)
     if not status.st_size or start.startswith(MAGIC):
         return status.st_size if start == MAGIC + FIXED_MARK else None
@@ -203,15 +202,15 @@ def _fixed_size(fd: int, path: str, status: os.stat_result, *, force: bool) -> i
     if status.st_size < LEAST_SEGMENTS * SEGMENT_BYTES:
         raise BackingError(
             f"the backing file {shown(path)} has {status.st_size} bytes and keeps that size: make it 1 MiB or more, or"
-            " remove it to have one that grows"
+            " remove it, and zbudfs creates one that grows"
         )
     return status.st_size
 
 
 def _holds_data(fd: int) -> bool:
-    """Whether anything was ever written to a file; room that was only allocated is no data.
+    """Return whether anything was ever written to a file. Room that was only allocated is no data.
 
-    What another program has read of it is in the page cache, and would count as data there.
+    Pages of it that another program has read are in the page cache, and would count as data; so they are dropped first.
     """
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     try:
@@ -222,7 +221,7 @@ def _holds_data(fd: int) -> bool:
 
 
 def _create(path: str, size: int | None) -> Claimed:
-    """Make a new file that nobody else can have open; of `size` bytes, or one that grows."""
+    """Create a file that no other program can have open; of `size` bytes, or one that grows. BackingError."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -231,7 +230,7 @@ def _create(path: str, size: int | None) -> Claimed:
 
 
 def _prepare(fd: int, path: str, size: int | None, *, created: bool) -> Claimed:
-    """Give a file its mode, its size and its header; what was created for that is removed again if it fails."""
+    """Give a file its mode, its size and its header. If that fails, a file that was created is removed. BackingError."""
     claimed = Claimed(fd)
     try:
         _lock(fd, path)
@@ -260,7 +259,7 @@ def _prepare(fd: int, path: str, size: int | None, *, created: bool) -> Claimed:
 
 
 def _without_copy_on_write(claimed: Claimed, path: str) -> None:
-    """Have btrfs write in place: copies and checksums go through the page cache, also with direct I/O."""
+    """Make btrfs write in place: its copies and checksums use the page cache, also with direct I/O."""
     if file_system_number(claimed.fd) != _BTRFS:
         return
     try:
@@ -269,7 +268,8 @@ def _without_copy_on_write(claimed: Claimed, path: str) -> None:
     except OSError as error:
         claimed.warnings.append(
             f"the file system of {shown(path)} is btrfs, which refuses to write the file in place (NOCOW:"
-            f" {error.strerror}): writeback goes through the page cache, which needs memory when there is little"
+            f" {error.strerror}): writeback goes through the page cache, which needs memory when there is little;"
+            " put the backing file on ext4 or xfs"
         )
 
 
@@ -297,7 +297,7 @@ def _claim_device(path: str, real: str, status: os.stat_result, *, force: bool) 
         if _is_foreign(fd, device.end_bytes()):
             if not force:
                 raise LayoutError(
-                    f"{name} holds {describe(real, device=True)}: name another one, or, if nobody needs that, {INSIST},"
+                    f"{name} holds {describe(real, device=True)}: name another one, or, if that is not needed, {INSIST},"
                     " which destroys it"
                 )
             device.clear_ends()
@@ -314,7 +314,7 @@ def _claim_device(path: str, real: str, status: os.stat_result, *, force: bool) 
 
 
 def _is_foreign(fd: int, size: int) -> bool:
-    """Whether there is anything at the ends of a device but the header of an earlier backing."""
+    """Return whether a device has data at its ends, other than the header of an earlier backing."""
     header = os.pread(fd, PAGE_SIZE, 0)
     ends = [os.pread(fd, DEVICE_START - PAGE_SIZE, PAGE_SIZE), os.pread(fd, DEVICE_END, size - DEVICE_END)]
     if header.rstrip(b"\0") not in (MAGIC, b""):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The contents of pages: of one that is in RAM, and of one in a copy of its block. Synchronous, and nothing is changed."""
+"""The contents of pages: of a page in RAM, and of a page in a copy of its block. Synchronous and without side effects."""
 
 from collections.abc import Callable
 from typing import Final
@@ -9,13 +9,12 @@ from zbudfs.core.codec import check_of, check_of_raw, page_of_word
 from zbudfs.core.errors import Loss, PageLost
 from zbudfs.core.page_table import (
     ABSENT,
-    CHECK_SHIFT,
     FRAME,
-    KIND_BITS,
-    KIND_MASK,
     RAW_BLOCK,
     RAW_FRAME,
-    REF_MASK,
+    entry_check,
+    entry_kind,
+    entry_ref,
     word_of_entry,
 )
 from zbudfs.core.units import PAGE_SIZE
@@ -31,45 +30,44 @@ class Contents:
         self._entries = state.table.entries
         self._allocator = state.allocator
         self._decode = decode
-        self.lost: dict[str, int] = dict.fromkeys(Loss, 0)
-        """Pages that could not be read, by cause; counted by the reader that reports the loss."""
+        self._counters = state.counters
 
     def in_ram(self, page: int) -> bytes | None:
-        """The content of a page that is in RAM, or None if it is in the backing file alone. PageLost, counted."""
+        """Return the content of a page that is in RAM; None if it is in the backing file alone. PageLost, which it counts."""
         entry = self._entries[page]
-        kind = entry & KIND_MASK
+        kind = entry_kind(entry)
         if kind == FRAME:
-            zpage = self._allocator.zpage(entry >> KIND_BITS & REF_MASK, page)
+            zpage = self._allocator.zpage(entry_ref(entry), page)
             try:
                 if zpage is None:
                     raise PageLost(f"page {page}: its place holds another page", Loss.FOREIGN)
                 return self._decode(zpage)
             except PageLost as error:
-                self.lost[error.cause] += 1
+                self._counters.lost(error.cause)
                 raise
         if kind == ABSENT:
             return ZERO_PAGE
         if kind < FRAME:
             return page_of_word(word_of_entry(entry))
         if kind == RAW_FRAME:
-            return bytes(self._allocator.raw(entry >> KIND_BITS & REF_MASK))
+            return bytes(self._allocator.frame_bytes(entry_ref(entry) >> REF_BITS))
         return None
 
     def in_copy(self, frame: int, page: int, entry: int) -> bytes:
-        """The content of a page from a copy in `frame` of the block that `entry` names. PageLost, not counted.
+        """Return the content of a page from the copy, in `frame`, of the block that `entry` names. PageLost, not counted.
 
-        The zpage tells whether it is whole. Its check must be the entry's as well: a disk can give back an old version.
+        The zpage's checksum shows damage. The zpage must also have the entry's check: a disk can return an old version.
         """
-        ref = entry >> KIND_BITS & REF_MASK
-        if entry & KIND_MASK == RAW_BLOCK:
-            content = bytes(self._allocator.raw(frame << REF_BITS))
-            if check_of_raw(content) != entry >> CHECK_SHIFT:
+        ref = entry_ref(entry)
+        if entry_kind(entry) == RAW_BLOCK:
+            content = bytes(self._allocator.frame_bytes(frame))
+            if check_of_raw(content) != entry_check(entry):
                 raise PageLost(f"page {page}: its block is damaged or old", Loss.DAMAGED)
             return content
         zpage = self._allocator.zpage(frame << REF_BITS | ref & INDEX_MASK, page)
         if zpage is None:
             raise PageLost(f"page {page}: its block holds another page", Loss.FOREIGN)
-        if check_of(zpage) != entry >> CHECK_SHIFT:
-            self._decode(zpage)  # damaged, or whole and old
+        if check_of(zpage) != entry_check(entry):
+            self._decode(zpage)  # raises PageLost if it is damaged; otherwise it is an old version
             raise PageLost(f"page {page}: its block holds an old version of it", Loss.OLD)
         return self._decode(zpage)

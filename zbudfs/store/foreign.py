@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a file or device that is not ours holds, in words: blkid knows the labels of file systems, swap, RAID and the like."""
+"""A description of the content of a foreign file or device. blkid knows the labels of file systems, swap, RAID and others."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import Final
 
 BLKID: Final = tuple(f"{folder}/blkid" for folder in ("/usr/sbin", "/sbin", "/usr/bin", "/bin"))
 LIMIT_SECONDS: Final = 10.0
-"""Longest time that blkid may take: it may wait for a disk that does not answer. Arbitrary."""
+"""Longest time that blkid may take, since it may wait for a disk that does not answer. Arbitrary."""
 _MOST_BYTES: Final = 1 << 16
 _KINDS: Final = {
     "LVM2_member": "a physical volume of LVM",
@@ -21,7 +21,7 @@ _KINDS: Final = {
 
 
 def describe(path: str, *, device: bool) -> str:
-    """Return what is in the file or device at `path`, for a sentence: "swap (an old swap partition)"."""
+    """Return the content of the file or device at `path`, for a sentence: "swap (an old swap partition)"."""
     program = next((each for each in BLKID if os.access(each, os.X_OK)), None)
     if program is None:
         return "data (blkid, which could name it, is not installed)"
@@ -40,7 +40,7 @@ def describe(path: str, *, device: bool) -> str:
 
 
 def _ask(program: str, path: str) -> str:
-    """Return what `blkid` prints about `path`; nothing if it fails or takes too long."""
+    """Return the output of `blkid` for `path`; nothing if it fails or takes too long."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     words = [program, "--probe", "--output", "export", path]
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -73,6 +73,6 @@ def _ask(program: str, path: str) -> str:
 
 
 def _reap(pid: int, end: float) -> None:
-    """Wait for the end of a process, but not for ever: one that waits for a disk dies when the disk has answered."""
+    """Wait for a process to end, but for a limited time: one that waits for a disk dies when the disk has answered."""
     while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < end + 1:
         time.sleep(0.01)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Threads for blocking calls, which exist from the start and are never abandoned.
 
-trio's own worker threads come and go, and a new thread needs memory (a stack, and all of it where memory is
-locked) at the very moment when there is none. These are started once. A call cannot be cancelled either: a
-write that was given up would land later, in a block that has a new owner by then.
+trio starts and ends its own worker threads as needed. A new thread needs memory (a stack, and the whole of it where memory
+is locked) at the moment when there is none. These threads are started once. A call cannot be cancelled either: an abandoned
+write would later reach a block that has a new owner by then.
 """
 
 import queue
@@ -31,12 +31,12 @@ class IoThread(Generic[T]):
             job()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call it in the thread and wait for what it returns or raises. Always a checkpoint; not cancelled meanwhile."""
+        """Call the function in the thread; return its result or raise its exception. A checkpoint that is never cancelled."""
         task = trio.lowlevel.current_task()
         token = trio.lowlevel.current_trio_token()
 
         def job() -> None:
-            # The outcome has no name here: an error would refer to this frame, and this frame to the error.
+            # The outcome has no name here: an error refers to this frame, and a name would make the frame refer to the error.
             token.run_sync_soon(trio.lowlevel.reschedule, task, outcome.capture(function, *args, **kwargs))
 
         def abort(_: object) -> trio.lowlevel.Abort:
@@ -47,14 +47,14 @@ class IoThread(Generic[T]):
         return value
 
     def put(self, function: Callable[[], T]) -> None:
-        """Call it in the thread, after what was asked before. Nobody waits for it, and nobody is told of an error."""
+        """Call the function in the thread, after all earlier calls, without a wait. Its result and its errors are lost."""
         self._jobs.put(lambda: _forget(outcome.capture(function)))
 
     def close(self) -> None:
-        """End the thread once it has done what was asked of it, and wait for that."""
+        """End the thread after its last call, and wait for that."""
         self._jobs.put(None)
         self._thread.join()
 
 
 def _forget(_: object) -> None:
-    """Take a result that nobody wants."""
+    """Drop a result that no caller needs."""

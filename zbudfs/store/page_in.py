@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Page-in by tasks and threads: for every case, and with a checkpoint wherever it waits.
+"""Page-in by tasks and threads: for every case, with a checkpoint at each wait.
 
-The common case does not come here (aio_page_in.py). What does: a part of a page, a block that the disk refused or that is
-damaged, a page that moved while its block was read, and every read where the kernel has no queue for reads.
+The common case is in aio_page_in.py instead. This module serves parts of pages, blocks that the disk refused or that are
+damaged, and pages that moved while their block was read. It serves all reads if the kernel has no AIO queue.
 """
 
 import time
@@ -13,13 +13,13 @@ import trio
 from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.errors import BackingError, Loss, PageLost, ZbudfsError
 from zbudfs.core.latency import Latencies, Timed
-from zbudfs.core.page_table import KIND_BITS, LOST, REF_MASK
+from zbudfs.core.page_table import LOST, entry_ref
 from zbudfs.core.units import NO_FRAME
 from zbudfs.store.backing import Backing
 from zbudfs.store.block_reads import BlockReads
 from zbudfs.store.contents import ZERO_PAGE, Contents
+from zbudfs.store.frame_queue import FrameQueue
 from zbudfs.store.iothread import IoThread
-from zbudfs.store.reclaimer import Reclaimer
 from zbudfs.store.state import State
 
 Failure = TypeVar("Failure", bound=ZbudfsError)
@@ -33,16 +33,17 @@ class PageIn:
         state: State,
         contents: Contents,
         reads: BlockReads,
-        reclaimer: Reclaimer,
+        queue: FrameQueue,
         backing: Backing | None,
         latencies: Latencies,
     ) -> None:
         self._state = state
         self._pool = state.pool
+        self._counters = state.counters
         self._entries = state.table.entries
         self._contents = contents
         self._reads = reads
-        self._reclaimer = reclaimer
+        self._queue = queue
         self._backing = backing
         self._latencies = latencies
         self.threads: list[IoThread[dict[int, BackingError]]] = []
@@ -52,14 +53,14 @@ class PageIn:
         self._bounce_free = trio.lowlevel.ParkingLot()
 
     def close(self) -> None:
-        """End the threads. Nothing may be under way."""
+        """End the threads. No read may be under way."""
         for thread in self.threads:
             thread.close()
 
     async def page_in(self, pages: list[int]) -> dict[int, bytes | ZbudfsError]:
-        """The contents of pages, the ones that are in the backing file alone included, or why one cannot be had.
+        """Return the content of each page, wherever the page is, or the error of a page that cannot be read.
 
-        In the order in which they were asked for.
+        The result has the order of the argument.
         """
         loading = self._reads.loading
         found: dict[int, bytes | ZbudfsError] = dict.fromkeys(pages, ZERO_PAGE)
@@ -75,20 +76,20 @@ class PageIn:
                 if content is not None:
                     found[page] = content
                 elif self._entries[page] == LOST:
-                    self._contents.lost[Loss.CRASH] += 1
+                    self._counters.lost(Loss.CRASH)
                     found[page] = PageLost(f"page {page} was lost when a worker died", Loss.CRASH)
                 else:
-                    ref = self._entries[page] >> KIND_BITS & REF_MASK
+                    ref = entry_ref(self._entries[page])
                     blocks.setdefault(ref >> REF_BITS, []).append(page)
             under_way = [block for block in blocks if block in loading]
             if under_way:
-                await loading[under_way[0]].wait()  # CHECKPOINT: everything is looked up again
+                await loading[under_way[0]].wait()  # CHECKPOINT: the page table is read again
                 todo = [page for wanted in blocks.values() for page in wanted]
                 continue
             if not blocks:
                 break
             if not self._pool.bounce:
-                await self._bounce_free.park()  # CHECKPOINT: everything is looked up again
+                await self._bounce_free.park()  # CHECKPOINT: the page table is read again
                 todo = [page for wanted in blocks.values() for page in wanted]
                 continue
             some = sorted(blocks)[: len(self._pool.bounce)]
@@ -100,8 +101,8 @@ class PageIn:
     async def _read_blocks(self, wanted: dict[int, list[int]], found: dict[int, bytes | ZbudfsError]) -> list[int]:
         """Read blocks, put the contents of the wanted pages into `found`, and keep the blocks as ephemeral frames.
 
-        For a reader that goes on where it was, the blocks that follow are read along, if there are frames to keep them in.
-        Returns the pages that moved while the read was under way: they must be looked up again.
+        The read includes the read-ahead of a reader in order, as far as there are frames to keep it.
+        Returns the pages that moved during the read, for which the caller must read the page table again.
         """
         pool, allocator, state, reads = self._pool, self._state.allocator, self._state, self._reads
         over = trio.Event()
@@ -127,29 +128,29 @@ class PageIn:
         stale: list[int] = []
         whole: set[int] = set()
         nr_kept = sum(frame < pool.nr_frames for frame in frames.values())
-        self._reclaimer.filling(nr_kept)
+        self._queue.filling(nr_kept)
         try:
             refused = await self._in_thread(frames)  # CHECKPOINT, not cancelled
-            reads.cumul_blocks += len(frames)
-            reads.cumul_readahead_blocks += len(ahead)
+            self._counters.cumul_pagein_blocks += len(frames)
+            self._counters.cumul_readahead_blocks += len(ahead)
             whole.update(block for block in ahead if block not in refused)
-            reads.cumul_refault_blocks += sum(map(state.is_fresh, wanted))
+            self._counters.cumul_refault_blocks += sum(map(state.is_fresh, wanted))
             for block, pages in wanted.items():
                 for page in pages:
                     if self._entries[page] != before[page]:
                         stale.append(page)
                         continue
                     if block in refused:
-                        reads.failures += 1
+                        self._counters.pagein_failures += 1
                         found[page] = refused[block]
                         continue
                     try:
                         found[page] = self._contents.in_copy(frames[block], page, before[page])
                     except PageLost as error:
-                        self._contents.lost[error.cause] += 1
+                        self._counters.lost(error.cause)
                         found[page] = kept(error)
                     else:
-                        reads.cumul_pages += 1
+                        self._counters.cumul_pagein_pages += 1
                         whole.add(block)
         finally:
             for block, frame in frames.items():
@@ -160,16 +161,16 @@ class PageIn:
                 reads.end(block)
             over.set()
             reads.ahead.done(max(frames), len(ahead), len(whole & ahead.keys()))
-            self._reclaimer.filling(-nr_kept)
+            self._queue.filling(-nr_kept)
             self._bounce_free.unpark_all()
         return stale
 
     async def _in_thread(self, frames: dict[int, int]) -> dict[int, BackingError]:
-        """Read blocks into frames; which ones the file refused, and why."""
+        """Read blocks into frames. Return the error of each block that the file refused."""
         assert self._backing is not None
         thread = self.threads[self._next_thread]
         self._next_thread ^= 1
-        views = {block: self._state.allocator.raw(frame << REF_BITS) for block, frame in frames.items()}
+        views = {block: self._state.allocator.frame_bytes(frame) for block, frame in frames.items()}
         began = time.perf_counter_ns()
         refused = await thread.run(_read_runs, self._backing, views)  # CHECKPOINT, not cancelled
         self._latencies.record(Timed.PAGEIN, time.perf_counter_ns() - began)
@@ -177,17 +178,17 @@ class PageIn:
 
 
 def kept(error: Failure) -> Failure:
-    """An error that is to be kept for a while, without the frames that it came through.
+    """Return an error, without its traceback, that can be kept for a while.
 
-    Those hold what keeps it: a cycle, and in it the pages of the whole request. Until somebody looks for cycles a disk that
-    fails would fill the memory with them.
+    The frames of the traceback refer to the dictionary of errors: a cycle, which includes the pages of the whole request.
+    Until the garbage collector runs, a disk that fails would fill the memory with such cycles.
     """
     error.__context__ = None
     return error.with_traceback(None)
 
 
 def runs_of(blocks: list[int]) -> list[list[int]]:
-    """Blocks in ascending order, neighbours together."""
+    """Return the blocks in ascending order, as runs of neighbours."""
     runs: list[list[int]] = []
     for block in sorted(blocks):
         if runs and block == runs[-1][-1] + 1:
@@ -198,13 +199,13 @@ def runs_of(blocks: list[int]) -> list[list[int]]:
 
 
 def _read_runs(backing: Backing, views: dict[int, memoryview]) -> dict[int, BackingError]:
-    """Read blocks into views, neighbours together; which ones the file refused, and why. For a worker thread."""
+    """Read blocks into views, run by run. Return the error of each block that the file refused. For a worker thread."""
     refused: dict[int, BackingError] = {}
     for run in runs_of(list(views)):
         try:
             backing.read_blocks(run[0], [views[block] for block in run])
         except BackingError:
-            for block in run:  # one by one: a bad block must not take its neighbours along
+            for block in run:  # read one by one: a bad block must not fail its neighbours
                 try:
                     backing.read_blocks(block, [views[block]])
                 except BackingError as error:

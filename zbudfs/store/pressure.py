@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Hears from the kernel that the system is short of memory (PSI, pressure stall information).
+"""The monitor of memory pressure, which uses PSI (pressure stall information) of the kernel.
 
-A trigger on /proc/pressure/memory wakes a thread when all programs together stood still for memory for a fifth of
-a second within two. That alone is not enough: a program that thrashes in a small cgroup of its own makes the same
-figures while the machine has gigabytes to spare. So MemAvailable must be low as well.
+A trigger on /proc/pressure/memory wakes a thread when all programs together stalled for memory for 0.2 s within 2 s. That
+alone is not enough: a program that thrashes in a small cgroup of its own gives the same figures while the machine has
+gigabytes to spare. So MemAvailable must be low as well.
 """
 
 import os
@@ -17,14 +17,14 @@ import trio
 PSI_PATH: Final = "/proc/pressure/memory"
 MEMINFO_PATH: Final = "/proc/meminfo"
 TRIGGER: Final = b"full 200000 2000000\0"
-"""Microseconds of stall, in a window of so many: two seconds is the shortest that needs no CAP_SYS_RESOURCE. Guessed."""
+"""Stall and window in microseconds. Two seconds is the shortest window that needs no CAP_SYS_RESOURCE. Guessed."""
 
 SHORT_DIVISOR: Final = 8
-"""The system is short when less than this part of RAM is available. Guessed."""
+"""The system is short of memory when less than this part of RAM is available. Guessed."""
 
 
 def is_short(meminfo: bytes) -> bool:
-    """Whether the text of /proc/meminfo says that less than an eighth of RAM is available."""
+    """Return whether less than an eighth of RAM is available, by the text of /proc/meminfo."""
     values = {}
     for line in meminfo.splitlines():
         name, _, value = line.partition(b":")
@@ -36,7 +36,7 @@ def is_short(meminfo: bytes) -> bool:
 class PressureMonitor:
     """Calls `report` on the trio thread each time the system is short of memory; at most once in two seconds.
 
-    OSError where the kernel has no PSI, or does not let this process set a trigger. To be made on the trio thread.
+    Make it on the trio thread. OSError if the kernel has no PSI, or does not let this process set a trigger.
     """
 
     def __init__(self, report: Callable[[], None], psi_path: str = PSI_PATH, meminfo_path: str = MEMINFO_PATH) -> None:
@@ -68,7 +68,7 @@ class PressureMonitor:
                     return
 
     def close(self) -> None:
-        """Stop listening."""
+        """End the thread, and close the files."""
         os.write(self._waker, b"x")
         self._thread.join()
         for fd in (self._trigger, self._meminfo, self._wake, self._waker):

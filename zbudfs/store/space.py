@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The space that a backing lies in, and how room for blocks comes and goes there. Blocking calls, for one thread at a time.
+"""The space in which a backing lies: how room for blocks is added and given back. Blocking calls, one thread at a time.
 
-    GrowingFile   grows as needed and gives room back: allocated, then written over with zeros, so that a later write
-                  changes no metadata of the file system
-    FixedFile     keeps the size that it was made with
+    GrowingFile   grows as needed and gives room back. New room is allocated and then written over with zeros, so that a
+                  later write changes no metadata of the file system
+    FixedFile     keeps the size with which it was made
     BlockDevice   a partition, a volume, a whole disk; all of it is there from the start, and it can be discarded
 
-A block device has room at both ends that holds zeros and no blocks: no content of a page can be taken for the label of a
-file system there.
+A block device has room at both ends that holds zeros and no blocks. So no tool takes the content of a page for the label of
+a file system.
 """
 
 import contextlib
@@ -25,22 +25,22 @@ from zbudfs.store.arena import fallocate, punch_hole
 
 SEGMENT_BYTES: Final = SEGMENT_BLOCKS << PAGE_SHIFT
 NO_LIMIT: Final = 1 << 40
-"""Segments of a file that grows."""
+"""Most segments of a file that grows."""
 MAGIC: Final = b"zbudfs backing file 1\n"
 FIXED_MARK: Final = b"fixed size\n"
-"""Behind MAGIC: the file keeps its size."""
+"""The text after MAGIC of a file that keeps its size."""
 
 DEVICE_START: Final = 4 << 20
-"""Bytes at the start of a device without blocks: more than any label that blkid knows of reaches."""
+"""Bytes without blocks at the start of a device: no label that blkid knows lies behind them."""
 DEVICE_END: Final = 1 << 20
-"""The same at its end, where RAID, GPT and ZFS keep copies of theirs."""
+"""Bytes without blocks at its end, where RAID, GPT and ZFS keep copies of their labels."""
 
 RESERVE_PART: Final = 50
 RESERVE_MOST_BYTES: Final = 1 << 30
-"""A file that grows leaves a fiftieth of its file system to others, and 1 GiB at most."""
+"""A file that grows leaves a fiftieth of its file system to other programs, and 1 GiB at most."""
 
 DISCARD_SECONDS: Final = 10.0
-"""Longest time that discarding a whole device may take, at mount and at unmount. Arbitrary: it is a kindness to the disk."""
+"""Longest time for discarding a whole device, at mount and at unmount. Arbitrary: the discard is optional."""
 _DISCARD_STEP_BYTES: Final = 1 << 30
 
 _FALLOC_FL_ZERO_RANGE: Final = 0x10
@@ -50,13 +50,13 @@ _NOT_SUPPORTED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 class GrowingFile:
-    """A file that grows. The base of the others."""
+    """A file that grows. The base class of the other spaces."""
 
     noun = "file"
     start = 0
-    """Where block 0 is, in bytes."""
+    """Offset of block 0, in bytes."""
     trim_segments = 1
-    """How many neighbouring segments must be free before room can be given back; 0: it never is."""
+    """Number of neighbouring segments that must be free before room can be given back; 0: never."""
     zeros_per_segment = SEGMENT_BYTES
     """Bytes that are written to make a segment ready."""
 
@@ -64,29 +64,29 @@ class GrowingFile:
         self._fd = fd
         self._direct = direct
         self.nr_segments = NO_LIMIT
-        """Most segments that it can have."""
+        """Most segments that the space can have."""
         self.zeros_written = 0
         """Bytes of zeros written so far."""
-        # Aligned, as O_DIRECT wants it, and populated: a write must not wait for memory.
+        # Aligned, as O_DIRECT requires, and populated: a write must not wait for memory.
         self._zeros = memoryview(mmap.mmap(-1, SEGMENT_BYTES, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
 
     def has_room(self, count: int) -> bool:
-        """Whether the file system has room for `count` more segments beside the reserve that is left to others."""
+        """Return whether the file system has room for `count` more segments, beside the reserve for other programs."""
         system = os.fstatvfs(self._fd)
         whole = system.f_blocks * system.f_frsize
         reserve = min(whole // RESERVE_PART, RESERVE_MOST_BYTES)
         return not whole or system.f_bavail * system.f_frsize >= reserve + count * SEGMENT_BYTES
 
     def make_ready(self, first: int, count: int) -> None:
-        """Allocate segments and write them over; OSError, with what was allocated for that given back."""
+        """Allocate segments and write them over. OSError; then the allocated room is given back."""
         offset, length = first * SEGMENT_BYTES, count * SEGMENT_BYTES
         try:
             try:
                 fallocate(self._fd, 0, offset, length)
             except OSError as error:
                 if error.errno not in _NOT_SUPPORTED:
-                    raise  # the disk is full: writing zeros would take what is left from others
-            skip = PAGE_SIZE if first == 0 else 0  # the header
+                    raise  # the disk is full: zeros would take the rest of it from other programs
+            skip = PAGE_SIZE if first == 0 else 0  # for the header
             self._write_zeros(offset + skip, length - skip)
         except OSError:
             if first:
@@ -105,7 +105,7 @@ class GrowingFile:
             if written <= 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             if not self._direct:
-                with contextlib.suppress(OSError):  # advice
+                with contextlib.suppress(OSError):  # the call is advice
                     os.posix_fadvise(self._fd, offset, written, os.POSIX_FADV_DONTNEED)
             self.zeros_written += written
             offset += written
@@ -115,16 +115,16 @@ class GrowingFile:
         punch_hole(self._fd, first * SEGMENT_BYTES, count * SEGMENT_BYTES)
 
     def empty(self) -> None:
-        """Leave nothing of anybody's memory behind. OSError."""
+        """Remove all content, which may be memory of programs. OSError."""
         os.ftruncate(self._fd, 0)
 
     def end_bytes(self) -> int:
-        """Size of the file or device now; OSError."""
+        """Return the present size of the file or device in bytes. OSError."""
         return os.fstat(self._fd).st_size
 
 
 class FixedFile(GrowingFile):
-    """A file of `size_bytes`, which it keeps."""
+    """A file of `size_bytes` bytes that keeps its size."""
 
     trim_segments = 0
 
@@ -134,14 +134,14 @@ class FixedFile(GrowingFile):
         self.nr_segments = size_bytes // SEGMENT_BYTES
 
     def has_room(self, count: int) -> bool:
-        """It has all that it will ever have."""
+        """Return True: all the room of the file is there from the start."""
         return True
 
     def _undo(self, offset: int, length: int) -> None:
         pass
 
     def empty(self) -> None:
-        """Read as zeros from now on, with the room still allocated."""
+        """Replace all content by zeros; the room stays allocated."""
         try:
             fallocate(self._fd, _FALLOC_FL_ZERO_RANGE, 0, self._size_bytes)
         except OSError:
@@ -165,11 +165,11 @@ class BlockDevice(GrowingFile):
         self.trim_segments = -(-self._granularity // SEGMENT_BYTES) if most else 0
 
     def has_room(self, count: int) -> bool:
-        """It has all that it will ever have."""
+        """Return True: all the room of the device is there from the start."""
         return True
 
     def make_ready(self, first: int, count: int) -> None:
-        """Nothing is to be done."""
+        """Do nothing: a device needs no preparation."""
 
     def give_back(self, first: int, count: int) -> None:
         """Discard segments."""
@@ -182,7 +182,7 @@ class BlockDevice(GrowingFile):
             fcntl.ioctl(self._fd, _BLKDISCARD, start.to_bytes(8, "little") + (end - start).to_bytes(8, "little"))
 
     def discard_all(self) -> None:
-        """Discard the whole device, as far as it gets in DISCARD_SECONDS; a device without discards is left as it is."""
+        """Discard the device, as far as DISCARD_SECONDS allow. A device without discards keeps its content."""
         end = time.monotonic() + DISCARD_SECONDS
         size = self.end_bytes() if self.trim_segments else 0
         with contextlib.suppress(OSError):
@@ -192,17 +192,17 @@ class BlockDevice(GrowingFile):
                 self._discard(offset, min(_DISCARD_STEP_BYTES, size - offset))
 
     def empty(self) -> None:
-        """Discard all, and let the start say nothing any more."""
+        """Discard the whole device, and write zeros over the header."""
         self.discard_all()
         os.pwritev(self._fd, [self._zeros[:PAGE_SIZE]], 0)
         os.fsync(self._fd)
 
     def end_bytes(self) -> int:
-        """Size of the device now."""
+        """Return the present size of the device in bytes."""
         return int.from_bytes(fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8)), "little")
 
     def clear_ends(self) -> None:
-        """Write zeros over the room at both ends, whatever labels are there. OSError."""
+        """Write zeros over the room at both ends, which destroys any labels there. OSError."""
         size = self.end_bytes()
         tail = size - DEVICE_END
         os.pwritev(self._fd, [bytes(DEVICE_START)], 0)
@@ -211,9 +211,9 @@ class BlockDevice(GrowingFile):
 
 
 def _discard_limits(number: int, sys: str) -> tuple[int, int]:
-    """Return (most bytes of a discard, granularity) of a device; no discards: (0, PAGE_SIZE)."""
+    """Return (most bytes of a discard, granularity) of a device; (0, PAGE_SIZE) if it has no discards."""
     folder = f"{sys}/dev/block/{os.major(number)}:{os.minor(number)}"
-    for queue in (f"{folder}/queue", f"{folder}/../queue"):  # a partition's is its disk's
+    for queue in (f"{folder}/queue", f"{folder}/../queue"):  # a partition has the queue of its disk
         try:
             with open(f"{queue}/discard_max_bytes") as most, open(f"{queue}/discard_granularity") as granularity:  # noqa: PTH123
                 return int(most.read()), max(int(granularity.read()), PAGE_SIZE)
@@ -225,7 +225,7 @@ def _discard_limits(number: int, sys: str) -> tuple[int, int]:
 def space_of(fd: int, *, direct: bool, is_fixed: bool | None = None) -> GrowingFile:
     """Return the space of a backing that is in use. OSError.
 
-    `is_fixed` is whether it is a file of fixed size; None: its header says so. A caller that knows it has nothing read: the
+    `is_fixed` is whether it is a file of fixed size; None: read its header. A caller that knows it avoids a read, since the
     disk may not answer.
     """
     status = os.fstat(fd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every change of where a page is. Synchronous: nothing here gives way, so nobody ever sees half a change.
+"""All changes of a page's place. They are synchronous, without a checkpoint, so that no task ever sees half a change.
 
     absent, word   <-- put_word, forget
     frame          <-- put                       persistent: RAM holds the only copy
@@ -7,15 +7,16 @@
     frame + block  <-- adopt                     ephemeral: a clean copy of the block
     block          <-- drop_ephemeral
 
-The order inside a change is always: the new form is complete, the entry is stored (the commit), the old form is
-freed. Whoever reads the page table alone therefore always finds whole pages.
+The order inside a change is always: the new form is complete, the entry is stored (the commit), the old form is freed. So a
+reader of the page table alone always finds whole pages.
 """
 
 from array import array
+from itertools import islice
 from typing import Final, NamedTuple
 
+from zbudfs.core._hot import Hot
 from zbudfs.core.allocator import (
-    EPHEMERAL_KIND,
     INDEX_MASK,
     MAX_ZPAGE_SIZE,
     MOST_ZPAGES,
@@ -25,38 +26,35 @@ from zbudfs.core.allocator import (
 )
 from zbudfs.core.block_map import SEGMENT_BLOCKS, BlockMap
 from zbudfs.core.codec import WORD_ZPAGE_SIZE, check_of, check_of_raw, word_zpage
-from zbudfs.core.hot import Hot
 from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
-    CHECK_SHIFT,
     FRAME,
-    KIND_BITS,
-    KIND_MASK,
     LOST,
-    RAW_BLOCK,
     RAW_FRAME,
-    REF_MASK,
     PageTable,
+    entry,
+    entry_kind,
     entry_of_word,
+    entry_ref,
+    moved_entry,
 )
+from zbudfs.core.reference import Reference
 from zbudfs.core.units import NO_FRAME
 from zbudfs.store.pool import Pool
 
 HOLD_INDEX: Final = MOST_ZPAGES
-"""The live bit of a block that stands for "being read": the block is not reused meanwhile, whatever happens to its pages."""
+"""The live bit of a block that stands for "being read": the block is not reused then, even if all its pages are freed."""
 
 FRESH_SECONDS: Final = 30
-"""What is read back so soon after it was written should have stayed in RAM. Guessed."""
+"""A block that is read within this time after its write should have stayed in RAM. Guessed."""
 
 AGE_STEPS: Final = 4096
-"""Frames that one search for old ones looks at: 0.3 ms. Guessed."""
-
-_CHECK_FIELD = ((1 << 64) - 1) >> CHECK_SHIFT << CHECK_SHIFT
+"""Frames that one search for old frames visits: 0.3 ms. Guessed."""
 
 
 class Eviction(NamedTuple):
-    """One frame on its way to one block."""
+    """One frame that is being written to one block."""
 
     frame: int
     block: int
@@ -65,54 +63,58 @@ class Eviction(NamedTuple):
 class State:
     """Page table, pool and block map, changed together.
 
-    `blocks` is None where there is no backing file. `hot` does in C what it can (core/hot_disk.c); None: all is done here.
+    `blocks` is None if there is no backing file. With `pure` no step is done in C.
     I1: a page's entry names a zpage whose handle is that page.
     I2: zpage i of block b is live iff an entry names it, or an entry names zpage i of an ephemeral frame with
         block_of[frame] == b.
     """
 
-    def __init__(self, table: PageTable, pool: Pool, blocks: BlockMap | None, hot: Hot | None = None) -> None:
+    def __init__(self, table: PageTable, pool: Pool, blocks: BlockMap | None, *, pure: bool = False) -> None:
         self.table = table
         self.pool = pool
         self.allocator = pool.allocator
         self.blocks = blocks
-        self._hot = hot
+        self._reference = Reference(pool.allocator, table, pool.block_of)
+        self.path: Hot | Reference = self._reference if pure else pool.allocator.hot_path(table, pool.stored_at)
+        """The object that does the steps of the common cases."""
         self.watched: dict[int, list[int]] = {}
-        """By page: [tasks that watch it, changes of its content]. Kept by whoever patches a page across a checkpoint."""
+        """[tasks that watch it, changes of its content] of a page. A task that patches it across a checkpoint watches it."""
         self._stored_at = pool.stored_at
         self.now = 0
-        """Seconds on the store's clock, kept right to a second or so by the reclaimer: no page costs a look at the clock."""
+        """Seconds on the store's clock. The reclaimer sets it about once a second, so that no page costs a call of a clock."""
         self._written_at = array("I", bytes(4 * blocks.nr_segments)) if blocks is not None else array("I")
-        """By segment: until when what was written there last is fresh."""
-        self.cumul_writeback_frames = 0
-        self.cumul_writeback_pages = 0
-        self.dropped_ephemeral_frames = 0
-        self.cumul_raw_pages = 0
+        """Time until which the last write to a segment counts as fresh, by segment, on the store's clock."""
+        self.counters = pool.memory.board.counters
         self.take_frame = pool.take_frame
         self.give_frame = pool.give_frame
+
+    @property
+    def changing_path(self) -> Hot | Reference:
+        """The path for changes of content: C does not count the changes of watched pages."""
+        return self._reference if self.watched else self.path
 
     # ---- content ---------------------------------------------------------------------------------------------------
 
     def put(self, page: int, zpage: bytes, content: bytes | memoryview) -> bool:
-        """Store a page by its zpage, or as it is where that cannot be; False, and nothing has changed, if there is no frame."""
+        """Store a page as its zpage, or raw if that does not fit. False, without a change, if there is no frame."""
         if len(zpage) <= MAX_ZPAGE_SIZE and len(zpage) != WORD_ZPAGE_SIZE:
             return self.place(page, zpage)
         stored = self.place_raw(page, content)
-        self.cumul_raw_pages += stored
+        self.counters.cumul_raw_pages += stored
         return stored
 
     def put_word(self, page: int, word: int) -> bool:
-        """Store a same-filled page; False, and nothing has changed, if its word does not fit and there is no frame for it."""
-        entry = entry_of_word(word)
-        if entry is not None:
-            self._commit(page, entry)
+        """Store a same-filled page. False, without a change, if its word does not fit and there is no frame for it."""
+        whole = entry_of_word(word)
+        if whole is not None:
+            self._commit(page, whole)
             return True
         return self.place(page, word_zpage(word))
 
     def place(self, page: int, zpage: bytes | memoryview) -> bool:
-        """Store a zpage as the content of `page`; False, and nothing has changed, if there is no frame for it.
+        """Store a zpage as the content of `page`. False, without a change, if there is no frame for it.
 
-        One that is too large for a buddy is refused with ValueError: see `place_raw`.
+        A zpage that is too large for a frame is a ValueError: see `place_raw`.
         """
         allocator = self.allocator
         ref = allocator.match(page, zpage)
@@ -123,36 +125,35 @@ class State:
             ref = allocator.create_prep(frame, len(zpage))
             allocator.create_finish(ref, page, zpage)
         self._stored_at[ref >> REF_BITS] = self.now
-        self._commit(page, check_of(zpage) << CHECK_SHIFT | ref << KIND_BITS | FRAME)
+        self._commit(page, entry(FRAME, ref, check_of(zpage)))
         return True
 
     def place_raw(self, page: int, content: bytes | memoryview) -> bool:
-        """Store the page as it is; False, and nothing has changed, if there is no frame for it."""
+        """Store the page uncompressed. False, without a change, if there is no frame for it."""
         frame = self.pool.take_frame()
         if frame == NO_FRAME:
             return False
         ref = self.allocator.create_raw(frame, page, content)
         self._stored_at[frame] = self.now
-        self._commit(page, check_of_raw(content) << CHECK_SHIFT | ref << KIND_BITS | RAW_FRAME)
+        self._commit(page, entry(RAW_FRAME, ref, check_of_raw(content)))
         return True
 
     def forget(self, page: int) -> None:
-        """The page is absent from now on."""
+        """Make the page absent."""
         self._commit(page, ABSENT)
 
-    def _commit(self, page: int, entry: int) -> None:
-        old = self.table.store(page, entry)
-        if self.watched:
-            watch = self.watched.get(page)
-            if watch is not None:
-                watch[1] += 1
-        if old & KIND_MASK >= FRAME:
+    def _commit(self, page: int, new: int) -> None:
+        old = self.table.store(page, new)
+        watch = self.watched.get(page)
+        if watch is not None:
+            watch[1] += 1
+        if entry_kind(old) >= FRAME:
             self.free_place(old)
 
-    def free_place(self, entry: int) -> None:
-        """Where a page was that is elsewhere now, by its entry of then: free it."""
-        ref = entry >> KIND_BITS & REF_MASK
-        if entry & KIND_MASK >= BLOCK:
+    def free_place(self, old: int) -> None:
+        """Free the place named by a superseded entry of one of the kinds from FRAME on."""
+        ref = entry_ref(old)
+        if entry_kind(old) >= BLOCK:
             self._free_in_block(ref)
         else:
             self._free_in_frame(ref)
@@ -175,9 +176,9 @@ class State:
     # ---- to the backing file -------------------------------------------------------------------------------------
 
     def begin_writeback(self, most: int, stored_before: int | None = None) -> list[Eviction]:
-        """Make up to `most` of the coldest persistent frames zombies and give them blocks; fewer, or none, if there are not.
+        """Make up to `most` of the coldest persistent frames zombies and give them blocks; fewer if frames or blocks lack.
 
-        With `stored_before` only of those to which nothing was added in or after that second.
+        With `stored_before` it takes only frames whose last store was before that second.
         """
         batch: list[Eviction] = []
         blocks = self.blocks
@@ -190,69 +191,50 @@ class State:
                 break
             batch += map(Eviction, frames[len(batch) : len(batch) + count], range(block, block + count))
         chosen = frames[: len(batch)]
-        if self._hot is not None:
-            self._hot.evict(chosen)
-        else:
-            for frame in chosen:
-                self.allocator.writeback_begin(frame)
+        self.path.evict(chosen)
         return batch
 
     def _coldest(self, most: int, stored_before: int | None) -> list[int]:
-        """Up to `most` evictable persistent frames, coldest first.
+        """Return up to `most` evictable persistent frames, coldest first.
 
-        Raw frames go to the old end however new they are. So a new raw frame does not end the search for old frames, and a
-        new frame of another kind does; and for many new raw frames it is given up until they are old themselves.
+        Raw frames go to the old end however new they are. So a new raw frame does not end the search for old frames, while
+        a new frame with zpages does. If there are many new raw frames, the search stops at them until they are old.
         """
-        if stored_before is None and self._hot is not None:
-            return self._hot.coldest(most)
+        if stored_before is None:
+            return self.path.coldest(most)
         found: list[int] = []
-        for step, frame in enumerate(self.allocator.evictable(PERSISTENT_KIND)):
-            if len(found) == most or (step == AGE_STEPS and stored_before is not None):
+        for frame in islice(self.allocator.evictable(PERSISTENT_KIND), AGE_STEPS):
+            if len(found) == most:
                 break
-            if stored_before is None or self._stored_at[frame] < stored_before:
+            if self._stored_at[frame] < stored_before:
                 found.append(frame)
             elif not self.allocator.is_raw(frame):
                 break
         return found
 
     def finish_writeback(self, batch: list[Eviction]) -> int:
-        """The frames are in their blocks: their pages are there from now on. Returns the number of frames freed.
+        """Commit the pages of a batch as pages of its blocks, and free the frames. Return the number of frames freed.
 
-        A page that was overwritten or discarded while its frame was on the way is no resident any more, and its
-        place in the block counts as free.
+        A page that was overwritten or discarded during the write is no resident any more, and its place in the block
+        counts as free.
         """
         assert self.blocks is not None
-        lives = self._hot.written(batch) if self._hot is not None else map(self._commit_written, batch)
+        lives = self.path.written(batch)
         fresh_until = self.now + FRESH_SECONDS
         for (frame, block), live in zip(batch, lives, strict=True):
-            self.cumul_writeback_pages += live.bit_count()
+            self.counters.cumul_writeback_pages += live.bit_count()
             self.blocks.set_live(block, live)
             self.give_frame(frame)
             self._written_at[block // SEGMENT_BLOCKS] = fresh_until
-        self.cumul_writeback_frames += len(batch)
+        self.counters.cumul_writeback_frames += len(batch)
         return len(batch)
 
-    def _commit_written(self, written: Eviction) -> int:
-        """The pages of a zombie are in its block from now on, and its frame is free: which of the block's zpages are live."""
-        frame, block = written
-        entries = self.table.entries
-        live = 0
-        for ref, page in self.allocator.residents(frame):
-            index = ref & INDEX_MASK
-            old = entries[page]
-            kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
-            at = block << REF_BITS | index
-            self.table.store(page, old & _CHECK_FIELD | at << KIND_BITS | kind)
-            live |= 1 << index
-        self.allocator.writeback_done(frame)
-        return live
-
     def is_fresh(self, block: int) -> bool:
-        """Whether something was written to the segment of the block within the last FRESH_SECONDS: most likely the block."""
+        """Return whether the segment of the block was written within the last FRESH_SECONDS: most likely the block was."""
         return self.now < self._written_at[block // SEGMENT_BLOCKS]
 
     def fail_writeback(self, batch: list[Eviction]) -> None:
-        """The write failed: the frames go back to the old end of the LRU, in their order, their blocks are free again."""
+        """Undo a failed write: the frames return to the old end of the LRU, in their order, and their blocks are free."""
         assert self.blocks is not None
         for frame, block in reversed(batch):
             self.blocks.set_live(block, 0)
@@ -260,97 +242,61 @@ class State:
             if emptied != NO_FRAME:
                 self.pool.give_frame(emptied)
 
-    # ---- and back ----------------------------------------------------------------------------------------------------
+    # ---- from the backing file ---------------------------------------------------------------------------------------
 
     def hold_block(self, block: int) -> None:
-        """The block is being read: do not use it for anything else until `release_block`."""
+        """Hold a block that is being read: it is not used for anything else until `release_block`."""
         assert self.blocks is not None
         self.blocks.set_live(block, self.blocks.live(block) | 1 << HOLD_INDEX)
 
     def release_block(self, block: int) -> None:
-        """The read is over."""
+        """Release a block whose read is over."""
         assert self.blocks is not None
         self.blocks.free(block, HOLD_INDEX)
 
     def adopt(self, frame: int, block: int) -> bool:
-        """A frame of `fill_prep` holds a copy of `block`: let its pages be there. False if it is not what the table says.
+        """Commit the pages of `block` as pages of its copy in a frame of `fill_prep`. False if the table does not confirm it.
 
-        The copy is taken only if every live zpage of it has its page's handle and check; else nothing has changed.
+        The copy is used only if every live zpage of it has its page's handle and check. Otherwise nothing changes.
         """
         assert self.blocks is not None
-        allocator = self.allocator
-        entries = self.table.entries
-        live = self.blocks.live(block) & ~(1 << HOLD_INDEX)
-        if self._hot is not None:
-            return self._hot.adopt(frame, block, live)
-        moves = []
-        for index in range(allocator.most_zpages):
-            if live >> index & 1:
-                ref = frame << REF_BITS | index
-                page = allocator.handle_at(ref)
-                zpage = allocator.zpage(ref, page)
-                if zpage is None or page >= self.table.nr_pages:
-                    return False
-                old = entries[page]
-                there = (block << REF_BITS | index) << KIND_BITS | BLOCK
-                if old != check_of(zpage) << CHECK_SHIFT | there:
-                    return False
-                moves.append((page, old & _CHECK_FIELD | ref << KIND_BITS | FRAME, ref))
-        if not moves:
-            return False
-        allocator.fill_finish(frame, [ref for _, _, ref in moves])
-        self.pool.block_of[frame] = block
-        for page, entry, _ in moves:
-            self.table.store(page, entry)
-        return True
+        return self.path.adopt(frame, block, self.blocks.live(block) & ~(1 << HOLD_INDEX))
 
     def adopt_raw(self, frame: int, block: int, page: int) -> None:
-        """The same for a block that holds the raw page `page`, whose content has been checked."""
+        """Commit the raw page `page` as the content of its copy in a frame of `fill_prep`; the caller has checked it."""
         ref = self.allocator.fill_finish_raw(frame, page)
         self.pool.block_of[frame] = block
-        self.table.store(page, self.table.entries[page] & _CHECK_FIELD | ref << KIND_BITS | RAW_FRAME)
+        self.table.store(page, moved_entry(self.table.entries[page], RAW_FRAME, ref))
 
     def drop_ephemeral(self) -> bool:
-        """Free the coldest ephemeral frame: its pages are in its block again. False if there is none."""
-        frame = self._hot.drop() if self._hot is not None else self._drop_coldest()
+        """Free the coldest ephemeral frame, and commit its pages as pages of its block. False if there is none."""
+        frame = self.path.drop()
         if frame == NO_FRAME:
             return False
         self.give_frame(frame)
-        self.dropped_ephemeral_frames += 1
+        self.counters.cumul_dropped_frames += 1
         return True
 
-    def _drop_coldest(self) -> int:
-        """The coldest ephemeral frame, whose pages are in its block again; NO_FRAME if there is none."""
-        allocator = self.allocator
-        frame = allocator.oldest(EPHEMERAL_KIND)
-        if frame == NO_FRAME:
-            return NO_FRAME
-        allocator.drop_begin(frame)
-        block = self.pool.block_of[frame]
-        for ref, page in allocator.residents(frame):
-            old = self.table.entries[page]
-            kind = BLOCK if old & KIND_MASK == FRAME else RAW_BLOCK
-            at = block << REF_BITS | ref & INDEX_MASK
-            self.table.store(page, old & _CHECK_FIELD | at << KIND_BITS | kind)
-        return allocator.drop_done(frame)
+    @property
+    def coldest_age_seconds(self) -> int:
+        """Seconds since the last store to the coldest persistent frame; 0 if there is none."""
+        frame = self.allocator.oldest(PERSISTENT_KIND)
+        return self.now - self._stored_at[frame] if frame != NO_FRAME else 0
 
-    # ---- itself --------------------------------------------------------------------------------------------------------
+    # ---- checks --------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Recount all of it; AssertionError where two tables disagree. O(pages + frames + blocks)."""
+        """Recount everything; AssertionError where two tables differ. O(pages + frames + blocks)."""
         self.table.check()
         self.pool.check()
         self.allocator.check()
         live: dict[int, int] = {}
         refs = set()
-        for page, entry in enumerate(self.table.entries):
-            kind = entry & KIND_MASK
-            if kind < FRAME:
+        for page, found in enumerate(self.table.entries):
+            if entry_kind(found) < FRAME or found == LOST:
                 continue
-            ref = entry >> KIND_BITS & REF_MASK
-            if entry == LOST:
-                continue
-            if kind in (FRAME, RAW_FRAME):
+            ref = entry_ref(found)
+            if entry_kind(found) in (FRAME, RAW_FRAME):
                 assert ref not in refs, f"two pages at ref {ref}"
                 refs.add(ref)
                 assert (ref, page) in self.allocator.residents(ref >> REF_BITS), f"I1: page {page} is not at {ref}"

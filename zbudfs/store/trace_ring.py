@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The ring into which the worker puts the records of a trace, in shared memory that somebody else reads.
+"""The ring into which the worker puts the records of a trace, in shared memory that another process reads.
 
     0       header, 8-byte words (see Word)
     4 KiB   RING_RECORDS records (core/trace.py); number n is at n modulo that
 
-Putting a record there is a few stores: nothing is allocated, nobody is waited for, and whoever reads too slowly loses the
-oldest, which the numbers show. The record is complete before HEAD says so. There is memory for the ring only while a trace is
-on. It is the same ring whichever worker writes, so that a takeover does not end a trace.
+Putting a record there takes a few stores, without an allocation or a wait. A reader that is too slow loses the oldest
+records, and sees that from their numbers. A record is complete before HEAD counts it. The ring has memory only while a trace
+is on. Every worker writes the same ring, so that a takeover does not end a trace.
 """
 
 import time
@@ -18,12 +18,12 @@ from zbudfs.core.trace import CLASS_BITS, KIND_BITS, RECORD_BYTES, TIME_SHIFT, f
 from zbudfs.store.arena import Arena
 
 RING_RECORDS: Final = 1 << 16
-"""1 MiB: a second of the fastest storm that was measured, if every page of it had a record of its own."""
+"""Records of the ring, 1 MiB: a second of the fastest storm that was measured, if every page of it had its own record."""
 
 HEADER_BYTES: Final = 4096
 RING_BYTES: Final = HEADER_BYTES + RING_RECORDS * RECORD_BYTES
 MAGIC: Final = 0x31656361_7274627A
-"""Of this layout."""
+"""Number of this layout."""
 
 _HEADER_WORDS: Final = HEADER_BYTES // 8
 _MASK: Final = RING_RECORDS - 1
@@ -36,13 +36,13 @@ class Word(IntEnum):
     """The words of the header."""
 
     MAGIC = 0
-    """Set last, when a trace begins; 0 while there is none."""
+    """MAGIC while there is a trace. It is set last when a trace begins, and is 0 otherwise."""
     HEAD = 1
-    """Records so far."""
+    """Number of records so far."""
     STARTED_US = 2
-    """When the trace began, on the clock that all processes share (CLOCK_MONOTONIC)."""
+    """Start of the trace, in microseconds on the clock that all processes share (CLOCK_MONOTONIC)."""
     BEAT = 3
-    """Changed by the reader now and then: without it the trace ends."""
+    """A number that the reader changes regularly. The trace ends if it does not."""
 
 
 class TraceRing:
@@ -59,11 +59,11 @@ class TraceRing:
         self._arena.populate(0, RING_BYTES)
 
     def release(self) -> None:
-        """Take its memory away again. For a worker thread."""
+        """Free the memory of the ring. For a worker thread."""
         self._arena.release(0, self._arena.size)
 
     def begin(self) -> None:
-        """An empty ring, whose time starts now. It must be populated."""
+        """Start an empty ring, whose time begins now. It must be populated."""
         words = self._words
         words[Word.HEAD] = self._head = 0
         words[Word.STARTED_US] = self._started_us = time.monotonic_ns() // 1000
@@ -71,21 +71,21 @@ class TraceRing:
         words[Word.MAGIC] = MAGIC
 
     def resume(self) -> None:
-        """Go on where an earlier worker was."""
+        """Continue the ring of an earlier worker."""
         self._head = self._words[Word.HEAD]
         self._started_us = self._words[Word.STARTED_US]
 
     def end(self) -> None:
-        """Nothing more will come: readers see it."""
+        """End the trace; readers see that no more records will come."""
         self._words[Word.MAGIC] = 0
 
     @property
     def beat(self) -> int:
-        """What the reader changes as long as it reads."""
+        """The number that the reader changes as long as it reads."""
         return self._words[Word.BEAT]
 
     def put(self, kind: int, page: int, pages: int, size_class_of: Callable[[int], int]) -> None:
-        """Record a request of one page or more; as several records where neighbours are of different size classes."""
+        """Record a request of one page or more, as one record for each run of pages of the same size class."""
         words, head = self._words, self._head
         stamp = (time.monotonic_ns() // 1000 - self._started_us) << TIME_SHIFT | kind
         start, end = page, page + pages

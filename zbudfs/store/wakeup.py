@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How threads wake trio's: with an eventfd, which needs no memory.
+"""An eventfd, which needs no memory, with which threads wake trio's thread.
 
 trio sends a byte through a pair of sockets, and the kernel allocates a buffer for each. That is memory in the middle of the
-swap path: measured, in a memory cgroup that the daemon shared with the program that swapped and where the IO flusher mode had
-been refused, a thread that had finished a write waited in there for swap, and so for itself, and outlived its process in it.
+swap path. It was measured in a memory cgroup that the daemon shared with the swapping program, where the IO flusher mode had
+been refused. A thread that had finished a write waited there for swap, and so for itself, and outlived its process.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import trio
 
 
 class _Wakeup:
-    """Stands in for trio's WakeupSocketpair `old`, which goes on to be what signals wake."""
+    """A replacement of trio's WakeupSocketpair `old`. Signals still wake the old one."""
 
     def __init__(self, old: Any) -> None:
         self._old = old
@@ -25,12 +25,12 @@ class _Wakeup:
         self._either.register(old.wakeup_sock.fileno(), select.EPOLLIN)
 
     def wakeup_thread_and_signal_safe(self) -> None:
-        """Have `wait_woken` return, now or at once the next time."""
+        """Make `wait_woken` return, now or at its next call."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._fd, 1)
 
     async def wait_woken(self) -> None:
-        """Until somebody has called that, or a signal has come."""
+        """Wait until `wakeup_thread_and_signal_safe` is called, or a signal has come."""
         await trio.lowlevel.wait_readable(self._either.fileno())
         self.drain()
 
@@ -41,16 +41,16 @@ class _Wakeup:
         self._old.drain()
 
     def close(self) -> None:
-        """End it, and the old one."""
+        """Close this object and the old one."""
         self._either.close()
         os.close(self._fd)
         self._old.close()
 
 
 def use_eventfd() -> bool:
-    """Have the trio that runs here be woken so from now on. False if it is not the trio that is known here: nothing changed.
+    """Make threads wake the running trio with an eventfd. False, without a change, if its internals are not as expected.
 
-    trio has no public name for it.
+    trio has no public name for this part.
     """
     try:
         from trio._core._run import GLOBAL_RUN_CONTEXT
@@ -60,5 +60,5 @@ def use_eventfd() -> bool:
         queue.wakeup = _Wakeup(old)
     except (ImportError, AttributeError):
         return False
-    old.wakeup_thread_and_signal_safe()  # who waits for the old one goes on to wait for the new one
+    old.wakeup_thread_and_signal_safe()  # a task that waits for the old one wakes, and waits for the new one next
     return True

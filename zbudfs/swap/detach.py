@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From active swap back to a mounted zbudfs, if RAM has room for what comes back.
+"""Make active swap a mounted zbudfs again, if RAM has room for the pages that come back.
 
 swapoff reads every page in. Where memory is too short for them the kernel kills programs, or swapoff, after which swap is
 on as before and all of it is to be done again. So the room is counted first and the answer is no, with the figures, and all

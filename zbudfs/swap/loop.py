@@ -7,7 +7,7 @@
 
 A path alone may mislead: it carries " (deleted)", belongs to another mount namespace, or is that of an earlier mount
 which has been lazily taken away. The device number of a mount is its own as long as it lives, so it decides where it
-can be had; a mount whose daemon has died answers no more, and then the path has to do.
+is available. A mount whose daemon has died does not answer any more, and then the path decides.
 
 Every reader takes `root`, the folder that holds `proc/`, `sys/` and `dev/`, so that a test can make one up.
 """
@@ -24,14 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from zbudfs.core.errors import Failed
+
 SWAPFILE: Final = "swapfile"
 """Name of the one file that a zbudfs is for."""
 
 LOOP_DEVICE: Final = "loop device "
-"""How `users` calls a loop device that is no active swap."""
+"""Prefix of a loop device in the result of `users`, if it is no active swap."""
 
 SYSTEM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where programs are looked for that run as root."""
+"""PATH of the programs that run as root."""
 
 _LOOP_GET_STATUS64: Final = 0x4C05
 _LOOP_INFO64_BYTES: Final = 232
@@ -39,7 +41,7 @@ _DELETED: Final = " (deleted)"
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
 
-class SwapError(Exception):
+class SwapError(Failed):
     """Something about loop devices or swap that cannot be done; the text is one sentence for the user."""
 
 
@@ -59,7 +61,7 @@ class LoopDevice:
     path: str
     """The block device, "/dev/loop3"."""
     backing_file: str
-    """Path of the file behind it, as the kernel tells it, without " (deleted)"."""
+    """Path of the file behind it, as the kernel reports it, without " (deleted)"."""
     direct_io: bool
     """Whether it goes past the page cache."""
 
@@ -187,7 +189,7 @@ def run_tool(command: Sequence[str | bytes], *, limit_seconds: float | None, own
 
 
 def _backing_dev(device: str, root: str) -> int | None:
-    """Return the st_dev of the file behind a loop device; None when the device or the file's system does not tell."""
+    """Return the st_dev of the file behind a loop device; None when the device or the file's system does not report it."""
     try:
         fd = os.open(Path(root, device.lstrip("/")), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

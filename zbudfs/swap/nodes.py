@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The node /dev/loopN of a free loop device. In a container /dev is a copy of its own, to which the kernel adds nothing.
 
-/dev/loop-control    LOOP_CTL_GET_FREE: the kernel names a free loop device, and makes one if there is none
-/dev/loopN           its node: made here if it is missing, which root may do unless a device cgroup forbids it
+Two nodes take part:
+
+    /dev/loop-control    LOOP_CTL_GET_FREE: the kernel names a free loop device, and makes one if there is none
+    /dev/loopN           its node: made here if it is missing, which root may do unless a device cgroup forbids it
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ MAX_PRIORITY: Final = 32767
 """Highest priority that swapon takes; the lowest is 0 (negative ones are the kernel's own)."""
 
 DEFAULT_PRIORITY: Final = 50
-"""Where nothing else is in the way. zram-generator gives zram 100, and a distribution's disk swap has a negative one."""
+"""Used if no other swap is in the way. zram-generator gives zram 100, and a distribution's disk swap has a negative one."""
 
 _ZRAM: Final = "/dev/zram"
 

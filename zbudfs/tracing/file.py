@@ -60,7 +60,7 @@ class TraceWriter:
         """Times that the file was full and went on at its beginning."""
 
     def add(self, words: array[int], lost: int) -> None:
-        """Add records, two words each; `lost` are how many before them nobody has."""
+        """Add records, two words each; `lost` is the number of records before them that are missing."""
         if lost:
             self.lost_records += lost
             time_word = words[0] if words else (self._waiting[-2] if self._waiting else 0)
@@ -112,7 +112,7 @@ class Trace:
     """A trace that was read."""
 
     about: dict[str, Any]
-    """What the mount was like, and when."""
+    """Values of the mount at the start of the recording."""
     records: Records
     rest_bytes: int = 0
     """Bytes of the file that are no block: the last one was cut off, or the first of a ring was being overwritten."""
@@ -127,7 +127,7 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """From the first record to the last."""
+        """The time between the first record and the last."""
         times = self.records.times_us
         return (times[-1] - times[0]) / 1e6 if times else 0.0
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """A trace against a page store, without a mount: what the daemon would have done with another pool, level, ...
 
-The store is the daemon's own, with its tasks, threads and a backing file. It is given the requests in their order, as fast as
-it takes them; what the real one did because of the time of day (giving memory back when things are calm) does not happen.
+The store is the daemon's own, with its tasks, threads and a backing file. It gets the requests in their order, as fast as
+it takes them. Work that a real daemon does after some time, such as returning memory when the machine is calm, does not happen.
 Every page that is read is compared with what was written last.
 
-Pages that are read before they are written were there when the recording began: they are put in first. A device of which
-only a few pages are in the trace is made as small as these, in their order, so that a replay needs the memory of the pool and
-not that of the device.
+Pages that are read before they are written existed before the recording, so they are stored first. The device has only the
+pages of the trace, in their order. So a replay needs the memory of the pool and not that of the device.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _TURN_REQUESTS: Final = 16
 _LOOK_RECORDS: Final = 1024
 """Records between two looks at how full the store is, and words about progress."""
 _NOBODY_KNOWS: Final = -1
-"""Of what a page holds: a write to it was refused in part."""
+"""The content of a page is not known: a write to it was refused in part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +58,14 @@ class ReplaySettings:
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What became of it. Pages, unless it says otherwise."""
+    """The result of a replay. Numbers are of pages, unless they say otherwise."""
 
     settings: ReplaySettings
     written_pages: int
     read_pages: int
-    """Of the requests; pages that were absent included."""
+    """Pages read by requests, absent ones included."""
     pagein_pages: int
-    """Of these, came from the backing file."""
+    """Pages read that came from the backing file."""
     pagein_blocks: int
     writeback_pages: int
     writeback_frames: int
@@ -82,7 +81,7 @@ class ReplayResult:
     """Stored pages in RAM that are not same-filled, a frame, when the pool was fullest."""
     seconds: float
     cpu_seconds: float
-    """Of all threads, without the making of pages."""
+    """CPU time of all threads, without the making of pages."""
 
     @property
     def hit_ratio(self) -> float:
@@ -193,7 +192,7 @@ class _Replay:
         self._store = PageStore(size_bytes, nr_frames, backing, Codec(settings.level), memory)
         self._store.recover()  # of nothing: so begins a store whose memory was made for it
         self._variants = array("i", bytes(4 * script.nr_pages))
-        """By page: which page of which class it holds, as _stamp makes it; 0 is absent."""
+        """The variant and class that each page holds, as _stamp makes it; 0 is absent."""
         self._refused = self._lost = self._wrong = 0
         self._fullest = (0, 0.0)
         """Frames in use, and pages in RAM that are not same-filled, a frame."""
@@ -203,9 +202,12 @@ class _Replay:
     async def run(self) -> ReplayResult:
         store, settings = self._store, self._settings
         try:
-            reclaimer = store.reclaimer
-            reclaimer.wanted_watermarks = (settings.low_watermark_frames, settings.high_watermark_frames)
-            reclaimer.set_limit(settings.pool_bytes >> PAGE_SHIFT)
+            store.reclaimer.configure(
+                limit_frames=settings.pool_bytes >> PAGE_SHIFT,
+                watermarks=(settings.low_watermark_frames, settings.high_watermark_frames),
+                writeback_enabled=True,
+                age_seconds=0,
+            )
             async with trio.open_nursery() as nursery:
                 await nursery.start(store.run)
                 for page, size_class in self._script.initial:
@@ -219,7 +221,7 @@ class _Replay:
                     if kind in (Kind.WRITE, Kind.REFUSED):
                         await self._write(page, count, size_class)
                     elif kind == Kind.DISCARD:
-                        await store.discard(page * PAGE_SIZE, count * PAGE_SIZE)
+                        await store.requests.discard(page * PAGE_SIZE, count * PAGE_SIZE)
                         self._variants[page : page + count] = array("i", bytes(4 * count))
                     else:
                         await self._read(page, count)
@@ -272,9 +274,9 @@ class _Replay:
         self._making_ns += time.thread_time_ns() - began
         offset = page * PAGE_SIZE
         try:
-            done = self._store.write_nowait(offset, content)
+            done = self._store.requests.write_nowait(offset, content)
             if done < len(content):
-                await self._store.write(offset + done, content[done:])
+                await self._store.requests.write(offset + done, content[done:])
         except PoolFull:
             self._refused += count
             stamps = [_NOBODY_KNOWS] * count
@@ -283,9 +285,9 @@ class _Replay:
     async def _read(self, page: int, count: int) -> None:
         offset, length = page * PAGE_SIZE, count * PAGE_SIZE
         try:
-            content = self._store.read_nowait(offset, length)
+            content = self._store.requests.read_nowait(offset, length)
             if content is None:
-                content = await self._store.read(offset, length)
+                content = await self._store.requests.read(offset, length)
         except PageLost:
             self._lost += count
             return

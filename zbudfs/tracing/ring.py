@@ -2,7 +2,7 @@
 """The reader's side of a worker's ring (store/trace_ring.py), in a process of its own.
 
 The ring is the file `trace` in the pool directory or, where the memory has no name, a file that the worker has open. Reading it
-disturbs nobody, and the worker does not know how far anybody has read: what it has overwritten meanwhile is counted as lost.
+does not disturb the worker, which does not know how far a reader has come: records that it overwrites meanwhile are lost.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RingReader:
         return copied
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._words.release()
         self._map.close()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is in a trace, counted: requests by kind, size classes, and how the working set goes through time."""
+"""A trace, counted: requests by kind, size classes, and the working set over time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Interval:
     written: int = 0
     read: int = 0
     paged_in: int = 0
-    """Of those that were read, from the backing file."""
+    """Pages that were read and came from the backing file."""
     discarded: int = 0
     distinct: int = 0
     """The working set: different pages that were read or written."""
@@ -35,11 +35,11 @@ class Summary:
     interval_seconds: float
     intervals: list[Interval]
     requests: Counter[int] = field(default_factory=Counter)
-    """By kind: records. A request whose pages are of several size classes is several records."""
+    """Records by kind. A request whose pages are of several size classes is several records."""
     pages: Counter[int] = field(default_factory=Counter)
-    """By kind."""
+    """Pages by kind."""
     written_classes: Counter[int] = field(default_factory=Counter)
-    """By size class: pages that were written."""
+    """Pages that were written, by size class."""
     distinct_pages: int = 0
     """Different pages that were read or written."""
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""`zbudfs doctor`: is this machine ready? One module for each thing that is looked at, and one that lists them all."""
+"""`zbudfs doctor` checks whether this machine is ready. Each module checks one subject, and `examine` lists all checks."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All checks in the order of the report, and the report itself, for people and for programs."""
+"""The list of all checks in the order of the report, and the report itself, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
     kernel.check_timeouts,
     kernel.check_psi,
     software.check_libraries,
-    software.check_hot_path,
     software.check_programs,
     rights.check_capabilities,
     rights.check_memlock,
@@ -39,20 +38,20 @@ CHECKS: Final[tuple[Callable[[Machine], Iterator[Finding]], ...]] = (
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """Return what all checks say. One that cannot look where it must is a warning, not the end."""
+    """Run all checks, and return their findings. A check that fails to read a file becomes a warning."""
     findings: list[Finding] = []
     for check in CHECKS:
         try:
             findings += check(machine)
         except (OSError, ValueError, IndexError) as error:
             name = check.__name__.removeprefix("check_").replace("_", " ")
-            remedy = "run this as root" if isinstance(error, PermissionError) else "see that /proc and /sys are there"
-            findings.append(warning(name, f"it could not be looked at: {error}", remedy))
+            remedy = "run this as root" if isinstance(error, PermissionError) else "mount /proc and /sys"
+            findings.append(warning(name, f"this check failed: {error}", remedy))
     return findings
 
 
 def as_page(findings: Sequence[Finding], columns: int | None = None) -> str:
-    """Return a line for each finding, and one for each remedy; broken to fit into so many columns, if any."""
+    """Return the report: a line for each finding and each remedy, wrapped to `columns`; None: not wrapped."""
     width = max(len(finding.check) for finding in findings)
     margin = " " * (7 + 2 + width + 2)
     lines = []
@@ -69,12 +68,12 @@ def as_page(findings: Sequence[Finding], columns: int | None = None) -> str:
 
 
 def as_json(findings: Sequence[Finding], footprint: Footprint | None = None) -> str:
-    """Return the same as an object, with the numbers of the footprint."""
+    """Return the report as a JSON object, with the numbers of the footprint."""
     numbers = {"problems": count(findings, Level.PROBLEM), "warnings": count(findings, Level.WARNING)}
     memory = {} if footprint is None else {"memory": footprint.as_object()}
     return json.dumps({**numbers, **memory, "findings": [asdict(finding) for finding in findings]}, indent=2)
 
 
 def count(findings: Sequence[Finding], level: Level) -> int:
-    """Return how many findings are of that level."""
+    """Return the number of findings of a level."""
     return sum(finding.level is level for finding in findings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a check is told, and what it says."""
+"""The input of a check (`Machine`), and its output (`Finding`)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from zbudfs.service.settings import Settings, ram_bytes
 
 
 class Level(enum.StrEnum):
-    """How it stands."""
+    """The result of a check."""
 
     OK = "ok"
     WARNING = "warning"
-    """It works, but less well, or less safely, than it could."""
+    """zbudfs works, but less well or less safely than it could."""
     PROBLEM = "problem"
-    """It does not work, or may hang the machine or lose what is swapped out."""
+    """zbudfs does not work, or may hang the machine or lose swapped pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,45 +29,48 @@ class Finding:
 
     level: Level
     check: str
-    """What was looked at, in a few words."""
+    """Name of the check, in a few words."""
     text: str
-    """What was seen, and what follows from it."""
+    """Result of the check, and its consequence."""
     remedy: str = ""
-    """What to do; empty if it is ok."""
+    """Advice to the user; empty if the level is OK."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What is looked at."""
+    """The machine that is checked, and the settings of the zbudfs for which it is checked."""
 
     root: str
-    """The folder that holds proc/, sys/, dev/ and everything else."""
+    """Root folder of the machine, with proc/, sys/, dev/ and everything else."""
     settings: Settings
-    """What would be mounted, or is."""
+    """Settings of the present or future mount."""
     parts: tuple[Settings, ...] = ()
-    """The settings of each instance, if there are several."""
+    """Settings of each instance, if there are several."""
     priority: int | None = None
-    """That of its swap; None: chosen by other swap (swap/priority.py)."""
+    """Priority of the swap; None: chosen from the other swap (swap/priority.py)."""
     swap: bool = False
-    """Whether a configuration wants it to be active swap."""
+    """Whether the configuration wants active swap."""
     page_bytes: int = field(default_factory=resource.getpagesize)
-    """The kernel's page: 4096 bytes, or 16 or 64 KiB on some arm64, ppc64 and loong machines."""
+    """Size of a page of the kernel: 4096 bytes, or 16 or 64 KiB on some arm64, ppc64 and loong machines."""
 
     @property
     def footprint(self) -> Footprint:
-        """What all instances take and save. OSError, ValueError."""
+        """The memory that all instances take and save. Raises OSError, ValueError."""
         return Footprint.of(self.parts or (self.settings,), ram_bytes(self.root))
 
     def path(self, name: str) -> Path:
-        """Return where the absolute path `name` is."""
+        """Return the absolute path `name` below the root folder."""
         return Path(self.root, name.lstrip("/"))
 
     def read(self, name: str) -> str:
-        """Return the text of a file, without white space around it, its lines ended by newlines only. Raises OSError."""
+        """Return the text of a file, without white space at both ends. Raises OSError."""
         return os.fsdecode(self.path(name).read_bytes()).strip()
 
     def first_line_with(self, name: str, start: str) -> str:
-        """Return what follows `start` in the line of a file that starts with it. Raises OSError; ValueError: none."""
+        """Return the rest of the first line that starts with `start`.
+
+        Raises OSError if the file cannot be read, and ValueError if no line starts so.
+        """
         for line in self.read(name).split("\n"):
             if line.startswith(start):
                 return line.removeprefix(start).strip()
@@ -75,15 +78,15 @@ class Machine:
 
 
 def ok(check: str, text: str) -> Finding:
-    """Say that all is well."""
+    """Return a finding of the level OK."""
     return Finding(Level.OK, check, text)
 
 
 def warning(check: str, text: str, remedy: str) -> Finding:
-    """Say that it could be better."""
+    """Return a finding of the level WARNING."""
     return Finding(Level.WARNING, check, text, remedy)
 
 
 def problem(check: str, text: str, remedy: str) -> Finding:
-    """Say that it is not fit for use."""
+    """Return a finding of the level PROBLEM."""
     return Finding(Level.PROBLEM, check, text, remedy)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the system lets a daemon do that is started from here: its protections are really taken, in a child.
+"""Checks of the rights and limits of a daemon that is started from here. A child process tries each protection.
 
-A service started by a service manager has rights and limits of its own; what is seen here holds for `zbudfs mount`.
+A service that a service manager starts has its own rights and limits. These checks hold for `zbudfs mount`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CAPABILITIES: Final = {
     21: (Level.PROBLEM, "CAP_SYS_ADMIN", "nothing can be mounted, and no swap turned on"),
     24: (Level.PROBLEM, "CAP_SYS_RESOURCE", "IO flusher mode and the lowest OOM score are refused"),
     19: (Level.PROBLEM, "CAP_SYS_PTRACE", "a keeper that is started again cannot copy the descriptors of a worker"),
-    14: (Level.WARNING, "CAP_IPC_LOCK", "memory can be locked up to a limit only"),
+    14: (Level.WARNING, "CAP_IPC_LOCK", "memory can be locked only up to a limit"),
     23: (Level.WARNING, "CAP_SYS_NICE", "real-time scheduling is refused"),
 }
-"""By number in capabilities(7): how much it matters, the name, and what its absence means."""
+"""Needed capabilities, by number: the level of a finding, the name, and the effect of its absence."""
 
 
 def check_capabilities(machine: Machine) -> Iterator[Finding]:
-    """Tell which capabilities are missing."""
+    """Find missing capabilities."""
     found = int(machine.first_line_with("/proc/self/status", "CapEff:"), 16)
     missing = [each for number, each in CAPABILITIES.items() if not found >> number & 1]
     for level, name, without in missing:
@@ -40,7 +40,7 @@ def check_capabilities(machine: Machine) -> Iterator[Finding]:
 
 
 def check_memlock(machine: Machine) -> Iterator[Finding]:
-    """Tell whether the limit on locked memory is in the way."""
+    """Check the limit on locked memory."""
     limit = machine.first_line_with("/proc/self/limits", "Max locked memory").split()[0]
     capable = int(machine.first_line_with("/proc/self/status", "CapEff:"), 16) >> 14 & 1
     if limit == "unlimited":
@@ -51,12 +51,12 @@ def check_memlock(machine: Machine) -> Iterator[Finding]:
         yield problem(
             "locked memory",
             f"the limit is {format_size(int(limit))}: the daemon itself may be swapped out, and the machine may hang",
-            "ulimit -l unlimited, LimitMEMLOCK=infinity in the service, or CAP_IPC_LOCK",
+            "set ulimit -l unlimited, LimitMEMLOCK=infinity in the service, or grant CAP_IPC_LOCK",
         )
 
 
 def check_protections(machine: Machine) -> Iterator[Finding]:
-    """Take each protection of the daemon in a child, and tell what was refused."""
+    """Try each protection of the daemon in a child process, and report those that are refused."""
     for level, name, step in (
         (Level.PROBLEM, "IO flusher", hardening.set_io_flusher),
         (Level.PROBLEM, "OOM score", hardening.protect_from_oom_killer),
@@ -65,20 +65,20 @@ def check_protections(machine: Machine) -> Iterator[Finding]:
     ):
         refusal = in_child(step)
         if refusal is None:
-            yield ok(name, "tried in a child, and granted")
+            yield ok(name, "granted (tried in a child process)")
         else:
             text, _, remedy = refusal.rpartition("; ")
-            yield Finding(level, name, text or refusal, remedy if text else "look in the kernel's log")
+            yield Finding(level, name, text or refusal, remedy if text else "look in the kernel's log (dmesg)")
 
 
 def in_child(step: Callable[[], str | None]) -> str | None:
-    """Return what `step` returns in a child process, which then ends: what it does to the process is gone with it."""
+    """Call `step` in a child process, and return its result. Changes to the process end with the child."""
     answer, wanted = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             text = step() or ""
-        except BaseException as error:  # whatever it is: this process must not go on as the parent would
+        except BaseException as error:  # the child must not go on with the code of the parent
             text = f"it failed ({error!r})"
         os.write(wanted, text.encode(errors="replace"))
         os._exit(0)
@@ -90,7 +90,7 @@ def in_child(step: Callable[[], str | None]) -> str | None:
 
 
 def check_footprint(machine: Machine) -> Iterator[Finding]:
-    """Tell what zbudfs takes of the RAM, what it saves, and whether it pays."""
+    """Report the RAM that zbudfs takes and saves, and whether it pays."""
     footprint = machine.footprint
     text = footprint_text.takes_and_saves(footprint)
     if footprint.is_worthwhile or not footprint.is_small_machine:
@@ -101,30 +101,29 @@ def check_footprint(machine: Machine) -> Iterator[Finding]:
 
 
 def check_cgroup(machine: Machine) -> Iterator[Finding]:
-    """Tell whether a memory cgroup leaves too little for pool and processes."""
+    """Check that memory cgroups leave enough memory for the pool and the processes."""
     limits = [limit for limit in _cgroup_limits(machine) if limit < 1 << 62]
     footprint = machine.footprint
     needed = footprint.pool_bytes + footprint.own_bytes
     if not limits:
-        yield ok("memory cgroup", "no limit on what is started from here")
+        yield ok("memory cgroup", "no limit for processes that are started from here")
     elif min(limits) < needed:
         yield problem(
             "memory cgroup",
-            f"a limit of {format_size(min(limits))}, and a pool of {format_size(footprint.pool_bytes)} with"
-            f" processes and tables needs {format_size(needed)}: the daemon would wait for memory that only it can free",
-            "a smaller pool, a higher limit, or start it in system.slice with zbudfs@NAME",
+            f"the limit is {format_size(min(limits))}, but a pool of {format_size(footprint.pool_bytes)} with processes"
+            f" and tables needs {format_size(needed)}: the daemon would wait for memory that only the daemon can free",
+            "use a smaller pool or a higher limit, or start zbudfs@NAME, which runs in system.slice",
         )
     else:
         yield warning(
             "memory cgroup",
-            f"a limit of {format_size(min(limits))} on what is started from here: with others in the same group it may"
-            " be reached",
-            "start it in system.slice with zbudfs@NAME",
+            f"the limit is {format_size(min(limits))}: the daemon and other processes in the same cgroup may reach it",
+            "start zbudfs@NAME, which runs in system.slice",
         )
 
 
 def _cgroup_limits(machine: Machine) -> Iterator[int]:
-    """Yield the limits of the memory cgroups that this process is in, and of those above, in bytes."""
+    """Yield the limits, in bytes, of the memory cgroups of this process and of their parents."""
     mounts = machine.read("/proc/self/mountinfo")
     for line in machine.read("/proc/self/cgroup").split("\n"):
         _, controllers, path = line.split(":", 2)
@@ -139,13 +138,13 @@ def _cgroup_limits(machine: Machine) -> Iterator[int]:
             words = rest.split(" ")
             if words[0] != fstype or (fstype == "cgroup" and "memory" not in words[-1].split(",")):
                 continue
-            # In a container the mount shows only a part of the tree, and the path begins with where that part is.
+            # In a container, the mount shows only a part of the tree, and the path begins with the path of that part.
             part, top = fields.split(" ")[3:5]
             inside = PurePosixPath(path.removeprefix(part if part != "/" else "").lstrip("/"))
             for folder in (inside, *inside.parents):
                 try:
                     text = machine.read(str(PurePosixPath(top) / folder / knob))
                 except OSError:
-                    continue  # the root has none
+                    continue  # the root cgroup has no limit
                 if re.fullmatch(r"\d+", text):
                     yield int(text)

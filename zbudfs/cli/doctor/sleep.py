@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What happens to swap on zbudfs when the machine is suspended or hibernates.
+"""Checks of suspend and hibernation with swap on zbudfs.
 
-The kernel freezes the daemon like any other program. A program that waits for a page then keeps the machine awake, and a
-hibernation, which swaps out to make room for its image, hangs it. `make install` brings a hook and units against both; they
-need systemd, and the hook needs cgroup v2.
+The kernel freezes the daemon like any other program. Then a program that waits for a page keeps the machine awake. A
+hibernation swaps out to make room for its image, and hangs the machine. `make install` installs a hook and units against
+both. They need systemd, and the hook needs cgroup v2.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _INSTALL: Final = "make install"
 
 
 def check_suspend(machine: Machine) -> Iterator[Finding]:
-    """Tell whether programs are frozen before the kernel does it."""
+    """Check that a hook freezes programs before the kernel freezes the daemon."""
     if "mem" not in _words(machine, "/sys/power/state") and "freeze" not in _words(machine, "/sys/power/state"):
         yield ok("suspend", "this machine cannot be suspended")
         return
     without = "a program that waits for a page keeps the machine awake"
-    script = "around each suspend, freeze all other programs (docs/systemd.md)"
+    script = "freeze all other programs before each suspend (docs/understand/systemd.md)"
     if not machine.path("/run/systemd/system").is_dir():
         yield warning("suspend", f"systemd does not run here: {without}", script)
     elif not machine.path("/sys/fs/cgroup/cgroup.controllers").exists():
         remedy = "boot with systemd.unified_cgroup_hierarchy=1"
-        yield warning("suspend", f"there is no cgroup v2, so programs cannot be frozen first: {without}", remedy)
+        yield warning("suspend", f"cgroup v2 is missing, so programs cannot be frozen first: {without}", remedy)
     elif not machine.path(HOOK).exists():
         yield warning("suspend", f"{HOOK} is missing: {without}", _INSTALL)
     else:
@@ -41,19 +41,19 @@ def check_suspend(machine: Machine) -> Iterator[Finding]:
 
 
 def check_hibernation(machine: Machine) -> Iterator[Finding]:
-    """Tell whether swap on zbudfs goes off before the machine hibernates."""
+    """Check that swap on zbudfs is turned off before the machine hibernates."""
     modes = _words(machine, "/sys/power/disk")
     if "disk" not in _words(machine, "/sys/power/state") or not modes or modes == ["[disabled]"]:
         yield ok("hibernation", "this machine cannot hibernate")
         return
     text = "with swap on zbudfs a hibernation hangs the machine"
-    by_hand = "zbudfs hibernate prepare before, zbudfs hibernate finish afterwards; or boot with nohibernate"
+    by_hand = "run zbudfs hibernate prepare before, and zbudfs hibernate finish afterwards; or boot with nohibernate"
     if not machine.path("/run/systemd/system").is_dir():
         yield warning("hibernation", f"systemd does not run here: {text}", by_hand)
     elif not any(machine.path(f"{folder}/{DROP_IN}").exists() for folder in UNIT_FOLDERS):
         yield warning("hibernation", f"{DROP_IN} is missing: {text}", f"{_INSTALL}; by hand, {by_hand}")
     else:
-        yield ok("hibernation", "swap goes off first (systemctl hibernate; never write to /sys/power/state)")
+        yield ok("hibernation", "swap is turned off first (use systemctl hibernate; never write to /sys/power/state)")
 
 
 def _words(machine: Machine, name: str) -> list[str]:

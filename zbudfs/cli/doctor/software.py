@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The libraries that the daemon loads, and the programs that turn its file into swap."""
+"""Checks of the libraries that the daemon loads, and of the programs that turn its file into swap."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Final
 
-from zbudfs.cli.doctor.finding import Finding, Machine, ok, problem, warning
-from zbudfs.core import hot
+from zbudfs.cli.doctor.finding import Finding, Machine, ok, problem
 from zbudfs.swap.loop import SYSTEM_PATH
 
 LIBRARIES: Final = ("pyfuse3", "trio", "zstandard")
@@ -25,7 +24,7 @@ _LOAD: Final = (
 
 
 def check_libraries(machine: Machine) -> Iterator[Finding]:
-    """Load what the daemon loads, in a child, and tell the versions."""
+    """Load the libraries of the daemon in a child process, and report their versions."""
     command = [sys.executable, "-I", "-c", _LOAD]
     run = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_SECONDS, check=False)
     if run.returncode != 0:
@@ -37,19 +36,11 @@ def check_libraries(machine: Machine) -> Iterator[Finding]:
     yield ok("libraries", f"libfuse {run.stdout.strip()}, {', '.join(versions)}, Python {python}")
 
 
-def check_hot_path(machine: Machine) -> Iterator[Finding]:
-    """Whether the common case of a page's write and read is done in C."""
-    if hot.BUILT:
-        yield ok("hot path", "in C")
-    else:
-        yield warning("hot path", hot.NOT_BUILT, hot.REMEDY)
-
-
 def check_programs(machine: Machine) -> Iterator[Finding]:
-    """Look for the programs of util-linux."""
+    """Check that the programs of util-linux are installed."""
     path = ":".join(str(machine.path(folder)) for folder in SYSTEM_PATH.split(":"))
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
-        yield problem("programs", f"{', '.join(missing)}: missing", "apt-get install util-linux mount")
+        yield problem("programs", f"not installed: {', '.join(missing)}", "apt-get install util-linux mount")
     else:
         yield ok("programs", ", ".join(PROGRAMS))

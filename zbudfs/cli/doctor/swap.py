@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What else swaps on this machine."""
+"""Checks of other swap on this machine, of zswap, and of the state of the swap on zbudfs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zbudfs.swap.priority import choose_priority, is_zram
 
 
 def check_zswap(machine: Machine) -> Iterator[Finding]:
-    """See whether zswap compresses in front of everything that is swapped out."""
+    """Check that zswap is off: it compresses every page before the page reaches a swap."""
     try:
         enabled = machine.read("/sys/module/zswap/parameters/enabled")
     except OSError:
@@ -22,7 +22,7 @@ def check_zswap(machine: Machine) -> Iterator[Finding]:
     if enabled in ("Y", "1"):
         yield warning(
             "zswap",
-            "it is on: pages are compressed by it first, and what it writes out is compressed again here",
+            "zswap is on: it compresses pages first, and zbudfs compresses again the pages that zswap writes out",
             "echo N > /sys/module/zswap/parameters/enabled, and zswap.enabled=0 on the kernel's command line",
         )
     else:
@@ -30,7 +30,7 @@ def check_zswap(machine: Machine) -> Iterator[Finding]:
 
 
 def check_other_swap(machine: Machine) -> Iterator[Finding]:
-    """Compare with other swap, and its priorities."""
+    """Compare the priority with those of other swap."""
     mountpoint = machine.settings.mountpoint
     mounted = find_mount(mountpoint, machine.root)
     ours = set()
@@ -47,21 +47,21 @@ def check_other_swap(machine: Machine) -> Iterator[Finding]:
     for swap in others:
         what = f"{shown_path(swap.path)} ({format_size(swap.size_bytes)}, priority {swap.priority})"
         if is_zram(swap):
-            text = f"{what} is compressed memory already: what it holds takes RAM that zbudfs could write back"
-            yield warning("other swap", text, f"take it off (swapoff {swap.path}), or keep it and leave zbudfs out")
+            text = f"{what} is compressed memory too: its pages stay in RAM, while zbudfs could write them back"
+            yield warning("other swap", text, f"turn it off (swapoff {swap.path}), or use it without zbudfs")
         elif priority is None or swap.priority > priority:
-            mine = "the kernel's choice, behind all other swap" if priority is None else str(priority)
-            text = f"{what} is filled first: the priority here is {mine}"
+            mine = "chosen by the kernel, below all other swap" if priority is None else str(priority)
+            text = f"{what} is filled first: the priority of zbudfs is {mine}"
             yield warning("other swap", text, f"set priority = {max(swap.priority, -1) + 1} or higher")
         elif swap.priority == priority:
-            text = f"{what} has the same priority: pages go to both in turn"
-            yield warning("other swap", text, f"set priority = {swap.priority + 1} unless that is meant")
+            text = f"{what} has the same priority: the kernel fills both in turns"
+            yield warning("other swap", text, f"set priority = {swap.priority + 1} unless that is intended")
         else:
-            yield ok("other swap", f"{what} is filled after this one, whose priority is {priority}")
+            yield ok("other swap", f"{what} is filled after zbudfs, whose priority is {priority}")
 
 
 def check_swap_is_on(machine: Machine) -> Iterator[Finding]:
-    """Look for mounts whose swap another program has turned off: swapoff -a, a role that manages swap, a killed command."""
+    """Find mounts whose swap another program has turned off, such as swapoff -a or a tool that manages swap."""
     active = {swap.path for swap in swaps(machine.root)}
     wanted = machine.settings.mountpoint if machine.swap else None
     for mounted in zbudfs_mounts(machine.root):
@@ -78,7 +78,7 @@ def check_swap_is_on(machine: Machine) -> Iterator[Finding]:
 
 
 def check_container(machine: Machine) -> Iterator[Finding]:
-    """See whether a container has figures of its own in /proc, which do not count what is swapped out here."""
+    """Check whether the /proc of a container has its own numbers, which do not include the swap on zbudfs."""
     hidden = []
     for line in machine.read("/proc/self/mountinfo").split("\n"):
         fields, _, rest = line.partition(" - ")
@@ -88,6 +88,6 @@ def check_container(machine: Machine) -> Iterator[Finding]:
     if hidden:
         yield warning(
             "container",
-            f"{' and '.join(hidden)} is the container's own (lxcfs): neither swap nor room for swapoff is told",
-            "run zbudfs outside of the container, or zbudfs swapoff --force in it",
+            f"{' and '.join(hidden)} is the container's own (lxcfs): it shows neither the swap nor the room for swapoff",
+            "run zbudfs outside of the container, or use zbudfs swapoff --force in it",
         )
