@@ -17,8 +17,8 @@ from bench.table import Column, Table
 from kit.programs import PAGE, KitError
 from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.page_table import BLOCK, RAW_BLOCK, entry_kind, entry_ref
-from zbudfs.store.aio_page_in import new_queue
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.read_queue import new_queue
 
 DEPTHS: Final = (1, 16)
 WAIT_SECONDS: Final = 60.0
@@ -89,7 +89,7 @@ def _page_ins(store: PageStore, pages: list[int], depth: int) -> float:
         return done
 
     store.aio.serve(lambda key, content: answered.append(key), again)
-    return _seconds(len(pages), depth, store.aio.completions()[0], begin, reap)
+    return _seconds(len(pages), depth, store.aio.queue.completions()[0], begin, reap)
 
 
 def _seconds(

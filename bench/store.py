@@ -103,12 +103,12 @@ def measure(options: Options) -> list[Table]:
 
 async def _open_queue(store: PageStore) -> None:
     """Open the AIO queue of the store, and wait until it is usable. Raises KitError."""
-    store.aio.open()
+    store.aio.queue.open()
     with trio.move_on_after(STEP_LIMIT_SECONDS):
-        while store.aio.path != "aio":
+        while store.aio.queue.path != "aio":
             store.aio.reap()
             await trio.sleep(0.001)
-    if store.aio.path != "aio":
+    if store.aio.queue.path != "aio":
         raise KitError("the kernel gives the store no AIO queue")
 
 

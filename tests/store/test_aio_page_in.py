@@ -26,7 +26,7 @@ from tests.store.rig import backed_store, block_of, drop, get, in_block, in_ram,
 from tests.support import ROOT
 from zbudfs.core.errors import PageLost
 from zbudfs.core.units import PAGE_SIZE
-from zbudfs.store import aio_page_in
+from zbudfs.store import read_queue
 from zbudfs.store._aio import Queue
 from zbudfs.store.cipher import KEY_BYTES, BlockCipher
 from zbudfs.store.page_store import PageStore
@@ -118,17 +118,17 @@ async def reading(
     folder: Path, patch: pytest.MonkeyPatch, nr_pages: int = 512, nr_frames: int = 64
 ) -> AsyncIterator[tuple[PageStore, FaultyBacking, Client]]:
     """Run a store with a queue. Its first 200 pages are written, and most are only in the backing file."""
-    patch.setattr(aio_page_in, "new_queue", HeldQueue)
+    patch.setattr(read_queue, "new_queue", HeldQueue)
     async with backed_store(folder, nr_pages, nr_frames) as (store, backing):
         assert store.memory.outgoing is not None
         backing.encrypt(BlockCipher(bytes(range(KEY_BYTES))), store.memory.outgoing.view)
-        assert store.aio.open()
-        store.aio.opened()
+        assert store.aio.queue.open()
+        store.aio.queue.opened()
         for number in range(200):
             await put(store, number, content_of(number))
-        await until(lambda: store.aio.path == "aio", "the first read has come back")
+        await until(lambda: store.aio.queue.path == "aio", "the first read has come back")
         await quiet(store)
-        queue = cast(HeldQueue, store.aio._queue)
+        queue = cast(HeldQueue, store.aio.queue._kernel)
         queue.submitted.clear()
         yield store, backing, Client(store, queue)
         queue.result = lambda result: result
@@ -274,7 +274,7 @@ def aligned(content: bytes) -> memoryview:
 @trio_test
 async def test_more_reads_than_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads without a free slot do not begin, and all slots are free again afterwards."""
-    monkeypatch.setattr(aio_page_in, "SLOTS", 8)
+    monkeypatch.setattr(read_queue, "SLOTS", 8)
     async with reading(tmp_path, monkeypatch) as (store, _, client):
         pages = {block_of(store, number): number for number in cold(store)}
         chosen = list(pages.values())[::3][:12]
@@ -285,7 +285,7 @@ async def test_more_reads_than_slots(tmp_path: Path, monkeypatch: pytest.MonkeyP
         client.queue.release()
         for number, key in begun.items():
             assert await client.answer(key) == content_of(number)
-        await until(lambda: len(store.aio._free) == 8, "the slots are free")
+        await until(lambda: len(store.aio.queue.free) == 8, "the slots are free")
 
 
 @trio_test
@@ -302,7 +302,7 @@ async def test_the_kernel_takes_only_some(tmp_path: Path, monkeypatch: pytest.Mo
         client.queue.most = 1
         assert client.read(first, 10) is None
         await until(lambda: not store.aio._runs, "the run that was taken is over")
-        assert len(store.aio._free) == aio_page_in.SLOTS
+        assert len(store.aio.queue.free) == read_queue.SLOTS
         await quiet(store)
         assert await get(store, first) == content_of(first)
 
@@ -393,10 +393,10 @@ async def test_the_kernel_has_no_queue(tmp_path: Path, monkeypatch: pytest.Monke
     def refused(_: int) -> Queue:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(aio_page_in, "new_queue", refused)
+    monkeypatch.setattr(read_queue, "new_queue", refused)
     async with backed_store(tmp_path) as (store, _):
-        assert not store.aio.open()
-        assert store.aio.path == "threads"
+        assert not store.aio.queue.open()
+        assert store.aio.queue.path == "threads"
         assert not store.aio.begin(1, 0, PAGE_SIZE)
 
 
@@ -405,7 +405,7 @@ async def test_a_file_without_direct_io_is_read_by_threads(tmp_path: Path) -> No
     """AIO through the page cache would make the serving thread wait."""
     async with backed_store(tmp_path) as (store, backing):
         backing.direct = False
-        assert not store.aio.open()
+        assert not store.aio.queue.open()
 
 
 def test_a_queue_with_wrong_arguments() -> None:

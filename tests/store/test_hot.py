@@ -37,7 +37,7 @@ from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.dense import Dense
 from zbudfs.core.errors import PageLost
 from zbudfs.core.packing import Packing
-from zbudfs.core.page_table import ABSENT, BLOCK, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, REF_MASK, entry
+from zbudfs.core.page_table import ABSENT, BLOCK, CHECK_SHIFT, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, REF_MASK, entry
 from zbudfs.core.reference import Reference
 from zbudfs.core.units import NO_FRAME, PAGE_SIZE, PAGE_WORDS
 from zbudfs.core.zbud import Zbud
@@ -604,6 +604,8 @@ async def test_damaged_frames_on_their_way() -> None:
             damaged(lambda wrong=wrong: hot.evict([wrong]))  # type: ignore[misc]
             damaged(lambda wrong=wrong: hot.written([(wrong, 1)]))  # type: ignore[misc]
             damaged(lambda wrong=wrong: hot.adopt(wrong, 1, 1))  # type: ignore[misc]
+        for wrong in (HIGH, FRAMES, frame, raw):
+            damaged(lambda wrong=wrong: hot.fill(wrong))  # type: ignore[misc]
         damaged(lambda: hot.written([(frame, 1)]))
         allocator._pins[frame] = 1
         assert frame not in hot.coldest(99)
@@ -618,7 +620,13 @@ async def test_damaged_frames_on_their_way() -> None:
             damaged(lambda member=member: hot.evict([member]))  # type: ignore[misc]
             prevs[member] = kept
         assert hot.drop() == -1
-        for name, wrong_arguments in (("evict", (7,)), ("written", ([7],)), ("coldest", ("1",)), ("adopt", (1,))):
+        for name, wrong_arguments in (
+            ("evict", (7,)),
+            ("written", ([7],)),
+            ("coldest", ("1",)),
+            ("adopt", (1,)),
+            ("fill", ("1",)),
+        ):
             with pytest.raises(TypeError):
                 getattr(hot, name)(*wrong_arguments)
         state.check()
@@ -635,6 +643,38 @@ async def test_damaged_frames_on_their_way() -> None:
             entries[number] = kept
         assert list(hot.written([(frame, 5), (raw, 6)])) == [1, 1]
         assert entries[4] & KIND_MASK == BLOCK and entries[1] & KIND_MASK == RAW_BLOCK
+
+
+@trio_test
+async def test_a_page_from_a_copy_of_its_block() -> None:
+    """C returns a page only if the entry names the copy of its zpage. In other cases Python does it, and knows why."""
+    codec = Codec()
+    async with filled() as store:
+        hot, allocator = store.state.path, store.state.allocator
+        frame, index = place_of(store, 4)
+        checked = store.state.table.entries[4] & ~(KIND_MASK | REF_MASK << KIND_BITS)
+        there = checked | (77 << REF_BITS | index) << KIND_BITS | BLOCK
+        copy = store.state.take_frame()
+        hot.fill(copy)
+        allocator.frame_bytes(copy)[:] = allocator.frame_bytes(frame)
+
+        def content(copy: int = copy, number: int = 4, there: int = there) -> bytes | None:
+            return hot.from_copy(copy, number, there, codec.decompress)
+
+        assert content() == page(4, BIG)
+        wrong_index = there ^ 1 << KIND_BITS
+        assert content(copy=HIGH) is content(copy=FRAMES) is content(number=5) is content(there=wrong_index) is None
+        assert content(there=there & ~KIND_MASK | RAW_BLOCK) is content(there=there & ~KIND_MASK | FRAME) is None
+        assert content(there=there ^ 1 << CHECK_SHIFT) is None, "the block holds an old version"
+        zpage = allocator.zpage(copy << REF_BITS | index, 4)
+        assert zpage is not None
+        zpage[20] ^= 1
+        assert content() is None, "the zpage is damaged"
+        with pytest.raises(TypeError):
+            hot.from_copy(copy)  # type: ignore[call-arg]
+        allocator.fill_cancel(copy)
+        store.state.give_frame(copy)
+        store.check()
 
 
 # ---- killed at any instruction -------------------------------------------------------------------------------------
@@ -690,7 +730,7 @@ def move_about(store: PageStore, source: random.Random) -> None:
         if frame == NO_FRAME:
             continue
         state.hold_block(block)
-        allocator.fill_prep(frame)
+        state.path.fill(frame)
         backing.read_blocks(block, [allocator.frame_bytes(frame)])
         if there & KIND_MASK == RAW_BLOCK:
             state.adopt_raw(frame, block, page_number)

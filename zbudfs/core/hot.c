@@ -246,7 +246,7 @@ static PyObject *hot_discard(PyObject *self, PyObject *const *args, Py_ssize_t n
 
 /* Return the 4096 bytes of the page whose zpage is at `ref`. NULL without an error if Python must do it; NULL with an error
    otherwise (KeyboardInterrupt, no memory for the view). */
-static PyObject *unpacked(Hot *hot, uint64_t page, uint64_t ref, PyObject *decompress) {
+PyObject *unpacked(const Hot *hot, uint64_t page, uint64_t ref, PyObject *decompress) {
     unsigned size;
     if (ref >> REF_BITS >= hot->nr_frames) return NULL;
     unsigned char *zpage = hot->packing->find(hot, ref >> REF_BITS, ref & INDEX_MASK, page, &size);
@@ -459,6 +459,10 @@ static PyMethodDef hot_methods[] = {
     {"evict", hot_evict, METH_O, "evict(frames): make persistent frames zombies"},
     {"written", hot_written, METH_O,
         "written(batch) -> bytes: zombies are in their blocks and free, by (frame, block): the live zpages of each block"},
+    {"fill", hot_fill, METH_O, "fill(frame): take over a free frame for the copy of a block; see fill_prep"},
+    {"from_copy", (PyCFunction)(void (*)(void))hot_from_copy, METH_FASTCALL,
+        "from_copy(frame, page, entry, decompress) -> bytes | None: a page from the copy of its block in a frame; None if "
+        "Python must do it"},
     {"adopt", (PyCFunction)(void (*)(void))hot_adopt, METH_FASTCALL,
         "adopt(frame, block, live) -> bool: a frame holds a copy of a block: let its live zpages be there"},
     {"drop", hot_drop, METH_NOARGS, "drop() -> int: free the coldest ephemeral frame, and which it is; -1 if there is none"},

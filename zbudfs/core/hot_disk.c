@@ -3,6 +3,8 @@
 
        State.begin_writeback   -->  coldest(most), evict(frames)     persistent frames become zombies
        State.finish_writeback  -->  written(batch)                   their pages are in blocks from now on, the frames are free
+       BlockReads              -->  fill(frame)                      a free frame is taken over for the copy of a block
+       Contents.in_copy        -->  from_copy(frame, page, entry, decompress)    the content of a page of that block
        State.adopt             -->  adopt(frame, block, live)        a copy of a block becomes an ephemeral frame
        State.drop_ephemeral    -->  drop()                           its pages are in its block again, the frame is free
        rebuild                 -->  restore(ref, page)               a new worker claims the zpages that the page table names
@@ -178,6 +180,39 @@ static int is_checked(uint64_t entry, const unsigned char *zpage, unsigned size)
     const unsigned char *end = zpage + size;
     uint64_t check = size < 4 ? 0 : (end[-4] | (uint64_t)end[-3] << 8 | (uint64_t)end[-2] << 16) & CHECKSUM_MASK;
     return size >= 4 && entry >> CHECK_SHIFT == (check | (uint64_t)(size == WORD_ZPAGE_SIZE) << CHECK_BITS_BELOW);
+}
+
+/* Take over a free frame for a copy of a block: `Allocator.fill_prep`. */
+PyObject *hot_fill(PyObject *self, PyObject *number) {
+    Hot *hot = (Hot *)self;
+    uint64_t frame = PyLong_AsUnsignedLongLong(number);
+    if (PyErr_Occurred()) return NULL;
+    if (frame >= hot->nr_frames || hot->state[frame] != FREE || hot->owner[frame] || hot->pins[frame]
+        || !hangs(&hot->lru, hot->nr_frames + EPH)) {
+        corrupt("not a free frame:", frame);
+        return NULL;
+    }
+    hot->state[frame] = EPHEMERAL;
+    hot->counters[PAGEFRAMES + EPH]++;
+    hot->pins[frame] = 1;
+    append(&hot->lru, (uint32_t)hot->nr_frames + EPH, (uint32_t)frame);
+    Py_RETURN_NONE;
+}
+
+/* Return the content of a page from the copy, in a frame, of the block that `entry` names: `Contents.in_copy`. None if Python
+   must do it: a raw page, a word in a zpage, a damaged or old zpage, or a frame that is not the pool's. */
+PyObject *hot_from_copy(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    const Hot *hot = (Hot *)self;
+    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "from_copy(frame, page, entry, decompress)");
+    uint64_t frame = PyLong_AsUnsignedLongLong(args[0]), page = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[1]),
+             entry = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    unsigned index = entry >> KIND_BITS & INDEX_MASK, size;
+    if ((entry & KIND_MASK) != BLOCK || frame >= hot->nr_frames) Py_RETURN_NONE;
+    const unsigned char *zpage = hot->packing->find(hot, frame, index, page, &size);
+    if (!zpage || !is_checked(entry, zpage, size)) Py_RETURN_NONE;
+    PyObject *content = unpacked(hot, page, frame << REF_BITS | index, args[3]);
+    return content || PyErr_Occurred() ? content : Py_NewRef(Py_None);
 }
 
 PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The hot path in Python: the readable form of hot.c and hot_disk.c, with the same methods over the same tables.
 
-    write, discard                     pages of a request           (read, make_ready: C alone, see there)
+    write, discard                     pages of a request           (read, make_ready, from_copy: C alone, see there)
     coldest, evict, written            a batch of frames that goes to the backing file
-    adopt, drop                        a block that is read back, and the release of its frame
+    fill, adopt, drop                  a block that is read back, and the release of its frame
     restore                            a zpage that the page table names, after a crash
 
 Tests run both and compare every byte. The product uses this module while a page is patched, since C does not count the
@@ -106,6 +106,16 @@ class Reference:
         return live
 
     # ---- from the backing file -------------------------------------------------------------------------------------
+
+    def fill(self, frame: int) -> None:
+        """Take over a free frame for the copy of a block: see `fill_prep`."""
+        self._allocator.fill_prep(frame)
+
+    def from_copy(
+        self, frame: int, page: int, entry: int, decompress: Callable[[memoryview, int], bytes]
+    ) -> bytes | None:
+        """Return None: `in_copy` of store/contents.py reads every page."""
+        return None
 
     def adopt(self, frame: int, block: int, live: int) -> bool:
         """Commit the live zpages of a block as zpages of a frame of `fill_prep` that holds its copy.

@@ -429,7 +429,7 @@ class Worker:
             "survives_crash": self._survives(),
             "version": __version__,
             "packing": settings.packing,
-            "page_in_path": store.aio.path,
+            "page_in_path": store.aio.queue.path,
             "backing_path": settings.backing,
             "encrypted": settings.encrypt and settings.backing is not None,
             "backing_size_bytes": backing.size_bytes(settings.size_bytes) if backing is not None else 0,
@@ -494,9 +494,9 @@ def _unmount(st_dev: int) -> None:
 
 def _read_with_aio(store: PageStore) -> None:
     """Make the kernel read blocks beside this thread, and the request loop finish the reads."""
-    if store.aio.open():
-        shim.set_completions(*store.aio.completions(), store.aio.reap)
-        store.aio.opened()
+    if store.aio.queue.open():
+        shim.set_completions(*store.aio.queue.completions(), store.aio.reap)
+        store.aio.queue.opened()
 
 
 @contextlib.contextmanager

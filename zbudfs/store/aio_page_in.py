@@ -10,17 +10,14 @@ request it has no checkpoint.
 A request goes to `again` if an entry of its pages has changed since it began, or if a block is refused, damaged or old. The
 caller then reads in a task (page_in.py), which reads the page table again and reports the errors.
 
-A block is read into a slot, which is private memory, and copied into a frame when the read is complete. So no frame is held
-during a read, and a read that outlives this process cannot reach a frame of its successor.
+A block is read into a slot of the queue (read_queue.py), and copied into a frame when the read is complete. So no frame is
+held during a read, and a read that outlives this process cannot reach a frame of its successor.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
-
-import trio
 
 from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.errors import PageLost
@@ -28,17 +25,11 @@ from zbudfs.core.latency import Latencies, Timed
 from zbudfs.core.page_table import BLOCK, LOST, entry_kind, entry_ref
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.backing import Backing
-from zbudfs.store.block_reads import BlockReads
+from zbudfs.store.block_reads import BlockReads, Read
 from zbudfs.store.contents import Contents
 from zbudfs.store.page_in import runs_of
+from zbudfs.store.read_queue import ReadQueue
 from zbudfs.store.state import State
-
-if TYPE_CHECKING:
-    from zbudfs.store._aio import Queue
-
-SLOTS: Final = 128
-"""Blocks that can be read at once: for the eight requests that the kernel keeps in flight, of eight pages each, and as much
-again for read-ahead. The slots are 512 KiB of locked memory in the worker and in the standby."""
 
 
 class Request:
@@ -56,6 +47,19 @@ class Request:
         """The contents read so far, by page."""
         self.whole = True
         """Whether every page so far was found in its block."""
+
+    def take(self, block: Block, found: dict[int, bytes]) -> None:
+        """Take what was found in a block, whose read is over."""
+        self.left -= 1
+        first = self.offset >> PAGE_SHIFT
+        end = first + (self.length >> PAGE_SHIFT)
+        for page in block.before:
+            if first <= page < end:
+                content = found.get(page)
+                if content is None:
+                    self.whole = False
+                else:
+                    self.contents[page] = content
 
 
 class Block:
@@ -88,42 +92,35 @@ class Batch:
         """Number of blocks that are still being read."""
 
 
-class Run:
+class Run(Read):
     """A run of neighbouring blocks that one read fetches."""
 
-    __slots__ = ("batch", "began", "blocks", "over")
+    __slots__ = ("batch", "began", "blocks")
 
     def __init__(self, blocks: list[Block], batch: Batch) -> None:
+        super().__init__()
         self.blocks = blocks
         self.batch = batch
-        self.over = trio.Event()
         self.began = time.perf_counter_ns()
 
 
 class AioPageIn:
-    """Page-in through an AIO queue. Without one (`open` was not called, or was refused) `begin` returns False."""
+    """Page-in through the queue of one backing file. While the queue is not usable, `begin` returns False."""
 
     def __init__(
         self, state: State, contents: Contents, reads: BlockReads, backing: Backing | None, latencies: Latencies
     ) -> None:
         self._state = state
-        self._pool = state.pool
-        self._counters = state.counters
         self._entries = state.table.entries
         self._contents = contents
         self._reads = reads
         self._backing = backing
         self._latencies = latencies
-        self._queue: Queue | None = None
-        self._slots: list[memoryview] = []
-        self._free: list[int] = []
+        self.queue = ReadQueue(backing)
         self._runs: dict[int, Run] = {}
         """The reads in flight, by first slot."""
         self._blocks: dict[int, Block] = {}
         """The blocks being read, by number; a part of `reads.loading`."""
-        self._usable = False
-        """Whether a read has completed through the queue."""
-        self._opened = trio.Event()
         self._reply: Callable[[int, bytes], object] = _nobody
         self._again: Callable[[int, int, int], object] = _nobody
         self.requests = 0
@@ -134,139 +131,86 @@ class AioPageIn:
         self._reply = reply
         self._again = again
 
-    # ---- the queue -------------------------------------------------------------------------------------------------
-
-    def open(self) -> bool:
-        """Make the queue and submit a read of the header through it. False: the kernel has no queue, so threads read.
-
-        The queue is usable when that read completes without an error. The method never waits for the disk.
-        """
-        if self._queue is not None:
-            return True
-        if self._backing is None or not self._backing.direct:
-            return False
-        try:
-            queue = new_queue(SLOTS)
-        except (ImportError, OSError):
-            return False
-        if queue.submit(self._backing.fileno(), [(0, [0])]) != 1:
-            queue.close()
-            return False
-        self._slots = [queue.slot(number) for number in range(SLOTS)]
-        self._free = list(range(1, SLOTS))
-        self._queue = queue
-        return True
-
-    @property
-    def path(self) -> str:
-        """The way in which pages come from the disk: "aio", "threads", or "none" without a backing file."""
-        if self._backing is None:
-            return "none"
-        return "aio" if self._usable else "threads"
-
     def oldest_seconds(self) -> int:
         """Return the age of the oldest read in flight, in whole seconds; 0 if there is none."""
         run = next(iter(self._runs.values()), None)  # in the order of their submission
         return 0 if run is None else (time.perf_counter_ns() - run.began) // 1_000_000_000
 
-    def completions(self) -> tuple[int, int]:
-        """Return the descriptor that is readable after a completion, and the address of the ring (aio.c); (-1, 0): no queue."""
-        return (self._queue.fileno(), self._queue.ring()) if self._queue is not None else (-1, 0)
-
-    async def run(self) -> None:
-        """Reap whenever the event loop finds a completion first. Runs until it is cancelled."""
-        while self._queue is None:
-            await self._opened.wait()
-        while True:
-            await trio.lowlevel.wait_readable(self._queue.fileno())
-            self.reap()
-
-    def opened(self) -> None:
-        """Wake `run`, since the queue exists. Call this in trio's thread; `open` may run in any thread."""
-        self._opened.set()
-
-    def close(self) -> None:
-        """Wait for the reads in flight and free the queue."""
-        if self._queue is not None:
-            self._usable = False
-            self._slots.clear()
-            self._queue.close()
-            self._queue = None
-
     # ---- requests --------------------------------------------------------------------------------------------------
 
     def begin(self, key: int, offset: int, length: int) -> bool:
         """Begin to answer a read of whole pages, some of which are on disk alone. False: nothing was begun."""
-        if not self._usable or (offset | length) & (PAGE_SIZE - 1):
+        if not self.queue.is_usable or (offset | length) & (PAGE_SIZE - 1):
             return False
         first = offset >> PAGE_SHIFT
-        wanted: dict[int, list[int]] = {}
+        wanted: dict[int, dict[int, int]] = {}
         entries = self._entries
         for page in range(first, min(first + (length >> PAGE_SHIFT), len(entries))):
             entry = entries[page]
             if entry_kind(entry) >= BLOCK:
                 if entry == LOST:
                     return False
-                wanted.setdefault(entry_ref(entry) >> REF_BITS, []).append(page)
-        loading = self._reads.loading
-        new = [block for block in wanted if block not in loading]
-        if not wanted or len(new) > len(self._free) or (len(wanted) != len(new) and not self._all_ours(wanted)):
-            return False
+                wanted.setdefault(entry_ref(entry) >> REF_BITS, {})[page] = entry
+        blocks, loading = self._blocks, self._reads.loading
+        new = [number for number in wanted if number not in blocks]
+        if not wanted or len(new) > len(self.queue.free) or any(number in loading for number in new):
+            return False  # a task reads one of them
         if new and not self._submit(new, len(wanted)):
             return False
         request = Request(key, offset, length, len(wanted))
-        for number, pages in wanted.items():
-            block = self._blocks[number]
+        for number, before in wanted.items():
+            block = blocks[number]
             block.requests.append(request)
-            for page in pages:
-                block.before[page] = entries[page]
+            block.before.update(before)
         return True
-
-    def _all_ours(self, wanted: dict[int, list[int]]) -> bool:
-        """Return whether every wanted block that is being read is being read by this object, and not by a task."""
-        return all(block in self._blocks for block in wanted if block in self._reads.loading)
 
     def _submit(self, new: list[int], count: int) -> bool:
         """Submit reads of blocks and of their read-ahead. False if the kernel did not take all of them."""
-        assert self._queue is not None and self._backing is not None
-        reads = self._reads
-        ahead = reads.blocks_ahead(new, count, len(self._free) - len(new))
-        batch = Batch(max(new + ahead), len(ahead), len(new) + len(ahead))
-        runs = [Run([Block(number, self._free.pop()) for number in numbers], batch) for numbers in runs_of(new + ahead)]
-        wire = [(self._backing.offset_of(run.blocks[0].number), [block.slot for block in run.blocks]) for run in runs]
-        taken = self._queue.submit(self._backing.fileno(), wire)
-        for run in runs[:taken]:
-            self._runs[run.blocks[0].slot] = run
+        assert self._backing is not None
+        reads, free, counters = self._reads, self.queue.free, self._state.counters
+        ahead = reads.blocks_ahead(new, count, len(free) - len(new))
+        nr_blocks = len(new) + len(ahead)
+        groups = runs_of(new + ahead)
+        batch = Batch(groups[-1][-1], len(ahead), nr_blocks)
+        runs = []
+        wire = []
+        for numbers in groups:
+            slots = [free.pop() for _ in numbers]
+            runs.append(Run(list(map(Block, numbers, slots)), batch))
+            wire.append((self._backing.offset_of(numbers[0]), slots))
+        taken = self.queue.submit(wire)
+        for run, (_, slots) in zip(runs[:taken], wire, strict=False):
+            self._runs[slots[0]] = run
             for block in run.blocks:
-                reads.begin(block.number, run.over)
+                reads.begin(block.number, run)
                 self._blocks[block.number] = block
-        for run in runs[taken:]:
-            self._free += [block.slot for block in run.blocks]
-            batch.left -= len(run.blocks)
-        self._counters.cumul_pagein_blocks += batch.left
-        self._counters.cumul_readahead_blocks += len(ahead)
-        self._counters.cumul_refault_blocks += sum(map(self._state.is_fresh, new))
+        for _, slots in wire[taken:]:
+            free += slots
+            batch.left -= len(slots)
+        counters.cumul_pagein_blocks += batch.left
+        if ahead:
+            counters.cumul_readahead_blocks += len(ahead)
+        fresh = sum(map(self._state.is_fresh, new))
+        if fresh:
+            counters.cumul_refault_blocks += fresh
         return taken == len(runs)  # if not, the task that answers the request waits for the reads that the kernel took
 
     # ---- completions -----------------------------------------------------------------------------------------------
 
     def reap(self) -> int:
         """Finish the reads that the kernel has completed, and return their number. Never waits."""
-        if self._queue is None:
-            return 0
-        done = self._queue.reap()
+        done = self.queue.reap()
         for slot, result in done:
             run = self._runs.pop(slot, None)
-            if run is None:  # the read of the header
-                self._usable = result == PAGE_SIZE
-                self._free.append(slot)
+            if run is None:
+                self.queue.header_read(slot, result)
                 continue
             self._latencies.record(Timed.PAGEIN, time.perf_counter_ns() - run.began)
             good = result == len(run.blocks) << PAGE_SHIFT
             batch = run.batch
             for block in run.blocks:
                 batch.kept += self._finish(block, good=good)
-            run.over.set()
+            run.end()
             batch.left -= len(run.blocks)
             if not batch.left:
                 self._reads.ahead.done(batch.last, batch.ahead, batch.kept)
@@ -274,57 +218,45 @@ class AioPageIn:
 
     def _finish(self, block: Block, *, good: bool) -> bool:
         """End the read of a block: answer its requests and keep the copy. Return whether a read-ahead block was kept."""
-        reads, pool = self._reads, self._pool
+        reads, requests = self._reads, block.requests
         del self._blocks[block.number]
         frame = self._frame_for(block) if good else NO_FRAME
-        whole = frame != NO_FRAME and not block.requests
-        found: dict[int, bytes] = {}
-        if frame != NO_FRAME:
-            for page, before in block.before.items():
-                if self._entries[page] == before:
-                    try:
-                        found[page] = self._contents.in_copy(frame, page, before)
-                    except PageLost:
-                        continue  # the task that reads it again reports it
-                    whole = True
-        self._counters.cumul_pagein_pages += len(found)
-        for request in block.requests:
-            request.left -= 1
-            first = request.offset >> PAGE_SHIFT
-            for page in block.before:
-                if first <= page < first + (request.length >> PAGE_SHIFT):
-                    content = found.get(page)
-                    if content is None:
-                        request.whole = False
-                    else:
-                        request.contents[page] = content
+        found = self._contents_in(frame, block) if requests and frame != NO_FRAME else {}
+        for request in requests:
+            request.take(block, found)
         was_kept = False
-        if frame == NO_FRAME:
-            pass
-        elif frame >= pool.nr_frames:
-            pool.bounce.append(frame)
-        else:
-            was_kept = reads.keep(frame, block.number, block.before, block.before, whole=whole)
+        if frame != NO_FRAME:
+            was_kept = reads.keep(frame, block.number, block.before, block.before, whole=bool(found) or not requests)
         reads.end(block.number)
-        self._free.append(block.slot)
-        for request in block.requests:
+        self.queue.free.append(block.slot)
+        for request in requests:
             if not request.left:
                 self._answer(request)
-        return was_kept and not block.requests
+        return was_kept and not requests
+
+    def _contents_in(self, frame: int, block: Block) -> dict[int, bytes]:
+        """Return the contents of the wanted pages from the copy of the block, without those that changed or are damaged."""
+        found: dict[int, bytes] = {}
+        for page, before in block.before.items():
+            if self._entries[page] == before:
+                try:
+                    found[page] = self._contents.in_copy(frame, page, before)
+                except PageLost:
+                    continue  # the task that reads it again reports it
+        self._state.counters.cumul_pagein_pages += len(found)
+        return found
 
     def _frame_for(self, block: Block) -> int:
-        """Return the frame, from `fill_prep` or a bounce frame, with the decrypted block. NO_FRAME: none is available."""
+        """Return the frame, from `fill` or a bounce frame, with the decrypted block. NO_FRAME: none is available."""
         assert self._backing is not None
-        frame = self._reads.frame_to_keep()
-        if frame != NO_FRAME:
-            self._state.allocator.fill_prep(frame)
-        elif block.requests and self._pool.bounce:
-            frame = self._pool.bounce.pop()
-        else:
-            return NO_FRAME
+        frame = self._reads.frame_to_fill()
+        if frame == NO_FRAME:
+            if not block.requests or not self._state.pool.bounce:
+                return NO_FRAME
+            frame = self._state.pool.bounce.pop()
         view = self._state.allocator.frame_bytes(frame)
-        view[:] = self._slots[block.slot]
-        self._backing.decrypt(block.number, [view])
+        view[:] = self.queue.slots[block.slot]
+        self._backing.decrypt(block.number, (view,))
         return frame
 
     def _answer(self, request: Request) -> None:
@@ -344,17 +276,10 @@ class AioPageIn:
                 pieces.append(piece)
             else:
                 self.requests += 1
-                self._counters.cumul_read_pages += len(pieces)
+                self._state.counters.cumul_read_pages += len(pieces)
                 self._reply(request.key, pieces[0] if len(pieces) == 1 else b"".join(pieces))
                 return
         self._again(request.key, request.offset, request.length)
-
-
-def new_queue(nr_slots: int) -> Queue:
-    """Return a new AIO queue. OSError if the kernel refuses it, ImportError if the extension was not built."""
-    from zbudfs.store._aio import Queue
-
-    return Queue(nr_slots)
 
 
 def _nobody(*_: object) -> None:

@@ -13,10 +13,30 @@ import trio
 
 from zbudfs.core.allocator import EPHEMERAL_KIND
 from zbudfs.core.page_table import RAW_BLOCK, entry_kind
-from zbudfs.core.readahead import ReadAhead
+from zbudfs.core.readahead import FEWEST_BLOCKS, ReadAhead
 from zbudfs.core.units import NO_FRAME
 from zbudfs.store.pool_limit import PoolLimit
 from zbudfs.store.state import State
+
+
+class Read:
+    """A read of blocks that is under way. A task can wait for its end."""
+
+    __slots__ = ("_over",)
+
+    def __init__(self) -> None:
+        self._over: trio.Event | None = None  # made for the first task that waits: most reads have none
+
+    async def wait(self) -> None:
+        """Wait for the end of the read."""
+        if self._over is None:
+            self._over = trio.Event()
+        await self._over.wait()
+
+    def end(self) -> None:
+        """Wake the tasks that wait, since the read is over."""
+        if self._over is not None:
+            self._over.set()
 
 
 class BlockReads:
@@ -27,26 +47,28 @@ class BlockReads:
         self._pool = state.pool
         self._limit = limit
         self.ahead = ReadAhead()
-        self.loading: dict[int, trio.Event] = {}
-        """The event of each block that is being read. It is set at the end of the read."""
+        self.loading: dict[int, Read] = {}
+        """The read of each block that is being read."""
 
-    def begin(self, block: int, over: trio.Event) -> None:
+    def begin(self, block: int, read: Read) -> None:
         """Record that a read of the block begins, and hold the block."""
-        self.loading[block] = over
+        self.loading[block] = read
         self._state.hold_block(block)
 
     def end(self, block: int) -> None:
-        """Record that the read is over, and release the block. The caller sets the event."""
+        """Record that the read is over, and release the block. The caller ends the `Read`."""
         self._state.release_block(block)
         del self.loading[block]
 
     def blocks_ahead(self, wanted: Iterable[int], count: int, most: int) -> list[int]:
         """Return the read-ahead for `count` wanted blocks, if a reader in order reads them: at most `most` blocks."""
         blocks, pool = self._state.blocks, self._pool
+        found: list[int] = []
+        if count < FEWEST_BLOCKS:
+            return found
         listed = list(wanted)
         last = max(listed)
         window = self.ahead.window(min(listed), last, count)
-        found: list[int] = []
         if not window or blocks is None:
             return found
         # Only a quarter of the possible ephemeral frames: new read-ahead must not replace earlier read-ahead.
@@ -58,18 +80,27 @@ class BlockReads:
             found.append(block)
         return found
 
-    def frame_to_keep(self) -> int:
-        """Return a frame for a block that was read; the coldest ephemeral one if writes need the free ones. NO_FRAME: none."""
+    def frame_to_fill(self) -> int:
+        """Return a frame for the copy of a block, to be given to `keep`. NO_FRAME: there is none.
+
+        It is the coldest ephemeral frame if writes need the free ones.
+        """
         pool = self._pool
         if pool.free_frames <= self._limit.watermarks.low_frames and not self._state.drop_ephemeral():
             return NO_FRAME
-        return pool.take_frame()
+        frame = pool.take_frame()
+        if frame != NO_FRAME:
+            self._state.path.fill(frame)
+        return frame
 
     def keep(self, frame: int, block: int, before: dict[int, int], pages: Iterable[int], *, whole: bool) -> bool:
-        """Adopt a frame of `fill_prep` that holds a copy of the block, or hand it back. Return whether it was adopted.
+        """Adopt a frame that holds a copy of the block, or hand it back. Return whether it was adopted.
 
         `whole`: one of `pages`, whose entries were `before`, was read from the copy, or the block is read-ahead.
         """
+        if frame >= self._pool.nr_frames:
+            self._pool.bounce.append(frame)
+            return False
         if whole and self._adopt(frame, block, before, pages):
             return True
         self._state.allocator.fill_cancel(frame)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The contents of pages: of a page in RAM, and of a page in a copy of its block. Synchronous and without side effects."""
 
-from collections.abc import Callable
 from typing import Final
 
 from zbudfs.core.allocator import INDEX_MASK, REF_BITS
-from zbudfs.core.codec import check_of, check_of_raw, page_of_word
+from zbudfs.core.codec import Codec, check_of, check_of_raw, page_of_word
 from zbudfs.core.errors import Loss, PageLost
 from zbudfs.core.page_table import (
     ABSENT,
@@ -24,12 +23,14 @@ ZERO_PAGE: Final = bytes(PAGE_SIZE)
 
 
 class Contents:
-    """Reads pages of `state`; `decode` turns a zpage into a page."""
+    """Reads pages of `state`, whose zpages `codec` can decode."""
 
-    def __init__(self, state: State, decode: Callable[[bytes | memoryview], bytes]) -> None:
+    def __init__(self, state: State, codec: Codec) -> None:
         self._entries = state.table.entries
         self._allocator = state.allocator
-        self._decode = decode
+        self._path = state.path
+        self._decode = codec.decode
+        self._decompress = codec.decompress
         self._counters = state.counters
 
     def in_ram(self, page: int) -> bytes | None:
@@ -58,6 +59,9 @@ class Contents:
 
         The zpage's checksum shows damage. The zpage must also have the entry's check: a disk can return an old version.
         """
+        found = self._path.from_copy(frame, page, entry, self._decompress)
+        if found is not None:
+            return found
         ref = entry_ref(entry)
         if entry_kind(entry) == RAW_BLOCK:
             content = bytes(self._allocator.frame_bytes(frame))

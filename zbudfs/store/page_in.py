@@ -16,7 +16,7 @@ from zbudfs.core.latency import Latencies, Timed
 from zbudfs.core.page_table import LOST, entry_ref
 from zbudfs.core.units import NO_FRAME
 from zbudfs.store.backing import Backing
-from zbudfs.store.block_reads import BlockReads
+from zbudfs.store.block_reads import BlockReads, Read
 from zbudfs.store.contents import ZERO_PAGE, Contents
 from zbudfs.store.frame_queue import FrameQueue
 from zbudfs.store.iothread import IoThread
@@ -104,25 +104,20 @@ class PageIn:
         The read includes the read-ahead of a reader in order, as far as there are frames to keep it.
         Returns the pages that moved during the read, for which the caller must read the page table again.
         """
-        pool, allocator, state, reads = self._pool, self._state.allocator, self._state, self._reads
-        over = trio.Event()
+        pool, state, reads = self._pool, self._state, self._reads
+        read = Read()
         frames: dict[int, int] = {}
         before = {page: self._entries[page] for pages in wanted.values() for page in pages}
         for block in wanted:
-            reads.begin(block, over)
-            frame = reads.frame_to_keep()
-            if frame == NO_FRAME:
-                frame = pool.bounce.pop()
-            else:
-                allocator.fill_prep(frame)
-            frames[block] = frame
+            reads.begin(block, read)
+            frame = reads.frame_to_fill()
+            frames[block] = pool.bounce.pop() if frame == NO_FRAME else frame
         ahead: dict[int, int] = {}
         for block in reads.blocks_ahead(wanted, len(wanted), pool.nr_frames):
-            frame = reads.frame_to_keep()
+            frame = reads.frame_to_fill()
             if frame == NO_FRAME:
                 break
-            allocator.fill_prep(frame)
-            reads.begin(block, over)
+            reads.begin(block, read)
             ahead[block] = frame
         frames |= ahead
         stale: list[int] = []
@@ -154,12 +149,10 @@ class PageIn:
                         whole.add(block)
         finally:
             for block, frame in frames.items():
-                if frame >= pool.nr_frames:
-                    pool.bounce.append(frame)
-                elif not reads.keep(frame, block, before, wanted.get(block, []), whole=block in whole):
+                if not reads.keep(frame, block, before, wanted.get(block, []), whole=block in whole):
                     whole.discard(block)
                 reads.end(block)
-            over.set()
+            read.end()
             reads.ahead.done(max(frames), len(ahead), len(whole & ahead.keys()))
             self._queue.filling(-nr_kept)
             self._bounce_free.unpark_all()

@@ -68,7 +68,7 @@ class PageStore:
         self.backing = backing
         self.reclaimer = Reclaimer(self.state, backing, log)
         self.tracer = Tracer(self.state, memory)
-        contents = Contents(self.state, codec.decode)
+        contents = Contents(self.state, codec)
         self._reads = BlockReads(self.state, self.reclaimer.limit)
         latencies = memory.board.latencies
         self._page_in = PageIn(self.state, contents, self._reads, self.reclaimer.queue, backing, latencies)
@@ -89,13 +89,13 @@ class PageStore:
     async def run(self, *, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED) -> None:
         """Run all tasks until they are cancelled. The start is complete when the first frames are ready."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.aio.run)
+            nursery.start_soon(self.aio.queue.run, self.aio.reap)
             await self.reclaimer.run(task_status=task_status)
 
     def close(self) -> None:
         """End the threads and empty the backing file. No request may be under way."""
         self.reclaimer.close()
-        self.aio.close()
+        self.aio.queue.close()
         self._page_in.close()
         if self.backing is not None:
             self.backing.close()
