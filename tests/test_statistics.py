@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 from tests.fuse.calls import PUNCH, all_stats, fallocate
 from tests.support import LIMIT_SECONDS, ROOT, mounted, wait_until
 from zbudfs.cli.metrics import HISTOGRAMS, METRICS, PREFIX
+from zbudfs.core.public import EXACT, NAMES
 from zbudfs.core.statistics import COUNTED, declared
 from zbudfs.core.tunables import TUNABLES
 
@@ -98,6 +100,20 @@ def test_a_kill_loses_no_count(tmp_path: Path) -> None:
 def test_the_keys_are_explained_as_the_command_does() -> None:
     """The rows of the keys have the unit and the meaning of the source."""
     assert rows("Settings in control/") == [[f"`{each.name}`", each.unit, each.meaning] for each in TUNABLES]
+
+
+def test_public_statistics_are_in_their_table() -> None:
+    """A public statistic is in one row of the table, which says whether it is exact, and no other statistic is in one."""
+    names = {row[0].strip("`") for row in rows("Statistics in stats/")}
+    found: list[tuple[str, str]] = []
+    for cell, public_as, reason in rows("Public statistics"):
+        assert public_as and reason
+        for pattern in re.findall(r"`([a-z_*]+)`", cell):
+            matching = fnmatch.filter(names, pattern)
+            assert matching, pattern
+            found += [(name, public_as) for name in matching]
+    assert sorted(name for name, _ in found) == sorted(NAMES)
+    assert {name for name, public_as in found if public_as == "exact"} == set(EXACT)
 
 
 def test_tools_name_metrics_that_exist() -> None:

@@ -7,6 +7,7 @@ The other version is a copy of the package with one changed line, and a virtual 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ import zbudfs as package
 from kit.cell import Cell
 from tests.service.test_keeper import MIB, PAGE, Served, compare, fill, mount, opened
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, run_zbudfs, status_of, wait_until, zbudfs
+from zbudfs.core.statistics import COUNTERS, CounterFields
 from zbudfs.service import launch
 from zbudfs.service.settings import Settings
 from zbudfs.store.board import LAYOUT
@@ -63,6 +65,11 @@ def restart_with(interpreter: str, mountpoint: Path) -> subprocess.CompletedProc
     """Run `zbudfs restart` of another version."""
     command = [interpreter, "-I", "-m", "zbudfs", "restart", str(mountpoint)]
     return subprocess.run(command, capture_output=True, text=True, timeout=2 * LIMIT_SECONDS, check=False)
+
+
+def counts(served: Served) -> dict[str, int]:
+    """Return the numbers of events since the mount."""
+    return {name: value for name, value in served.stats().items() if name in COUNTERS or name.startswith("cumul_")}
 
 
 def order(served: Served, data: bytes) -> dict[str, Any]:
@@ -158,6 +165,26 @@ def test_another_version(mount: Mount, tmp_path: Path) -> None:
         zbudfs("restart", served.mountpoint)
         assert served.stats()["version"] == package.__version__
         compare(fd, 0, 512)
+
+
+def test_a_version_with_one_counter_more(mount: Mount, tmp_path: Path) -> None:
+    """A new counter at the end needs no new layout: the newer version and the older one continue all counts."""
+    declared = inspect.getsource(CounterFields)
+    newer = version_at(
+        tmp_path, "core/statistics.py", declared, f'{declared}    cumul_new: Annotated[int, Stat("events", "new")]\n'
+    )
+    served = mount()
+    with opened(served.swapfile) as fd:
+        fill(fd, 0, 64)
+        compare(fd, 0, 64)
+        before = counts(served)
+        assert min(before["cumul_written_pages"], before["cumul_read_pages"]) >= 64
+        run = restart_with(newer, served.mountpoint)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert counts(served) == {**before, "cumul_new": 0}
+        zbudfs("restart", served.mountpoint)
+        assert counts(served) == before
+        compare(fd, 0, 64)
 
 
 @pytest.mark.needs("loop", "swap", "cell")
