@@ -62,7 +62,7 @@ def measure(options: Options) -> list[Table]:
         column for name in names for column in (Column(name, f"{name} MiB/s"), Column(f"{name}_us", f"{name} us"))
     ]
     columns += [Column(f"{name}_ratio", f"{name} : floor") for name in names if name != "floor" and "floor" in names]
-    table = Table(f"fio on a file of {options.mib} MiB: MiB/s, and mean microseconds of a request", columns)
+    table = Table(f"Requests of fio to a file of {options.mib} MiB: MiB/s, and mean microseconds of a request", columns)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(workplace(options))
         place = targets.Place(folder, options.mib * MIB, options.mib * MIB, also)

@@ -155,7 +155,7 @@ def describe(zpages: Sequence[bytes]) -> str:
     larger = sum(size > 2 * PAGE / 3 for size in sizes) - raw
     mean = sum(sizes) / len(sizes)
     return (
-        f"{len(sizes):,} pages; a zpage and its handle have {mean:.0f} bytes on average (bound: {PAGE / mean:.2f} pages a"
+        f"Pages: {len(sizes):,}; a zpage and its handle have {mean:.0f} bytes on average (bound: {PAGE / mean:.2f} pages a"
         f" frame); {raw / len(sizes):.1%} incompressible, {between / len(sizes):.1%} between half and two thirds of a frame,"
         f" {larger / len(sizes):.1%} larger."
     )

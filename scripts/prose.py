@@ -9,6 +9,8 @@ The rules are few, so that each finding is worth a change:
 - A sentence has at most 30 words. In a list or a table it has at most 40.
 - The words of BANNED do not occur. Each entry names better ones.
 - No sentence begins with "What" or "Who", unless it is a question.
+- A sentence of a Markdown document begins with a capital letter, code, or the name of this program. The first one of a
+  list item or a table cell may begin with anything.
 - A docstring begins with the thing or with a verb, not with a word of FRAGMENTS ("Of the serving thread ...").
 
 Blocks of code, `code` in a sentence and text in double quotation marks are not checked. In a docstring, lines that are
@@ -60,6 +62,7 @@ FRAGMENTS: Final = frozenset(
 )
 _BANNED: Final = [(re.compile(rf"\b(?:{words})\b", re.IGNORECASE), better) for words, better in BANNED.items()]
 _HEADLESS: Final = re.compile(r"^(?:What|Who)\b")
+_SMALL: Final = re.compile(r"^(?!zbudfs\b)[a-z0-9]")
 _CODE: Final = re.compile(r"``.+?``|`[^`]*`")
 _QUOTED: Final = re.compile(r'"[^"]*"')
 _LINK: Final = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
@@ -234,6 +237,9 @@ def findings(path: str, text: str) -> list[Finding]:
                 and words > 6
             ):
                 found.append(Finding(path, line, f"a clause as the subject, name the subject: {sentence[:60]}..."))
+            exempt = words <= 2 or (first and piece.max_words != MAX_WORDS)
+            if path.endswith(".md") and not exempt and _SMALL.match(sentence.lstrip("*_(")):
+                found.append(Finding(path, line, f"begin with a capital letter: {sentence[:60]}..."))
             if first and piece.docstring and sentence.split()[0] in FRAGMENTS:
                 found.append(
                     Finding(path, line, f'a docstring that begins with "{sentence.split()[0]}": {sentence[:60]}')

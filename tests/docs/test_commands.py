@@ -18,7 +18,8 @@ from zbudfs.cli.parser import build_parser
 
 DOCUMENTS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE: Final = re.compile(r"^```.*$")
-COMMAND: Final = re.compile(r"^(?:sudo |[#$] )?(?:\S*/)?(zbudfs .*)$")
+COMMAND: Final = re.compile(r"^(?:sudo |[#$] )?(?:\S*/(?<!/system-sleep/))?(zbudfs .*)$")
+"""A command, with any folder but that of the sleep hook, whose name is zbudfs too."""
 INLINE: Final = re.compile(r"`((?:zbudfs|make) [^`]+)`")
 ABBREVIATED: Final = re.compile(r"\.\.\.|…|\[|\{|<")
 """A command with one of these is a pattern and not a command."""
@@ -94,9 +95,17 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_places_are_those_of_each_installation(document: Path) -> None:
+    """A document names no place that the package has elsewhere, except beside `make install`."""
+    lines = document.read_text().splitlines()
+    assert [line for line in lines if "/usr/local/" in line and "make install" not in line] == []
+
+
 def test_a_wrong_command_is_found() -> None:
     """The checks find wrong options and commands, in blocks and in sentences, and ignore shell syntax and comments."""
     text = "Use `zbudfs mount --sise 4G /mnt` or\n\n    zbudfs nonsense   # no\n    zbudfs status --json /mnt | jq .\n"
+    text += "    /usr/lib/systemd/system-sleep/zbudfs post\n"
     found = commands(text)
     assert found == ["zbudfs mount --sise 4G /mnt", "zbudfs nonsense", "zbudfs status --json /mnt"]
     assert [bool(not_understood(command)) for command in found] == [True, True, False]

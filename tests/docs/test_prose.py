@@ -54,6 +54,15 @@ def test_clauses_as_subjects() -> None:
     assert lines("a.md", "What does the program do when the pool is full?\n") == []
 
 
+def test_small_beginnings() -> None:
+    """The linter finds a sentence that begins with a number or a small letter, but not in code or at the start of an item."""
+    for text in ("zstd compresses pages.", "It waits. 20 of 20 came back.", "- a page: kept. systemd starts it again."):
+        assert lines("a.md", f"{text}\n") == [1], text
+    text = "zbudfs is young. `mypyc` gains little.\n\n2026-11-23. It waits.\n\n- a page\n\n| frames | of the pool |\n"
+    assert lines("a.md", text) == []
+    assert lines("a.py", '"""Return it. zstd is asked."""\n') == []
+
+
 def test_docstrings_and_comments() -> None:
     """The linter reads docstrings, also below constants, and comments. It ignores code, strings and directives."""
     source = f'''# SPDX-License-Identifier: MIT

@@ -44,7 +44,8 @@ def to_run(command: str, folder: Path, mountpoint: Path) -> list[str] | None:
         "1234": str(os.getpid()),
         "5678": str(os.getppid()),
         "core.1234": str(folder / "core"),
-        "high_watermark_frames=N": "high_watermark_frames=auto",
+        "low_watermark_frames=N": "low_watermark_frames=100",
+        "high_watermark_frames=M": "high_watermark_frames=200",
         "pool_limit_bytes=64M": "pool_limit_bytes=8M",
         "pool_limit_bytes=32M": "pool_limit_bytes=8M",
     }
