@@ -39,6 +39,9 @@ CLEAN_PACKAGES: Final = ("ca-certificates",)
 WORK: Final = "var/tmp/zbudfs"
 """Folder of the source and the package, inside a folder with a Debian."""
 
+DEBIAN_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Search path of a build with the tools of this machine. Another Python in front of Debian's lacks the Build-Depends."""
+
 NOT_COMPARED: Final = re.compile(
     r"^(var/(lib/(dpkg|apt|systemd)|log|cache|tmp)|tmp|run|proc|sys|dev|etc/ld\.so\.cache|root)(/|$)"
 )
@@ -137,7 +140,7 @@ def build(suite: str, version: str, output: Path) -> Path:
             place = Path(folder) / "source"
             put_source(place, version, this_suite())
             script = 'cd "$0" && dpkg-buildpackage -b -us -uc 2>&1'
-            run("sh", "-c", script, place, log=output / "deb.log")
+            run("sh", "-c", script, place, log=output / "deb.log", PATH=DEBIAN_PATH)
         else:
             tree = builder(suite)
             place = tree / WORK / "source"

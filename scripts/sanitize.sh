@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Build all C code with AddressSanitizer and UndefinedBehaviorSanitizer in a copy of the sources, and run the tests of it.
 # A finding ends its process, and so fails the test. Usage: scripts/sanitize.sh [pytest arguments]
+# Name no test that mounts: the daemon locks its memory, and with it the terabytes of the sanitizer's shadow.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 copy=build/sanitize

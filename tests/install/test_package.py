@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import deb
 from tests.install.test_scripts import ONE_SWAP, MadeUp
 from tests.support import ROOT
 from zbudfs import __version__
@@ -109,3 +110,19 @@ def test_a_removal_where_the_program_cannot_start(swapoff: str, status: int, mac
     assert run(machine, "stop-all", "exit 127").returncode == status
     assert "swapoff /dev/loop3" in machine.called()
     assert "swapoff /dev/loop4" not in machine.called()
+
+
+def test_the_build_uses_the_python_of_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another Python in front of Debian's, such as that of pyenv, lacks the Build-Depends."""
+    monkeypatch.setenv("PATH", f"{tmp_path}/other/bin:/usr/bin:/bin")
+    searched: list[str] = []
+
+    def built(*command: str | Path, **environment: str) -> str:
+        searched.append(environment["PATH"])
+        (Path(command[-1]).parent / f"zbudfs_{__version__}-1_all.deb").touch()
+        return ""
+
+    monkeypatch.setattr(deb, "run", built)
+    monkeypatch.setattr(deb, "put_source", lambda place, *_: place.mkdir())
+    assert deb.build(deb.HERE, __version__, tmp_path / "out").exists()
+    assert searched == ["/usr/sbin:/usr/bin:/sbin:/bin"]
