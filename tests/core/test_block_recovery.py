@@ -105,6 +105,20 @@ def test_a_reset_map_counts_again() -> None:
     )
 
 
+def test_a_reset_clears_a_large_map_to_its_end() -> None:
+    """Zpages in the last blocks of a large map are no longer live. The buffer may be larger than the table."""
+    segments = 2 * 1024 + 1
+    blocks = BlockMap(memoryview(bytearray(BlockMap.table_size(segments) + 64)), segments)
+    assert blocks.take_holes(segments) == (0, segments)
+    blocks.add_ready(0, segments)
+    places = [1, 1024 * SEGMENT_BLOCKS - 1, 1024 * SEGMENT_BLOCKS, segments * SEGMENT_BLOCKS - 1]
+    for block in places:
+        assert blocks.restore(block, 1)
+    blocks.reset()
+    assert [blocks.live(block) for block in places] == [0] * len(places)
+    blocks.check()
+
+
 def test_segments_that_were_never_ready_cost_nothing() -> None:
     """A reset neither reads nor writes the table of segments that were never ready, however many there are."""
     segments = 1000

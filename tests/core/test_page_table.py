@@ -26,7 +26,10 @@ from zbudfs.core.page_table import (
     WORD_INVERTED,
     PageTable,
     entry,
+    entry_check,
+    entry_kind,
     entry_of_word,
+    entry_ref,
     touched_size,
     word_of_entry,
 )
@@ -54,6 +57,7 @@ def test_an_entry_keeps_its_parts(kind: int, ref: int, check: int) -> None:
     """Kind, place and check come out of an entry unchanged, and the entry fits into 8 bytes."""
     value = entry(kind, ref, check)
     assert (value & KIND_MASK, value >> KIND_BITS & REF_MASK, value >> CHECK_SHIFT) == (kind, ref, check)
+    assert (entry_kind(value), entry_ref(value), entry_check(value)) == (kind, ref, check)
     assert value < 1 << 64
 
 
