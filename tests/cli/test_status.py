@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.fuse.calls import opened
-from tests.support import LIMIT_SECONDS, mounted, run_zbudfs
+from tests.support import LIMIT_SECONDS, ROOT, mounted, run_zbudfs
 from zbudfs.cli.page import MOST_LINES, WIDTH, below, page
 from zbudfs.cli.remedies import is_thrashing, problems, remedies
 from zbudfs.cli.status import as_json, as_pages, report
@@ -92,6 +93,17 @@ def test_a_full_page() -> None:
         "  99 % within               -      128 us           -           -           -",
         "  longest                   -     1.23 ms           -           -           -",
     ]
+
+
+def test_the_page_in_the_documents() -> None:
+    """The page that docs/use/tools.md shows has every label of a page for root, and as many lines and columns."""
+    text = (ROOT / "docs/use/tools.md").read_text().split("\n    /mnt/zswap  ", 1)[1].split("\n\n-", 1)[0]
+    shown = [line[4:] for line in text.splitlines()]
+    first_words = re.compile(r"^  (\w+)", re.MULTILINE).findall
+    assert {*first_words(page(FULL, EARLIER, 2.0))} - {*first_words("\n".join(shown))} == {"budget"}
+    assert "; itself " in text
+    assert len(shown) <= MOST_LINES
+    assert max(map(len, shown)) <= WIDTH
 
 
 def test_speeds_of_public_numbers() -> None:
