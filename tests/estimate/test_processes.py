@@ -267,6 +267,16 @@ def test_lines_that_make_no_sense(tmp_path: Path, line: bytes) -> None:
     assert sample_of(77, proc=Proc(str(tmp_path), 4096)).population_pages == 1
 
 
+@pytest.mark.parametrize("end", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028"])
+def test_a_line_in_the_name_of_a_file(tmp_path: Path, end: str) -> None:
+    """A name with a line break that only Python knows, and a whole line behind it, is a name."""
+    line = (
+        b"10000000-10001000 rw-p 00000000 08:01 5    /tmp/a%b20000000-20001000 rw-p 00000000 00:00 0 \n" % end.encode()
+    )
+    made_up(tmp_path, 77, line, {0x10000: OWN, 0x20000: OWN}, 4096)
+    assert sample_of(77, proc=Proc(str(tmp_path), 4096)).population_pages == 1
+
+
 def test_high_numbers_of_pages(tmp_path: Path) -> None:
     """RAM at high addresses, as on arm64 servers, needs no memory for the addresses below."""
     maps = b"10000000-10004000 rw-p 00000000 00:00 0 \n"
