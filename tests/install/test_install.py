@@ -238,6 +238,9 @@ def test_below_a_destdir(wheelhouse: Path, tmp_path: Path) -> None:
     assert [path for path in named if not (destdir / path[1:]).is_file()] == []
     assert (units / "sleep.target.d/zbudfs.conf").is_file()
     assert os.access(destdir / SLEEP_HOOK, os.X_OK)
+    # The documents name the hook also for `run` and `post` by hand, since its place is that of the package too.
+    helper = destdir / "opt/zbudfs-test/lib/zbudfs/libexec/sleep"
+    assert (destdir / SLEEP_HOOK).read_bytes() == helper.read_bytes()
     (destdir / "etc/zbudfs/swap.toml").write_text("level = 3\n")
     run = make("uninstall", DESTDIR=destdir, PREFIX="/opt/zbudfs-test")
     assert "kept " in run.stdout

@@ -51,6 +51,16 @@ def test_make_install(tmp_path: Path) -> None:
     assert Installation("/x", DEFAULT_LIBRARY)._make() == "make install"
 
 
+def test_units(tmp_path: Path) -> None:
+    """Units come with the package or from make install, and never from pip."""
+    package = Installation(DEBIAN_MODULES, "/usr")
+    assert package.command_for_units() == package.command_again()
+    assert "make" not in package.command_for_units()
+    copy = Installation("/x", str(made(tmp_path / "opt/lib/zbudfs")))
+    assert copy.command_for_units() == f"make install PREFIX={tmp_path}/opt, in the source folder of zbudfs"
+    assert Installation("/x", str(tmp_path)).command_for_units() == "make install, in the source folder of zbudfs"
+
+
 def test_pip_and_pipx(tmp_path: Path) -> None:
     """The message names the running interpreter, quoted for a shell."""
     python = f"{tmp_path}/my env/bin/python"

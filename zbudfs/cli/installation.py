@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The kind of installation of this copy of zbudfs, and the command that adds a library to it or installs it again.
+"""The kind of installation of this copy of zbudfs, and the commands that add a library or units, or install it again.
 
     package   the Debian package: its modules are in Debian's folder     apt-get install python3-textual
     make      `make install`: its list of files is beside it             make install EXTRAS=top
@@ -60,6 +60,12 @@ class Installation:
         if self._is_made():
             return f"{self._make()}, in the source folder of zbudfs"
         return f"{shlex.quote(self._python)} -m pip install --force-reinstall zbudfs, from the same source as before"
+
+    def command_for_units(self) -> str:
+        """Return the command that installs the units and the sleep hook, which pip does not install."""
+        if self._is_package() or self._is_made():
+            return self.command_again()
+        return "make install, in the source folder of zbudfs"
 
     def _is_package(self) -> bool:
         return self._modules == DEBIAN_MODULES

@@ -2,8 +2,8 @@
 """The writes that wait for a frame, and the rules by which they are refused.
 
 A write that finds no frame waits in `wait_frame_free`. A writeback round can refuse it (PoolFull) if the round began after
-the write came and found nothing that it could free. The reasons are: no backing file, a full one, one that has just failed,
-writeback turned off, or its budget used up. The write is refused too if the disk has not answered for half a minute.
+the write came and found nothing that it could free. The write is refused too if the disk has not answered for half a minute.
+`Refusal` has all causes.
 
 To refuse a page costs nothing: the kernel keeps it in RAM. A write that waits for ever can deadlock the system, since the
 disk's own file system may need that memory to answer. It also blocks reads of pages that are in RAM.

@@ -2,8 +2,8 @@
 """Checks of suspend and hibernation with swap on zbudfs.
 
 The kernel freezes the daemon like any other program. Then a program that waits for a page keeps the machine awake. A
-hibernation swaps out to make room for its image, and hangs the machine. `make install` installs a hook and units against
-both. They need systemd, and the hook needs cgroup v2.
+hibernation swaps out to make room for its image, and hangs the machine. The package and `make install` have a hook and units
+against both. They need systemd, and the hook needs cgroup v2.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from zbudfs.cli.doctor.finding import Finding, Machine, ok, warning
+from zbudfs.cli.installation import Installation
 
 HOOK: Final = "/usr/lib/systemd/system-sleep/zbudfs"
 DROP_IN: Final = "systemd-hibernate.service.d/zbudfs.conf"
@@ -19,7 +20,6 @@ UNIT_FOLDERS: Final = (
     *("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system"),
     "/lib/systemd/system",
 )
-_INSTALL: Final = "make install"
 
 
 def check_suspend(machine: Machine) -> Iterator[Finding]:
@@ -35,7 +35,7 @@ def check_suspend(machine: Machine) -> Iterator[Finding]:
         remedy = "boot with systemd.unified_cgroup_hierarchy=1"
         yield warning("suspend", f"cgroup v2 is missing, so programs cannot be frozen first: {without}", remedy)
     elif not machine.path(HOOK).exists():
-        yield warning("suspend", f"{HOOK} is missing: {without}", _INSTALL)
+        yield warning("suspend", f"{HOOK} is missing: {without}", Installation().command_for_units())
     else:
         yield ok("suspend", "programs are frozen first, while the daemon still serves")
 
@@ -51,7 +51,9 @@ def check_hibernation(machine: Machine) -> Iterator[Finding]:
     if not machine.path("/run/systemd/system").is_dir():
         yield warning("hibernation", f"systemd does not run here: {text}", by_hand)
     elif not any(machine.path(f"{folder}/{DROP_IN}").exists() for folder in UNIT_FOLDERS):
-        yield warning("hibernation", f"{DROP_IN} is missing: {text}", f"{_INSTALL}; by hand, {by_hand}")
+        yield warning(
+            "hibernation", f"{DROP_IN} is missing: {text}", f"{Installation().command_for_units()}; by hand, {by_hand}"
+        )
     else:
         yield ok("hibernation", "swap is turned off first (use systemctl hibernate; never write to /sys/power/state)")
 
