@@ -258,6 +258,23 @@ def test_a_disk_with_fewer_segments() -> None:
     blocks.check()
 
 
+def test_a_free_segment_is_taken_down_to_the_last_block_to_keep() -> None:
+    """A segment is available if exactly as many blocks remain as are to be kept, and not if one fewer remains."""
+    blocks = make(ready=3)
+    remaining = blocks.free_blocks - SEGMENT_BLOCKS
+    assert blocks.take_free(remaining + 1) == NO_SEGMENT
+    assert blocks.take_free(remaining) != NO_SEGMENT
+
+
+def test_a_full_segment_is_no_hole() -> None:
+    """A segment without a free block is not a hole."""
+    blocks = make(ready=2)
+    while blocks.alloc(SEGMENT_BLOCKS)[1]:
+        pass
+    assert blocks.free_blocks == 0
+    assert not blocks.are_holes(1, 1)
+
+
 def test_neighbours_that_are_holes() -> None:
     """A taken segment that will be returned counts as a hole, and a ready one does not."""
     blocks = BlockMap(memoryview(bytearray(BlockMap.table_size(8))), 8)
@@ -265,6 +282,7 @@ def test_neighbours_that_are_holes() -> None:
     blocks.add_ready(first, count)
     assert blocks.are_holes(4, 4)
     assert not blocks.are_holes(0, 4)
+    assert not blocks.are_holes(3, 1)
     assert {blocks.take_free(0) for _ in range(3)} == {1, 2, 3}
     assert blocks.are_holes(1, 3)
     assert not blocks.are_holes(0, 4)

@@ -73,11 +73,13 @@ def test_a_segment_that_was_being_punched_is_a_hole() -> None:
     before = BlockMap(buffer, SEGMENTS)
     before.add_ready(*before.take_holes(2))
     assert before.take_free(0) == 1
+    buffer.cast("Q")[1] = 1  # it died before it changed the mask of free blocks
     after = BlockMap(buffer, SEGMENTS, attach=True)
     after.reset()
     after.check()
     assert (after.ready_segments, after.holes) == (1, 3)
     assert after.restore(SEGMENT_BLOCKS, 0) is False
+    assert after.are_holes(1, 1)
 
 
 def test_a_table_is_as_large_as_it_says() -> None:
@@ -161,3 +163,14 @@ def test_no_segment_beyond_the_disk_is_taken() -> None:
     assert blocks.take_holes(2) == (0, 2)
     assert (blocks.take_holes(9), blocks.holes) == ((2, 1), 0)
     assert blocks.take_holes(1) == (-1, 0)
+
+
+def test_no_hole_beyond_a_smaller_disk() -> None:
+    """Holes beyond the end of a disk that is smaller after a restart are not taken."""
+    buffer = memoryview(bytearray(BlockMap.table_size(SEGMENTS)))
+    assert BlockMap(buffer, SEGMENTS).take_holes(SEGMENTS) == (0, SEGMENTS)
+    after = BlockMap(buffer, SEGMENTS, limit=2, attach=True)
+    after.reset()
+    after.check()
+    assert after.take_holes(9) == (0, 2)
+    assert after.take_holes(9) == (-1, 0)

@@ -158,7 +158,6 @@ class BlockMap:
     def return_holes(self, first: int, count: int) -> None:
         """Put back segments of `take_holes` that could not be made ready, or of `take_free` that are punched."""
         for segment in range(first, first + count):
-            self._masks[segment] = 0
             self._link(segment, _HOLES)
 
     def add_ready(self, first: int, count: int) -> None:
