@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 C_SOURCES := $(wildcard zbudfs/*/*.c zbudfs/*/*.h)
 SOURCES := $(wildcard zbudfs tests scripts bench kit setup.py)
 
-.PHONY: help setup venv picture demo test lint format campaign-kill test-vm bench install uninstall dist pages deb reproducible fsx soak coverage mutants sanitize clean
+.PHONY: help setup venv picture demo test lint format campaign-kill test-vm bench install uninstall dist pages deb reproducible readme fsx soak coverage mutants sanitize clean
 
 help:
 	@echo 'make setup    install missing system packages with apt-get, as root, then the virtual environment'
@@ -37,6 +37,7 @@ help:
 	@echo 'make dist        sdist and wheel in dist/, installed into an empty environment and tried'
 	@echo 'make deb         the Debian package, in dist/ (ARGS="--suite trixie --try": for Debian 13, installed and purged)'
 	@echo 'make reproducible   sdist, wheel and package twice, compared byte for byte (ARGS="--suite trixie")'
+	@echo 'make readme      the commands of README.md in a clean Debian 12 and 13 (ARGS="--suite trixie")'
 	@echo 'make clean    remove what was built'
 
 setup:
@@ -106,6 +107,9 @@ dist: venv
 
 reproducible: venv
 	@$(BIN)/python -m scripts.reproducible $(ARGS)
+
+readme: venv
+	@$(BIN)/python -m scripts.readme $(ARGS)
 
 deb: venv
 	@$(BIN)/python -m scripts.deb $(ARGS)

@@ -1122,12 +1122,7 @@ def _package_first_minute() -> None:
 
 def readme() -> None:
     """Run the lines of README that turn swap on and off."""
-    text = (
-        (PAYLOAD / "packages/README.md")
-        .read_text()
-        .partition("\n## Five lines to working swap\n")[2]
-        .partition("\n## ")[0]
-    )
+    text = (PAYLOAD / "packages/README.md").read_text().partition("\n## Swap by hand\n")[2].partition("\n## ")[0]
     lines = [line.strip().partition("  #")[0] for line in text.splitlines() if line.startswith("    zbudfs ")]
     place = Path("/mnt/zswap")
     place.mkdir(exist_ok=True)
