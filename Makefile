@@ -79,7 +79,8 @@ lint: venv
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy --strict $(filter-out setup.py,$(SOURCES))
 	$(BIN)/python -m scripts.prose
-	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run -Werror $(C_SOURCES); fi
+	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run -Werror $(C_SOURCES); \
+	else echo 'lint: the layout of the C files is not checked: install clang-format into $(VENV)' >&2; fi
 
 format: venv
 	$(BIN)/ruff format $(SOURCES)

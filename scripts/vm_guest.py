@@ -461,7 +461,8 @@ def storm_of(part: float, size: str) -> Iterator[Storm]:
     load = Storm(int(part * (int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10)))
     try:
         load.wait_filled()
-        check(f"a storm of {part:g} of RAM is in swap", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
+        size_of = "as large as RAM" if part == 1 else f"of {part:g} times RAM"
+        check(f"a storm {size_of} is in swap", swap_used_mib() > 0, f"{swap_used_mib()} MiB in swap")
         yield load
         checked, wrong = load.end()
         check("no wrong page after all of that", wrong == 0, f"{checked} pages checked, {wrong} wrong")
@@ -570,7 +571,7 @@ def _stop(load: Storm, name: str, number: int) -> None:
 
 
 def stop() -> None:
-    """Stop the service while RAM has no room for the swapped pages: stop fails, and swap stays on. With room, it works."""
+    """Stop the service while RAM has no room for the swapped pages: stop fails and swap stays on. With room, it works."""
     start_swap(size="1900M", pool="96M")
     ram = int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10
     load = Storm(ram * 3 // 2)
@@ -895,7 +896,7 @@ def session() -> None:
     load = Storm(int(re.findall(r"\d+", Path("/proc/meminfo").read_text())[0]) >> 10)
     try:
         load.wait_filled()
-        check("a storm of the RAM is in swap", swap_used_mib() > 0, f"{swap_used_mib()} MiB")
+        check("a storm as large as RAM is in swap", swap_used_mib() > 0, f"{swap_used_mib()} MiB")
         limits = ["-p", "MemoryMax=100M", "-p", "MemorySwapMax=0"]
         done = run(
             "systemd-run",

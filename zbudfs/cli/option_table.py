@@ -195,8 +195,8 @@ OPTIONS: Final = (
         kind="zbud, dense, or dense:N with N from 2 to 7",
         default=DEFAULT_PACKING,
         example=DEFAULT_PACKING,
-        summary="pages in a frame: zbud holds two and is fast; dense holds up to N, from 2 to 7, and takes half the RAM if"
-        " the compressed pages are small",
+        summary="pages in a frame: zbud holds two and is fast; dense holds up to N, from 2 to 7, and takes half the RAM"
+        " or less if the compressed pages are small",
         details="dense without N is dense:7. With dense, rewriting a page takes longer. A mount keeps its packing.",
         metavar="zbud|dense[:N]",
     ),

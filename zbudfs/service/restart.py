@@ -90,13 +90,14 @@ class Restart:
             raise ValueError("a restart is under way")
         if not self._resources.directory.survives:
             raise ValueError(
-                "the pool is in memory without a name, which cannot be handed over: swapoff, umount, mount"
+                "the pool is in memory without a name, which cannot be handed over. For the new"
+                " version: zbudfs swapoff --umount, then zbudfs swapon"
             )
         if self._resources.fields[Field.CAN_RESEND] == CANNOT_RESEND:
             raise ValueError(
                 "this kernel does not send requests again (FUSE_NOTIFY_RESEND, Linux 6.9): a hand-over would lose the requests"
                 " under way, and the programs that wait for them would wait for ever; nothing was changed. For the new"
-                " version: swapoff, umount, mount"
+                " version: zbudfs swapoff --umount, then zbudfs swapon"
             )
         if self._worker.child is None or not self._worker.serves:
             raise ValueError("no worker serves at the moment: try again")
