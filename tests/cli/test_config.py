@@ -160,6 +160,20 @@ def test_a_name_that_is_not_configured(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("nosuch.toml", "/etc/zbudfs/nosuch.toml.toml does not exist: write the name without .toml: nosuch"),
+        ("swop", "/etc/zbudfs/swop.toml does not exist: did you mean swap? Otherwise create it"),
+    ],
+)
+def test_a_hint_for_an_unknown_name(name: str, hint: str, tmp_path: Path) -> None:
+    """The end of a file name, and a slip of the keyboard."""
+    with pytest.raises(ConfigError) as caught:
+        config.load(name, make_root(tmp_path, {"swap.toml": "", "other.toml": ""}))
+    assert str(caught.value).startswith(hint)
+
+
 def test_endless_nesting_is_refused(tmp_path: Path) -> None:
     """Text that the parser cannot nest is an error of one sentence, without a traceback."""
     with pytest.raises(ConfigError, match=r"^/etc/zbudfs/x\.toml: its lists or tables are nested too deeply"):

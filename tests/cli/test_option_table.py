@@ -41,7 +41,7 @@ def test_the_command_line(command: str, option: Option, capsys: pytest.CaptureFi
     assert main([command, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
     assert re.search(rf"--{option.name} {re.escape(option.metavar)} ", shown)
-    assert f"(default: {option.default})".replace("- ", "-") in shown.replace("- ", "-")
+    assert f"(default: {option.typed_default})".replace("- ", "-") in shown.replace("- ", "-")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ import zbudfs as package
 from kit.cell import Cell
 from tests.service.test_keeper import MIB, PAGE, Served, compare, fill, mount, opened
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, is_running, run_zbudfs, status_of, wait_until, zbudfs
+from zbudfs.cli.target import not_mounted
 from zbudfs.core.statistics import COUNTERS, CounterFields
 from zbudfs.service import launch
 from zbudfs.service.settings import Settings
@@ -407,7 +408,7 @@ def test_paths_without_a_zbudfs(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file", tmp_path / "nothing", Path("/")):
         run = run_zbudfs("restart", path)
-        assert (run.returncode, run.stderr) == (1, f"zbudfs: no zbudfs is mounted on {path}\n")
+        assert (run.returncode, run.stderr) == (1, f"zbudfs: {not_mounted(str(path))}\n")
 
 
 # ---- between the old and the new -------------------------------------------------------------------------------------

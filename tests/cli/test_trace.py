@@ -20,6 +20,7 @@ from tests.store.disks import tmpfs
 from tests.support import LIMIT_SECONDS, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
 from tests.tracing.samples import trace_file
 from zbudfs.cli.main import main
+from zbudfs.cli.target import not_mounted
 from zbudfs.core.trace import Kind
 
 PAGES = 3000
@@ -235,7 +236,7 @@ def test_refusals(arguments: list[str], status: int, reason: str, sample: Path) 
 def test_record_what_is_not_mounted(tmp_path: Path) -> None:
     """A path without a mount is refused before a file is made."""
     run = run_zbudfs("trace", "record", "-o", tmp_path / "it", tmp_path)
-    assert (run.returncode, run.stderr) == (1, f"zbudfs: no zbudfs is mounted on {tmp_path}\n")
+    assert (run.returncode, run.stderr) == (1, f"zbudfs: {not_mounted(str(tmp_path))}\n")
     assert list(tmp_path.iterdir()) == []
 
 

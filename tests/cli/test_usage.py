@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -54,6 +55,15 @@ COMMANDS = (
         (["mount"], "required: MOUNTPOINT"),
         (["mount", "--size", "5x", "/x"], "argument --size: '5x' is not a size: write digits"),
         (["mount", "--size", "4GB", "/x"], "is not a size"),
+        (["mount", "--size", "-1", "/x"], "argument --size: '-1' is less than zero: write a positive size (see zbudfs"),
+        (["mount", "--size", "1G-ram", "/x"], "is less than zero on this machine, whose RAM is"),
+        (
+            ["mount", "--size", "5000", "/x"],
+            "argument --size: size of 5000 bytes is too small: it must be 1M or more (see",
+        ),
+        (["swapon", "--size", "0", "/x"], "argument --size: size of 0 bytes is too small: it must be 1M or more (see"),
+        (["mount", "--pool", "1K", "/x"], "argument --pool: pool of 1 KiB (1024 bytes) is too small"),
+        (["mount", "--level", "0", "/x"], "argument --level: level 0 is refused"),
         (["mount", "--pool", "101%", "/x"], "argument --pool: '101%' is more than the whole"),
         (["mount", "--pool", "", "/x"], "argument --pool: '' is not a size"),
         (["mount", "--level", "20", "/x"], "argument --level: '20' is not a level: write a whole number from -7 to 19"),
@@ -77,6 +87,15 @@ COMMANDS = (
             for name, value in (("instances", "4"), ("level", "3"), ("backing", "none"), ("priority", "5"))
         ),
         (["serve"], "required: NAME"),
+        (["hibernate"], "required: {prepare,finish}"),
+        *((command, "'../x' is not a name") for command in (["config", "../x"], ["doctor", "../x"])),
+        *(([word, "--config", "../x"], "'../x' is not a name") for word in ("swapon", "swapoff")),
+        (["set"], "required: [KEY=VALUE ...] MOUNTPOINT (see zbudfs set --help)"),
+        (["set", "foo"], "'foo' is neither KEY=VALUE nor a MOUNTPOINT: write KEY=VALUE ..., and the MOUNTPOINT as the"),
+        (["set", "level"], "'level' is neither KEY=VALUE nor a MOUNTPOINT"),
+        (["set", "foo=3"], "'foo' cannot be set"),
+        (["set", "level=3"], "the MOUNTPOINT is missing: write it after 'level=3'"),
+        (["set", "level=3", "level=4"], "level is set twice"),
         (["status", "/x", "/y"], "this command does not take so many arguments: /y"),
     ],
 )
@@ -129,7 +148,9 @@ def test_values_that_cannot_work_are_usage_errors(
         (["umount", "."], "no zbudfs is mounted on"),
         (["swapoff", "."], "no zbudfs is mounted on"),
         (["swapon", "none"], "does not exist: create the directory first"),
-        (["status", "."], "no zbudfs is mounted on"),
+        (["status", "."], ": zbudfs status lists the mounts"),
+        (["set", "."], ": zbudfs status lists the mounts"),
+        (["set", "level=3", "./none"], ": zbudfs status lists the mounts"),
         (["umount", "--", "-x"], "no zbudfs is mounted on"),
         (["exporter", "--textfile", "none/at/all"], "none/at/all: No such file or directory"),
         (["estimate", "--file", "none"], "zbudfs: none: No such file or directory"),
@@ -191,6 +212,14 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     assert tuple(commands.choices) == COMMANDS
     assert all(action.help for action in commands.choices[command]._actions)
+
+
+def test_a_switch_has_one_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    """The default of an option is one of the words that the help offers."""
+    assert main(["mount", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "memory only (default: yes)" in text
+    assert not re.search(r"default: (true|false)", text)
 
 
 def test_the_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:

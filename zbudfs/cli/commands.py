@@ -29,7 +29,6 @@ from zbudfs.cli.plan import Plan, make_plan
 from zbudfs.cli.restart import order_restart, wait_served
 from zbudfs.cli.target import all_mounted, find_mounted, need_root, refuse_users, resolve
 from zbudfs.cli.teardown import take_all_down
-from zbudfs.core.tunables import NAMES
 from zbudfs.service import launch
 from zbudfs.service.mountpoint import Mount, shown_path
 from zbudfs.service.settings import SettingsError
@@ -167,11 +166,17 @@ def restart(arguments: Arguments) -> int:
 
 def set_(arguments: Arguments) -> int:
     """Set tunables of a running mount, and print the values in force; without a KEY=VALUE, print all tunables."""
+    last = arguments.words[-1]
     wanted = tuning.pairs(arguments.words[:-1])
-    if arguments.words[-1].partition("=")[0] in NAMES and not os.path.lexists(arguments.words[-1]):
-        raise SettingsError(f"the MOUNTPOINT is missing: write it after {arguments.words[-1]!r}, as the last word")
+    if "/" not in last.partition("=")[0] and not os.path.lexists(last) and not stripe.mounts_of(resolve(last)):
+        if "=" not in last:
+            raise SettingsError(
+                f"{last!r} is neither KEY=VALUE nor a MOUNTPOINT: write KEY=VALUE ..., and the MOUNTPOINT as the last word"
+            )
+        tuning.pairs(arguments.words)
+        raise SettingsError(f"the MOUNTPOINT is missing: write it after {last!r}, as the last word")
     need_root("set")
-    mountpoint = find_mounted(resolve(arguments.words[-1])).mountpoint
+    mountpoint = find_mounted(resolve(last)).mountpoint
     try:
         if wanted:
             tuning.check(wanted, mountpoint)

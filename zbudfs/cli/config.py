@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from zbudfs.cli.errors import ConfigError
+from zbudfs.cli.errors import ConfigError, ConfigNameError
 from zbudfs.cli.option_table import BY_NAME, FOLDER, Value
 from zbudfs.cli.plan import Plan, make_plan
-from zbudfs.cli.suggest import did_you_mean
+from zbudfs.cli.suggest import did_you_mean, nearest
 from zbudfs.cli.suited import reasons
 from zbudfs.cli.target import resolve
 from zbudfs.service.mountpoint import find_mount, shown_path
@@ -88,24 +88,30 @@ def names(root: str = "/") -> list[str]:
 def files_of(name: str, root: str = "/") -> list[str]:
     """Return the files of the configuration `name`, in the order of reading, as paths inside `root`.
 
-    Raises ConfigError if there are none, or if `name` is malformed.
+    Raises ConfigError if there are none, and ConfigNameError if `name` is malformed.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError([f"{name!r} is not a name: write up to 64 letters, digits and any of _ . - after the first"])
+        raise ConfigNameError(
+            f"{name!r} is not a name: write up to 64 letters, digits and any of _ . - after the first"
+        )
     first = f"{FOLDER}/{name}.toml"
     drop_ins = sorted(path.name for path in _inside(root, f"{first}.d").glob("*.toml"))
     found = [f"{first}.d/{each}" for each in drop_ins]
     if os.path.lexists(_inside(root, first)):
         found.insert(0, first)
     if not found:
-        known = ", ".join(names(root))
-        raise ConfigError(
-            [
-                f"{first} does not exist: create it (an empty file means all defaults)"
-                + (f", or use one of {known}" if known else "")
-            ]
-        )
+        raise ConfigError([f"{first} does not exist: {_instead(name, names(root))}"])
     return found
+
+
+def _instead(name: str, known: list[str]) -> str:
+    """Return what to do about a name that has no file."""
+    stem = name.removesuffix(".toml")
+    if stem != name:
+        return f"write the name without .toml: {stem}"
+    if near := nearest(name, known):
+        return f"did you mean {near}? Otherwise create it (an empty file means all defaults)"
+    return "create it (an empty file means all defaults)" + (f", or use one of {', '.join(known)}" if known else "")
 
 
 def load(name: str, root: str = "/") -> Config:

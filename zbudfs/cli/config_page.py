@@ -12,7 +12,7 @@ import sys
 from zbudfs.cli import option_table
 from zbudfs.cli.arguments import Arguments
 from zbudfs.cli.config import Config, conflicts, load, names
-from zbudfs.cli.errors import ConfigError
+from zbudfs.cli.errors import ConfigError, ConfigNameError
 from zbudfs.cli.option_table import FOLDER, OPTIONS, Value
 from zbudfs.cli.plan import Plan
 from zbudfs.core.sizes import format_size
@@ -75,6 +75,8 @@ def config(arguments: Arguments) -> int:
     for name in wanted:
         try:
             loaded.append(load(name, root))
+        except ConfigNameError:
+            raise
         except ConfigError as error:
             problems += error.problems
     problems += conflicts(loaded)

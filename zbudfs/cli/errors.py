@@ -19,3 +19,11 @@ class ConfigError(Exception):
         """Take one sentence for each problem."""
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class ConfigNameError(ConfigError):
+    """The name of a configuration is malformed: a usage error."""
+
+    def __init__(self, problem: str) -> None:
+        """Take one sentence."""
+        super().__init__([problem])

@@ -60,7 +60,8 @@ def parse_amount(text: str, ram: int) -> int:
         raise ValueError(f"an expression of {len(text)} characters is too long: write at most {LONGEST_NR} characters")
     result = _evaluate(text, ram)
     if result < 0:
-        raise ValueError(f"{text!r} is less than zero on this machine, whose RAM is {ram} bytes: write a positive size")
+        why = f" on this machine, whose RAM is {ram} bytes" if "ram" in text.lower() else ""
+        raise ValueError(f"{text!r} is less than zero{why}: write a positive size")
     if result > _LARGEST_BYTES:
         raise ValueError(f"{text!r} is more than any machine has: write less; numbers without K, M, G or T are bytes")
     size_bytes = int(result) // PAGE_SIZE * PAGE_SIZE

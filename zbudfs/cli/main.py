@@ -3,7 +3,7 @@
 
     0    success
     1    the command failed: one line "zbudfs: ..." on stderr says why
-    2    usage error, such as an unknown option or a malformed size: one line as well
+    2    usage error, such as an unknown option, or a malformed size or name: one line as well
     130  Ctrl-C
 
 An error of the user or of the system never prints a traceback: a traceback is a bug. `parser` names the function of each
@@ -20,7 +20,7 @@ from typing import Final
 
 from zbudfs.cli.argument_parser import one_line
 from zbudfs.cli.arguments import Arguments
-from zbudfs.cli.errors import ConfigError
+from zbudfs.cli.errors import ConfigError, ConfigNameError
 from zbudfs.cli.parser import build_parser
 from zbudfs.cli.stdio import OutputError, checked_output
 from zbudfs.core.errors import Failed
@@ -71,6 +71,8 @@ def _reported(run: Callable[[], int]) -> int:
         return run()
     except SystemExit as end:  # argparse: 0 after --help and --version, 2 after an error that it has printed
         return end.code if isinstance(end.code, int) else USAGE
+    except ConfigNameError as error:
+        return _fail(error, USAGE)
     except ConfigError as error:
         return max(_fail(problem, FAILURE) for problem in error.problems)
     except SettingsError as error:

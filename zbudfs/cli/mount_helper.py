@@ -30,9 +30,9 @@ from zbudfs.cli.mounting import mount_all
 from zbudfs.cli.option_table import BY_NAME, FOLDER, OPTIONS, Value
 from zbudfs.cli.plan import Plan, make_plan
 from zbudfs.cli.suggest import did_you_mean
-from zbudfs.cli.target import need_root, resolve
+from zbudfs.cli.target import need_root, not_mounted, resolve
 from zbudfs.cli.teardown import take_down
-from zbudfs.service.mountpoint import Mount, find_mount, shown_path, unmount
+from zbudfs.service.mountpoint import Mount, find_mount, unmount
 from zbudfs.service.settings import SettingsError, ram_bytes
 
 MOUNT_USAGE: Final = 1
@@ -151,7 +151,7 @@ def _umount(arguments: HelperArguments) -> int:
 
 def _find(mountpoint: str) -> Mount:
     if (mounted := find_mount(mountpoint)) is None:
-        raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
+        raise not_mounted(mountpoint)
     return mounted
 
 

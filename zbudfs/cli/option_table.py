@@ -73,6 +73,12 @@ class Option:
         """Name of the attribute in parsed command lines and in `Settings`."""
         return self.name.replace("-", "_")
 
+    @property
+    def typed_default(self) -> str:
+        """Default in the words of the command line, where a switch is yes or no."""
+        words = {"true": "yes", "false": "no"} if self.metavar == "yes|no" else {}
+        return words.get(self.default, self.default)
+
 
 def _path(value: object, ram: int) -> str:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:

@@ -20,7 +20,7 @@ from zbudfs.cli.option_table import BY_NAME, FOLDER, OPTIONS, Option, Value, typ
 from zbudfs.cli.study_parser import add_doctor, add_estimate, add_top, add_trace
 from zbudfs.core.sizes import GRAMMAR
 from zbudfs.core.tunables import TUNABLES
-from zbudfs.service.settings import ram_bytes
+from zbudfs.service.settings import check_number, ram_bytes
 
 _EPILOG: Final = """\
 examples:
@@ -163,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one object with all settings")
     sub.add_argument(
         "words",
-        metavar="WORD",
+        metavar="[KEY=VALUE ...] MOUNTPOINT",
         nargs="+",
         help="KEY=VALUE for each change, then the MOUNTPOINT; without a KEY=VALUE, all settings are printed",
     )
@@ -206,7 +206,12 @@ def build_parser() -> argparse.ArgumentParser:
         "turn swap off before the machine hibernates, and on again afterwards",
         _HIBERNATE_EPILOG,
     )
-    sub.add_argument("step", choices=("prepare", "finish"), help="prepare before the hibernation, finish after it")
+    sub.add_argument(
+        "step",
+        metavar="{prepare,finish}",
+        choices=("prepare", "finish"),
+        help="prepare before the hibernation, finish after it",
+    )
 
     sub = command(
         "config",
@@ -297,7 +302,10 @@ def _add_mountpoint_or_config(parser: argparse.ArgumentParser, configured: Later
 
 
 def _typed(option: Option, text: str) -> Value:
-    return typed(option, text, ram_bytes())
+    value = typed(option, text, ram_bytes())
+    if isinstance(value, int):
+        check_number(option.name, value)
+    return value
 
 
 def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
@@ -308,7 +316,7 @@ def _add_options(parser: argparse.ArgumentParser, command: str) -> None:
                 f"--{option.name}",
                 type=functools.partial(_typed, option),
                 metavar=option.metavar,
-                help=f"{option.summary} (default: {option.default})".replace("%", "%%"),
+                help=f"{option.summary} (default: {option.typed_default})".replace("%", "%%"),
             )
 
 

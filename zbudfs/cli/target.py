@@ -33,8 +33,13 @@ def all_mounted(mountpoint: str) -> list[Mount]:
     """Return the zbudfs mounted on `mountpoint`, or its instances. Raises CommandError if there is none."""
     found = stripe.mounts_of(mountpoint)
     if not found:
-        raise CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}")
+        raise not_mounted(mountpoint)
     return found
+
+
+def not_mounted(mountpoint: str) -> CommandError:
+    """Return the error of a mountpoint that has no zbudfs."""
+    return CommandError(f"no zbudfs is mounted on {shown_path(mountpoint)}: zbudfs status lists the mounts")
 
 
 def find_mounted(mountpoint: str) -> Mount:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -73,10 +74,7 @@ class Settings:
                 raise SettingsError(f"{field.name} is {value!r}: it must be {kind}")
         _check_path("mountpoint", self.mountpoint)
         _check_size(self.size_bytes)
-        if self.pool_bytes < MIN_POOL_BYTES:
-            raise SettingsError(
-                f"pool of {format_size(self.pool_bytes)} ({self.pool_bytes} bytes) is too small: it must be 1M or more"
-            )
+        _check_pool(self.pool_bytes)
         if self.backing is not None:
             _check_path("backing", self.backing)
             if f"{self.backing}/".startswith(f"{self.mountpoint.rstrip('/')}/") and self.mountpoint != "/":
@@ -167,6 +165,13 @@ def _check_size(size_bytes: int) -> None:
         )
 
 
+def _check_pool(pool_bytes: int) -> None:
+    if pool_bytes < MIN_POOL_BYTES:
+        raise SettingsError(
+            f"pool of {format_size(pool_bytes)} ({pool_bytes} bytes) is too small: it must be 1M or more"
+        )
+
+
 def _check_level(level: int) -> None:
     if level == 0:
         raise SettingsError(
@@ -175,3 +180,12 @@ def _check_level(level: int) -> None:
         )
     if not MIN_LEVEL <= level <= MAX_LEVEL:
         raise SettingsError(f"level {level} does not exist: write one from {MIN_LEVEL} (fast) to {MAX_LEVEL} (small)")
+
+
+_CHECKS: Final[Mapping[str, Callable[[int], None]]] = {"size": _check_size, "pool": _check_pool, "level": _check_level}
+
+
+def check_number(option: str, number: int) -> None:
+    """Raise SettingsError if the number of an option is wrong with any values of the others."""
+    if (check := _CHECKS.get(option)) is not None:
+        check(number)
