@@ -138,7 +138,7 @@ def shown(action: argparse.Action) -> str:
 def usage(action: argparse.Action) -> str:
     """Return an option or argument in the form of a usage line."""
     text = " ".join(filter(None, [action.option_strings[-1] if action.option_strings else "", shown(action)]))
-    if action.nargs in ("*", "+"):
+    if action.nargs in ("*", "+") and "..." not in text:
         text += "..."
     needed = not action.option_strings and action.nargs not in ("?", "*")
     return text if needed else f"[{text}]"

@@ -87,7 +87,7 @@ COMMANDS = (
             for name, value in (("instances", "4"), ("level", "3"), ("backing", "none"), ("priority", "5"))
         ),
         (["serve"], "required: NAME"),
-        (["hibernate"], "required: {prepare,finish}"),
+        (["hibernate"], "required: prepare|finish"),
         *((command, "'../x' is not a name") for command in (["config", "../x"], ["doctor", "../x"])),
         *(([word, "--config", "../x"], "'../x' is not a name") for word in ("swapon", "swapoff")),
         (["set"], "required: [KEY=VALUE ...] MOUNTPOINT (see zbudfs set --help)"),
@@ -201,7 +201,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert main([command, "--help"]) == 0
     metavars = {
         "serve": "NAME",
-        "hibernate": "prepare,finish",
+        "hibernate": "prepare|finish",
         "config": "NAME",
         "doctor": "NAME",
         "estimate": "PID",

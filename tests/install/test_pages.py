@@ -45,6 +45,13 @@ def test_every_key_is_documented() -> None:
     assert found == [(option.name, f"{option.kind}; default: {option.default}") for option in OPTIONS]
 
 
+def test_forms_of_commands(made: Path) -> None:
+    """The manual shows each command in the form of its help."""
+    text = (made / "docs/man/zbudfs.8").read_text().replace("\\-", "-").replace("\\&", "")
+    assert ".SS zbudfs set [--json] [KEY=VALUE ...] MOUNTPOINT\n" in text
+    assert ".SS zbudfs hibernate prepare|finish\n" in text
+
+
 def test_the_example_of_the_manual_works(tmp_path: Path) -> None:
     """The example of the manual is a valid configuration."""
     text = MANUAL.partition("\nEXAMPLE\n")[2].partition("::\n")[2].partition("\nSEE ALSO")[0]

@@ -208,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "step",
-        metavar="{prepare,finish}",
+        metavar="prepare|finish",
         choices=("prepare", "finish"),
         help="prepare before the hibernation, finish after it",
     )
