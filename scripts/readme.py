@@ -128,6 +128,19 @@ def named(beginning: str) -> list[Command]:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
+def left_behind(mounts: str, loops: str, swaps: str) -> list[list[str]]:
+    """Return the commands that end swap on zbudfs, from a mountinfo, the list of loop devices and /proc/swaps."""
+    numbers = {line.split()[2] for line in mounts.splitlines() if " - fuse.zbudfs " in line}
+    # The kernel names a device by its path outside the folder.
+    on = {Path(line.split()[0]).name for line in swaps.splitlines()[1:]}
+    found = []
+    for device, *backing in (line.split() for line in loops.splitlines()):
+        if backing and backing[0] in numbers:
+            found += [["swapoff", device]] if Path(device).name in on else []
+            found += [["losetup", "--detach", device]]
+    return found
+
+
 class Machine:
     """A Debian in a folder, with its own mounts and processes, and the devices of this machine."""
 
@@ -158,15 +171,11 @@ class Machine:
 
     def _end_swap(self) -> None:
         """Turn swap off on the loop devices of this machine's zbudfs mounts, and detach them."""
-        lines = Path(f"/proc/{self._pid}/mountinfo").read_text().splitlines()
-        numbers = {line.split()[2] for line in lines if " - fuse.zbudfs " in line}
-        on = {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
-        for row in run("losetup", "--list", "--noheadings", "--raw", "--output", "NAME,BACK-MAJ:MIN").splitlines():
-            device, _, number = row.partition(" ")
-            if number.strip() in numbers:
-                for words in (["swapoff", device], ["losetup", "--detach", device])[device not in on :]:
-                    print(f"  left behind, so: {' '.join(words)}", flush=True)
-                    subprocess.run(words, timeout=LIMIT_SECONDS, check=False)
+        mounts = Path(f"/proc/{self._pid}/mountinfo").read_text()
+        loops = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-MAJ:MIN")
+        for words in left_behind(mounts, loops, Path("/proc/swaps").read_text()):
+            print(f"  left behind, so: {' '.join(words)}", flush=True)
+            subprocess.run(words, timeout=LIMIT_SECONDS, check=False)
 
     def path(self, name: str) -> Path:
         """Return the path of a file in the folder."""

@@ -50,3 +50,19 @@ def test_a_failed_command_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     output = capsys.readouterr().out
     assert "| no mount" in output
     assert "needs a booted systemd" in output
+
+
+def test_swap_that_is_left_behind() -> None:
+    """Only loop devices of the folder's own zbudfs mounts are detached. The kernel shows the path outside the folder."""
+    mounts = (
+        "27 1 253:0 / / rw - ext4 /dev/vda rw\n"
+        "44 27 0:41 / /mnt/zswap rw,nosuid - fuse.zbudfs zbudfs rw,user_id=0\n"
+        "45 27 0:42 / /mnt/other rw,nosuid - fuse.zbudfs zbudfs rw,user_id=0\n"
+    )
+    loops = "/dev/loop0        0:41\n/dev/loop1        0:99\n/dev/loop2        0:42\n/dev/loop3\n"
+    swaps = "Filename Type Size Used Priority\n/var/tmp/try/tree/dev/loop0 partition 524284 0 50\n/dev/loop1 partition 8 0 5\n"
+    assert readme.left_behind(mounts, loops, swaps) == [
+        ["swapoff", "/dev/loop0"],
+        ["losetup", "--detach", "/dev/loop0"],
+        ["losetup", "--detach", "/dev/loop2"],
+    ]
