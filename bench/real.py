@@ -131,8 +131,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this measurement."""
     for name, default, what in (
         ("mib", 144, "MiB of memory that each program needs"),
-        ("limit", 48, "MiB of RAM that each program gets"),
-        ("pool", 48, "MiB of the pool"),
+        ("limit", 64, "MiB of RAM that each program gets"),
+        ("pool", 64, "MiB of the pool"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
     parser.add_argument(
