@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The measurement `real`: redis, node, Java, Python and SQLite, each with a third of the memory that it needs.
+"""The measurement `real`: redis, node, Java, Python and SQLite, each with less than half of the memory that it needs.
 
 A program needs `--mib` MiB, runs in a memory cgroup of `--limit` MiB, and checks every value (bench/programs). Its swap is,
 in turns:
@@ -291,7 +291,9 @@ def picture(tables: Iterable[Table]) -> str | None:
             series = [Series(_IN_PICTURE[name], [_bar(table, row, name) for row in table.rows]) for name in names]
             rounds = f"median of {table.rounds} rounds, line: least to most" if table.rounds > 1 else "one round"
             axis = f"seconds ({rounds}); shorter is better"
-            return draw("Programs with a third of their memory, swap on a slow disk", axis, list(table.rows), series)
+            return draw(
+                "Programs with less than half of their memory, swap on a slow disk", axis, list(table.rows), series
+            )
     return None
 
 
@@ -306,7 +308,7 @@ def _bar(table: Table, row: str, name: str) -> Bar | None:
 
 BENCHMARK: Final = Benchmark(
     "real",
-    "real programs with a third of their memory, on a swap file, zbudfs and zram, on two disks",
+    "real programs with less than half of their memory, on a swap file, zbudfs and zram, on two disks",
     ("root", "fuse", "loop", "swap", "cell"),
     add_options,
     measure,
