@@ -55,7 +55,7 @@ PROGRAMS: Final = ("apt", "apt-get", "make", "mkdir", "rmdir", "systemctl", "zbu
 """First words of the commands. Other indented lines are output, files or pictures."""
 SKIPPED: Final = {
     "systemctl": "needs a booted systemd: make test-vm ARGS=package",
-    "make setup test": "all tests take an hour, and have their own target",
+    "make setup test": "all tests run from their own target, and on this machine",
     "zbudfs /mnt/zswap": "a line of /etc/fstab: tests/cli/test_mount_helper.py",
 }
 """Beginnings of commands that do not run here, each with the reason."""

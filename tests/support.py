@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from kit.cell import PREFIX, CellError, find_tree
 from zbudfs.service.mountpoint import MountError, unmount, zbudfs_mounts
+from zbudfs.swap.attach import release
 from zbudfs.swap.loop import SwapError, loop_devices, run_tool, swaps
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -125,12 +126,11 @@ def _state(task: Path) -> str:
 
 
 def detach(device: str) -> None:
-    """Detach a loop device. The kernel does that when the last program closes the device, so wait for it."""
-    run_tool(["losetup", "--detach", device], limit_seconds=LIMIT_SECONDS)
+    """Detach a loop device, and wait until the last program has closed it. A failure names the processes that have it open."""
     try:
-        wait_until(lambda: all(loop.path != device for loop in loop_devices()), f"the end of {device}")
-    except AssertionError as error:
-        raise AssertionError(f"{error}, open in {_users_of(device)}") from None
+        release(device)
+    except SwapError as error:
+        raise AssertionError(f"{error}; open in {_users_of(device)}") from None
 
 
 def _users_of(device: str) -> str:
@@ -159,7 +159,7 @@ def sweep(folder: Path) -> list[str]:
             with contextlib.suppress(SwapError):
                 run_tool(["swapoff", loop.path], limit_seconds=LIMIT_SECONDS)
         found.append(f"loop device {loop.path} ({loop.backing_file}), open in {_users_of(loop.path)}")
-        with contextlib.suppress(SwapError, AssertionError):
+        with contextlib.suppress(AssertionError):
             detach(loop.path)
     for mount in zbudfs_mounts():
         if mount.mountpoint.startswith(inside):

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 /* The hot path: the common case of a write, read and discard of a page, over the same tables as the Python code.
 
-       PageStore.write_nowait  -->  write(page, content, compress, state, between)
+       Requests.write_nowait   -->  write(page, content, compress, state, between)
                                         one word repeated       -> its entry
                                         else compress -> match, or state.take_frame() -> copy -> commit -> free the old place
-       PageStore.read_nowait   -->  read(page, count, decompress)
+       Requests.read_nowait    -->  read(page, count, decompress)
                                         absent, word, zpage or raw page in a frame -> the bytes
-       PageStore.make_ready    -->  make_ready(decompress)
+       Requests.make_ready     -->  make_ready(decompress)
                                         the next page of a reader in order -> its bytes, kept beside a copy of its zpage
-       PageStore.discard       -->  discard(page, stop, most, state)
+       Requests.discard        -->  discard(page, stop, most, state)
                                         commit -> free the old place
 
    The reference is `Allocator.match` / `create_prep` + `create_finish` / `free`, `State._commit` and `PageTable.store`. This file

@@ -3,7 +3,7 @@
 
        State.begin_writeback   -->  coldest(most), evict(frames)     persistent frames become zombies
        State.finish_writeback  -->  written(batch)                   their pages are in blocks from now on, the frames are free
-       BlockReads              -->  fill(frame)                      a free frame is taken over for the copy of a block
+       BlockReads.frame_to_fill -> fill(frame)                      a free frame is taken over for the copy of a block
        Contents.in_copy        -->  from_copy(frame, page, entry, decompress)    the content of a page of that block
        State.adopt             -->  adopt(frame, block, live)        a copy of a block becomes an ephemeral frame
        State.drop_ephemeral    -->  drop()                           its pages are in its block again, the frame is free
