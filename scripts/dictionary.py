@@ -6,7 +6,7 @@
 The script starts programs and reads their memory, and also that of given processes, such as a virtual machine. zstd cuts
 each page into sequences (literals, a match, its distance). The frequency of each code of a sequence, with equal weight for
 all programs, gives the three tables. The script prints the constant of that module. A change of the constant changes the
-meaning of zpages: then change the layout number in zbudfs/store/board.py too.
+meaning of zpages: then change the layout number in zbudfs/store/status_area.py too.
 
 Format and numbers: RFC 8878, sections 3.1.1.3.2.1 (codes of sequences), 4.1.1 (tables of FSE) and 5 (dictionaries).
 """

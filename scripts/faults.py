@@ -35,7 +35,7 @@ from zbudfs.service import launch  # noqa: E402  after the path is known
 from zbudfs.service.mountpoint import MountError, unmount  # noqa: E402
 from zbudfs.service.pooldir import path_of, remove_dead  # noqa: E402
 from zbudfs.service.settings import Settings  # noqa: E402
-from zbudfs.store.board import Field  # noqa: E402
+from zbudfs.store.status_area import Field  # noqa: E402
 
 PAGE_BYTES: Final = 4096
 PAGES: Final = 1024
@@ -86,7 +86,7 @@ def in_takeover(action: str) -> str:
     return f"""
 take_over = worker.Worker._take_over
 async def taking_over(self, *arguments):
-    if not self._emergency and self._board.init():
+    if not self._emergency and self._status_area.init():
         {action}
     await take_over(self, *arguments)
 worker.Worker._take_over = taking_over
@@ -94,7 +94,7 @@ worker.Worker._take_over = taking_over
 
 
 class Served:
-    """A mount, with the ids of its processes from its board."""
+    """A mount, with the ids of its processes from its status area."""
 
     def __init__(self, folder: Path, patch: str = "", disk: NbdDisk | None = None) -> None:
         self.folder = folder
@@ -115,9 +115,9 @@ class Served:
         self.wait(lambda: self.is_well, "a standby")
 
     def field(self, field: Field) -> int:
-        """Return a number of the board."""
-        with (self.pool / "board").open("rb") as board:
-            found: int = struct.unpack("=Q", os.pread(board.fileno(), 8, 8 * field))[0]
+        """Return a number of the status area."""
+        with (self.pool / "board").open("rb") as area:
+            found: int = struct.unpack("=Q", os.pread(area.fileno(), 8, 8 * field))[0]
             return found
 
     @property

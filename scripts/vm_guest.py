@@ -125,8 +125,8 @@ def stats() -> dict[str, Any]:
     return found
 
 
-def board(number: int) -> int:
-    """Return a number from the board in the pool directory, which can be read even if no worker answers."""
+def status_field(number: int) -> int:
+    """Return a number from the status area in the pool directory, which can be read even if no worker answers."""
     with open("/run/zbudfs/run-zbudfs.swap/board", "rb") as file:  # noqa: PTH123
         return int.from_bytes(os.pread(file.fileno(), 8, 8 * number), "little")
 
@@ -451,7 +451,12 @@ def _press(noise_bytes: int, packed: str, most_of_a_page: float) -> None:
 
 def served_by(*old: int) -> bool:
     """Return whether a worker other than `old` serves, with a standby."""
-    return bool(board(SERVING) and board(STANDBY_READY) and board(WORKER) not in old and is_alive(board(WORKER)))
+    return bool(
+        status_field(SERVING)
+        and status_field(STANDBY_READY)
+        and status_field(WORKER) not in old
+        and is_alive(status_field(WORKER))
+    )
 
 
 @contextlib.contextmanager
@@ -528,7 +533,7 @@ def restart() -> None:
 
 
 def _restart(load: Storm, number: int) -> None:
-    device, worker = swaps()[0][0], board(WORKER)
+    device, worker = swaps()[0][0], status_field(WORKER)
     began = time.monotonic()
     must("systemctl", "restart", UNIT)
     took = time.monotonic() - began
@@ -542,13 +547,13 @@ def _restart(load: Storm, number: int) -> None:
 
 def _kill(load: Storm, name: str, fields: list[int]) -> None:
     wait_for(lambda: served_by(), "a standby")
-    pids = [board(field) for field in fields]
+    pids = [status_field(field) for field in fields]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     stalled = load.wait_progress()
     wait_for(
-        lambda: served_by(*pids) and board(KEEPER) not in pids and is_alive(board(KEEPER)),
+        lambda: served_by(*pids) and status_field(KEEPER) not in pids and is_alive(status_field(KEEPER)),
         "a keeper, a worker, a standby",
     )
     took = time.monotonic() - began
@@ -561,9 +566,11 @@ def _kill(load: Storm, name: str, fields: list[int]) -> None:
 
 def _stop(load: Storm, name: str, number: int) -> None:
     wait_for(lambda: served_by(), "a standby")
-    pid = board(number)
+    pid = status_field(number)
     os.kill(pid, signal.SIGSTOP)
-    took = wait_for(lambda: board(number) != pid and not is_alive(pid) and is_alive(board(number)), f"another {name}")
+    took = wait_for(
+        lambda: status_field(number) != pid and not is_alive(pid) and is_alive(status_field(number)), f"another {name}"
+    )
     stalled = load.wait_progress()
     check(
         f"SIGSTOP of the {name} is noticed and healed", True, f"after {took:.1f} s; 2000 more pages in {stalled:.1f} s"
@@ -786,12 +793,12 @@ def broken() -> None:
     wait_for(lambda: swaps() and stats()["standby_ready"], "swap and a standby")
     check("with the right Python it starts", len(swaps()) == 1, "swap is on")
     _break_python()
-    os.kill(board(KEEPER), signal.SIGKILL)
+    os.kill(status_field(KEEPER), signal.SIGKILL)
     wait_for(lambda: int(show(UNIT, "NRestarts")) >= 5, "restarts")
     kept = show(UNIT, "ActiveState") == "activating" and show(UNIT, "NFileDescriptorStore") == "3"
     check("a mount that holds pages is tried again", kept, f"{show(UNIT, 'NRestarts')} restarts")
     _mend_python()
-    took = wait_for(lambda: show(UNIT, "ActiveState") == "active" and is_alive(board(KEEPER)), "the keeper")
+    took = wait_for(lambda: show(UNIT, "ActiveState") == "active" and is_alive(status_field(KEEPER)), "the keeper")
     check("and goes on when the program starts again", len(swaps()) == 1, f"after {took:.1f} s")
     _break_python()
     must("systemctl", "stop", UNIT)
@@ -849,9 +856,9 @@ def late() -> None:
         found = swaps()
         check("swap is on after boot", len(found) == 1, f"multi-user.target after {took:.1f} s")
         wait_for(place.is_mount, "the disk")
-        fd = int(board(BACKING_FD))
-        held = os.readlink(f"/proc/{board(WORKER)}/fd/{fd}")  # noqa: PTH115
-        device = os.stat(f"/proc/{board(WORKER)}/fd/{fd}").st_dev  # noqa: PTH116
+        fd = int(status_field(BACKING_FD))
+        held = os.readlink(f"/proc/{status_field(WORKER)}/fd/{fd}")  # noqa: PTH115
+        device = os.stat(f"/proc/{status_field(WORKER)}/fd/{fd}").st_dev  # noqa: PTH116
         check("the backing file is on that disk", device == os.stat(place).st_dev != os.stat("/").st_dev, held)  # noqa: PTH116
         _fstab("/dev/disk/by-uuid/0000-0000", place)
         boot_again("without the disk")

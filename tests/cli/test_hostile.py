@@ -30,7 +30,7 @@ from zbudfs.service.launch import LaunchError
 from zbudfs.service.settings import Settings, SettingsError
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import MAGIC
-from zbudfs.store.board import BOARD_BYTES, Board, Field
+from zbudfs.store.status_area import STATUS_AREA_BYTES, Field, StatusArea
 
 COMMANDS: Final = ("mount", "umount", "swapon", "swapoff", "restart", "status", "config", "help", "", "-h")
 OPTIONS: Final = (
@@ -289,18 +289,18 @@ def test_any_settings(found: object) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(junk=st.binary(min_size=64, max_size=512), at=st.sampled_from((0, 1 << 10, 2 << 10, 3 << 10, 4 << 10, 8 << 10)))
-def test_any_board(junk: bytes, at: int) -> None:
-    """A board with any content is refused, or gives values of the right length. The only error is LayoutError."""
-    arena = Arena("board", BOARD_BYTES)
+def test_any_status_area(junk: bytes, at: int) -> None:
+    """A status area with any content is refused, or gives values of the right length. The only error is LayoutError."""
+    arena = Arena("board", STATUS_AREA_BYTES)
     arena.view[at : at + len(junk)] = junk
-    board = Board(arena)
+    area = StatusArea(arena)
     with contextlib.suppress(LayoutError):
-        board.claim(size_bytes=1 << 20, pool_frames=100, backed=1, persistent=0)
-    assert len(board.init()) < 1 << 10, "the key comes after it"
-    assert len(board.take_error()) < 4 << 10
-    assert len(board.lines()) <= 128
-    assert len(board.key(64)) == 64
-    assert all(isinstance(board.fields[field], int) for field in Field)
+        area.claim(size_bytes=1 << 20, pool_frames=100, backed=1, persistent=0)
+    assert len(area.init()) < 1 << 10, "the key comes after it"
+    assert len(area.take_error()) < 4 << 10
+    assert len(area.lines()) <= 128
+    assert len(area.key(64)) == 64
+    assert all(isinstance(area.fields[field], int) for field in Field)
 
 
 def test_only_a_backing_file_is_emptied(tmp_path: Path) -> None:

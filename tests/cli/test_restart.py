@@ -31,7 +31,7 @@ from zbudfs.cli.target import not_mounted
 from zbudfs.core.statistics import COUNTERS, CounterFields
 from zbudfs.service import launch
 from zbudfs.service.settings import Settings
-from zbudfs.store.board import LAYOUT
+from zbudfs.store.status_area import LAYOUT
 from zbudfs.swap.loop import swaps
 
 pytestmark = pytest.mark.needs("root", "fuse")
@@ -235,7 +235,9 @@ def goes_on(served: Served, fd: int, old: list[int]) -> None:
 
 def test_a_layout_that_is_not_known(mount: Mount, tmp_path: Path) -> None:
     """A version that cannot read the memory does not get it, and says why and what to do."""
-    other = version_at(tmp_path, "store/board.py", f"LAYOUT: Final = 0x{LAYOUT >> 16:X}_", "LAYOUT: Final = 0x1234_")
+    other = version_at(
+        tmp_path, "store/status_area.py", f"LAYOUT: Final = 0x{LAYOUT >> 16:X}_", "LAYOUT: Final = 0x1234_"
+    )
     served = mount()
     with opened(served.swapfile) as fd:
         fill(fd, 0, 64)

@@ -35,7 +35,7 @@ from zbudfs.core.codec import (
 from zbudfs.core.dictionary import DICTIONARY
 from zbudfs.core.errors import PageLost
 from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS, WORD_SIZE
-from zbudfs.store.board import LAYOUT
+from zbudfs.store.status_area import LAYOUT
 
 LEVELS = [level for level in range(MIN_LEVEL, MAX_LEVEL + 1) if level]
 CODEC = Codec()

@@ -18,7 +18,7 @@ import pytest
 
 from tests.support import LIMIT_SECONDS, mounted, status_of, wait_until, zbudfs
 from zbudfs.fuse.openings import OPENED, WRITING, Openings
-from zbudfs.store.board import FIRST_OPENING, OPENINGS, Field
+from zbudfs.store.status_area import FIRST_OPENING, OPENINGS, Field
 from zbudfs.swap.attach import release
 from zbudfs.swap.loop import loop_devices_on, run_tool
 
@@ -31,7 +31,7 @@ ATTACH: Final = ("losetup", "--find", "--show", "--direct-io=on")
 
 @pytest.fixture
 def fields() -> memoryview:
-    """Return the fields of an empty board."""
+    """Return the fields of an empty status area."""
     return memoryview(array.array("Q", bytes(8 * 128)))
 
 
@@ -92,7 +92,7 @@ def test_more_than_there_are_slots_for(fields: memoryview) -> None:
 
 
 def test_the_slots_are_no_fields_of_something_else() -> None:
-    """The slots overlap no number of the board, and lie on the board."""
+    """The slots overlap no number of the status area, and lie in the status area."""
     assert max(Field) < FIRST_OPENING
     assert FIRST_OPENING + OPENINGS <= 128
 

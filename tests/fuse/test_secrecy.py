@@ -60,7 +60,7 @@ def test_the_disk_shows_no_page(encrypt: str, tmp_path: Path) -> None:
             assert status_of(mountpoint)["encrypted"] == (encrypt == "yes")
             page = " ".join(zbudfs("status", mountpoint).split())
             assert (", encrypted" in page) == (encrypt == "yes")
-            with opened(mountpoint / "swapfile") as fd, opened(folder / "board", os.O_RDONLY) as board:
+            with opened(mountpoint / "swapfile") as fd, opened(folder / "board", os.O_RDONLY) as area:
                 for at in range(0, len(pages), 16):
                     buffer = aligned(b"".join(pages[at : at + 16]))
                     assert os.pwritev(fd, [buffer], at * PAGE) == 16 * PAGE
@@ -71,15 +71,15 @@ def test_the_disk_shows_no_page(encrypt: str, tmp_path: Path) -> None:
                 assert read_everything(fd, SIZE) == b"".join(pages)
                 said = b"".join((mountpoint / "stats" / name).read_bytes() for name in ("log", "all.json"))
                 assert seen(pages, said) == 0
-                key = os.pread(board, KEY_BYTES, 3 << 10)
+                key = os.pread(area, KEY_BYTES, 3 << 10)
                 assert any(key) == (encrypt == "yes")
                 if any(key):
                     assert key not in (tmp_path / "image").read_bytes()
                     assert key.hex().encode() not in said
-                board = os.dup(board)
+                area = os.dup(area)
         assert not folder.exists()
-        assert os.pread(board, KEY_BYTES, 3 << 10) == bytes(KEY_BYTES), "the key outlived the mount"
-        os.close(board)
+        assert os.pread(area, KEY_BYTES, 3 << 10) == bytes(KEY_BYTES), "the key outlived the mount"
+        os.close(area)
         os.sync()
         shown = seen(pages, (tmp_path / "image").read_bytes())
         assert shown == 0 if encrypt == "yes" else shown > 0

@@ -236,8 +236,8 @@ def sleeper(machine: MadeUp) -> MadeUp:
     machine.file("proc/meminfo", f"MemTotal: {2 << 20} kB\nMemFree: 4 kB\n")
     machine.file("sys/fs/cgroup/memory.reclaim", "")
     machine.file("sys/block/loop3/stat", loop_stat(0))
-    board = machine.file("run/zbudfs/mnt-z/board", "")
-    board.write_bytes(b"".join(number.to_bytes(8, "little") for number in (9, 9, 9, 9, 100, 101, 102, 1)))
+    area = machine.file("run/zbudfs/mnt-z/board", "")
+    area.write_bytes(b"".join(number.to_bytes(8, "little") for number in (9, 9, 9, 9, 100, 101, 102, 1)))
     return machine
 
 
@@ -262,9 +262,9 @@ def test_all_but_the_daemon_is_frozen_and_thawed(sleeper: MadeUp) -> None:
     assert not (sleeper.root / "run/zbudfs.frozen").exists()
 
 
-def test_the_board_has_the_pids_where_the_script_looks() -> None:
-    """The board has the pids of keeper, worker and standby as three numbers from byte 32 on."""
-    from zbudfs.store.board import Field
+def test_the_status_area_has_the_pids_where_the_script_looks() -> None:
+    """The status area has the pids of keeper, worker and standby as three numbers from byte 32 on."""
+    from zbudfs.store.status_area import Field
 
     assert [Field.KEEPER_PID, Field.WORKER_PID, Field.STANDBY_PID] == [4, 5, 6]
     assert "-j 32 -N 24" in (LIBEXEC / "sleep").read_text()

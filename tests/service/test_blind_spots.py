@@ -24,7 +24,7 @@ from tests.cli.test_restart import version_at
 from tests.service.test_keeper import Served, compare, fill, mount, opened, watched
 from tests.service.test_service import LAUNCH, Manager, service
 from tests.support import LIMIT_SECONDS, is_running, status_of, wait_until
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 pytestmark = pytest.mark.needs("root", "fuse")
 
@@ -216,13 +216,13 @@ def test_two_restarts_at_once(mount: Callable[..., Served]) -> None:
 
 
 def numbers(served: Served) -> dict[str, int]:
-    """Return the board's numbers of processes and descriptors."""
+    """Return the status area's numbers of processes and descriptors."""
     wanted = ("KEEPER_PID", "WORKER_PID", "STANDBY_PID", "STANDBY_READY", "FUSE_FD", "LOCK_FD", "BACKING_FD", "BORN_NS")
     return {name: served.field(Field[name]) for name in wanted}
 
 
-def test_a_restart_that_fails_leaves_the_board_alone(mount: Callable[..., Served], tmp_path: Path) -> None:
-    """The board is unchanged, also if the new worker had been ready, and another keeper can take over without the store."""
+def test_a_restart_that_fails_leaves_the_status_area_alone(mount: Callable[..., Served], tmp_path: Path) -> None:
+    """A new worker that was ready changes no number, and another keeper can take over without the store."""
     other = version_at(
         tmp_path,
         "service/daemon.py",
@@ -250,7 +250,7 @@ NO_WARM_UP: Final = LAUNCH.replace('"-m", "zbudfs.service.daemon"', '"-c", PROGR
 """A service whose workers cannot get ready."""
 
 
-def test_a_service_that_does_not_start_leaves_the_board_alone(service: tuple[Manager, Served]) -> None:
+def test_a_service_that_does_not_start_leaves_the_status_area_alone(service: tuple[Manager, Served]) -> None:
     """Its keeper is killed, and the next one fails before it takes over. Worker and standby continue, and a later one works."""
     manager, served = service
     with opened(served.swapfile) as fd:

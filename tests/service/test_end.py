@@ -18,7 +18,7 @@ from tests.service.test_keeper import Served, compare, few_files, fill, mount, o
 from tests.service.test_service import Manager, service
 from tests.support import is_mounted, is_running, run_zbudfs, wait_until, zbudfs
 from zbudfs.service.mountpoint import places_of, unmount
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 from zbudfs.swap.loop import run_tool
 
 pytestmark = pytest.mark.needs("root", "fuse")

@@ -14,8 +14,8 @@ from scripts.idle import costs_of
 from tests.service.test_keeper import MIB, Served, fill, mount, opened
 from tests.support import wait_until
 from zbudfs.core.units import PAGE_SIZE
-from zbudfs.store.board import Field
 from zbudfs.store.memory import Follower, StoreMemory
+from zbudfs.store.status_area import Field
 
 __all__ = ["mount"]  # the fixture
 
@@ -88,7 +88,7 @@ def test_only_what_is_new_is_mapped() -> None:
     memory = Recorder(MIB, 1024, backed=False)
     memory.parts = []
     memory.populate()
-    fields = memory.board.fields
+    fields = memory.status_area.fields
     follower = Follower(memory)
     for _ in range(3):
         follower.follow()

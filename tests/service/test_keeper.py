@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The keeper on real mounts: whichever process dies, and when, the written pages are there and no read waits for ever.
 
-The tests kill processes by the numbers of the mount, and compare them with /proc. The board in the pool directory has
+The tests kill processes by the numbers of the mount, and compare them with /proc. The status area in the pool directory has
 the messages of the processes: it can be read while no process serves the mount.
 """
 
@@ -37,7 +37,7 @@ from zbudfs.service.child import HANG_SECONDS as SILENT_SECONDS
 from zbudfs.service.mountpoint import MountError, unmount
 from zbudfs.service.pooldir import path_of, pool_directories, remove_dead
 from zbudfs.service.settings import Settings
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 from zbudfs.swap.loop import loop_devices, swaps
 
 pytestmark = pytest.mark.needs("root", "fuse")
@@ -61,10 +61,10 @@ class Served:
         self.swapfile = mountpoint / "swapfile"
 
     def field(self, field: Field) -> int:
-        """Return a number of the board, or 0 if there is no board any more."""
+        """Return a number of the status area, or 0 if there is no status area any more."""
         try:
-            with (self.pool / "board").open("rb") as board:
-                found: int = struct.unpack_from("=Q", os.pread(board.fileno(), 8, 8 * field))[0]
+            with (self.pool / "board").open("rb") as area:
+                found: int = struct.unpack_from("=Q", os.pread(area.fileno(), 8, 8 * field))[0]
                 return found
         except FileNotFoundError:
             return 0
@@ -747,8 +747,8 @@ def test_a_file_that_is_closed_twice(mount: Callable[..., Served]) -> None:
     served = mount()
     fd = os.open(served.swapfile, os.O_RDWR)
     os.pwrite(fd, b"there", 0)
-    with (served.pool / "board").open("r+b") as board:  # the first worker has counted it
-        os.pwrite(board.fileno(), bytes(8), 8 * Field.OPEN_SWAPFILES)
+    with (served.pool / "board").open("r+b") as area:  # the first worker has counted it
+        os.pwrite(area.fileno(), bytes(8), 8 * Field.OPEN_SWAPFILES)
     worker = served.worker
     os.close(fd)
     time.sleep(1.0)

@@ -31,7 +31,7 @@ from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.resources import Resources, StartError
 from zbudfs.service.roster import Roster, is_ending
 from zbudfs.service.settings import Settings
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 pytestmark = pytest.mark.needs("root", "fuse")
 

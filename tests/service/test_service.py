@@ -26,7 +26,7 @@ from tests.service.test_keeper import PAGE, Served, compare, fill, opened, watch
 from tests.support import LIMIT_SECONDS, is_mounted, is_running, wait_until, zbudfs
 from zbudfs.service.mountpoint import zbudfs_mounts
 from zbudfs.service.settings import Settings
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 pytestmark = pytest.mark.needs("root", "fuse")
 

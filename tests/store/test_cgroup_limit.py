@@ -14,10 +14,10 @@ from tests.store.rig import get, push, put, running, trio_test
 from zbudfs.core.codec import Codec
 from zbudfs.core.errors import PoolFull
 from zbudfs.core.units import PAGE_SIZE
-from zbudfs.store.board import Field
 from zbudfs.store.cgroup_limit import UNLIMITED, CgroupLimit
 from zbudfs.store.memory import RESERVE_BYTES, STANDBY_BYTES
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.status_area import Field
 
 MIB = 1 << 20
 
@@ -99,7 +99,7 @@ async def test_the_pool_keeps_within_it(tmp_path: Path) -> None:
     assert store.memory.cgroup_limit is None, "a store of its own has nobody's cgroup to think of"
     store.memory.check_room(1 << 60)
     store.memory.cgroup_limit = CgroupLimit(root)
-    store.memory.board.fields[Field.STANDBY_READY] = 1
+    store.memory.status_area.fields[Field.STANDBY_READY] = 1
     used.write_text(str(200 * MIB - RESERVE_BYTES - MIB))
     async with running(store):
         assert store.statistics().pool_ready_bytes == 0, "a step of 2 MiB does not fit"
@@ -111,7 +111,7 @@ async def test_the_pool_keeps_within_it(tmp_path: Path) -> None:
         await put(store, 0, page(0, BIG))
         assert await get(store, 0) == page(0, BIG)
         assert store.reclaimer.warnings() == []
-        store.memory.board.fields[Field.STANDBY_READY] = 0
+        store.memory.status_area.fields[Field.STANDBY_READY] = 0
         used.write_text(str(200 * MIB - RESERVE_BYTES - STANDBY_BYTES))
         with pytest.raises(MemoryError, match="keeps 80 MiB"):
             store.memory.check_room(1)

@@ -23,9 +23,9 @@ from zbudfs.core.errors import PageLost
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import Backing
-from zbudfs.store.board import BOARD_BYTES, Board
 from zbudfs.store.cipher import KEY_BYTES, LIBRARY, BlockCipher, LibraryXts, Xts, best_xts
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.status_area import STATUS_AREA_BYTES, StatusArea
 
 KEY: Final = bytes(range(KEY_BYTES))
 OUTGOING_BLOCKS: Final = 4
@@ -243,19 +243,19 @@ async def test_a_store_with_an_encrypted_disk(tmp_path: Path) -> None:
         await quiet(store)
 
 
-def test_the_key_on_the_board() -> None:
+def test_the_key_on_the_status_area() -> None:
     """The key is made once, stays for later processes, differs between boards, and can be erased."""
-    arena = Arena("board", BOARD_BYTES)
-    board = Board(arena)
+    arena = Arena("board", STATUS_AREA_BYTES)
+    area = StatusArea(arena)
     assert not any(arena.view[3 << 10 : 4 << 10])
-    key = board.key(KEY_BYTES)
+    key = area.key(KEY_BYTES)
     assert len(set(key)) > 16
-    assert Board(arena).key(KEY_BYTES) == board.key(KEY_BYTES) == key
-    assert Board(Arena("board", BOARD_BYTES)).key(KEY_BYTES) != key
-    board.save_init(b"\xff" * 512)
-    board.save_error("x" * 10_000)
-    assert board.key(KEY_BYTES) == key
+    assert StatusArea(arena).key(KEY_BYTES) == area.key(KEY_BYTES) == key
+    assert StatusArea(Arena("board", STATUS_AREA_BYTES)).key(KEY_BYTES) != key
+    area.save_init(b"\xff" * 512)
+    area.save_error("x" * 10_000)
+    assert area.key(KEY_BYTES) == key
     assert key in bytes(arena.view)
-    board.forget_key()
+    area.forget_key()
     assert key[:8] not in bytes(arena.view)
-    assert board.init() == b"\xff" * 512
+    assert area.init() == b"\xff" * 512

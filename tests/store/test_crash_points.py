@@ -522,7 +522,9 @@ def kill_in_a_storm(folder: Path) -> dict[str, int]:
     """Kill a store with all its tasks and threads at several places. Return the kills, and its work until then."""
     scene = Scene(folder)
     steps = _storm_steps(random.Random(4))
-    progress = StoreMemory(SIZE, 1, backed=False).board.fields  # shared with the child, like any memory of a store
+    progress = StoreMemory(
+        SIZE, 1, backed=False
+    ).status_area.fields  # shared with the child, like any memory of a store
     kills = new = 0
     killed = True
 

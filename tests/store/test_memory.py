@@ -20,9 +20,9 @@ from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.errors import LayoutError
 from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.units import PAGE_SIZE
-from zbudfs.store.board import Field
 from zbudfs.store.memory import BOUNCE_FRAMES, REQUEST_SLOT_BYTES, REQUEST_SLOTS, StoreMemory
 from zbudfs.store.pool import Pool
+from zbudfs.store.status_area import Field
 
 MIB = 1 << 20
 NAMES = {"board", "pages", "frames", "frametable", "freeframes", "requestslots", "trace", "blocks", "outgoing"}
@@ -57,7 +57,7 @@ def test_the_files(tmp_path: Path) -> None:
     entries = 4 * MIB // PAGE_SIZE * 8  # and a page for the marks of used stretches
     assert (tmp_path / "pages").stat().st_size == entries + PAGE_SIZE
     assert (tmp_path / "requestslots").stat().st_size == REQUEST_SLOTS * REQUEST_SLOT_BYTES
-    assert memory.board.fields[Field.PERSISTENT] == 1
+    assert memory.status_area.fields[Field.PERSISTENT] == 1
 
 
 def test_without_a_backing_file_there_is_no_block_map(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_without_a_folder_there_are_no_files(tmp_path: Path) -> None:
     """The memory has no name, and says so."""
     memory = make()
     assert list(tmp_path.iterdir()) == []
-    assert memory.board.fields[Field.PERSISTENT] == 0
+    assert memory.status_area.fields[Field.PERSISTENT] == 0
     memory.pages.view[:5] = b"there"
     assert bytes(make().pages.view[:5]) == bytes(5), "it was another's"
 
@@ -107,7 +107,7 @@ def test_another_packing_is_refused(tmp_path: Path) -> None:
         assert f"packs its frames as {there} and cannot be handed over to {wanted}: swapoff and" in str(caught.value)
         again = make(folder, packing=Packing.parse(there))
         assert bytes(again.frames.view[:5]) == b"there"
-        assert again.board.fields[Field.PACKING] == Packing.parse(there).code
+        assert again.status_area.fields[Field.PACKING] == Packing.parse(there).code
 
 
 def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ from zbudfs.core.errors import LayoutError, PageLost
 from zbudfs.core.page_table import BLOCK, FRAME, LOST, RAW_BLOCK, RAW_FRAME, WORD, entry
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.backing import Backing
-from zbudfs.store.board import LAYOUT, Field
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.status_area import LAYOUT, Field
 
 pytestmark = pytest.mark.usefixtures("packing")
 
@@ -614,13 +614,13 @@ def test_memory_of_another_store(word: str, tmp_path: Path) -> None:
 def test_memory_of_another_version(tmp_path: Path) -> None:
     """An unknown layout is refused in one line, with both numbers and the remedy."""
     memory = _make(tmp_path)
-    memory.board.fields[Field.LAYOUT] = LAYOUT + 1
+    memory.status_area.fields[Field.LAYOUT] = LAYOUT + 1
     with pytest.raises(LayoutError, match="another layout") as refusal:
         _make(tmp_path)
     for part in (f"{LAYOUT:#x}", f"{LAYOUT + 1:#x}", "restart it with the version that runs", "unmount"):
         assert part in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    assert memory.board.fields[Field.LAYOUT] == LAYOUT + 1
+    assert memory.status_area.fields[Field.LAYOUT] == LAYOUT + 1
 
 
 def test_a_table_of_another_size(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ async def test_a_trace_without_a_reader_ends(tmp_path: Path) -> None:
 
 @trio_test
 async def test_a_takeover_goes_on_with_the_trace(tmp_path: Path) -> None:
-    """The board says that there is a trace."""
+    """The status area says that there is a trace."""
     async with traced_store(tmp_path) as (store, open_reader):
         store.tracer.order(on=True)
         await until(lambda: store.tracer.active, "the trace is on")

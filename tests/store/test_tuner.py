@@ -17,9 +17,9 @@ from zbudfs.core.codec import Codec
 from zbudfs.core.errors import PoolFull, Refusal
 from zbudfs.core.tunables import NAMES
 from zbudfs.core.units import PAGE_SIZE
-from zbudfs.store.board import Field
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.status_area import Field
 from zbudfs.store.tuner import Tuner
 
 FRAMES: Final = 64
@@ -70,16 +70,16 @@ async def test_values_of_a_fresh_store(tmp_path: Path) -> None:
 
 @trio_test
 async def test_a_wrong_value_changes_nothing(tmp_path: Path) -> None:
-    """A wrong value changes nothing, not even the board."""
+    """A wrong value changes nothing, not even the status area."""
     async with backed_store(tmp_path) as (store, _):
         tuner = Tuner(store)
-        before = [store.memory.board.fields[field] for field in Field]
+        before = [store.memory.status_area.fields[field] for field in Field]
         for name in NAMES:
             values = {other: tuner.value(other) for other in NAMES}
             with pytest.raises(ValueError, match=name):
                 tuner.set(name, "nonsense")
             assert {other: tuner.value(other) for other in NAMES} == values
-        assert [store.memory.board.fields[field] for field in Field] == before
+        assert [store.memory.status_area.fields[field] for field in Field] == before
 
 
 @trio_test

@@ -9,7 +9,7 @@ scripts/dictionary.py made the dictionary, and can make it again.
 
 Its content is seven zeros: as many as its repeated distances need, and too few for zstd to look for matches there.
 
-The meaning of zpages depends on every bit of the dictionary. It belongs to the layout that store/board.py numbers.
+The meaning of zpages depends on every bit of the dictionary. It belongs to the layout that store/status_area.py numbers.
 """
 
 from typing import Final

@@ -9,7 +9,7 @@ is declared here; tests/test_statistics.py compares them.
 
 `Counters` is `CounterFields` in memory that outlives the process: a field is an 8-byte word, in the order of the
 fields. A kill loses nothing that was counted. A new counter goes to the end. Any other change of the fields makes another
-layout (store/board.py).
+layout (store/status_area.py).
 """
 
 from collections.abc import Iterator

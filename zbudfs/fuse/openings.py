@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The open files of swapfile, in slots on the board, where they outlive the worker.
+"""The open files of swapfile, in slots in the status area, where they outlive the worker.
 
     slot    0, or the handle of one open file: OPENED | WRITING, if it was opened for writing | number of the open request
 
@@ -14,7 +14,7 @@ import errno
 from typing import Final
 
 from zbudfs.core.tunables import MAX_WRITERS
-from zbudfs.store.board import FIRST_OPENING, OPENINGS, Field
+from zbudfs.store.status_area import FIRST_OPENING, OPENINGS, Field
 
 OPENED: Final = 1 << 63
 """Set in each handle of swapfile, and in no other handle."""
@@ -27,7 +27,7 @@ assert MAX_WRITERS == OPENINGS
 
 
 class Openings:
-    """The open files of swapfile in one mount; `fields` are those of its board."""
+    """The open files of swapfile in one mount; `fields` are those of its status area."""
 
     def __init__(self, fields: memoryview) -> None:
         self._fields = fields

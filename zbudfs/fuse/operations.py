@@ -90,8 +90,8 @@ class Operations(pyfuse3.Operations):
         self._nursery = nursery
         self._born_ns = born_ns
         self.started = trio.Event()
-        self._board = store.memory.board
-        self._openings = Openings(self._board.fields)
+        self._status_area = store.memory.status_area
+        self._openings = Openings(self._status_area.fields)
         # Handles do not start at the same number after a takeover: an old one must not read another file's content.
         self._open_files = OpenFiles((os.getpid() << 32) + SWAPFILE + 1)
         store.tracer.notify(self._serve)
@@ -101,8 +101,8 @@ class Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         """Handle FUSE_INIT: the mount answers requests from now on."""
-        if not self._board.init():
-            self._board.save_init(shim.first_request())
+        if not self._status_area.init():
+            self._status_area.save_init(shim.first_request())
         self.started.set()
 
     # ---- the tree --------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@
 enum {
     MAX_WRITE = 256 << 10,
     RECEIVE_BYTES = MAX_WRITE + (8 << 10),
-    MAX_INIT = 1016, /* bytes of the field on the board (store/board.py) */
+    MAX_INIT = 1016, /* bytes of the field in the status area (store/status_area.py) */
     OPCODE_OPEN = 14,
     OPCODE_READ = 15,
     OPCODE_WRITE = 16,

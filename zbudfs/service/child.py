@@ -3,7 +3,7 @@
 
     it has ended     its pidfd is readable: all threads are gone
     it is stopped    the kernel reports that to the parent (SIGCHLD, waitid with WSTOPPED), without polling
-    it is silent     a number on the board stands still (`Pulse`)
+    it is silent     a number in the status area stands still (`Pulse`)
 
 No function here waits. A pause of the whole machine does not count as silence: it stops the keeper too, and the keeper counts
 only the time in which it checked.

@@ -9,7 +9,7 @@ from zbudfs.service.manager import ServiceManager
 from zbudfs.service.mount_watch import MountWatch
 from zbudfs.service.resources import Resources
 from zbudfs.service.worker_monitor import WorkerMonitor
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 CLOSE_SECONDS: Final = 1.0
 """Longest time in which an open swapfile may still be on its way to be closed: the kernel does not wait for that. Arbitrary."""

@@ -17,7 +17,7 @@ from zbudfs.service.resources import Resources, StartError
 from zbudfs.service.roster import is_ending
 from zbudfs.service.stall import STALL_SECONDS, Stall
 from zbudfs.service.worker_monitor import WorkerMonitor
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 POLL_SECONDS: Final = 0.005
 DISK_POLL_SECONDS: Final = 0.02
@@ -44,7 +44,7 @@ class FirstWorker:
     def start(self) -> None:
         """Fork the first worker and wait until it is ready to serve. StartError.
 
-        Nothing on the board changes: another process may serve.
+        Nothing in the status area changes: another process may serve.
         """
         worker = self._worker.child = self._forks.fork()
         fields = self._resources.fields
@@ -146,7 +146,7 @@ class FirstWorker:
         """Raise StartError if the first worker has ended before it did what `before` says."""
         assert self._worker.child is not None
         if self._worker.child.has_ended():
-            self._fail(self._resources.memory.board.take_error() or f"the worker died before it {before}")
+            self._fail(self._resources.memory.status_area.take_error() or f"the worker died before it {before}")
 
     def _fail(self, why: str) -> NoReturn:
         """Kill the first worker, which is of no use."""

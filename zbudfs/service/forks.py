@@ -10,7 +10,7 @@ from typing import NoReturn
 from zbudfs.service.child import Child, Process
 from zbudfs.service.resources import Resources
 from zbudfs.service.worker import FAILED, work
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 
 class Forks:

@@ -148,8 +148,8 @@ class HandingOver:
     def advance(self, *, well: bool, getting_ready: int, taking_over: int, serving: bool, connected: bool) -> Step:
         """Take the next step, if it is possible, and return the action of the old keeper.
 
-        `well`: the old worker serves. `getting_ready`, `taking_over` and `serving` are numbers of the board. `connected`: the
-        mount exists.
+        `well`: the old worker serves. `getting_ready`, `taking_over` and `serving` are numbers of the status area.
+        `connected`: the mount exists.
         """
         if self.stage is Stage.STARTING:
             return self._start(well=well, silent_seconds=self._pulse.look(0 if self._is_ready else getting_ready))

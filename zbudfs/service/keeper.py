@@ -41,7 +41,7 @@ from zbudfs.service.restart import Restart
 from zbudfs.service.settings import Settings
 from zbudfs.service.standby_monitor import StandbyMonitor
 from zbudfs.service.worker_monitor import WorkerMonitor
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 CALM_POLL_SECONDS: Final = 1.0
 """Longest wait between two checks while all is well: deaths, stops, orders and signals end it at once."""

@@ -30,7 +30,7 @@ from zbudfs.service.mountpoint import find_mount, is_connected
 from zbudfs.service.pooldir import RUN_FOLDER, PoolDirectory, PoolDirectoryError, is_locked, pool_directories
 from zbudfs.service.roster import UNSEEN, Roster, is_ending
 from zbudfs.service.settings import Settings, SettingsError
-from zbudfs.store.board import CANNOT_RESEND, Field
+from zbudfs.store.status_area import CANNOT_RESEND, Field
 
 NAMES: Final = ("fuse", "lock", "backing")
 """Names of the descriptors in the store. The last one exists only if there is a backing file."""
@@ -91,13 +91,13 @@ def _from_descriptors(found: dict[str, int]) -> Remains | None:
     try:
         _check(roster)
         settings = Settings.from_json(Path(path, "settings.json").read_bytes())
-        born_ns = board_field(path, Field.BORN_NS)
+        born_ns = status_field(path, Field.BORN_NS)
         server = roster.server()
         if (
             server is not None
             and not is_ending(server)
-            and board_field(path, Field.SERVING)
-            and board_field(path, Field.CAN_RESEND) == CANNOT_RESEND
+            and status_field(path, Field.SERVING)
+            and status_field(path, Field.CAN_RESEND) == CANNOT_RESEND
         ):
             raise Held(
                 "this kernel does not send requests again (FUSE_NOTIFY_RESEND, Linux 6.9), so the requests under way would be"
@@ -205,7 +205,7 @@ def _descriptors_of(folder: str, pid: int) -> dict[str, int]:
         pidfd = os.pidfd_open(pid)
         try:
             for name, field in zip(NAMES, (Field.FUSE_FD, Field.LOCK_FD, Field.BACKING_FD), strict=True):
-                if number := board_field(folder, field):
+                if number := status_field(folder, field):
                     taken[name] = _copy_of(pidfd, number)
         finally:
             os.close(pidfd)
@@ -221,10 +221,10 @@ def _descriptors_of(folder: str, pid: int) -> dict[str, int]:
     return taken
 
 
-def board_field(folder: str, field: Field) -> int:
-    """Return a number of the board in a pool directory. OSError, struct.error."""
-    with open(f"{folder}/board", "rb") as board:  # noqa: PTH123
-        found: int = struct.unpack("=Q", os.pread(board.fileno(), 8, 8 * field))[0]
+def status_field(folder: str, field: Field) -> int:
+    """Return a number of the status area in a pool directory. OSError, struct.error."""
+    with open(f"{folder}/board", "rb") as area:  # noqa: PTH123
+        found: int = struct.unpack("=Q", os.pread(area.fileno(), 8, 8 * field))[0]
     return found
 
 

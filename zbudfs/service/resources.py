@@ -27,9 +27,9 @@ from zbudfs.service.public import PublicFile
 from zbudfs.service.session import session_warnings
 from zbudfs.service.settings import BACKING_FOLDER, Settings
 from zbudfs.store.backing import Backing
-from zbudfs.store.board import Field
 from zbudfs.store.cgroup_limit import CgroupLimit
 from zbudfs.store.memory import StoreMemory
+from zbudfs.store.status_area import Field
 
 
 class StartError(Exception):
@@ -49,8 +49,8 @@ class Resources:
 
     @property
     def fields(self) -> memoryview:
-        """The numbers on the board."""
-        return self.memory.board.fields
+        """The numbers in the status area."""
+        return self.memory.status_area.fields
 
     def make(self) -> None:
         """Make memory, backing file and mount. Raises the errors of these steps, after undoing the earlier ones."""
@@ -102,13 +102,13 @@ class Resources:
         self.directory = directory
         backing = self.settings.backing
         self.memory = self._make_memory()
-        is_fixed = bool(self.memory.board.fields[Field.BACKING_FIXED])
+        is_fixed = bool(self.memory.status_area.fields[Field.BACKING_FIXED])
         self.backing = Backing(backing, open_fd=descriptors[2], is_fixed=is_fixed) if backing is not None else None
         self._encrypt()
         self._prepare(born_ns)
 
     def write_owners(self) -> None:
-        """Write on the board which keeper this is, and the numbers of the descriptors in it and its children."""
+        """Write in the status area which keeper this is, and the numbers of the descriptors in it and its children."""
         fields = self.fields
         fields[Field.KEEPER_PID] = self.keeper_pid
         fields[Field.FUSE_FD] = self.fuse_fd
@@ -122,7 +122,7 @@ class Resources:
         self.descriptors = {"fuse": self.fuse_fd, "lock": self.directory.lock_fd}
         if self.backing is not None:
             self.descriptors["backing"] = self.backing.fileno()
-        self.log.ring = self.memory.board
+        self.log.ring = self.memory.status_area
         self.public = self._publish()
         """The file of the public statistics; None if there is none."""
         if any(mount.admits_others for mount in zbudfs_mounts() if mount.st_dev == self._mount_device()):
@@ -132,7 +132,7 @@ class Resources:
             )
 
     def _mount_device(self) -> int:
-        return int(self.memory.board.fields[Field.MOUNT_DEVICE])
+        return int(self.memory.status_area.fields[Field.MOUNT_DEVICE])
 
     def _publish(self) -> PublicFile | None:
         """Make the file of the public statistics. Without it the mount works, and only root can read statistics."""
@@ -157,11 +157,11 @@ class Resources:
         return memory
 
     def _encrypt(self) -> None:
-        """Encrypt blocks with the key on the board, if the settings say so."""
+        """Encrypt blocks with the key in the status area, if the settings say so."""
         if self.settings.encrypt and self.backing is not None and self.memory.outgoing is not None:
             from zbudfs.store.cipher import KEY_BYTES, BlockCipher  # before the first fork, and only if it is used
 
-            self.backing.encrypt(BlockCipher(self.memory.board.key(KEY_BYTES)), self.memory.outgoing.view)
+            self.backing.encrypt(BlockCipher(self.memory.status_area.key(KEY_BYTES)), self.memory.outgoing.view)
 
     def _open_backing(self) -> Backing | None:
         path = self.settings.backing
@@ -190,5 +190,5 @@ class Resources:
         os.close(self.fuse_fd)
         if self.backing is not None:
             self.backing.close()
-        self.memory.board.forget_key()
+        self.memory.status_area.forget_key()
         self.directory.remove()

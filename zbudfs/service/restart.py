@@ -16,7 +16,7 @@ from zbudfs.service.resources import Resources
 from zbudfs.service.stall import Stall
 from zbudfs.service.standby_monitor import StandbyMonitor
 from zbudfs.service.worker_monitor import WorkerMonitor
-from zbudfs.store.board import CANNOT_RESEND, Field
+from zbudfs.store.status_area import CANNOT_RESEND, Field
 
 
 class Restart:

@@ -6,7 +6,7 @@ worker itself still serves the pages in RAM. So a keeper checks here before it r
 
     writes, fallocate     a thread of the worker stays in one uninterruptible sleep (state D): the count of its context
                           switches in /proc/PID/task/TID/status does not change
-    reads by the kernel   the worker reports their age on the board (store/aio_page_in.py)
+    reads by the kernel   the worker reports their age in the status area (store/aio_page_in.py)
 
 A disk that stops just before the kill is not noticed. Then the mount is dead until the disk answers, and nothing is lost.
 """
@@ -16,14 +16,14 @@ import os
 import time
 from typing import Final
 
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 STALL_SECONDS: Final = 1.0
 """Time after which a disk request counts as stalled. Guessed: a slow flash card takes a fraction of that for a write."""
 
 
 class Stall:
-    """Watches the disk requests of one process, a worker that serves. `fields` are those of the board."""
+    """Watches the disk requests of one process, a worker that serves. `fields` are those of the status area."""
 
     def __init__(self, pid: int, fields: memoryview, root: str = "/") -> None:
         self.pid = pid

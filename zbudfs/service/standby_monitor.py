@@ -11,7 +11,7 @@ from zbudfs.service.forks import Forks
 from zbudfs.service.log import Lasting
 from zbudfs.service.resources import Resources
 from zbudfs.service.worker import FAILED
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 STANDBY_DELAY_SECONDS: Final = 0.2
 """Time from the start of a worker's service to the fork of the next standby: requests that wait for swap go first. Guessed."""
@@ -58,7 +58,7 @@ class StandbyMonitor:
         return child
 
     def none_is_left(self, fault: int) -> None:
-        """Write on the board that there is no standby, and since when. `fault` is an errno, or 0."""
+        """Write in the status area that there is no standby, and since when. `fault` is an errno, or 0."""
         fields = self._resources.fields
         fields[Field.STANDBY_PID] = fields[Field.STANDBY_READY] = 0
         fields[Field.NO_STANDBY_FAULT] = fault
@@ -66,7 +66,7 @@ class StandbyMonitor:
             fields[Field.NO_STANDBY_SINCE] = int(time.time())
 
     def _check(self, standby: Child) -> None:
-        """Write on the board whether the standby is ready, and kill it if it hangs."""
+        """Write in the status area whether the standby is ready, and kill it if it hangs."""
         fields = self._resources.fields
         silent = self._pulse.look(fields[Field.STANDBY_BEAT])
         for_good = standby.is_stopped_for_good()
@@ -96,7 +96,7 @@ class StandbyMonitor:
         if status is None:
             return  # a tracer has it
         self.child = None
-        why = self._resources.memory.board.take_error() if status == FAILED else f"status {status}"
+        why = self._resources.memory.status_area.take_error() if status == FAILED else f"status {status}"
         self._failed(errno.ECHILD, f"the standby died ({why}); another is made")
 
     def _failed(self, fault: int, text: str) -> None:

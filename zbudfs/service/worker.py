@@ -5,7 +5,7 @@ Every worker starts as a standby. It prepares while there is memory:
 
     threads, event loop     the store's threads start, the session is opened on the descriptor
     warm up                 each code path runs once, on a small store of its own
-    lock memory             all present memory stays; "ready" is written on the board
+    lock memory             all present memory stays; "ready" is written in the status area
     ... waits for the order, an eventfd ...
 
 It then continues at a time when there may be no free memory:
@@ -49,17 +49,17 @@ from zbudfs.service.log import Lasting
 from zbudfs.service.mountpoint import MountError, is_connected, unmount_all
 from zbudfs.service.priority_boost import PriorityBoost
 from zbudfs.service.resources import Resources
-from zbudfs.store.board import CANNOT_RESEND, Field
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.memory import Follower, StoreMemory
 from zbudfs.store.page_store import PageStore
 from zbudfs.store.pressure import PressureMonitor
 from zbudfs.store.signals import next_tick
+from zbudfs.store.status_area import CANNOT_RESEND, Field
 from zbudfs.store.tuner import Tuner
 from zbudfs.store.wakeup import use_eventfd
 
 FAILED: Final = 3
-"""Exit status of a worker that could not start; the reason is on the board."""
+"""Exit status of a worker that could not start; the reason is in the status area."""
 
 READY_BEAT_SECONDS: Final = 0.5
 """Time between two heartbeats of a process that prepares to serve, which takes a second or two."""
@@ -111,7 +111,7 @@ def work(resources: Resources, order_fd: int, ready_fd: int, *, emergency: bool,
         first = _first(error)
         if os.getppid() != resources.keeper_pid:  # otherwise the keeper reports the error
             resources.log.error(f"a worker failed: {first!r}")
-        resources.memory.board.save_error(str(first) or repr(first))
+        resources.memory.status_area.save_error(str(first) or repr(first))
         return FAILED
     return 0
 
@@ -138,7 +138,7 @@ class Worker:
         self._resources = resources
         self._order_fd = order_fd
         self._ready_fd = ready_fd
-        self._board = resources.memory.board
+        self._status_area = resources.memory.status_area
         self._log = resources.log
         self._by_itself = False
         """Whether this standby has given itself the order."""
@@ -156,7 +156,7 @@ class Worker:
         use_eventfd()
         resources = self._resources
         settings = resources.settings
-        fields = self._board.fields
+        fields = self._status_area.fields
         helper = IoThread[None]("helper")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._beat_until_ready)
@@ -171,10 +171,10 @@ class Worker:
                 log=self._log.warning,
                 between=shim.serve_reads,
             )
-            shim.use_metrics(self._board.latencies.words)
+            shim.use_metrics(self._status_area.latencies.words)
             tuner = Tuner(store)
             tuner.resume_level()
-            stats = Stats(store, lambda: self._facts(store), self._board.lines)
+            stats = Stats(store, lambda: self._facts(store), self._status_area.lines)
             control = Control(tuner, self._log.info)
             operations = Operations(store, stats, control, nursery, resources.born_ns)
             open_session(operations, resources.fuse_fd, resources.memory.request_slots.view)
@@ -201,7 +201,7 @@ class Worker:
                     fields[Field.TAKING_OVER] = os.getpid()
                     waiting.cancel_scope.cancel()
                 nursery.start_soon(self._heartbeat, store, tuner, stats)
-                is_new = not self._board.init()
+                is_new = not self._status_area.init()
                 await self._take_over(store, tuner, stats, nursery)
                 if is_new:
                     nursery.start_soon(helper.run, _ask_for_attribute, settings.mountpoint)
@@ -212,7 +212,7 @@ class Worker:
                 nursery.cancel_scope.cancel()
 
     async def _take_over(self, store: PageStore, tuner: Tuner, stats: Stats, nursery: trio.Nursery) -> None:
-        fields, resources = self._board.fields, self._resources
+        fields, resources = self._status_area.fields, self._resources
         _die_with_keeper(0)  # from now on this may be the only process left
         await self._become_server()
         began = time.monotonic_ns()
@@ -226,7 +226,7 @@ class Worker:
         fields[Field.OLDEST_READ_SECONDS] = 0
         found = store.recover()
         tuner.resume()
-        first_request = self._board.init()
+        first_request = self._status_area.init()
         if first_request:
             nursery.start_soon(store.run)
             resume(first_request)
@@ -284,7 +284,7 @@ class Worker:
 
     async def _beat_until_ready(self) -> None:
         """Advance the heartbeat of a process that prepares to serve."""
-        fields = self._board.fields
+        fields = self._status_area.fields
         while not is_readable(self._ready_fd):
             fields[Field.READY_BEAT] += 1
             if fields[Field.STANDBY_PID] == os.getpid():
@@ -298,7 +298,7 @@ class Worker:
         """
         if self._resources.public is None or not self._has_settled:
             return
-        served, beats = self._board.latencies.served_requests, self._board.fields[Field.HEARTBEAT]
+        served, beats = self._status_area.latencies.served_requests, self._status_area.fields[Field.HEARTBEAT]
         published_served, published_at = self._published
         if served != published_served or not 0 <= beats - published_at < IDLE_PUBLISH_BEATS:
             self._published = served, beats
@@ -307,14 +307,14 @@ class Worker:
     async def _heartbeat(self, store: PageStore, tuner: Tuner, stats: Stats) -> None:
         """Advance the heartbeat of a worker that waits or serves. While it serves, save state that no successor can rebuild."""
         while True:
-            self._board.beat()
-            if self._board.fields[Field.HEARTBEAT] % COLLECT_BEATS == 0:
+            self._status_area.beat()
+            if self._status_area.fields[Field.HEARTBEAT] % COLLECT_BEATS == 0:
                 gc.collect()
             if self._active:
-                self._board.fields[Field.OLDEST_READ_SECONDS] = store.aio.oldest_seconds()
+                self._status_area.fields[Field.OLDEST_READ_SECONDS] = store.aio.oldest_seconds()
                 store.report_use()
                 tuner.save()
-                if self._board.fields[Field.SERVING]:
+                if self._status_area.fields[Field.SERVING]:
                     self._publish(stats)
             await trio.sleep_until(next_tick())
 
@@ -329,7 +329,7 @@ class Worker:
             await trio.lowlevel.wait_readable(resources.keeper_pidfd)
             os._exit(FAILED)
         await trio.lowlevel.wait_readable(self._served_by)
-        if self._board.fields[Field.ENDED]:
+        if self._status_area.fields[Field.ENDED]:
             os._exit(0)
         with trio.move_on_after(KEEPER_SECONDS):
             await trio.lowlevel.wait_readable(resources.keeper_pidfd)
@@ -343,7 +343,7 @@ class Worker:
 
         The order to take over does not wait for this.
         """
-        fields = self._board.fields
+        fields = self._status_area.fields
         under_way = False
 
         def follow() -> None:
@@ -382,7 +382,7 @@ class Worker:
     ) -> None:
         """End on a signal, unless the swapfile is open: unmount, and end the connection for programs that stay on the mount."""
         resources = self._resources
-        fields = self._board.fields
+        fields = self._status_area.fields
         async for number in signals:
             if not self._active:
                 continue
@@ -410,11 +410,11 @@ class Worker:
     def _facts(self, store: PageStore) -> dict[str, Value]:
         resources = self._resources
         settings, backing = resources.settings, resources.backing
-        fields = self._board.fields
+        fields = self._status_area.fields
         keeper_lives = os.getppid() == resources.keeper_pid
         return {
             "requests_in_work": shim.in_work(),
-            **self._board.latencies.numbers(),
+            **self._status_area.latencies.numbers(),
             "mountpoint": settings.mountpoint,
             "mounted_at": resources.born_ns // 1_000_000_000,
             "pid": resources.keeper_pid if keeper_lives else os.getpid(),
@@ -443,7 +443,7 @@ class Worker:
         }
 
     def _survives(self) -> bool:
-        return self._board.fields[Field.CAN_RESEND] == 1
+        return self._status_area.fields[Field.CAN_RESEND] == 1
 
     def _present_warnings(self, *, keeper_lives: bool) -> list[str]:
         found = []
@@ -452,8 +452,8 @@ class Worker:
                 "a crash of the daemon would lose all swapped-out pages: the kernel does not send requests again"
                 " (FUSE_NOTIFY_RESEND); use Linux 6.9 or later"
             )
-        since = self._board.fields[Field.NO_STANDBY_SINCE]
-        fault = self._board.fields[Field.NO_STANDBY_FAULT]
+        since = self._status_area.fields[Field.NO_STANDBY_SINCE]
+        fault = self._status_area.fields[Field.NO_STANDBY_FAULT]
         if keeper_lives and since and fault:
             why = "the last one died or hung" if fault == errno.ECHILD else f"fork failed: {os.strerror(fault)}"
             found.append(

@@ -15,7 +15,7 @@ from zbudfs.service.mountpoint import is_connected
 from zbudfs.service.resources import Resources
 from zbudfs.service.standby_monitor import StandbyMonitor
 from zbudfs.service.worker import FAILED
-from zbudfs.store.board import Field
+from zbudfs.store.status_area import Field
 
 ANSWER_SECONDS: Final = 2.0
 """Longest time in which a ready standby must begin to take over after the order. Guessed: it needs a millisecond."""
@@ -110,7 +110,7 @@ class WorkerMonitor:
         if not is_connected(self._resources.fuse_fd) or (status == 0 and fields[Field.ENDED]):
             return 0  # unmounted, perhaps while no worker served
         self._back_off.worker_died(time.monotonic() - self.serving_since if served else None)
-        why = self._resources.memory.board.take_error() if status == FAILED else f"status {status}"
+        why = self._resources.memory.status_area.take_error() if status == FAILED else f"status {status}"
         if status < 0:
             names = {int(number): number.name for number in signal.Signals}
             why = names.get(-status, f"signal {-status}")

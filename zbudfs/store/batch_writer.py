@@ -28,7 +28,7 @@ class BatchWriter:
         self._backing = backing
         self._budget = budget
         self._faults = faults
-        self._latencies = state.pool.memory.board.latencies
+        self._latencies = state.pool.memory.status_area.latencies
         self._thread = IoThread[None]("writeback")
         self.retry_at = 0.0
         """Time before which no batch is written, since the last one failed."""

@@ -2,8 +2,8 @@
 """The encryption of blocks: data in the backing file cannot be read with the disk alone.
 
 The cipher is AES-256 in XTS mode. Each block is one data unit, and its number is the tweak. docs/understand/secrecy.md has
-the reasons. The key is random. It lies on the board (store/board.py), in memory that is never swapped out, and is overwritten
-when the mount ends.
+the reasons. The key is random. It lies in the status area (store/status_area.py), in memory that is never swapped out. It
+is overwritten when the mount ends.
 
 The AES is OpenSSL's, in one of two ways with the same result. The first is the system's libcrypto, which one call uses for
 many blocks (cipher.c). If that is not available, it is the library `cryptography`, which has an OpenSSL of its own. That

@@ -28,8 +28,8 @@ from zbudfs.core.reclaim import BATCH_FRAMES
 from zbudfs.core.units import PAGE_SHIFT
 from zbudfs.store.arena import Arena
 from zbudfs.store.backing import SEGMENT_BYTES
-from zbudfs.store.board import BOARD_BYTES, LAYOUT, Board, Field
 from zbudfs.store.cgroup_limit import CgroupLimit
+from zbudfs.store.status_area import LAYOUT, STATUS_AREA_BYTES, Field, StatusArea
 from zbudfs.store.trace_ring import RING_BYTES
 
 FRAME_ENTRY_BYTES: Final = 8
@@ -61,7 +61,7 @@ since only one of them needs it at a time.
 class MemorySizes:
     """Bytes of each part of a store's memory. All of it is locked in RAM once the pool is full; `trace` only while used."""
 
-    board: int
+    status_area: int
     pages: int
     frames: int
     """The frames of the pool and the bounce frames."""
@@ -77,7 +77,7 @@ class MemorySizes:
     def of(cls, size_bytes: int, nr_frames: int, *, backed: bool, packing: Packing) -> "MemorySizes":
         """Return the sizes for a device of `size_bytes` over `nr_frames` frames."""
         return cls(
-            board=BOARD_BYTES,
+            status_area=STATUS_AREA_BYTES,
             pages=(size_bytes >> PAGE_SHIFT) * ENTRY_SIZE + touched_size(size_bytes >> PAGE_SHIFT),
             frames=(nr_frames + BOUNCE_FRAMES) << PAGE_SHIFT,
             frame_table=packing.kind.table_size(nr_frames),
@@ -96,7 +96,7 @@ class MemorySizes:
     @property
     def buffers_bytes(self) -> int:
         """Bytes of the parts that have the same size in every store."""
-        return self.board + self.request_slots + self.outgoing + (BOUNCE_FRAMES << PAGE_SHIFT)
+        return self.status_area + self.request_slots + self.outgoing + (BOUNCE_FRAMES << PAGE_SHIFT)
 
     @property
     def total_bytes(self) -> int:
@@ -122,9 +122,9 @@ class StoreMemory:
         self.nr_frames = nr_frames
         self.folder = folder
         self.packing = packing
-        self.board = Board(Arena("board", BOARD_BYTES, folder))
+        self.status_area = StatusArea(Arena("board", STATUS_AREA_BYTES, folder))
         self._check_packing()
-        self.board.claim(
+        self.status_area.claim(
             size_bytes=size_bytes,
             pool_frames=nr_frames,
             backed=int(backed),
@@ -147,7 +147,7 @@ class StoreMemory:
 
     def _check_packing(self) -> None:
         """Raise LayoutError if there are frames of another packing, which this allocator could not read."""
-        fields = self.board.fields
+        fields = self.status_area.fields
         if fields[Field.LAYOUT] == LAYOUT and fields[Field.PACKING] != self.packing.code:
             there = Packing.of_code(fields[Field.PACKING])
             raise LayoutError(
@@ -175,7 +175,7 @@ class StoreMemory:
         """Raise MemoryError if the memory cgroup has too little room: the kernel would kill the daemon for taking it."""
         if self.cgroup_limit is None:
             return
-        reserve = RESERVE_BYTES if self.board.fields[Field.STANDBY_READY] else RESERVE_BYTES + STANDBY_BYTES
+        reserve = RESERVE_BYTES if self.status_area.fields[Field.STANDBY_READY] else RESERVE_BYTES + STANDBY_BYTES
         available = self.cgroup_limit.available_bytes()
         if available < wanted_bytes + reserve:
             raise MemoryError(
@@ -223,7 +223,7 @@ class StoreMemory:
 
     @property
     def arenas(self) -> list[Arena]:
-        """All arenas except the board."""
+        """All arenas except the status area."""
         arenas = [self.pages, self.frames, self.frame_table, self.free_frames, self.request_slots, self.trace]
         return arenas + [arena for arena in (self.blocks, self.outgoing) if arena is not None]
 
@@ -238,7 +238,7 @@ class Follower:
 
     def __init__(self, memory: StoreMemory) -> None:
         self._memory = memory
-        self._fields = memory.board.fields
+        self._fields = memory.status_area.fields
         self._known = (-1, -1)
         self._mapped_frames = 0
         self._mapped_at = float("-inf")

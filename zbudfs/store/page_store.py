@@ -20,7 +20,6 @@ from zbudfs.core.statistics import PageStoreStatistics
 from zbudfs.store.aio_page_in import AioPageIn
 from zbudfs.store.backing import Backing
 from zbudfs.store.block_reads import BlockReads
-from zbudfs.store.board import Field
 from zbudfs.store.contents import Contents
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_in import PageIn
@@ -30,6 +29,7 @@ from zbudfs.store.recovery import Recovery, rebuild
 from zbudfs.store.requests import Requests
 from zbudfs.store.snapshot import snapshot
 from zbudfs.store.state import State
+from zbudfs.store.status_area import Field
 from zbudfs.store.tracer import Tracer
 
 
@@ -70,7 +70,7 @@ class PageStore:
         self.tracer = Tracer(self.state, memory)
         contents = Contents(self.state, codec)
         self._reads = BlockReads(self.state, self.reclaimer.limit)
-        latencies = memory.board.latencies
+        latencies = memory.status_area.latencies
         self._page_in = PageIn(self.state, contents, self._reads, self.reclaimer.queue, backing, latencies)
         self.aio = AioPageIn(self.state, contents, self._reads, backing, latencies)
         self.requests = Requests(size_bytes, self.state, contents, self._page_in, self.reclaimer, codec, between)
@@ -80,8 +80,8 @@ class PageStore:
         return rebuild(self.state)
 
     def report_use(self) -> None:
-        """Write the present use on the board, for the keeper."""
-        fields, counts = self.memory.board.fields, self.state.table.counts
+        """Write the present use in the status area, for the keeper."""
+        fields, counts = self.memory.status_area.fields, self.state.table.counts
         fields[Field.STORED_PAGES] = self.state.table.stored_pages
         fields[Field.USED_FRAMES] = self.state.pool.used_frames
         fields[Field.WRITTEN_BACK_PAGES] = counts[BLOCK] + counts[RAW_BLOCK]

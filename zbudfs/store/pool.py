@@ -14,8 +14,8 @@ frame to keep it.
 from typing import Final
 
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT
-from zbudfs.store.board import Field
 from zbudfs.store.memory import BOUNCE_FRAMES, FRAME_ENTRY_BYTES, StoreMemory
+from zbudfs.store.status_area import Field
 
 RESERVE_FRAMES: Final = 512
 """Ready frames of the reserve: 2 MiB, some 20 ms of the fastest fill that was measured (25,000 frames a second)."""
@@ -74,7 +74,7 @@ class Pool:
         """
         self.used_frames = self.ready_frames = self._trimmed = self._fresh = 0
         restore_done = self.allocator.restore_done
-        beat = self.memory.board.beat
+        beat = self.memory.status_area.beat
         for first, count in populated:
             if first > self._fresh:
                 self.add_bare([(self._fresh, first - self._fresh)])
@@ -92,8 +92,8 @@ class Pool:
         self._tell_populated(self.used_frames + self.ready_frames)
 
     def _tell_populated(self, frames: int) -> None:
-        """Add `frames` to the count of populated frames on the board, so that a standby maps them."""
-        fields = self.memory.board.fields
+        """Add `frames` to the count of populated frames in the status area, so that a standby maps them."""
+        fields = self.memory.status_area.fields
         fields[Field.FRESH_FRAMES] = self._fresh
         fields[Field.POPULATED_FRAMES] += frames
 

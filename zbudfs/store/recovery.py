@@ -44,10 +44,10 @@ class Recovery:
 def rebuild(state: State) -> Recovery:
     """Make frames, lists, blocks and counters agree with the page table. O(stored pages + populated frames).
 
-    That may take minutes. The function advances the heartbeat on the board, so that the keeper sees no hang.
+    That may take minutes. The function advances the heartbeat in the status area, so that the keeper sees no hang.
     """
     table, pool, blocks = state.table, state.pool, state.blocks
-    beat = pool.memory.board.beat
+    beat = pool.memory.status_area.beat
     allocator = pool.allocator
     populated = pool.memory.populated_frames()
     allocator.reset(populated)

@@ -84,7 +84,7 @@ class State:
         """Seconds on the store's clock. The reclaimer sets it about once a second, so that no page costs a call of a clock."""
         self._written_at = array("I", bytes(4 * blocks.nr_segments)) if blocks is not None else array("I")
         """Time until which the last write to a segment counts as fresh, by segment, on the store's clock."""
-        self.counters = pool.memory.board.counters
+        self.counters = pool.memory.status_area.counters
         self.take_frame = pool.take_frame
         self.give_frame = pool.give_frame
 

@@ -14,10 +14,10 @@ from zbudfs.core.allocator import chunks_for
 from zbudfs.core.page_table import BLOCK, FRAME, entry_kind, entry_ref
 from zbudfs.core.trace import RAW_CLASS, UNKNOWN_CLASS, Kind
 from zbudfs.core.units import PAGE_SHIFT, pages_in
-from zbudfs.store.board import Field
 from zbudfs.store.iothread import IoThread
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.state import State
+from zbudfs.store.status_area import Field
 from zbudfs.store.trace_ring import TraceRing
 
 UNREAD_SECONDS: Final = 10.0
@@ -38,7 +38,7 @@ class Tracer:
         self._ring = TraceRing(memory.trace)
         self.active = False
         self._on_change: Callable[[], None] = lambda: None
-        self._fields = memory.board.fields
+        self._fields = memory.status_area.fields
         self._wanted = False
         self._ordered = trio.Event()
         self._release_at = float("inf")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The tunables of a running store (core/tunables.py): reading and setting them.
 
-A value that is set is saved on the board, so that it outlives the worker and its successor resumes with it. No method here
-waits: the reclaimer's tasks do the work that takes time (writeback, dropping).
+A value that is set is saved in the status area, so that it outlives the worker and its successor resumes with it. No
+method here waits: the reclaimer's tasks do the work that takes time (writeback, dropping).
 """
 
 from typing import Final
@@ -12,8 +12,8 @@ import trio
 from zbudfs.core.codec import Codec
 from zbudfs.core.tunables import Limits, parse
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
-from zbudfs.store.board import Field
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.status_area import Field
 
 LEVEL_OFFSET: Final = 64
 
@@ -24,7 +24,7 @@ class Tuner:
     def __init__(self, store: PageStore) -> None:
         self._store = store
         self._reclaimer = store.reclaimer
-        self._fields = store.memory.board.fields
+        self._fields = store.memory.status_area.fields
 
     @property
     def limits(self) -> Limits:
@@ -88,7 +88,7 @@ class Tuner:
         self._apply()
 
     def resume(self) -> None:
-        """Apply the values that an earlier worker saved on the board."""
+        """Apply the values that an earlier worker saved in the status area."""
         fields = self._fields
         budget = fields[Field.WRITEBACK_BUDGET]
         self._reclaimer.budget.set(budget, trio.current_time(), fields[Field.WRITEBACK_BUDGET_LEFT])
@@ -96,7 +96,7 @@ class Tuner:
         self._apply()
 
     def save(self) -> None:
-        """Save the rest of the budget on the board."""
+        """Save the rest of the budget in the status area."""
         self._fields[Field.WRITEBACK_BUDGET_LEFT] = self._reclaimer.budget.left_bytes(trio.current_time())
 
     def resume_level(self) -> None:
@@ -108,7 +108,7 @@ class Tuner:
             self._store.requests.codec = codec
 
     def _apply(self) -> None:
-        """Apply the values on the board to the store."""
+        """Apply the values in the status area to the store."""
         fields = self._fields
         self.resume_level()
         self._reclaimer.configure(

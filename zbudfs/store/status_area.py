@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The board: a small piece of shared memory through which the processes of a mount inform each other.
+"""The status area: a small piece of shared memory through which the processes of a mount inform each other.
 
-Writing a number to the board allocates nothing and never waits, unlike a write to a pipe, a socket or a file. Each field has
-one writer at a time. The board also has the state that must survive the worker: FUSE_INIT, the counters, the last lines of
-the log.
+Writing a number here allocates nothing and never waits, unlike a write to a pipe, a socket or a file. Each field has one
+writer at a time. The status area also has the state that must survive the worker: FUSE_INIT, the counters, the last lines
+of the log. In a pool directory it is the file `board`. The name is older than the term, and a keeper of another version
+looks for it.
 
     0        fields, 8 bytes each
     1 KiB    counters of the store, 8 bytes each (core/statistics.py)
@@ -24,7 +25,7 @@ from zbudfs.core.statistics import COUNTERS, Counters
 from zbudfs.store.arena import Arena
 
 LAYOUT: Final = 0x7A627564_000B
-"""Layout number of all state that outlives a worker: tables, frames, blocks, this board, and the meaning of zpages
+"""Layout number of all state that outlives a worker: tables, frames, blocks, this status area, and the meaning of zpages
 (core/dictionary.py). It changes when any of them changes."""
 
 _COUNTERS: Final = 1 << 10
@@ -38,7 +39,7 @@ LOG_LINES: Final = 128
 LOG_LINE_BYTES: Final = 512
 assert _LATENCIES + 8 * WORDS <= _LOG
 assert _COUNTERS + 8 * len(COUNTERS) <= _INIT
-BOARD_BYTES: Final = _LOG + 8 + LOG_LINES * LOG_LINE_BYTES
+STATUS_AREA_BYTES: Final = _LOG + 8 + LOG_LINES * LOG_LINE_BYTES
 
 
 FIRST_OPENING: Final = 64
@@ -51,7 +52,7 @@ CANNOT_RESEND: Final = 2
 
 
 class Field(IntEnum):
-    """The numbers on the board. 0 stands for "not yet" or "none"."""
+    """The numbers in the status area. 0 stands for "not yet" or "none"."""
 
     LAYOUT = 0
     SIZE_BYTES = 1
@@ -133,12 +134,12 @@ class Field(IntEnum):
     """Number of open files of the swapfile that may be for writing; 0: one."""
 
 
-class Board:
-    """The board in an arena of BOARD_BYTES. The constructor populates all of it."""
+class StatusArea:
+    """The status area in an arena of STATUS_AREA_BYTES. The constructor populates all of it."""
 
     def __init__(self, arena: Arena) -> None:
         self._view = arena.view
-        arena.populate(0, BOARD_BYTES)
+        arena.populate(0, STATUS_AREA_BYTES)
         self.fields = self._view[:_COUNTERS].cast("Q")
         self.counters = Counters(self._view[_COUNTERS:_INIT].cast("Q"))
         self._init_length = self._view[_INIT : _INIT + 8].cast("Q")
@@ -170,7 +171,7 @@ class Board:
     def save_init(self, request: bytes) -> None:
         """Save the kernel's first request. ValueError if it has more than INIT_BYTES; the shim saves no longer one."""
         if len(request) > INIT_BYTES:
-            raise ValueError(f"a first request of {len(request)} bytes, and the board has room for {INIT_BYTES}")
+            raise ValueError(f"a first request of {len(request)} bytes, and the status area has room for {INIT_BYTES}")
         self._view[_INIT + 8 : _INIT + 8 + len(request)] = request
         self._init_length[0] = len(request)
 
