@@ -9,6 +9,8 @@ in turns:
     zbudfs, dense  zbudfs with a pool of `--pool` MiB and a backing file
     zram           zram of the kernel, without a limit of its RAM
 
+With `--targets`, it can also be zbudfs-once or dense-once, which have `discard = once`.
+
 The swap file, the backing file and the database are on the disk that is measured. One disk is the machine's own. The other
 is a slow disk made by nbdkit: each request takes 1 ms longer, and the bandwidth is 20 MiB/s. A ratio compares with the swap
 file of the same round.
@@ -153,7 +155,7 @@ def measure(options: Options) -> list[Table]:
         options.mib, options.limit, options.pool = 24, 22, 4
         options.programs, options.targets = "python", "swapfile,zbudfs"
     programs = _chosen(options.programs, PROGRAMS, "program")
-    names = _chosen(options.targets, TARGETS, "target")
+    names = _chosen(options.targets, (*TARGETS, "zbudfs-once", "dense-once"), "target")
     if "swapfile" not in names:
         raise KitError("every ratio compares with the swap file: add swapfile to --targets")
     found = []

@@ -7,6 +7,7 @@
     zbudfs       this version of zbudfs; `--also NAME=COMMAND` adds another version
     dense        this version with `--packing dense`
     zbudfs-2     this version with two instances, or with any other number
+    NAME-once    a target that is a file, as swap with `discard = once`
     zram         zram of the kernel, with lz4 if the kernel has it
     swapfile     an ordinary swap file, on the same disk as the backing file
 
@@ -29,10 +30,12 @@ from zbudfs.core.codec import DEFAULT_LEVEL
 from zbudfs.service.mountpoint import MountError, unmount
 from zbudfs.swap.attach import attach
 from zbudfs.swap.detach import detach
+from zbudfs.swap.discard import DEFAULT_DISCARD
 from zbudfs.swap.loop import SwapError
 
 PRIORITY: Final = 32767
 """Priority of a target's swap. It is above every other swap, so that all pages of the program go there."""
+ONCE: Final = "-once"
 STRIPED: Final = "zbudfs-"
 RAM: Final = ("zram", "floor", "floor-zstd", "nbdkit", "zbudfs", "dense", "zbudfs-2")
 DISK: Final = ("swapfile", "zbudfs", "dense")
@@ -122,7 +125,8 @@ def _zbudfs(command: list[str], packing: list[str], place: Place, mountpoint: Pa
 @contextlib.contextmanager
 def as_swap(name: str, place: Place) -> Iterator[Running]:
     """Make a target the swap that the kernel fills first, in this context."""
-    if name.startswith(STRIPED):
+    file = name.removesuffix(ONCE)
+    if name.startswith(STRIPED) and file == name:
         with _striped(name.removeprefix(STRIPED), place) as running:
             yield running
     elif name == "zram":
@@ -132,9 +136,9 @@ def as_swap(name: str, place: Place) -> Iterator[Running]:
         with _swap_file(place) as running:
             yield running
     else:
-        with as_file(name, place) as (mountpoint, running):
+        with as_file(file, place) as (mountpoint, running):
             try:
-                attach(str(mountpoint), PRIORITY)
+                attach(str(mountpoint), PRIORITY, DEFAULT_DISCARD if file == name else "once")
             except SwapError as error:
                 raise KitError(f"{name}: {error}") from None
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import LIMIT_SECONDS, is_mounted, run_zbudfs, zbudfs
+from tests.support import LIMIT_SECONDS, is_mounted, run_zbudfs, status_of, zbudfs
 from zbudfs.cli import hibernate
 from zbudfs.cli.errors import CommandError
 from zbudfs.service.mountpoint import zbudfs_mounts
@@ -38,7 +38,8 @@ def mountpoint(tmp_path: Path) -> Iterator[Path]:
     """Return a directory with swap on a zbudfs. Both are gone afterwards."""
     folder = tmp_path / "mnt"
     folder.mkdir()
-    zbudfs("swapon", "--size", "16M", "--pool", "4M", "--backing", "none", "--priority", "7", folder)
+    options = ("--size", "16M", "--pool", "4M", "--backing", "none", "--priority", "7", "--discard", "once")
+    zbudfs("swapon", *options, folder)
     yield folder
     if is_mounted(folder):
         zbudfs("swapoff", "--umount", folder)
@@ -74,7 +75,7 @@ pytestmark = pytest.mark.needs("root", "fuse", "loop", "swap")
 
 
 def test_off_and_on_again(mountpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The swap comes back with its priority, and a second `finish` has nothing to do."""
+    """The swap comes back with its priority and its discards, and a second `finish` has nothing to do."""
     monkeypatch.setattr(hibernate, "image_room_bytes", lambda: 1 << 20)
     before = on_loops(mountpoint)
     assert [priority for _, priority in before] == [7]
@@ -83,6 +84,7 @@ def test_off_and_on_again(mountpoint: Path, other: Path, monkeypatch: pytest.Mon
     assert any(swap.path == str(other) for swap in swaps())
     assert hibernate.finish() == 0
     assert [priority for _, priority in on_loops(mountpoint)] == [7]
+    assert status_of(mountpoint)["discard"] == "once"
     assert hibernate.finish() == 0
     assert len(on_loops(mountpoint)) == 1
 

@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 
 from kit.cell import Cell
+from tests.cli.test_config import make_root
 from tests.fuse.calls import require_tools
 from tests.support import LIMIT_SECONDS, ROOT, is_mounted, run_zbudfs, status_of, wait_until, zbudfs
+from zbudfs.cli import config
 from zbudfs.cli.main import main
+from zbudfs.cli.option_table import as_toml
 from zbudfs.swap.attach import release
 from zbudfs.swap.detach import detach
 from zbudfs.swap.loop import SYSTEM_PATH, SwapError, loop_devices, run_tool, swaps
@@ -59,7 +63,8 @@ def test_there_and_back(mountpoint: Path) -> None:
     assert mine.priority == 5
     assert [loop.direct_io for loop in loop_devices() if loop.path == device] == [True]
     assert Path("/sys/block", Path(device).name, "queue/logical_block_size").read_text() == "4096\n"
-    assert f"swap on {device}" in zbudfs("status", mountpoint)
+    assert f"device     64 MiB, swap on {device}" in zbudfs("status", mountpoint)
+    assert status_of(mountpoint)["discard"] == "pages"
     zbudfs("swapoff", "--umount", mountpoint)
     assert device not in [swap.path for swap in swaps()]
     assert not is_mounted(mountpoint)
@@ -127,15 +132,17 @@ def test_beside_other_swap(mountpoint: Path, tmp_path: Path) -> None:
 
 
 def test_swap_that_another_program_turns_off(mountpoint: Path) -> None:
-    """status says what to do. swapon turns the swap on again, and swapoff detaches the loop device."""
-    options = ("--size", "64M", "--pool", "16M", "--backing", "none")
+    """status says what to do. swapon turns the swap on again, with the same discards, and swapoff detaches the loop device."""
+    options = ("--size", "64M", "--pool", "16M", "--backing", "none", "--discard", "once")
     device = zbudfs("swapon", *options, mountpoint).strip()
+    assert status_of(mountpoint)["discard"] == "once"
     (mine,) = [swap for swap in swaps() if swap.path == device]
     assert mine.priority == choose_priority([swap for swap in swaps() if swap.path != device])
     for command in ("swapon", "swapoff"):
         run_tool(["swapoff", device], limit_seconds=LIMIT_SECONDS)
         found = status_of(mountpoint)
         assert found["swap_off"] == [device]
+        assert "discard" not in found
         assert f"zbudfs swapon {mountpoint} turns it on again" in found["remedies"][0]
         assert f"{mountpoint} is mounted, and its swap is off" in run_zbudfs("doctor").stdout
         refused = run_zbudfs("umount", mountpoint)
@@ -143,6 +150,7 @@ def test_swap_that_another_program_turns_off(mountpoint: Path) -> None:
         zbudfs(command, mountpoint)
         found = status_of(mountpoint)
         assert (found["swap_off"], len(found["users"])) == ([], int(command == "swapon"))
+        assert found.get("discard") == ("once" if command == "swapon" else None)
         device = (found["users"] or [device])[0].removeprefix("swap on ")
     assert run_zbudfs("swapoff", mountpoint).returncode == 1
 
@@ -210,6 +218,38 @@ def test_every_byte_comes_back(mountpoint: Path, tmp_path: Path) -> None:
     assert after["cumul_pagein_blocks"] > 0
     assert after["writeback_failures"] == after["refused_pool_full"] == 0
     zbudfs("swapoff", "--umount", mountpoint)
+
+
+@pytest.mark.parametrize("discard", ["pages", "once"])
+def test_pages_of_a_program_that_has_ended(discard: str, mountpoint: Path) -> None:
+    """With `pages` the kernel reports them at once, and the pool gets its room back. With `once` it does not."""
+    options = ("--size", "128M", "--pool", "48M", "--backing", "none", "--priority", "32767")
+    zbudfs("swapon", *options, "--discard", discard, mountpoint)
+    _, outcome = storm(mountpoint, "ended", limit_mib=24, needed_mib=48)
+    assert outcome == {"pages": 48 * 256, "bad": 0}
+    if discard == "pages":
+        wait_until(lambda: int(status_of(mountpoint)["stored_pages"]) < 16 * 256, "the discards")
+        assert status_of(mountpoint)["cumul_discarded_pages"] > 16 * 256
+    else:
+        time.sleep(0.5)  # far longer than `pages` takes
+        found = status_of(mountpoint)
+        assert (found["cumul_discarded_pages"], found["stored_pages"] > 16 * 256) == (0, True)
+        assert "  device     128 MiB, discard once, swap on " in zbudfs("status", mountpoint)
+
+
+def test_the_discards_of_a_configuration(
+    mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command of the unit turns swap on with the discards that the file has, also on a mount without them."""
+    values = {"mountpoint": str(mountpoint), "size": "64M", "pool": "16M", "backing": "none", "discard": "once"}
+    file = "".join(f"{name} = {as_toml(value)}\n" for name, value in values.items())
+    found = config.load("x", make_root(tmp_path / "root", {"x.toml": file}))
+    monkeypatch.setattr(config, "load", lambda name: found)
+    for _ in range(2):
+        assert main(["swapon", "--config", "x"]) == 0
+        assert capsys.readouterr().out.startswith("/dev/loop")
+        assert status_of(mountpoint)["discard"] == "once"
+        zbudfs("swapoff", mountpoint)
 
 
 def test_in_memory_alone(mountpoint: Path) -> None:

@@ -76,6 +76,10 @@ COMMANDS = (
         (["mount", "--level", "fast", "/x"], "'fast' is not a level"),
         (["swapon", "--priority", "-1", "/x"], "'-1' is not a priority: write a whole number from 0 to 32767"),
         (
+            ["swapon", "--discard", "never", "/x"],
+            'argument --discard: \'never\' is neither pages nor once: write "pages" or "once"',
+        ),
+        (
             ["mount", "--siz", "4G", "/x"],
             "'--siz' is not an option of zbudfs mount: did you mean --size? (see zbudfs mount --help)",
         ),

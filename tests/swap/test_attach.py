@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support import LIMIT_SECONDS, wait_until
 from zbudfs.swap.attach import attach
 from zbudfs.swap.detach import detach
+from zbudfs.swap.discard import kept_discard
 from zbudfs.swap.loop import SwapError, loop_devices, run_tool, swaps
 
 pytestmark = pytest.mark.needs("root", "loop", "swap")
@@ -66,6 +68,28 @@ def test_there_and_back(folder: Path) -> None:
     assert device not in [swap.path for swap in swaps()]
 
 
+@pytest.mark.parametrize(
+    ("discard", "option"), [(None, "--discard"), ("pages", "--discard"), ("once", "--discard=once")]
+)
+def test_discards(discard: str | None, option: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """swapon(8) gets the choice, and the loop device keeps it until it is detached, also when the swap is off."""
+    commands = []
+
+    def run(command: list[str | bytes], **limits: Any) -> str:
+        commands.append(command)
+        return run_tool(command, **limits)
+
+    monkeypatch.setattr("zbudfs.swap.attach.run_tool", run)
+    device = attach(str(folder)) if discard is None else attach(str(folder), discard=discard)
+    try:
+        assert ["swapon", option, device] in commands
+        run_tool(["swapoff", device], limit_seconds=LIMIT_SECONDS)
+        assert kept_discard(device) == (discard or "pages")
+    finally:
+        detach([(str(folder), None)])
+    assert kept_discard(device) is None
+
+
 def test_a_device_that_udev_reads_is_not_detached_meanwhile(folder: Path) -> None:
     """udev locks the device with flock(2) while it reads it. A read of a device without a file would be an I/O error."""
     device = attach(str(folder))
@@ -94,4 +118,5 @@ def test_a_step_that_fails_undoes_those_before(folder: Path) -> None:
 def test_a_loop_device_without_swap_is_detached(folder: Path) -> None:
     """A loop device that was attached by hand is detached as well."""
     device = run_tool(["losetup", "--find", "--show", str(folder / "swapfile")], limit_seconds=LIMIT_SECONDS)
+    assert kept_discard(device) is None
     assert detach([(str(folder), None)]) == [device]

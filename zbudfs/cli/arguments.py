@@ -42,6 +42,8 @@ class Arguments(argparse.Namespace):
     """Whether the daemon stays at the terminal."""
     priority: int | None
     """Swap priority; None: chosen by zbudfs (swap/priority.py)."""
+    discard: str | None
+    """Discards of the swap; None: as they were, or the default (swap/discard.py)."""
     umount: bool
     """Whether swapoff also unmounts."""
     force: bool

@@ -34,6 +34,7 @@ from zbudfs.service.mountpoint import Mount, shown_path
 from zbudfs.service.settings import SettingsError
 from zbudfs.swap.attach import attach
 from zbudfs.swap.detach import detach, free_leftovers
+from zbudfs.swap.discard import discard_of
 from zbudfs.swap.loop import Swap, swaps, swaps_on
 from zbudfs.swap.priority import choose_priority, filling_order
 
@@ -84,23 +85,24 @@ def swapon(arguments: Arguments) -> int:
             raise CommandError(
                 f"{shown} is mounted already: {', '.join(fixed)} can only be set at mount; leave it out, or unmount first"
             )
-        return make_swap(mountpoint, mounts, arguments.priority)
+        return make_swap(mountpoint, mounts, arguments.priority, arguments.discard)
 
 
 def mount_as_swap(plan: Plan) -> int:
     """Mount, make the mount active swap, and print its devices. The caller holds the lock `alone`."""
     mounts = mount_all(plan)
     try:
-        return make_swap(plan.mountpoint, mounts, plan.priority)
+        return make_swap(plan.mountpoint, mounts, plan.priority, plan.discard)
     except BaseException:
         take_all_down(plan.mountpoint, mounts)
         raise
 
 
-def make_swap(mountpoint: str, mounts: Sequence[Mount], priority: int | None) -> int:
+def make_swap(mountpoint: str, mounts: Sequence[Mount], priority: int | None, discard: str | None) -> int:
     """Make mounts active swap, and print their devices. The caller holds the lock `alone`.
 
-    A loop device that a killed swapon has left, or whose swap was turned off, is freed first.
+    A loop device that a killed swapon has left, or whose swap was turned off, is freed first. Without a `discard`, its own
+    is kept.
     """
     missing = [mounted for mounted in mounts if not swaps_on(mounted.mountpoint, mounted.st_dev)]
     if not missing:
@@ -112,11 +114,13 @@ def make_swap(mountpoint: str, mounts: Sequence[Mount], priority: int | None) ->
         priority = choose_priority(swaps())
         if priority is None and len(mounts) > 1:
             priority = 0  # priorities that the kernel chooses are never equal
+    if discard is None:
+        discard = discard_of([(mounted.mountpoint, mounted.st_dev) for mounted in mounts])
     done: list[tuple[str, int | None]] = []
     try:
         for mounted in missing:
             free_leftovers(mounted.mountpoint, mounted.st_dev)
-            attach(mounted.mountpoint, priority)
+            attach(mounted.mountpoint, priority, discard)
             done.append((mounted.mountpoint, mounted.st_dev))
     except BaseException:
         detach(done, force=True)

@@ -27,6 +27,7 @@ def effective(plan: Plan) -> dict[str, Value]:
         "instances": len(plan.parts),
         "swap": plan.swap,
         "priority": plan.priority,
+        "discard": plan.discard,
     }
     return {
         option.name: known[option.name] if option.name in known else getattr(plan.settings, option.field)

@@ -6,7 +6,7 @@ machine would hang. systemd/zbudfs-hibernate.service runs both steps. If the fir
 machine does not hibernate.
 
     prepare    check for another swap on a disk -> write the note -> swapoff, if RAM has room -> check for room for the image
-    finish     swapon, with the priorities in the note
+    finish     swapon, with the priorities and discards in the note
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from zbudfs.service.mountpoint import Mount, shown_path, zbudfs_mounts
 from zbudfs.service.settings import ram_bytes
 from zbudfs.swap.attach import attach, release
 from zbudfs.swap.detach import available_bytes, detach
+from zbudfs.swap.discard import DEFAULT_DISCARD, kept_discard
 from zbudfs.swap.loop import Swap, SwapError, loop_devices_on, swaps
 
 NOTE: Final = "run/zbudfs.hibernate"
-"""File with the swaps that `prepare` turned off: a list of [mountpoint, priority]."""
+"""File with the swaps that `prepare` turned off: a list of [mountpoint, priority, discard or null]."""
 
 
 def hibernate(arguments: Arguments) -> int:
@@ -56,7 +57,8 @@ def prepare() -> int:
         )
     wanted: dict[str, Mount] = {devices[swap.path].mountpoint: devices[swap.path] for swap in mine}
     note = Path("/", NOTE)
-    note.write_text(json.dumps([[devices[swap.path].mountpoint, swap.priority] for swap in mine]))
+    noted = [(devices[swap.path].mountpoint, swap.priority, kept_discard(swap.path)) for swap in mine]
+    note.write_text(json.dumps(noted))
     try:
         detach([(mount.mountpoint, mount.st_dev) for mount in wanted.values()])
         check_image_room(image_places(swaps()), image_room_bytes())
@@ -109,7 +111,7 @@ def finish() -> int:
     mounts = {mount.mountpoint: mount for mount in zbudfs_mounts()}
     active = {swap.path for swap in swaps()}
     failed = 0
-    for mountpoint, priority in noted:
+    for mountpoint, priority, discard in noted:
         mount = mounts.get(mountpoint)
         loops = [] if mount is None else loop_devices_on(mountpoint, mount.st_dev)
         if mount is None or any(loop.path in active for loop in loops):
@@ -117,7 +119,7 @@ def finish() -> int:
         try:
             for loop in loops:  # left by a swapoff that failed halfway
                 release(loop.path)
-            attach(mountpoint, priority if priority >= 0 else None)
+            attach(mountpoint, priority if priority >= 0 else None, discard or DEFAULT_DISCARD)
         except SwapError as error:
             failed = 1
             print(f"zbudfs: swap on {shown_path(mountpoint)} stays off: {error}", file=sys.stderr)

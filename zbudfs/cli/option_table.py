@@ -32,6 +32,7 @@ from zbudfs.service.settings import (
     MIN_LEVEL,
     SettingsError,
 )
+from zbudfs.swap.discard import DEFAULT_DISCARD, SWAPON_OPTIONS
 from zbudfs.swap.priority import DEFAULT_PRIORITY, MAX_PRIORITY
 
 Value = str | int | bool | None
@@ -110,6 +111,12 @@ def _packing(value: object, ram: int) -> str:
     if not isinstance(value, str):
         raise ValueError(f"write, in quotes, {GRAMMAR}")
     return str(Packing.parse(value))
+
+
+def _discard(value: object, ram: int) -> str:
+    if not isinstance(value, str) or value not in SWAPON_OPTIONS:
+        raise ValueError('it is neither pages nor once: write "pages" or "once"')
+    return value
 
 
 def _switch(value: object, ram: int) -> bool:
@@ -236,6 +243,20 @@ OPTIONS: Final = (
         example=DEFAULT_PRIORITY,
         summary=f"priority of the swap, 0 to {MAX_PRIORITY}: the kernel fills the highest first",
         metavar="N",
+        commands=("swapon",),
+        mount_option=False,
+    ),
+    Option(
+        name="discard",
+        read=_discard,
+        kind="pages or once",
+        default=DEFAULT_DISCARD,
+        example=DEFAULT_DISCARD,
+        summary="pages: the kernel reports freed pages, and an idle machine gets its RAM back; once: it does not, and a"
+        " program that changes much memory runs faster on Linux 6.18 or later",
+        details="These are the discards of swapon(8). Both values empty the whole device at swapon. With once, a freed"
+        " page takes room until the kernel uses its place again.",
+        metavar="pages|once",
         commands=("swapon",),
         mount_option=False,
     ),

@@ -125,7 +125,8 @@ class _Page:
     def _sections(self) -> Iterator[_Section]:
         instances = f", {len(self._now['instances'])} instances" if "instances" in self._now else ""
         yield _Section("header", 0, _two_ends(f"{shown_path(str(self._now['mountpoint']))}{instances}", self._daemon()))
-        device = f"{self._size('size_bytes')}, {used_by(self._now)}"
+        once = "discard once, " if "once" in each(self._now.get("discard")) else ""
+        device = f"{self._size('size_bytes')}, {once}{used_by(self._now)}"
         yield _Section("device", 1, _wrapped("device", device, 2), bool(problems(self._now)))
         if order := swap_order(self._now):
             yield _Section("order of swap", 6, _wrapped("filled", order, 2))

@@ -24,6 +24,7 @@ from zbudfs.service.settings import (
     default_pool_bytes,
     ram_bytes,
 )
+from zbudfs.swap.discard import DEFAULT_DISCARD
 
 _PASSED_ON: Final = tuple(
     option
@@ -45,6 +46,8 @@ class Plan:
     """Whether the configuration wants active swap."""
     priority: int | None
     """Priority of the swap; None: chosen from the other swap of the machine (swap/priority.py)."""
+    discard: str
+    """Discards of the swap (swap/discard.py)."""
     ram_bytes: int
     """RAM of the machine, in bytes."""
 
@@ -83,6 +86,7 @@ def make_plan(values: Mapping[str, Value], mountpoint: str, *, root: str = "/", 
         parts=tuple(parts),
         swap=wanted.get("swap", True),
         priority=wanted.get("priority"),
+        discard=wanted.get("discard", DEFAULT_DISCARD),
         ram_bytes=ram,
     )
 

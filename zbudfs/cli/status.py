@@ -26,7 +26,8 @@ from zbudfs.cli.target import all_mounted, resolve
 from zbudfs.service.footprint import Footprint
 from zbudfs.service.mountpoint import Mount, zbudfs_mounts
 from zbudfs.service.settings import Settings, SettingsError, ram_bytes
-from zbudfs.swap.loop import LOOP_DEVICE, users, was_swap
+from zbudfs.swap.discard import kept_discard
+from zbudfs.swap.loop import LOOP_DEVICE, swaps_on, users, was_swap
 
 Report = dict[str, Any]
 """The numbers of one mount by name; or "mountpoint" and "error" if its daemon gives none."""
@@ -52,6 +53,9 @@ def report(mount: Mount) -> Report:
     found["users"] = here = users(mount.mountpoint, mount.st_dev)
     loops = [user.removeprefix(LOOP_DEVICE) for user in here if user.startswith(LOOP_DEVICE)]
     found["swap_off"] = [device for device in loops if was_swap(device)]
+    for swap in swaps_on(mount.mountpoint, mount.st_dev):
+        if discard := kept_discard(swap.path):
+            found["discard"] = discard
     found["remedies"] = remedies(found)
     return found
 

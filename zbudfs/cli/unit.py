@@ -185,7 +185,7 @@ def swapon(arguments: Arguments) -> int:
         if all(active):
             print("\n".join(swap.path for swaps in active for swap in swaps))
             return 0
-        return commands.make_swap(plan.mountpoint, mounts, plan.priority)
+        return commands.make_swap(plan.mountpoint, mounts, plan.priority, plan.discard)
 
 
 def swapoff(arguments: Arguments) -> int:

@@ -4,10 +4,10 @@
     losetup --find --show --direct-io=on --sector-size 4096 MOUNTPOINT/swapfile
     check that direct I/O is really on;  queue/rq_affinity = 2;  queue/wbt_lat_usec = 0
     mkswap DEVICE
-    swapon --discard DEVICE
+    swapon --discard[=once] DEVICE          (swap/discard.py)
 
 Direct I/O: otherwise every page would be in the page cache as well, and memory would be needed to free memory.
-4096-byte sectors: all requests are whole pages. Discard: the kernel reports freed swap to the pool as holes.
+4096-byte sectors: all requests are whole pages. Discard: the kernel reports the pages that it no longer needs.
 
 A request ends on the CPU where it began (rq_affinity 2): an interrupt there wakes the program that waits for the page.
 Otherwise the daemon's CPU ends it, in ksoftirqd, which preempts the daemon. Random page-ins of a swap storm on two cores
@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from zbudfs.swap.discard import DEFAULT_DISCARD, SWAPON_OPTIONS, keep_discard
 from zbudfs.swap.loop import SWAPFILE, SwapError, loop_devices, run_tool, swaps
 from zbudfs.swap.nodes import ensure_free_loop
 
@@ -47,11 +48,11 @@ _DEFAULTS: Final = {"rq_affinity": "1", "wbt_lat_usec": "-1"}
 """The kernel's, with which it is given back."""
 
 
-def attach(mountpoint: str, priority: int | None = None, root: str = "/") -> str:
+def attach(mountpoint: str, priority: int | None = None, discard: str = DEFAULT_DISCARD, root: str = "/") -> str:
     """Make the swapfile of the zbudfs at `mountpoint` active swap; return the loop device it goes through.
 
-    `priority` is 0 to `MAX_PRIORITY`, None leaves it to the kernel. `root` holds `sys/` and `proc/`. Raises SwapError
-    with everything undone that was done here.
+    `priority` is 0 to `MAX_PRIORITY`, None leaves it to the kernel. `discard` is one of `SWAPON_OPTIONS`. `root` holds
+    `sys/`, `proc/` and `dev/`. Raises SwapError with everything undone that was done here.
     """
     swapfile = Path(mountpoint, SWAPFILE)
     try:
@@ -63,11 +64,13 @@ def attach(mountpoint: str, priority: int | None = None, root: str = "/") -> str
     _check_alone(swapfile)
     device = _losetup(swapfile)
     try:
+        with contextlib.suppress(OSError):  # then the choice is unknown later
+            keep_discard(device, discard, root)
         _check_direct_io(device, root)
         _tune(device, root, _AS_SWAP)
         run_tool(["mkswap", device], limit_seconds=_STEP_LIMIT_SECONDS)
         options = [] if priority is None else ["--priority", str(priority)]
-        run_tool(["swapon", "--discard", *options, device], limit_seconds=_STEP_LIMIT_SECONDS)
+        run_tool(["swapon", SWAPON_OPTIONS[discard], *options, device], limit_seconds=_STEP_LIMIT_SECONDS)
     except BaseException:
         with contextlib.suppress(SwapError):  # the first error is the one to report
             _undo(device, root)

@@ -35,6 +35,7 @@ LOOP_DEVICE: Final = "loop device "
 SYSTEM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 """PATH of the programs that run as root."""
 
+_LOOP_SET_STATUS64: Final = 0x4C04
 _LOOP_GET_STATUS64: Final = 0x4C05
 _LOOP_INFO64_BYTES: Final = 232
 _DELETED: Final = " (deleted)"
@@ -110,6 +111,17 @@ def loop_devices_on(mountpoint: str, st_dev: int | None, root: str = "/") -> lis
         if path_fits if backing_dev is None else backing_dev == st_dev:
             found.append(loop)
     return found
+
+
+def loop_status(device: str, root: str = "/", new: bytes | None = None) -> bytes:
+    """Return the `struct loop_info64` of a loop device, after it was set to `new` if there is one. Raises OSError."""
+    fd = os.open(Path(root, device.lstrip("/")), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if new is not None:
+            fcntl.ioctl(fd, _LOOP_SET_STATUS64, new)
+        return fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
+    finally:
+        os.close(fd)
 
 
 def swaps(root: str = "/") -> list[Swap]:
@@ -191,15 +203,9 @@ def run_tool(command: Sequence[str | bytes], *, limit_seconds: float | None, own
 def _backing_dev(device: str, root: str) -> int | None:
     """Return the st_dev of the file behind a loop device; None when the device or the file's system does not report it."""
     try:
-        fd = os.open(Path(root, device.lstrip("/")), os.O_RDONLY | os.O_CLOEXEC)
+        status = loop_status(device, root)
     except OSError:
         return None
-    try:
-        status = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
     encoded = struct.unpack_from("=Q", status)[0]
     # huge_encode_dev() of the kernel: minor bits 0-7 and 20-31, major bits 8-19.
     return os.makedev((encoded >> 8) & 0xFFF, (encoded & 0xFF) | ((encoded >> 12) & 0xFFF00))
