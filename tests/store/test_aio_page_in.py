@@ -56,6 +56,13 @@ class HeldQueue:
             return len(runs)
         return self._queue.submit(fd, runs)
 
+    def submit_one(self, fd: int, offset: int, slot: int) -> bool:
+        """Submit the read of one block, or keep it until `release`."""
+        if self.held or not self.most:
+            return self.submit(fd, [(offset, [slot])]) == 1
+        self.submitted.append((offset, [slot]))
+        return self._queue.submit_one(fd, offset, slot)
+
     def reap(self) -> list[tuple[int, int]]:
         """Return the completed reads."""
         return [(slot, self.result(result)) for slot, result in self._queue.reap()]

@@ -9,6 +9,7 @@ no write elsewhere), views that a caller keeps, and kills at any instruction.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import random
 import select
@@ -37,7 +38,19 @@ from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.dense import Dense
 from zbudfs.core.errors import PageLost
 from zbudfs.core.packing import Packing
-from zbudfs.core.page_table import ABSENT, BLOCK, CHECK_SHIFT, FRAME, KIND_BITS, KIND_MASK, RAW_BLOCK, REF_MASK, entry
+from zbudfs.core.page_table import (
+    ABSENT,
+    BLOCK,
+    CHECK_SHIFT,
+    FRAME,
+    KIND_BITS,
+    KIND_MASK,
+    LOST,
+    RAW_BLOCK,
+    REF_MASK,
+    entry,
+    entry_ref,
+)
 from zbudfs.core.reference import Reference
 from zbudfs.core.units import NO_FRAME, PAGE_SIZE, PAGE_WORDS
 from zbudfs.core.zbud import Zbud
@@ -47,6 +60,8 @@ from zbudfs.store.page_store import PageStore
 
 PAGES: Final = 48
 FRAMES: Final = 24
+FAULTS: Final = ("", "", "", "ahead", "changed", "damaged")
+"""Faults of a block that is read; "": none, "ahead": no page of it is wanted."""
 WORDS: Final = (0, 7, 1 << 60, (1 << 64) - 3, 0xDEADBEEF << 32 | 0xDEADBEEF, 0x3FB999999999999A, 1 << 63)
 """Zero, each form of a word that fits an entry, and words that do not fit."""
 
@@ -139,6 +154,26 @@ class Pair:
         """Read a page in any place. Its block may become an ephemeral frame."""
         assert await get(self.stores[0], number) == await get(self.stores[1], number)
 
+    def take_block(self, number: int, fault: str) -> None:
+        """Keep the block of a page in the way of aio_page_in.py, with a fault or none."""
+        found = []
+        for store in self.stores:
+            entry_now = store.state.table.entries[number]
+            if entry_now & KIND_MASK not in (BLOCK, RAW_BLOCK) or entry_now == LOST:
+                continue
+            block = entry_ref(entry_now) >> REF_BITS
+            content = memoryview(mmap.mmap(-1, PAGE_SIZE))
+            assert store.backing is not None
+            store.backing.read_blocks(block, [content])
+            if fault == "damaged":
+                content[::64] = bytes(0xFF ^ byte for byte in content[::64])
+            store.aio.queue.slots = [content]
+            store.state.hold_block(block)
+            before = {number: entry_now ^ (1 << CHECK_SHIFT if fault == "changed" else 0)}
+            found.append(store.aio._kept(block, 0, before if fault != "ahead" else {}, wanted=fault != "ahead"))
+            store.state.release_block(block)
+        assert found[:1] == found[1:]
+
     def compare(self) -> None:
         """Compare each byte of each table and frame, and each counter."""
         hot, pure = self.stores
@@ -180,6 +215,7 @@ steps = st.one_of(
     st.tuples(st.just("fill"), numbers, st.sampled_from((12, 500, 1900))),
     st.tuples(st.just("filled"), st.none(), st.none()),
     st.tuples(st.just("page in"), numbers, st.none()),
+    *[st.tuples(st.just("take block"), numbers, st.sampled_from(FAULTS))] * 2,
     st.tuples(st.just("drop ephemeral"), st.none(), st.none()),
     st.tuples(st.just("later"), st.integers(1, 9), st.none()),
 )
@@ -217,6 +253,9 @@ async def test_the_same_as_python(tmp_path: Path, ops: list[tuple[str, int, obje
                 pair.end_filling()
             elif what == "page in":
                 await pair.page_in(number)
+            elif what == "take block":
+                assert isinstance(more, str)
+                pair.take_block(number, more)
             elif what == "drop ephemeral":
                 for store in pair.stores:
                     store.state.drop_ephemeral()
@@ -263,6 +302,8 @@ async def test_the_same_as_python_for_long(tmp_path: Path) -> None:
             pair.end_filling()
         elif source.random() < 0.8:
             pair.write_back(2, fails=source.random() < 0.3, overwritten=(first, source.choice(samples)))
+        elif source.random() < 0.5:
+            pair.take_block(first, source.choice(FAULTS))
         else:
             await pair.page_in(first)
         if step % 50 == 0:
@@ -604,8 +645,15 @@ async def test_damaged_frames_on_their_way() -> None:
             damaged(lambda wrong=wrong: hot.evict([wrong]))  # type: ignore[misc]
             damaged(lambda wrong=wrong: hot.written([(wrong, 1)]))  # type: ignore[misc]
             damaged(lambda wrong=wrong: hot.adopt(wrong, 1, 1))  # type: ignore[misc]
-        for wrong in (HIGH, FRAMES, frame, raw):
-            damaged(lambda wrong=wrong: hot.fill(wrong))  # type: ignore[misc]
+        block = memoryview(bytearray(PAGE_SIZE))
+        free, unused = store.state.pool._stack[0], Codec().decompress
+        wrong_frames = [(number, PAGE_SIZE, 1) for number in (HIGH, FRAMES, frame, raw)]
+        for at, length, live in (
+            *wrong_frames,
+            (free, PAGE_SIZE - 1, 1),
+            (free, PAGE_SIZE, 1 << allocator.most_zpages),
+        ):
+            damaged(lambda at=at, length=length, live=live: hot.page_in(at, block[:length], 1, live, {}, unused))  # type: ignore[misc]
         damaged(lambda: hot.written([(frame, 1)]))
         allocator._pins[frame] = 1
         assert frame not in hot.coldest(99)
@@ -625,7 +673,9 @@ async def test_damaged_frames_on_their_way() -> None:
             ("written", ([7],)),
             ("coldest", ("1",)),
             ("adopt", (1,)),
-            ("fill", ("1",)),
+            ("page_in", (free, block, 1, 1, [], unused)),
+            ("page_in", (free, 7, 1, 1, {}, unused)),
+            ("page_in", (free, block, 1, 1, {})),
         ):
             with pytest.raises(TypeError):
                 getattr(hot, name)(*wrong_arguments)
@@ -646,35 +696,56 @@ async def test_damaged_frames_on_their_way() -> None:
 
 
 @trio_test
-async def test_a_page_from_a_copy_of_its_block() -> None:
-    """C returns a page only if the entry names the copy of its zpage. In other cases Python does it, and knows why."""
+async def test_a_block_in_a_free_frame() -> None:
+    """C keeps a block only if the page table expects its content. In other cases Python does it, and knows why."""
     codec = Codec()
-    async with filled() as store:
-        hot, allocator = store.state.path, store.state.allocator
-        frame, index = place_of(store, 4)
-        checked = store.state.table.entries[4] & ~(KIND_MASK | REF_MASK << KIND_BITS)
-        there = checked | (77 << REF_BITS | index) << KIND_BITS | BLOCK
-        copy = store.state.take_frame()
-        hot.fill(copy)
-        allocator.frame_bytes(copy)[:] = allocator.frame_bytes(frame)
+    store = PageStore(PAGES * PAGE_SIZE, FRAMES, None, codec)
+    hot, allocator, entries = store.state.path, store.state.allocator, store.state.table.entries
+    fill_reserve(store.state.pool)
+    for number, size in ((2, 1500), (3, 1400)):
+        await put(store, number, page(number, size))
+    frame = place_of(store, 2)[0]
+    assert place_of(store, 3)[0] == frame
+    block = memoryview(bytearray(allocator.frame_bytes(frame)))
+    hot.evict([frame])
+    (live,) = hot.written([(frame, 77)])
+    store.state.give_frame(frame)
+    before = {number: entries[number] for number in (2, 3)}
+    free = store.state.pool.take_frame()
 
-        def content(copy: int = copy, number: int = 4, there: int = there) -> bytes | None:
-            return hot.from_copy(copy, number, there, codec.decompress)
+    def taken(
+        content: memoryview = block, wanted: dict[int, int] = before, number: int = 77
+    ) -> dict[int, bytes] | None:
+        tables = bytes(store.memory.pages.view), bytes(store.memory.frame_table.view)
+        found = hot.page_in(free, content, number, live, wanted, codec.decompress)
+        changed = tables != (bytes(store.memory.pages.view), bytes(store.memory.frame_table.view))
+        assert changed == (found is not None)
+        return found
 
-        assert content() == page(4, BIG)
-        wrong_index = there ^ 1 << KIND_BITS
-        assert content(copy=HIGH) is content(copy=FRAMES) is content(number=5) is content(there=wrong_index) is None
-        assert content(there=there & ~KIND_MASK | RAW_BLOCK) is content(there=there & ~KIND_MASK | FRAME) is None
-        assert content(there=there ^ 1 << CHECK_SHIFT) is None, "the block holds an old version"
-        zpage = allocator.zpage(copy << REF_BITS | index, 4)
-        assert zpage is not None
-        zpage[20] ^= 1
-        assert content() is None, "the zpage is damaged"
-        with pytest.raises(TypeError):
-            hot.from_copy(copy)  # type: ignore[call-arg]
-        allocator.fill_cancel(copy)
-        store.state.give_frame(copy)
-        store.check()
+    def refuse(zpage: memoryview, size: int) -> bytes:
+        raise KeyboardInterrupt
+
+    for wrong in ({2: before[2] ^ 1 << CHECK_SHIFT}, {2: before[3]}, {2: ABSENT}, {HIGH: before[2]}, {5: before[2]}):
+        assert taken(wanted=wrong) is None, "the page has changed meanwhile"
+    assert taken(number=78) is None, "no page is in that block"
+    for number in (2, 3):
+        entries[number] ^= 1 << CHECK_SHIFT
+        assert taken(wanted={}) is None, "the block holds an old version"
+        entries[number] ^= 1 << CHECK_SHIFT
+    damaged = memoryview(bytearray(block))
+    zpage = damaged[bytes(block).index(bytes(codec.encode(page(3, 1400)))) :]
+    zpage[20] ^= 1
+    assert taken(damaged) is None, "the zpage is damaged"
+    with pytest.raises(KeyboardInterrupt):
+        hot.page_in(free, block, 77, live, before, refuse)
+    with pytest.raises(TypeError):
+        hot.page_in(free, block, 77, live, {2: "x"}, codec.decompress)  # type: ignore[dict-item]
+    assert taken() == {2: page(2, 1500), 3: page(3, 1400)}
+    assert await get(store, 2) == page(2, 1500) and allocator.is_ephemeral(free)
+    with pytest.raises(AssertionError, match="the tables are damaged"):
+        hot.page_in(free, block, 77, live, before, codec.decompress)
+    store.close()
+    let_go(store.memory)
 
 
 # ---- killed at any instruction -------------------------------------------------------------------------------------
@@ -717,6 +788,7 @@ def move_about(store: PageStore, source: random.Random) -> None:
     """Write frames back, drop ephemeral ones and read blocks back, like the tasks of a store, without a checkpoint."""
     state, pool, allocator, backing = store.state, store.state.pool, store.state.allocator, store.backing
     assert backing is not None and state.blocks is not None
+    decompress = store.requests.codec.decompress
     batch = state.begin_writeback(source.randrange(1, 24))
     for frame, block in batch:
         backing.write_blocks(block, [allocator.frame_bytes(frame)])
@@ -730,12 +802,16 @@ def move_about(store: PageStore, source: random.Random) -> None:
         if frame == NO_FRAME:
             continue
         state.hold_block(block)
-        state.path.fill(frame)
-        backing.read_blocks(block, [allocator.frame_bytes(frame)])
-        if there & KIND_MASK == RAW_BLOCK:
-            state.adopt_raw(frame, block, page_number)
-        else:
-            assert state.adopt(frame, block)
+        content = memoryview(mmap.mmap(-1, PAGE_SIZE))
+        backing.read_blocks(block, [content])
+        at_once = source.randrange(2) and state.page_in(frame, content, block, {page_number: there}, decompress)
+        if not at_once:
+            allocator.fill_prep(frame)
+            allocator.frame_bytes(frame)[:] = content
+            if there & KIND_MASK == RAW_BLOCK:
+                state.adopt_raw(frame, block, page_number)
+            else:
+                assert state.adopt(frame, block)
         state.release_block(block)
 
 

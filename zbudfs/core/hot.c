@@ -459,10 +459,9 @@ static PyMethodDef hot_methods[] = {
     {"evict", hot_evict, METH_O, "evict(frames): make persistent frames zombies"},
     {"written", hot_written, METH_O,
         "written(batch) -> bytes: zombies are in their blocks and free, by (frame, block): the live zpages of each block"},
-    {"fill", hot_fill, METH_O, "fill(frame): take over a free frame for the copy of a block; see fill_prep"},
-    {"from_copy", (PyCFunction)(void (*)(void))hot_from_copy, METH_FASTCALL,
-        "from_copy(frame, page, entry, decompress) -> bytes | None: a page from the copy of its block in a frame; None if "
-        "Python must do it"},
+    {"page_in", (PyCFunction)(void (*)(void))hot_page_in, METH_FASTCALL,
+        "page_in(frame, content, block, live, {page: entry}, decompress) -> {page: content} | None: make a block an ephemeral "
+        "frame, and read the wanted pages; None, without a change, if Python must do it"},
     {"adopt", (PyCFunction)(void (*)(void))hot_adopt, METH_FASTCALL,
         "adopt(frame, block, live) -> bool: a frame holds a copy of a block: let its live zpages be there"},
     {"drop", hot_drop, METH_NOARGS, "drop() -> int: free the coldest ephemeral frame, and which it is; -1 if there is none"},

@@ -158,8 +158,7 @@ PyObject *unpacked(const Hot *hot, uint64_t page, uint64_t ref, PyObject *decomp
 PyObject *hot_coldest(PyObject *self, PyObject *most);
 PyObject *hot_evict(PyObject *self, PyObject *frames);
 PyObject *hot_written(PyObject *self, PyObject *batch);
-PyObject *hot_fill(PyObject *self, PyObject *frame);
-PyObject *hot_from_copy(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
+PyObject *hot_page_in(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hot_drop(PyObject *self, PyObject *none);
 PyObject *hot_restore(PyObject *self, PyObject *const *args, Py_ssize_t nargs);

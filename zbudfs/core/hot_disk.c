@@ -3,9 +3,8 @@
 
        State.begin_writeback   -->  coldest(most), evict(frames)     persistent frames become zombies
        State.finish_writeback  -->  written(batch)                   their pages are in blocks from now on, the frames are free
-       BlockReads.frame_to_fill -> fill(frame)                      a free frame is taken over for the copy of a block
-       Contents.in_copy        -->  from_copy(frame, page, entry, decompress)    the content of a page of that block
-       State.adopt             -->  adopt(frame, block, live)        a copy of a block becomes an ephemeral frame
+       State.page_in           -->  page_in(frame, content, block, live, wanted, decompress)    a block becomes an ephemeral frame
+       State.adopt             -->  adopt(frame, block, live)        the same for a frame that Python has filled
        State.drop_ephemeral    -->  drop()                           its pages are in its block again, the frame is free
        rebuild                 -->  restore(ref, page)               a new worker claims the zpages that the page table names
 
@@ -182,37 +181,83 @@ static int is_checked(uint64_t entry, const unsigned char *zpage, unsigned size)
     return size >= 4 && entry >> CHECK_SHIFT == (check | (uint64_t)(size == WORD_ZPAGE_SIZE) << CHECK_BITS_BELOW);
 }
 
-/* Take over a free frame for a copy of a block: `Allocator.fill_prep`. */
-PyObject *hot_fill(PyObject *self, PyObject *number) {
-    Hot *hot = (Hot *)self;
-    uint64_t frame = PyLong_AsUnsignedLongLong(number);
-    if (PyErr_Occurred()) return NULL;
-    if (frame >= hot->nr_frames || hot->state[frame] != FREE || hot->owner[frame] || hot->pins[frame]
-        || !hangs(&hot->lru, hot->nr_frames + EPH)) {
-        corrupt("not a free frame:", frame);
-        return NULL;
+/* Read the live zpages of a block from its copy in a frame, and return their number. 0: none is live, or one does not have the
+   handle and the check of its page's entry. */
+static int confirmed(const Hot *hot, uint64_t frame, uint64_t block, unsigned long live, struct resident *found) {
+    int count = residents(hot, frame, (unsigned)live, block << REF_BITS, BLOCK, found);
+    for (int i = 0; i < count; i++) {
+        unsigned size;
+        unsigned char *zpage = hot->packing->find(hot, frame, found[i].index, found[i].page, &size);
+        if (!is_checked(hot->entries[found[i].page], zpage, size)) return 0;
     }
-    hot->state[frame] = EPHEMERAL;
-    hot->counters[PAGEFRAMES + EPH]++;
-    hot->pins[frame] = 1;
-    append(&hot->lru, (uint32_t)hot->nr_frames + EPH, (uint32_t)frame);
-    Py_RETURN_NONE;
+    return count < 0 ? 0 : count;
 }
 
-/* Return the content of a page from the copy, in a frame, of the block that `entry` names: `Contents.in_copy`. None if Python
-   must do it: a raw page, a word in a zpage, a damaged or old zpage, or a frame that is not the pool's. */
-PyObject *hot_from_copy(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
-    const Hot *hot = (Hot *)self;
-    if (nargs != 4) return PyErr_Format(PyExc_TypeError, "from_copy(frame, page, entry, decompress)");
-    uint64_t frame = PyLong_AsUnsignedLongLong(args[0]), page = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[1]),
-             entry = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[2]);
-    if (PyErr_Occurred()) return NULL;
-    unsigned index = entry >> KIND_BITS & INDEX_MASK, size;
-    if ((entry & KIND_MASK) != BLOCK || frame >= hot->nr_frames) Py_RETURN_NONE;
-    const unsigned char *zpage = hot->packing->find(hot, frame, index, page, &size);
-    if (!zpage || !is_checked(entry, zpage, size)) Py_RETURN_NONE;
-    PyObject *content = unpacked(hot, page, frame << REF_BITS | index, args[3]);
-    return content || PyErr_Occurred() ? content : Py_NewRef(Py_None);
+/* Commit the confirmed zpages of a block as zpages of its copy. The frame is on the LRU list and on no other. 0, or -1. */
+static int adopt(Hot *hot, uint32_t frame, uint64_t block, const struct resident *found, int count) {
+    for (int i = 0; i < count; i++) {
+        hot->packing->claim(hot, frame, found[i].index, found[i].size);
+        hot->counters[HISTOGRAM + EPH * NCHUNKS + ((found[i].size + ROUND_UP) >> CHUNK_SHIFT)]++;
+        hot->counters[ZPAGES + EPH]++;
+        hot->counters[ZBYTES + EPH] += found[i].size;
+        hot->counters[CUMUL_ZPAGES + EPH]++;
+        hot->counters[CUMUL_ZBYTES + EPH] += found[i].size;
+    }
+    unsigned used = hot->packing->list_of(hot, frame);
+    if (used != FULL && !hangs(&hot->bud, hot->nr_frames + NCHUNKS + used)) return corrupt("a list of unbuddied frames:", used);
+    enlist_of(hot, frame, used, EPH);
+    hot->noted[frame] = (uint32_t)block;
+    for (int i = 0; i < count; i++) move(hot, found[i].page, FRAME, (uint64_t)frame << REF_BITS | found[i].index);
+    return 0;
+}
+
+/* Return the contents of the wanted pages, {page: content}, from the copy of a block in a frame. NULL without an error if Python
+   must do it: an entry has changed meanwhile, a zpage is a word or is damaged. */
+static PyObject *contents_of(const Hot *hot, uint64_t frame, uint64_t block, PyObject *wanted, PyObject *decompress) {
+    PyObject *contents = PyDict_New(), *key, *value;
+    for (Py_ssize_t at = 0; contents && PyDict_Next(wanted, &at, &key, &value);) {
+        uint64_t page = PyLong_AsUnsignedLongLong(key), entry = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(value);
+        unsigned index = entry >> KIND_BITS & INDEX_MASK;
+        PyObject *content = NULL;
+        if (!PyErr_Occurred() && page < hot->nr_pages && hot->entries[page] == entry && (entry & KIND_MASK) == BLOCK
+            && (entry >> KIND_BITS & REF_MASK) >> REF_BITS == block)
+            content = unpacked(hot, page, frame << REF_BITS | index, decompress);
+        if (!content || PyDict_SetItem(contents, key, content)) Py_CLEAR(contents);
+        Py_XDECREF(content);
+    }
+    return contents;
+}
+
+/* Copy a block into a free frame, and commit its live zpages as zpages of this ephemeral frame. Return the contents of the wanted
+   pages, whose entries when the read began are given. None, without a change, if Python must do it. */
+PyObject *hot_page_in(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    Hot *hot = (Hot *)self;
+    struct resident found[MOST_ZPAGES];
+    if (nargs != 6 || !PyDict_Check(args[4]))
+        return PyErr_Format(PyExc_TypeError, "page_in(frame, content, block, live, {page: entry}, decompress)");
+    uint64_t frame = PyLong_AsUnsignedLongLong(args[0]);
+    uint64_t block = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[2]);
+    unsigned long live = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLong(args[3]);
+    Py_buffer content;
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[1], &content, PyBUF_SIMPLE)) return NULL;
+    int fits = content.len == PAGE_SIZE;
+    if (frame >= hot->nr_frames || hot->state[frame] != FREE || hot->owner[frame] || hot->pins[frame]
+        || !hangs(&hot->lru, hot->nr_frames + EPH) || live >> hot->most_zpages || block > UINT32_MAX || !fits) {
+        PyBuffer_Release(&content);
+        corrupt("not a free frame, or not a block:", frame);
+        return NULL;
+    }
+    memcpy(hot->frames + (frame << PAGE_SHIFT), content.buf, PAGE_SIZE);
+    PyBuffer_Release(&content);
+    int count = confirmed(hot, frame, block, live, found);
+    if (!count) Py_RETURN_NONE;
+    PyObject *contents = contents_of(hot, frame, block, args[4], args[5]);
+    if (!contents) return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    hot->state[frame] = EPHEMERAL;
+    hot->counters[PAGEFRAMES + EPH]++;
+    append(&hot->lru, (uint32_t)hot->nr_frames + EPH, (uint32_t)frame);
+    if (adopt(hot, (uint32_t)frame, block, found, count)) Py_CLEAR(contents);
+    return contents;
 }
 
 PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -228,31 +273,10 @@ PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
         corrupt("not a frame to be filled:", frame);
         return NULL;
     }
-    int count = residents(hot, frame, (unsigned)live, block << REF_BITS, BLOCK, found);
-    for (int i = 0; i < count; i++) {
-        unsigned size;
-        unsigned char *zpage = hot->packing->find(hot, frame, found[i].index, found[i].page, &size);
-        if (!is_checked(hot->entries[found[i].page], zpage, size)) count = -1;
-    }
-    if (count <= 0) Py_RETURN_FALSE;
-    for (int i = 0; i < count; i++) {
-        hot->packing->claim(hot, frame, found[i].index, found[i].size);
-        hot->counters[HISTOGRAM + EPH * NCHUNKS + ((found[i].size + ROUND_UP) >> CHUNK_SHIFT)]++;
-        hot->counters[ZPAGES + EPH]++;
-        hot->counters[ZBYTES + EPH] += found[i].size;
-        hot->counters[CUMUL_ZPAGES + EPH]++;
-        hot->counters[CUMUL_ZBYTES + EPH] += found[i].size;
-    }
+    int count = confirmed(hot, frame, block, live, found);
+    if (!count) Py_RETURN_FALSE;
     hot->pins[frame]--;
-    unsigned used = hot->packing->list_of(hot, frame);
-    if (used != FULL && !hangs(&hot->bud, hot->nr_frames + NCHUNKS + used)) {
-        corrupt("a list of unbuddied frames:", used);
-        return NULL;
-    }
-    enlist_of(hot, (uint32_t)frame, used, EPH);
-    hot->noted[frame] = (uint32_t)block;
-    for (int i = 0; i < count; i++) move(hot, found[i].page, FRAME, frame << REF_BITS | found[i].index);
-    Py_RETURN_TRUE;
+    return adopt(hot, (uint32_t)frame, block, found, count) ? NULL : Py_NewRef(Py_True);
 }
 
 PyObject *hot_drop(PyObject *self, PyObject *Py_UNUSED(none)) {

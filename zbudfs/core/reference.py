@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The hot path in Python: the readable form of hot.c and hot_disk.c, with the same methods over the same tables.
 
-    write, discard                     pages of a request           (read, make_ready, from_copy: C alone, see there)
+    write, discard                     pages of a request           (read, make_ready, page_in: C alone, see there)
     coldest, evict, written            a batch of frames that goes to the backing file
-    fill, adopt, drop                  a block that is read back, and the release of its frame
+    adopt, drop                        a block that is read back, and the release of its frame
     restore                            a zpage that the page table names, after a crash
 
 Tests run both and compare every byte. The product uses this module while a page is patched, since C does not count the
@@ -107,14 +107,16 @@ class Reference:
 
     # ---- from the backing file -------------------------------------------------------------------------------------
 
-    def fill(self, frame: int) -> None:
-        """Take over a free frame for the copy of a block: see `fill_prep`."""
-        self._allocator.fill_prep(frame)
-
-    def from_copy(
-        self, frame: int, page: int, entry: int, decompress: Callable[[memoryview, int], bytes]
-    ) -> bytes | None:
-        """Return None: `in_copy` of store/contents.py reads every page."""
+    def page_in(
+        self,
+        frame: int,
+        content: memoryview,
+        block: int,
+        live: int,
+        wanted: dict[int, int],
+        decompress: Callable[[memoryview, int], bytes],
+    ) -> dict[int, bytes] | None:
+        """Return None: store/block_reads.py fills the frame, and store/contents.py reads every page."""
         return None
 
     def adopt(self, frame: int, block: int, live: int) -> bool:

@@ -130,6 +130,8 @@ COUNTERS: Final = tuple(field.name for field in fields(CounterFields))
 """The names of the counters, in the order of the words."""
 
 _REFUSED: Final = {cause: COUNTERS.index(f"refused_{cause}") for cause in Refusal}
+_READ_PAGES: Final = COUNTERS.index("cumul_read_pages")
+_PAGEIN_PAGES: Final = COUNTERS.index("cumul_pagein_pages")
 _LOST: Final = {cause: COUNTERS.index(f"lost_{cause}") for cause in Loss}
 
 
@@ -146,6 +148,12 @@ class Counters(CounterFields):
     def lost(self, cause: Loss, pages: int = 1) -> None:
         """Count pages that could not be read back."""
         self.words[_LOST[cause]] += pages
+
+    def paged_in(self) -> None:
+        """Count a page that a read requested and that came from a block: the most frequent page-in, in one call."""
+        words = self.words
+        words[_READ_PAGES] += 1
+        words[_PAGEIN_PAGES] += 1
 
     def by_name(self) -> dict[str, int]:
         """Return all counters by name."""

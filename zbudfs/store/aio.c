@@ -94,6 +94,22 @@ static PyObject *queue_slot(Queue *queue, PyObject *number) {
     return PyMemoryView_FromMemory(queue->slots + (slot << PAGE_SHIFT), PAGE_SIZE, PyBUF_WRITE);
 }
 
+/* Return the request to read `count` neighbouring blocks from `offset` on. */
+static struct iocb request_for(
+    const Queue *queue, int fd, unsigned long long offset, unsigned long first_slot, struct iovec *vectors, Py_ssize_t count) {
+    return (struct iocb){
+        .aio_data = first_slot,
+        .aio_lio_opcode = IOCB_CMD_PREADV,
+        .aio_rw_flags = READ_NOWAIT,
+        .aio_fildes = (uint32_t)fd,
+        .aio_buf = (uint64_t)(uintptr_t)vectors,
+        .aio_nbytes = (uint64_t)count,
+        .aio_offset = (int64_t)offset,
+        .aio_flags = IOCB_FLAG_RESFD,
+        .aio_resfd = (uint32_t)queue->event_fd,
+    };
+}
+
 /* Fill in the request for one run (offset, slots), whose vectors begin at `vectors`. Return the number of its blocks, or -1. */
 static Py_ssize_t describe(Queue *queue, int fd, PyObject *run, struct iocb *request, struct iovec *vectors, Py_ssize_t room) {
     unsigned long long offset;
@@ -118,17 +134,7 @@ static Py_ssize_t describe(Queue *queue, int fd, PyObject *run, struct iocb *req
         if (!i) first = slot;
         vectors[i] = (struct iovec){queue->slots + (slot << PAGE_SHIFT), PAGE_SIZE};
     }
-    *request = (struct iocb){
-        .aio_data = first,
-        .aio_lio_opcode = IOCB_CMD_PREADV,
-        .aio_rw_flags = READ_NOWAIT,
-        .aio_fildes = (uint32_t)fd,
-        .aio_buf = (uint64_t)(uintptr_t)vectors,
-        .aio_nbytes = (uint64_t)count,
-        .aio_offset = (int64_t)offset,
-        .aio_flags = IOCB_FLAG_RESFD,
-        .aio_resfd = (uint32_t)queue->event_fd,
-    };
+    *request = request_for(queue, fd, offset, first, vectors, count);
     return count;
 }
 
@@ -152,6 +158,20 @@ static PyObject *queue_submit(Queue *queue, PyObject *args) {
     }
     long taken = syscall(SYS_io_submit, queue->context, nr_runs, pointers);
     return PyLong_FromLong(taken < 0 ? 0 : taken);
+}
+
+/* Submit the read of one block. Return whether the kernel took it. */
+static PyObject *queue_submit_one(Queue *queue, PyObject *const *args, Py_ssize_t nargs) {
+    if (nargs != 3) return PyErr_Format(PyExc_TypeError, "submit_one(fd, offset, slot)");
+    int fd = (int)PyLong_AsLong(args[0]);
+    unsigned long long offset = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[1]);
+    unsigned long slot = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLong(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    if (!queue->slots) return PyErr_Format(PyExc_ValueError, "the queue is closed");
+    if (slot >= queue->nr_slots) return PyErr_Format(PyExc_IndexError, "there is no slot %lu", slot);
+    struct iovec vector = {queue->slots + (slot << PAGE_SHIFT), PAGE_SIZE};
+    struct iocb request = request_for(queue, fd, offset, slot, &vector, 1), *pointer = &request;
+    return PyBool_FromLong(syscall(SYS_io_submit, queue->context, 1, &pointer) == 1);
 }
 
 /* Return the runs that have ended. Never waits. */
@@ -196,6 +216,8 @@ static PyObject *queue_close(Queue *queue, PyObject *none) {
 static PyMethodDef queue_methods[] = {
     {"submit", (PyCFunction)queue_submit, METH_VARARGS,
         "submit(fd, [(offset, [slot, ...]), ...]) -> int: runs that the kernel took, from the first on"},
+    {"submit_one", (PyCFunction)(void (*)(void))queue_submit_one, METH_FASTCALL,
+        "submit_one(fd, offset, slot) -> bool: read one block; whether the kernel took the read"},
     {"reap", (PyCFunction)queue_reap, METH_NOARGS,
         "reap() -> [(slot, result), ...]: runs that have ended, by their first slot; bytes read or -errno"},
     {"slot", (PyCFunction)queue_slot, METH_O, "slot(number) -> memoryview: 4096 bytes; not to be used after close()"},

@@ -104,11 +104,42 @@ class Run(Read):
         self.began = time.perf_counter_ns()
 
 
+class PageRead(Read):
+    """The read of one block for one request of one page: the most frequent read, without read-ahead."""
+
+    __slots__ = ("before", "began", "block", "key", "number", "page", "slot")
+
+    def __init__(self, key: int, page: int, entry: int, number: int, slot: int) -> None:
+        super().__init__()
+        self.key = key
+        self.page = page
+        self.before = {page: entry}
+        self.number = number
+        self.slot = slot
+        self.block: Block | None = None
+        """The block, once another request wants it too."""
+        self.began = time.perf_counter_ns()
+
+    def shared(self) -> Block:
+        """Return the block, to which another request can be added."""
+        if self.block is None:
+            self.block = Block(self.number, self.slot)
+            self.block.before = self.before
+            self.block.requests = [Request(self.key, self.page << PAGE_SHIFT, PAGE_SIZE, 1)]
+        return self.block
+
+
 class AioPageIn:
     """Page-in through the queue of one backing file. While the queue is not usable, `begin` returns False."""
 
     def __init__(
-        self, state: State, contents: Contents, reads: BlockReads, backing: Backing | None, latencies: Latencies
+        self,
+        state: State,
+        contents: Contents,
+        reads: BlockReads,
+        backing: Backing | None,
+        latencies: Latencies,
+        decompress: Callable[[memoryview, int], bytes],
     ) -> None:
         self._state = state
         self._entries = state.table.entries
@@ -116,8 +147,9 @@ class AioPageIn:
         self._reads = reads
         self._backing = backing
         self._latencies = latencies
+        self._decompress = decompress
         self.queue = ReadQueue(backing)
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, Run | PageRead] = {}
         """The reads in flight, by first slot."""
         self._blocks: dict[int, Block] = {}
         """The blocks being read, by number; a part of `reads.loading`."""
@@ -143,6 +175,8 @@ class AioPageIn:
         if not self.queue.is_usable or (offset | length) & (PAGE_SIZE - 1):
             return False
         first = offset >> PAGE_SHIFT
+        if length == PAGE_SIZE and self._begin_page(key, first):
+            return True
         wanted: dict[int, dict[int, int]] = {}
         entries = self._entries
         for page in range(first, min(first + (length >> PAGE_SHIFT), len(entries))):
@@ -152,6 +186,10 @@ class AioPageIn:
                     return False
                 wanted.setdefault(entry_ref(entry) >> REF_BITS, {})[page] = entry
         blocks, loading = self._blocks, self._reads.loading
+        for number in wanted:
+            read = loading.get(number)
+            if isinstance(read, PageRead):
+                blocks[number] = read.shared()
         new = [number for number in wanted if number not in blocks]
         if not wanted or len(new) > len(self.queue.free) or any(number in loading for number in new):
             return False  # a task reads one of them
@@ -162,6 +200,25 @@ class AioPageIn:
             block = blocks[number]
             block.requests.append(request)
             block.before.update(before)
+        return True
+
+    def _begin_page(self, key: int, page: int) -> bool:
+        """Begin to answer a read of one page, if no read of its block is under way. False: nothing was begun."""
+        assert self._backing is not None
+        entry = self._entries[page]
+        number = entry_ref(entry) >> REF_BITS
+        free = self.queue.free
+        if entry_kind(entry) < BLOCK or entry == LOST or number in self._reads.loading or not free:
+            return False
+        slot = free.pop()
+        if not self.queue.submit_one(self._backing.offset_of(number), slot):
+            free.append(slot)
+            return False
+        read = self._runs[slot] = PageRead(key, page, entry, number, slot)
+        self._reads.begin(number, read)
+        self._state.counters.cumul_pagein_blocks += 1
+        if self._state.is_fresh(number):
+            self._state.counters.cumul_refault_blocks += 1
         return True
 
     def _submit(self, new: list[int], count: int) -> bool:
@@ -206,58 +263,89 @@ class AioPageIn:
                 self.queue.header_read(slot, result)
                 continue
             self._latencies.record(Timed.PAGEIN, time.perf_counter_ns() - run.began)
-            good = result == len(run.blocks) << PAGE_SHIFT
-            batch = run.batch
-            for block in run.blocks:
-                batch.kept += self._finish(block, good=good)
-            run.end()
-            batch.left -= len(run.blocks)
-            if not batch.left:
-                self._reads.ahead.done(batch.last, batch.ahead, batch.kept)
+            if isinstance(run, PageRead):
+                self._finish_page(run, good=result == PAGE_SIZE)
+            else:
+                self._finish_run(run, good=result == len(run.blocks) << PAGE_SHIFT)
         return len(done)
 
+    def _finish_page(self, read: PageRead, *, good: bool) -> None:
+        """End the read of a block for one page: keep it, and answer the request."""
+        if read.block is not None:
+            self._finish(read.block, good=good)
+            read.end()
+            return
+        found = self._kept(read.number, read.slot, read.before, wanted=True)[0] if good else {}
+        self._reads.end(read.number)
+        self.queue.free.append(read.slot)
+        read.end()
+        content = found.get(read.page)
+        if content is None:
+            self._again(read.key, read.page << PAGE_SHIFT, PAGE_SIZE)
+            return
+        self.requests += 1
+        self._state.counters.paged_in()
+        self._reply(read.key, content)
+
+    def _finish_run(self, run: Run, *, good: bool) -> None:
+        """End the read of a run of blocks: answer the requests for them, and keep the blocks."""
+        batch = run.batch
+        for block in run.blocks:
+            batch.kept += self._finish(block, good=good)
+        run.end()
+        batch.left -= len(run.blocks)
+        if not batch.left:
+            self._reads.ahead.done(batch.last, batch.ahead, batch.kept)
+
     def _finish(self, block: Block, *, good: bool) -> bool:
-        """End the read of a block: answer its requests and keep the copy. Return whether a read-ahead block was kept."""
-        reads, requests = self._reads, block.requests
-        del self._blocks[block.number]
-        frame = self._frame_for(block) if good else NO_FRAME
-        found = self._contents_in(frame, block) if requests and frame != NO_FRAME else {}
-        for request in requests:
-            request.take(block, found)
+        """End the read of a block: keep it, and answer its requests. Return whether a block of the read-ahead was kept."""
+        requests, number = block.requests, block.number
+        del self._blocks[number]
+        found: dict[int, bytes] = {}
         was_kept = False
-        if frame != NO_FRAME:
-            was_kept = reads.keep(frame, block.number, block.before, block.before, whole=bool(found) or not requests)
-        reads.end(block.number)
+        if good:
+            found, was_kept = self._kept(number, block.slot, block.before, wanted=bool(requests))
+            self._state.counters.cumul_pagein_pages += len(found)
+        self._reads.end(number)
         self.queue.free.append(block.slot)
         for request in requests:
+            request.take(block, found)
             if not request.left:
                 self._answer(request)
         return was_kept and not requests
 
-    def _contents_in(self, frame: int, block: Block) -> dict[int, bytes]:
-        """Return the contents of the wanted pages from the copy of the block, without those that changed or are damaged."""
+    def _kept(self, number: int, slot: int, before: dict[int, int], *, wanted: bool) -> tuple[dict[int, bytes], bool]:
+        """Keep a block as an ephemeral frame. Return the contents of the pages in `before`, and whether the block was kept.
+
+        Without a frame, a block that is not `wanted` (read-ahead) is not looked at.
+        """
+        assert self._backing is not None
+        content = self.queue.slots[slot]
+        self._backing.decrypt(number, (content,))
+        frame = self._reads.frame()
+        if frame != NO_FRAME:
+            found = self._state.page_in(frame, content, number, before, self._decompress)
+            if found is not None:
+                return found, True
+            self._state.allocator.fill_prep(frame)
+        elif wanted and self._state.pool.bounce:
+            frame = self._state.pool.bounce.pop()
+        else:
+            return {}, False
+        self._state.allocator.frame_bytes(frame)[:] = content
+        found = self._contents_in(frame, before)
+        return found, self._reads.keep(frame, number, before, before, whole=bool(found) or not wanted)
+
+    def _contents_in(self, frame: int, before: dict[int, int]) -> dict[int, bytes]:
+        """Return the contents of pages from the copy of their block, without those that changed or are damaged."""
         found: dict[int, bytes] = {}
-        for page, before in block.before.items():
-            if self._entries[page] == before:
+        for page, entry in before.items():
+            if self._entries[page] == entry:
                 try:
-                    found[page] = self._contents.in_copy(frame, page, before)
+                    found[page] = self._contents.in_copy(frame, page, entry)
                 except PageLost:
                     continue  # the task that reads it again reports it
-        self._state.counters.cumul_pagein_pages += len(found)
         return found
-
-    def _frame_for(self, block: Block) -> int:
-        """Return the frame, from `fill` or a bounce frame, with the decrypted block. NO_FRAME: none is available."""
-        assert self._backing is not None
-        frame = self._reads.frame_to_fill()
-        if frame == NO_FRAME:
-            if not block.requests or not self._state.pool.bounce:
-                return NO_FRAME
-            frame = self._state.pool.bounce.pop()
-        view = self._state.allocator.frame_bytes(frame)
-        view[:] = self.queue.slots[block.slot]
-        self._backing.decrypt(block.number, (view,))
-        return frame
 
     def _answer(self, request: Request) -> None:
         """Answer a request whose blocks were all read, or give it to a task."""

@@ -80,17 +80,21 @@ class BlockReads:
             found.append(block)
         return found
 
-    def frame_to_fill(self) -> int:
-        """Return a frame for the copy of a block, to be given to `keep`. NO_FRAME: there is none.
+    def frame(self) -> int:
+        """Take a frame for the copy of a block. NO_FRAME: there is none.
 
         It is the coldest ephemeral frame if writes need the free ones.
         """
         pool = self._pool
         if pool.free_frames <= self._limit.watermarks.low_frames and not self._state.drop_ephemeral():
             return NO_FRAME
-        frame = pool.take_frame()
+        return pool.take_frame()
+
+    def frame_to_fill(self) -> int:
+        """Take a frame that stays unevictable until it is given to `keep` with the copy of a block. NO_FRAME: there is none."""
+        frame = self.frame()
         if frame != NO_FRAME:
-            self._state.path.fill(frame)
+            self._state.allocator.fill_prep(frame)
         return frame
 
     def keep(self, frame: int, block: int, before: dict[int, int], pages: Iterable[int], *, whole: bool) -> bool:

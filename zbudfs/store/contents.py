@@ -28,9 +28,7 @@ class Contents:
     def __init__(self, state: State, codec: Codec) -> None:
         self._entries = state.table.entries
         self._allocator = state.allocator
-        self._path = state.path
         self._decode = codec.decode
-        self._decompress = codec.decompress
         self._counters = state.counters
 
     def in_ram(self, page: int) -> bytes | None:
@@ -59,9 +57,6 @@ class Contents:
 
         The zpage's checksum shows damage. The zpage must also have the entry's check: a disk can return an old version.
         """
-        found = self._path.from_copy(frame, page, entry, self._decompress)
-        if found is not None:
-            return found
         ref = entry_ref(entry)
         if entry_kind(entry) == RAW_BLOCK:
             content = bytes(self._allocator.frame_bytes(frame))

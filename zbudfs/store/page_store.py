@@ -72,7 +72,7 @@ class PageStore:
         self._reads = BlockReads(self.state, self.reclaimer.limit)
         latencies = memory.status_area.latencies
         self._page_in = PageIn(self.state, contents, self._reads, self.reclaimer.queue, backing, latencies)
-        self.aio = AioPageIn(self.state, contents, self._reads, backing, latencies)
+        self.aio = AioPageIn(self.state, contents, self._reads, backing, latencies, codec.decompress)
         self.requests = Requests(size_bytes, self.state, contents, self._page_in, self.reclaimer, codec, between)
 
     def recover(self) -> Recovery:

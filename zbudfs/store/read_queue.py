@@ -83,6 +83,11 @@ class ReadQueue:
         assert self._kernel is not None and self._backing is not None
         return self._kernel.submit(self._backing.fileno(), runs)
 
+    def submit_one(self, offset: int, slot: int) -> bool:
+        """Submit the read of one block. False if the kernel did not take it."""
+        assert self._kernel is not None and self._backing is not None
+        return self._kernel.submit_one(self._backing.fileno(), offset, slot)
+
     def reap(self) -> list[tuple[int, int]]:
         """Return the reads that have completed: first slot of the run, and bytes read or -errno. Never waits."""
         return self._kernel.reap() if self._kernel is not None else []

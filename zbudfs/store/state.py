@@ -4,7 +4,7 @@
     absent, word   <-- put_word, forget
     frame          <-- put                       persistent: RAM holds the only copy
     block          <-- finish_writeback          from a persistent frame
-    frame + block  <-- adopt                     ephemeral: a clean copy of the block
+    frame + block  <-- page_in, adopt            ephemeral: a clean copy of the block
     block          <-- drop_ephemeral
 
 The order inside a change is always: the new form is complete, the entry is stored (the commit), the old form is freed. So a
@@ -12,6 +12,7 @@ reader of the page table alone always finds whole pages.
 """
 
 from array import array
+from collections.abc import Callable
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -253,6 +254,23 @@ class State:
         """Release a block whose read is over."""
         assert self.blocks is not None
         self.blocks.free(block, HOLD_INDEX)
+
+    def page_in(
+        self,
+        frame: int,
+        content: memoryview,
+        block: int,
+        wanted: dict[int, int],
+        decompress: Callable[[memoryview, int], bytes],
+    ) -> dict[int, bytes] | None:
+        """Make a free frame the copy of a held block, with its content, and return the contents of the wanted pages.
+
+        `wanted` has the entries of the pages when the read began. None, without a change, if one of them has changed, if the
+        block is raw, or if its content is not what the page table expects. `adopt` and `Contents.in_copy` do it one by one.
+        """
+        assert self.blocks is not None
+        live = self.blocks.live(block) & ~(1 << HOLD_INDEX)
+        return self.path.page_in(frame, content, block, live, wanted, decompress)
 
     def adopt(self, frame: int, block: int) -> bool:
         """Commit the pages of `block` as pages of its copy in a frame of `fill_prep`. False if the table does not confirm it.
