@@ -56,7 +56,7 @@ def measure(options: Options) -> list[Table]:
     if find_program("fio") is None:
         raise KitError("fio is missing: apt-get install fio")
     jobs = options.job or list(JOBS)
-    also = dict(each.split("=", 1) for each in options.also)
+    also = dict(options.also)
     names = [name for name in ("floor", "zbudfs") if not targets.why_not(name)] + list(also)
     columns = [
         column for name in names for column in (Column(name, f"{name} MiB/s"), Column(f"{name}_us", f"{name} us"))

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -52,9 +53,21 @@ def add_also(parser: argparse.ArgumentParser) -> None:
         "--also",
         action="append",
         default=[],
+        type=_also,
         metavar="NAME=CMD",
-        help="compare another version of zbudfs, by its command",
+        help="compare another version of zbudfs, by its command: old=/other/.venv/bin/zbudfs",
     )
+
+
+def _also(typed: str) -> tuple[str, str]:
+    """Return the name and the command of another version. argparse.ArgumentTypeError."""
+    name, _, command = typed.partition("=")
+    words = shlex.split(command)
+    if not name or not words:
+        raise argparse.ArgumentTypeError(f"{typed!r} has no name or no command: write old=/other/.venv/bin/zbudfs")
+    if not shutil.which(words[0]):
+        raise argparse.ArgumentTypeError(f"{words[0]} is not a program: write the path of the other version's zbudfs")
+    return name, command
 
 
 def zbudfs_command(typed: str | None = None) -> list[str]:

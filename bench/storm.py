@@ -62,7 +62,7 @@ def measure(options: Options) -> list[Table]:
         options.mib, options.limit, options.reads = 24, 12, 500
         options.targets = options.targets or "floor-zstd,zbudfs,swapfile"
     pages = corpus.sample(options.mib * MIB // 8)
-    also = dict(each.split("=", 1) for each in options.also)
+    also = dict(options.also)
     found = []
     with workplace(options) as folder, pages.as_file() as corpus_fd:
         for part in options.pool or [1.0, 0.25]:

@@ -171,3 +171,12 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     run = bench("show", str(tmp_path / "results"))
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
     assert "is not a file of results" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("old", "no name or no command"), ("=x", "no name"), ("old=/", "not a program")]
+)
+def test_a_wrong_other_version(word: str, said: str) -> None:
+    """A version that cannot be run is refused before anything is measured."""
+    run = bench("storm", "--also", word)
+    assert run.returncode == 2 and said in run.stderr and "Traceback" not in run.stderr
