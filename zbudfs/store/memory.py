@@ -134,16 +134,24 @@ class StoreMemory:
         self.cgroup_limit: CgroupLimit | None = None
         """The cgroup limit that the pool must respect; None: only the pool's own limit counts."""
         sizes = MemorySizes.of(size_bytes, nr_frames, backed=backed, packing=packing)
-        self.nr_pages = size_bytes >> PAGE_SHIFT
         self.pages = Arena("pages", sizes.pages, folder)
         self.frames = Arena("frames", sizes.frames, folder)
         self.frame_table = Arena("frametable", sizes.frame_table, folder)
         self.free_frames = Arena("freeframes", sizes.free_frames, folder)
-        self.nr_segments = nr_segments(size_bytes)
         self.request_slots = Arena("requestslots", sizes.request_slots, folder)
         self.trace = Arena("trace", sizes.trace, folder)
         self.blocks = Arena("blocks", sizes.blocks, folder) if backed else None
         self.outgoing = Arena("outgoing", sizes.outgoing, folder) if backed else None
+
+    @property
+    def nr_pages(self) -> int:
+        """The pages of the device."""
+        return self.size_bytes >> PAGE_SHIFT
+
+    @property
+    def nr_segments(self) -> int:
+        """The most segments of the backing file."""
+        return nr_segments(self.size_bytes)
 
     def _check_packing(self) -> None:
         """Raise LayoutError if there are frames of another packing, which this allocator could not read."""
