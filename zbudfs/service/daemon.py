@@ -9,6 +9,11 @@
 This process is the keeper (service/keeper.py), which forks the workers.
 """
 
+from zbudfs.service import bare_code  # isort: skip  before any other import
+
+if __name__ == "__main__":  # not in another process that imports this module
+    bare_code.install()
+
 from zbudfs.service import verdict  # isort: skip  before any import that may fail
 from zbudfs.service import import_guard as import_guard  # isort: skip  before any import of trio
 
@@ -197,4 +202,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    bare_code.drop()
     sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""The daemon has no docstrings and no annotations of functions in memory, and otherwise runs the same code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from typing import Any, Final
+
+import pytest
+
+from tests.support import LIMIT_SECONDS
+from zbudfs.service.bare_code import without_docstrings
+
+SOURCE: Final = '''
+"""A module."""
+import dataclasses
+import typing
+
+def function():
+    """A function."""
+    def nested():
+        """A nested function."""
+        return "value"
+    return nested
+
+def bare():
+    return "value"
+
+def same():
+    """both"""
+    return "both"
+
+async def generator():
+    """An asynchronous generator."""
+    yield "value"
+
+def expressions():
+    """A function with expressions that have code of their own."""
+    of_list, of_set, of_dict = ["a" for _ in "x"], {"b" for _ in "x"}, {"c": "d" for _ in "x"}
+    return of_list, of_set, of_dict, list("%s" % each for each in "x"), (lambda: "e")()
+
+class Class:
+    """A class."""
+    value = "value"
+    def method(self):
+        """A method
+        of two lines."""
+        assert self.value == "other", "assertions stay"
+    @property
+    def feature(self):
+        """A property."""
+        return "feature"
+
+class Bare:
+    value = "Bare"
+
+class Same:
+    """both"""
+    value = "both"
+
+@dataclasses.dataclass
+class Data:
+    """A dataclass."""
+    field: str = "field"
+    """The field."""
+
+class Row(typing.NamedTuple):
+    """A named tuple."""
+    field: str = "field"
+'''
+
+
+def module_of(*, bare: bool) -> types.ModuleType:
+    """Return a module with the source, with its docstrings or without."""
+    module = types.ModuleType("made_up")
+    code = compile(SOURCE, "made_up.py", "exec", dont_inherit=True)
+    exec(without_docstrings(code) if bare else code, vars(module))
+    return module
+
+
+def values_of(module: types.ModuleType) -> list[Any]:
+    """Return what the functions and classes of the module give."""
+    made: Any = module
+    steps = made.generator().asend(None)
+    with pytest.raises(StopIteration) as first:
+        steps.send(None)
+    with pytest.raises(AssertionError, match="assertions stay"):
+        made.Class().method()
+    return [
+        *(made.function()(), made.bare(), made.same(), first.value.value, made.expressions()),
+        *(made.Class.value, made.Class().feature, made.Bare.value, made.Same.value),
+        *(repr(made.Data()), tuple(made.Row()), [each.__qualname__ for each in (made.Class, made.Class.method)]),
+    ]
+
+
+def docstrings_of(module: types.ModuleType) -> dict[str, str | None]:
+    """Return the docstring of each function and class of the module, by its name."""
+    made: Any = module
+    named = {name: each for name, each in vars(module).items() if getattr(each, "__module__", "") == "made_up"}
+    named |= {"": made, "nested": made.function(), "method": made.Class.method, "feature": made.Class.feature}
+    return {name: each.__doc__ for name, each in named.items()}
+
+
+def test_only_docstrings_are_removed() -> None:
+    """Each docstring is blank, and each value is the same. A docstring that is a value too stays, as at `same`."""
+    whole, bare = module_of(bare=False), module_of(bare=True)
+    before, after = docstrings_of(whole), docstrings_of(bare)
+    assert {name for name, text in before.items() if text is None} == {"bare", "Bare"}
+    assert {name: text for name, text in after.items() if text != " "} == {
+        "bare": None,
+        "Bare": None,
+        "same": "both",
+        "Same": "both",
+    }
+    assert len(after) == len(before) == 14
+    assert values_of(bare) == values_of(whole)
+
+
+@pytest.mark.parametrize("first", ["'A module.'", "0"])
+@pytest.mark.parametrize("count", [100, 600])
+def test_a_module_with_many_names(count: int, first: str) -> None:
+    """All values stay, though an instruction has numbers up to 255 only. Then a docstring may stay too."""
+    lines = [f"name_{at} = 'value {at}'" for at in range(count)]
+    source = "\n".join([first, *lines, "read = __doc__"])
+    found: dict[str, str | None] = {"__doc__": None}
+    exec(without_docstrings(compile(source, "made_up.py", "exec")), found)
+    assert [found[f"name_{at}"] for at in range(count)] == [f"value {at}" for at in range(count)]
+    assert found["read"] in ((None,) if first == "0" else (" ",) if count < 256 else (" ", "A module."))
+
+
+DAEMON: Final = """
+import runpy, sys
+sys.argv = ["zbudfs.service.daemon"]
+try:
+    runpy.run_module("zbudfs.service.daemon", run_name="__main__", alter_sys=False)
+except AssertionError as caught:
+    refused = caught
+loaded = set(sys.modules)
+import gc, json, traceback, types
+from zbudfs.core.errors import ZbudfsError
+from zbudfs.service.settings import Settings
+found = [each for each in gc.get_objects() if isinstance(each, types.FunctionType)]
+ours = [each for each in found if str(each.__module__).startswith(("zbudfs.", "trio."))]
+made = "Method generated by attrs"
+first = ("zbudfs.service.bare_code",)
+try:
+    Settings.from_json("[")
+except Exception as caught:
+    error = caught
+print(json.dumps({
+    "debug": __debug__,
+    "functions": len(ours),
+    "documented": [each.__qualname__ for each in ours
+        if (each.__doc__ or " ") != " " and not each.__doc__.startswith(made) and each.__module__ not in first],
+    "annotated": [each.__qualname__ for each in ours if each.__annotations__ and "<locals>" not in each.__qualname__],
+    "classes": [ZbudfsError.__doc__, Settings.__doc__],
+    "refused": traceback.format_exception(refused),
+    "error": traceback.format_exception(error),
+    "loaded": sorted(loaded),
+}))
+"""
+"""Runs the daemon's module as `python -m` does, without the settings that it needs, and describes the process."""
+
+
+@pytest.fixture(scope="module")
+def daemon() -> dict[str, Any]:
+    """Describe a process that has just begun to be a daemon."""
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", DAEMON], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+def test_the_daemon_has_no_docstrings_and_annotations(daemon: dict[str, Any]) -> None:
+    """No function of zbudfs and trio has them, except for docstrings that attrs composes."""
+    assert daemon["functions"] > 1000
+    assert daemon["documented"] == []
+    assert daemon["annotated"] == []
+    assert daemon["classes"] == [" ", " "]
+
+
+def test_the_daemon_has_assertions(daemon: dict[str, Any]) -> None:
+    """Python runs without -O, and an assertion of the daemon has ended this one."""
+    assert daemon["debug"] is True
+    assert daemon["refused"][-1].startswith("AssertionError")
+
+
+def test_tracebacks_of_the_daemon_show_the_source(daemon: dict[str, Any]) -> None:
+    """A traceback has file, line and text, for the main module and for one that was loaded without docstrings."""
+    assert "zbudfs/service/daemon.py" in "".join(daemon["refused"])
+    assert "assert settings is not None" in "".join(daemon["refused"])
+    assert 'zbudfs/service/settings.py", line ' in "".join(daemon["error"])
+    assert "raise SettingsError(" in "".join(daemon["error"])
