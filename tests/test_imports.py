@@ -356,6 +356,20 @@ def test_imports_of_the_daemon() -> None:
     assert [path for path in ours if "subprocess" in imports_of(path.read_text(), module_of(path))] == []
 
 
+def test_the_daemon_loads_none_of_the_modules_that_it_can_do_without() -> None:
+    """The stand-ins of the guard are gone, nothing has loaded the modules, and pathlib is not loaded either."""
+    code = """
+import sys
+before = set(sys.modules)
+import zbudfs.service.daemon
+from zbudfs.service.import_guard import NOT_NEEDED
+assert "ssl" in NOT_NEEDED
+print([name for name in ("pathlib", *NOT_NEEDED) if name in sys.modules and name not in before])
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (run.stdout, run.stderr) == ("[]\n", "")
+
+
 def test_the_daemon_loads_with_an_old_trio() -> None:
     """No module uses trio.TaskStatus when it is imported: trio 0.22, which Debian 12 has, has no such name."""
     code = "import trio; vars(trio).pop('TaskStatus', None); import zbudfs.service.daemon"

@@ -71,7 +71,7 @@ def test_memory(tmp_path: Path) -> None:
 @real
 def test_an_overlay_whose_upper_folder_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a container the upper folder may be unseen. The overlay's files have extents only if they are on a disk."""
-    monkeypatch.setattr(Path, "is_dir", lambda _: False)
+    monkeypatch.setattr(os.path, "isdir", lambda _: False)
     with tmpfs(tmp_path, 64 * MIB) as memory, overlay(tmp_path, memory) as where:
         assert "lies on tmpfs, which is memory" in refusal(where / "b")
     plain = tmp_path / "plain"

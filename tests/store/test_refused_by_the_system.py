@@ -93,7 +93,7 @@ def test_a_cgroup_that_says_nothing_of_its_page_cache(tmp_path: Path) -> None:
     assert cgroup_limit._number_after(b"inactive_file ", b"anon 5\nfile 7\n") == 0
     (tmp_path / "memory.max").write_text("5")
     room = cgroup_limit.CgroupLimit(str(tmp_path))
-    room._open(tmp_path, 2)  # memory.current is missing
+    room._open(str(tmp_path), 2)  # memory.current is missing
     assert room.available_bytes() == cgroup_limit.UNLIMITED
 
 

@@ -4,13 +4,13 @@
 import os
 import struct
 from collections.abc import Sized
-from pathlib import Path
 from typing import Final
 
 import pyfuse3
 
 from zbudfs.fuse import shim
 from zbudfs.fuse.operations import Operations
+from zbudfs.store.files import read_bytes
 from zbudfs.store.memory import REQUEST_SLOT_BYTES, REQUEST_SLOTS
 
 MAX_BACKGROUND: Final = REQUEST_SLOTS - 2
@@ -46,7 +46,7 @@ FUSE_NOTIFY_RESEND: Final = 7
 
 def open_session(operations: Operations, fuse_fd: int, request_slots: memoryview) -> None:
     """Start the session on `fuse_fd`, which is mounted already. Raises shim.ShimError if pyfuse3 does not call the shim."""
-    shim.verify(Path("/proc/self/maps").read_text(errors="replace"))
+    shim.verify(read_bytes("/proc/self/maps").decode(errors="replace"))
     shim.set_limits(MAX_BACKGROUND, MAX_BURST, SPIN_NS if len(os.sched_getaffinity(0)) > 1 else 0)
     shim.use_slots(request_slots, REQUEST_SLOT_BYTES)
     pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", set())

@@ -58,12 +58,12 @@ class Control:
 
     def __init__(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # noqa: PTH108
+            os.unlink(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self._clients: list[Client] = []
         try:
             self._socket.bind(path)
-            os.chmod(path, 0o600)  # noqa: PTH101
+            os.chmod(path, 0o600)
             self._socket.listen(_QUEUE)
         except OSError:
             self._socket.close()

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str]) -> int:
         return _succeed(channel, log, foreground=foreground, notifier=notifier)
     settings = None
     if "--settings-fd" in named:
-        with open(int(named["--settings-fd"]), "rb") as stream:  # noqa: PTH123  a descriptor
+        with open(int(named["--settings-fd"]), "rb") as stream:
             settings = Settings.from_json(stream.read())
     if service:
         return _serve(settings, log)

@@ -18,13 +18,13 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from zbudfs.core.errors import BackingError
-from zbudfs.service.mountpoint import FSTYPE, escape_path, resolve, shown_path, unescape_octal
+from zbudfs.service.mountpoint import FSTYPE, device_name, escape_path, resolve, shown_path, unescape_octal
 from zbudfs.store.arena import file_system_number
 from zbudfs.store.claim import INSIST
+from zbudfs.store.files import below, read_bytes, read_text
 
 NETWORK: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "afs", "lustre", "gfs2", "ocfs2", "orangefs"}
@@ -61,6 +61,7 @@ _UNIT_FOLDERS: Final = (
     *("etc/systemd/system", "run/systemd/system", "run/systemd/transient"),
     *("run/systemd/generator", "run/systemd/generator.late"),
 )
+_MISSING: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 _FIEMAP: Final = 0xC020660B
 
 
@@ -79,7 +80,7 @@ class MountRow:
 
 def mounts(root: str = "/") -> Iterator[MountRow]:
     """Yield the mounts in the order of the table."""
-    for line in Path(root, "proc/self/mountinfo").read_bytes().split(b"\n"):
+    for line in read_bytes("proc/self/mountinfo", root).split(b"\n"):
         fields, separator, rest = line.partition(b" - ")
         words, behind = fields.split(b" "), rest.split(b" ")
         if separator and len(words) >= 5 and len(behind) >= 1:
@@ -98,6 +99,14 @@ def mount_of(path: str, root: str = "/") -> MountRow:
     return found
 
 
+def _upwards(path: str) -> Iterator[str]:
+    """Yield a path and the folders above it, up to /."""
+    yield path
+    while (folder := os.path.dirname(path)) != path:
+        yield folder
+        path = folder
+
+
 def _is_inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
@@ -112,29 +121,35 @@ def layers(path: str, root: str = "/", depth: int = _DEEPEST) -> list[str]:
     """
     if depth == 0:
         return []
-    inside = Path(root, path.lstrip("/"))
-    if inside.is_block_device():
-        return _below_device(_number(inside.stat().st_rdev), root, depth)
+    device = _device_number(path, root)
+    if device is not None:
+        return _below_device(device, root, depth)
     row = mount_of(os.path.realpath(path) if root == "/" else path, root)
     names = [row.fstype if row.fstype != "unknown" else _type_by_number(path, root)]
     if names == ["overlay"]:
         return names + _below_overlay(path, row, root, depth)
     number = row.device
-    source = Path(root, row.source.lstrip("/"))
-    if number.startswith("0:") and row.source.startswith("/dev/") and source.is_block_device():
-        number = _number(source.stat().st_rdev)  # btrfs reports a number of its own that is no device
+    if number.startswith("0:") and row.source.startswith("/dev/"):
+        number = _device_number(row.source, root) or number  # btrfs reports a number of its own that is no device
     return names + _below_device(number, root, depth)
 
 
-def _number(device: int) -> str:
-    return f"{os.major(device)}:{os.minor(device)}"
+def _device_number(path: str, root: str) -> str | None:
+    """Return the number of the block device at `path` as "major:minor"; None if there is none."""
+    try:
+        status = os.stat(below(root, path))
+    except OSError as error:
+        if error.errno in _MISSING:
+            return None
+        raise
+    return device_name(status.st_rdev) if stat.S_ISBLK(status.st_mode) else None
 
 
 def _type_by_number(path: str, root: str) -> str:
     """Return the type of the file system of the path, or of its nearest folder that exists."""
     if root != "/":
         return "unknown"
-    there = next(each for each in (path, *map(str, Path(path).parents)) if os.path.exists(each))  # noqa: PTH110
+    there = next(each for each in _upwards(path) if os.path.exists(each))
     with contextlib.suppress(OSError):
         fd = os.open(there, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -145,33 +160,36 @@ def _type_by_number(path: str, root: str) -> str:
 
 
 def _below_device(number: str, root: str, depth: int) -> list[str]:
-    link = Path(root, f"sys/dev/block/{number}")
-    if not link.exists():
+    link = below(root, f"sys/dev/block/{number}")
+    if not os.path.exists(link):
         return []
-    device = link.resolve()
-    if (device / "partition").exists():
-        device = device.parent
+    device = os.path.realpath(link)
+    if os.path.exists(f"{device}/partition"):
+        device = os.path.dirname(device)
     found = []
     for each in sorted(_parts_of(device)):
-        found.append(f"/dev/{each.name}")
+        found.append(f"/dev/{os.path.basename(each)}")
         with contextlib.suppress(OSError):
-            file = (each / "loop/backing_file").read_text().rstrip("\n").removesuffix(" (deleted)")
+            file = read_text(f"{each}/loop/backing_file").rstrip("\n").removesuffix(" (deleted)")
             found += layers(file, root, depth - 1)
     return found
 
 
-def _parts_of(device: Path) -> set[Path]:
+def _parts_of(device: str) -> set[str]:
     """Return a block device and all devices that it consists of, as folders of sysfs."""
-    return {device}.union(*(_parts_of(slave.resolve()) for slave in device.glob("slaves/*")))
+    slaves: list[str] = []
+    with contextlib.suppress(OSError):
+        slaves = os.listdir(f"{device}/slaves")
+    return {device}.union(*(_parts_of(os.path.realpath(f"{device}/slaves/{each}")) for each in slaves))
 
 
 def _below_overlay(path: str, row: MountRow, root: str, depth: int) -> list[str]:
     """Return the layers below the upper layer of an overlay, to which all writes go."""
     upper = row.options.get("upperdir", "")
-    if upper and Path(root, upper.lstrip("/")).is_dir():
+    if upper and os.path.isdir(below(root, upper)):
         return layers(upper, root, depth - 1)
     # In a container the path of the upper layer means nothing. A file system in memory has no extents for a file.
-    return ["tmpfs"] if root == "/" and _without_extents(os.path.dirname(path)) else []  # noqa: PTH120
+    return ["tmpfs"] if root == "/" and _without_extents(os.path.dirname(path)) else []
 
 
 def _without_extents(folder: str) -> bool:
@@ -235,7 +253,7 @@ def check(path: str, *, force: bool, root: str = "/") -> list[str]:
 
 def _zfs_version(root: str) -> tuple[int, int]:
     with contextlib.suppress(OSError, ValueError):
-        major, minor = Path(root, "sys/module/zfs/version").read_text().split("-")[0].split(".")[:2]
+        major, minor = read_text("sys/module/zfs/version", root).split("-")[0].split(".")[:2]
         return int(major), int(minor)
     return 0, 0
 
@@ -245,7 +263,7 @@ def _zfs_version(root: str) -> tuple[int, int]:
 
 def path_to_mount(backing: str) -> str:
     """Return the path that must be mounted before the daemon starts, for RequiresMountsFor= of a unit."""
-    return os.path.dirname(backing)  # noqa: PTH120
+    return os.path.dirname(backing)
 
 
 def missing_mount(path: str, root: str = "/") -> str | None:
@@ -261,8 +279,8 @@ def missing_mountpoint(path: str, root: str = "/") -> tuple[str, str] | None:
     """
     folder = path_to_mount(path)
     with contextlib.suppress(OSError):
-        Path(root, folder.lstrip("/")).stat()
-    above = [each for each in (folder, *map(str, Path(folder).parents)) if each != "/"]
+        os.stat(below(root, folder))
+    above = [each for each in _upwards(folder) if each != "/"]
     there = {row.mountpoint for row in mounts(root) if row.fstype != "autofs"}
     for mountpoint, source in _wanted_mounts(above, root):
         if mountpoint not in there:
@@ -273,7 +291,7 @@ def missing_mountpoint(path: str, root: str = "/") -> tuple[str, str] | None:
 def _wanted_mounts(folders: list[str], root: str) -> Iterator[tuple[str, str]]:
     """Yield the folders among `folders` on which a file system should be mounted, and the file that lists it."""
     with contextlib.suppress(OSError):
-        for line in Path(root, "etc/fstab").read_bytes().split(b"\n"):
+        for line in read_bytes("etc/fstab", root).split(b"\n"):
             words = line.split()
             if len(words) < 3 or words[0].startswith(b"#"):
                 continue
@@ -284,8 +302,8 @@ def _wanted_mounts(folders: list[str], root: str) -> Iterator[tuple[str, str]]:
                     yield target, "/etc/fstab"
     for folder in folders:
         for place in _UNIT_FOLDERS:
-            unit = Path(root, place, f"{escape_path(folder)}.mount")
+            unit = f"/{place}/{escape_path(folder)}.mount"
             with contextlib.suppress(OSError):
-                if not stat.S_ISREG(unit.stat().st_mode):  # masked: a link to /dev/null
+                if not stat.S_ISREG(os.stat(below(root, unit)).st_mode):  # masked: a link to /dev/null
                     break
-                yield folder, f"/{place}/{unit.name}"
+                yield folder, unit

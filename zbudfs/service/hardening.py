@@ -27,10 +27,10 @@ import resource
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Final
 
 from zbudfs.core.maps import Mapping, parse_maps
+from zbudfs.store.files import read_bytes, read_text, write_text
 
 PROCESS_NAME: Final = "zbudfs"
 """The name of the process in ps and in the kernel's log; 15 bytes at most."""
@@ -77,6 +77,7 @@ _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 
 _PAGE_BYTES: Final = resource.getpagesize()
+_OOM_KNOB: Final = "proc/self/oom_score_adj"
 _OOM_NEVER: Final = -1000
 
 
@@ -181,16 +182,15 @@ def set_io_flusher() -> str | None:
 
 def protect_from_oom_killer(root: str = "/") -> str | None:
     """Set the lowest OOM score that the system allows. `root` holds `proc/`."""
-    knob = Path(root, "proc/self/oom_score_adj")
     try:
-        high = int(knob.read_text())
-        if _write_number(knob, _OOM_NEVER):
+        high = int(read_text(_OOM_KNOB, root))
+        if _write_oom_score(_OOM_NEVER, root):
             return None
         # The process lacks CAP_SYS_RESOURCE: find the lowest permitted value. `low` is refused, `high` is in force.
         low = _OOM_NEVER
         while high - low > 1:
             middle = (low + high) // 2
-            if _write_number(knob, middle):
+            if _write_oom_score(middle, root):
                 high = middle
             else:
                 low = middle
@@ -203,9 +203,9 @@ def protect_from_oom_killer(root: str = "/") -> str | None:
     )
 
 
-def _write_number(knob: Path, number: int) -> bool:
+def _write_oom_score(score: int, root: str) -> bool:
     try:
-        knob.write_text(str(number))
+        write_text(_OOM_KNOB, str(score), root)
     except PermissionError:
         return False
     return True
@@ -360,7 +360,7 @@ def _main_stack_bytes() -> int:
 
 def _own_mappings() -> list[Mapping]:
     """Return the mappings of this process."""
-    return list(parse_maps(Path("/proc/self/maps").read_bytes().split(b"\n")))
+    return list(parse_maps(read_bytes("/proc/self/maps").split(b"\n")))
 
 
 def lock_all() -> str | None:

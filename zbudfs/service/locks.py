@@ -68,7 +68,7 @@ class MountpointLock:
         with contextlib.suppress(OSError):
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(self._path, self.fd):
-                os.unlink(self._path)  # noqa: PTH108
+                os.unlink(self._path)
         os.close(self.fd)
 
 
@@ -84,13 +84,13 @@ def who_comes_up(mountpoint: str) -> str | None:
 
 
 def _path(kind: str, mountpoint: str) -> str:
-    return f"{RUN_FOLDER}/{kind}/{os.path.basename(path_of(mountpoint))}"  # noqa: PTH119
+    return f"{RUN_FOLDER}/{kind}/{os.path.basename(path_of(mountpoint))}"
 
 
 def _is_at(path: str, fd: int) -> bool:
     """Return whether the open file `fd` is the file at `path`."""
     try:
-        there = os.stat(path, follow_symlinks=False)  # noqa: PTH116
+        there = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
     return os.path.samestat(there, os.fstat(fd))

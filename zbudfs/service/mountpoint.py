@@ -26,10 +26,10 @@ import re
 import select
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from zbudfs.core.errors import Failed
+from zbudfs.store.files import read_bytes, read_text
 
 FSTYPE: Final = "fuse.zbudfs"
 """The file system type in mount tables: FUSE, subtype zbudfs."""
@@ -91,7 +91,7 @@ def zbudfs_mounts(root: str = "/") -> list[Mount]:
 
     `root` is the folder that holds `proc/`. Raises OSError if the mount table cannot be read.
     """
-    return parse_mountinfo(Path(root, "proc/self/mountinfo").read_bytes())
+    return parse_mountinfo(read_bytes("proc/self/mountinfo", root))
 
 
 def find_mount(mountpoint: str, root: str = "/") -> Mount | None:
@@ -110,7 +110,7 @@ def resolve(path: str, root: str = "/") -> str:
         mountpoints = {mount.mountpoint for mount in zbudfs_mounts(root)}
     except OSError:
         mountpoints = set()
-    todo = os.path.join(os.getcwd(), path).split("/")[::-1]  # noqa: PTH109, PTH118  the path may hold any bytes
+    todo = os.path.join(os.getcwd(), path).split("/")[::-1]
     found: list[str] = []
     links = 0
     while todo:
@@ -124,7 +124,7 @@ def resolve(path: str, root: str = "/") -> str:
         if any("/" + "/".join(found[:count]) in mountpoints for count in range(1, len(found) + 1)):
             continue
         try:
-            target = os.readlink("/" + "/".join(found))  # noqa: PTH115
+            target = os.readlink("/" + "/".join(found))
         except OSError:
             continue  # it is no link, or does not exist
         links += 1
@@ -200,7 +200,7 @@ def request_timeout_warnings(root: str = "/") -> list[str]:
     warnings = []
     for name in _TIMEOUTS:
         try:
-            value = Path(root, "proc/sys/fs/fuse", name).read_text().strip()
+            value = read_text(f"proc/sys/fs/fuse/{name}", root).strip()
         except OSError:
             continue  # older kernels have no such limit
         if value != "0":
@@ -220,7 +220,7 @@ def check_mountpoint(mountpoint: str, root: str = "/") -> None:
     if find_mount(mountpoint, root) is not None:
         raise MountError(f"zbudfs is mounted on {shown} already")
     try:
-        mode = os.stat(mountpoint).st_mode  # noqa: PTH116  the path may hold any bytes
+        mode = os.stat(mountpoint).st_mode
     except FileNotFoundError:
         raise MountError(f"the mountpoint {shown} does not exist: create the directory first") from None
     except OSError as error:
@@ -309,7 +309,7 @@ def unmount_all(st_dev: int, *, lazy: bool = False) -> None:
     The path alone is not enough: the file system may have been unmounted lazily, and another one mounted there. MountError
     if it is in use (without `lazy`) or covered by another mount.
     """
-    for path, is_covered in places_of(device_name(st_dev), Path("/proc/self/mountinfo").read_bytes()):
+    for path, is_covered in places_of(device_name(st_dev), read_bytes("/proc/self/mountinfo")):
         if is_covered:
             raise MountError(f"cannot unmount {shown_path(path)}: another mount covers it; unmount that first")
         unmount(path, lazy=lazy)

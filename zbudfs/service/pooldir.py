@@ -20,7 +20,6 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from zbudfs.core.errors import Failed
@@ -29,6 +28,7 @@ from zbudfs.service.footprint import memory_sizes
 from zbudfs.service.mountpoint import MountError, escape_path, unmount
 from zbudfs.service.roster import FILE_NAME, Roster
 from zbudfs.service.settings import Settings, SettingsError
+from zbudfs.store.files import read_bytes, write_text
 
 RUN_FOLDER: Final = "/run/zbudfs"
 _LONGEST_NAME: Final = 80
@@ -87,7 +87,7 @@ class PoolDirectory:
             with contextlib.suppress(OSError):  # the keeper reports why there are no public statistics
                 public.make_folder(path)
             lock_fd = _lock(path)
-            Path(path, "settings.json").write_text(settings.to_json())
+            write_text(f"{path}/settings.json", settings.to_json())
         return cls(path, lock_fd, _roster(path), survives=survives)
 
     @classmethod
@@ -144,7 +144,7 @@ def _roster(path: str) -> Roster:
 def private_folder(path: str, mode: int) -> None:
     """Make a folder that only root may write to, or check that it is one. PoolDirectoryError."""
     try:
-        Path(path).mkdir(mode=mode, parents=True, exist_ok=True)
+        os.makedirs(path, mode=mode, exist_ok=True)
         status = os.lstat(path)
     except OSError as error:
         raise PoolDirectoryError(f"the folder {path} cannot be made: {error.strerror}") from None
@@ -190,7 +190,7 @@ def pool_directories(mountpoint: str) -> list[str]:
     base = path_of(mountpoint)
     folder, name = os.path.split(base)
     try:
-        names = os.listdir(folder)  # noqa: PTH208
+        names = os.listdir(folder)
     except FileNotFoundError:
         return []
     return sorted(f"{folder}/{found}" for found in names if found == name or found.startswith(f"{name}@"))
@@ -232,7 +232,7 @@ def _remove_dead(mountpoint: str) -> list[str]:
             continue
         try:
             with contextlib.suppress(OSError, SettingsError):
-                backing = Settings.from_json(Path(path, "settings.json").read_bytes()).backing
+                backing = Settings.from_json(read_bytes(f"{path}/settings.json")).backing
                 backings += [backing] if backing is not None else []
             _remove(path)
         finally:

@@ -23,13 +23,13 @@ import fcntl
 import os
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from zbudfs.service.mountpoint import find_mount, is_connected
 from zbudfs.service.pooldir import RUN_FOLDER, PoolDirectory, PoolDirectoryError, is_locked, pool_directories
 from zbudfs.service.roster import UNSEEN, Roster, is_ending
 from zbudfs.service.settings import Settings, SettingsError
+from zbudfs.store.files import read_bytes
 from zbudfs.store.status_area import CANNOT_RESEND, Field
 
 NAMES: Final = ("fuse", "lock", "backing")
@@ -82,7 +82,7 @@ def _from_descriptors(found: dict[str, int]) -> Remains | None:
     """Return the remains; None unless the mount exists, and its memory. Held."""
     if "fuse" not in found or "lock" not in found or not is_connected(found["fuse"]):
         return None
-    path, name = os.path.split(os.readlink(f"/proc/self/fd/{found['lock']}"))  # noqa: PTH115
+    path, name = os.path.split(os.readlink(f"/proc/self/fd/{found['lock']}"))
     if name != "lock":
         return None
     roster = _roster(path)
@@ -90,7 +90,7 @@ def _from_descriptors(found: dict[str, int]) -> Remains | None:
         return None
     try:
         _check(roster)
-        settings = Settings.from_json(Path(path, "settings.json").read_bytes())
+        settings = Settings.from_json(read_bytes(f"{path}/settings.json"))
         born_ns = status_field(path, Field.BORN_NS)
         server = roster.server()
         if (
@@ -154,7 +154,7 @@ def _drop(stored: dict[str, int]) -> None:
     folder = None
     others: list[int] = []
     if lock_fd is not None:
-        folder = os.path.dirname(os.readlink(f"/proc/self/fd/{lock_fd}"))  # noqa: PTH115, PTH120
+        folder = os.path.dirname(os.readlink(f"/proc/self/fd/{lock_fd}"))
         roster = _roster(folder)
         if roster is not None:
             others = roster.others()
@@ -165,7 +165,7 @@ def _drop(stored: dict[str, int]) -> None:
         os.close(fd)
     if lock_fd is None:
         return
-    if folder is not None and os.path.dirname(folder) == RUN_FOLDER and not others:  # noqa: PTH120
+    if folder is not None and os.path.dirname(folder) == RUN_FOLDER and not others:
         with contextlib.suppress(PoolDirectoryError):
             PoolDirectory.adopt(folder, lock_fd).remove()
             return
@@ -187,7 +187,7 @@ def _from_worker(folder: str) -> Remains | None:
         _check(roster)
     finally:
         roster.close()
-    if not os.path.exists(f"{folder}/board"):  # noqa: PTH110
+    if not os.path.exists(f"{folder}/board"):
         raise Held("its memory has no name (that needs a tmpfs with noswap: Linux 6.4)")
     taken = _descriptors_of(folder, working[-1])
     remains = _from_descriptors(taken)
@@ -223,7 +223,7 @@ def _descriptors_of(folder: str, pid: int) -> dict[str, int]:
 
 def status_field(folder: str, field: Field) -> int:
     """Return a number of the status area in a pool directory. OSError, struct.error."""
-    with open(f"{folder}/board", "rb") as area:  # noqa: PTH123
+    with open(f"{folder}/board", "rb") as area:
         found: int = struct.unpack("=Q", os.pread(area.fileno(), 8, 8 * field))[0]
     return found
 

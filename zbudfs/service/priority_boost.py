@@ -16,10 +16,10 @@ write back are always real-time.
 import contextlib
 import os
 import threading
-from pathlib import Path
 from typing import Final
 
 from zbudfs.service.hardening import PRIORITY
+from zbudfs.store.files import below, read_text
 
 NICE: Final = -5
 """Nice value of the serving thread while it is an ordinary one: before the programs that wait for it. Guessed."""
@@ -65,8 +65,8 @@ class PriorityBoost:
 
     def __init__(self, serving_tid: int, root: str = "/") -> None:
         self._serving_tid = serving_tid
-        self._min_free_kib = int(Path(root, "proc/sys/vm/min_free_kbytes").read_text())
-        self._meminfo = os.open(Path(root, "proc/meminfo"), os.O_RDONLY | os.O_CLOEXEC)
+        self._min_free_kib = int(read_text("proc/sys/vm/min_free_kbytes", root))
+        self._meminfo = os.open(below(root, "proc/meminfo"), os.O_RDONLY | os.O_CLOEXEC)
         os.pread(self._meminfo, 4096, 0)  # the first read makes the kernel allocate; later there may be no memory
         self._begun = threading.Event()
         self._ended = threading.Event()

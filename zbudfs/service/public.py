@@ -19,12 +19,12 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
 
 from zbudfs.core.public import Value
 from zbudfs.store.arena import Arena
+from zbudfs.store.files import read_bytes
 
 FOLDER: Final = "/run/zbudfs-stats"
 STALE_SECONDS: Final = 10.0
@@ -57,16 +57,16 @@ class PublicFile:
         `texts` are the strings of unknown length for which it must have room. Files of mounts that are gone are removed.
         Raises OSError (PublicError if the file would not be in memory) and MemoryError.
         """
-        folder, name = _folder_of(pool_directory), f"{os.path.basename(pool_directory)}.json"  # noqa: PTH119
+        folder, name = _folder_of(pool_directory), f"{os.path.basename(pool_directory)}.json"
         if not _is_tmpfs(folder):
             raise PublicError(f"{folder} is not on a tmpfs, and none can be mounted there: a write may wait for a disk")
-        _sweep(folder, os.path.dirname(pool_directory))  # noqa: PTH120
+        _sweep(folder, os.path.dirname(pool_directory))
         size = BASE_BYTES + sum(len(json.dumps(text)) for text in texts)
         with contextlib.suppress(FileNotFoundError):
             size = os.lstat(f"{folder}/{name}").st_size or size  # another version's size is right too
         arena = Arena(name, size, folder)
         arena.populate(0, arena.size)
-        os.chmod(f"{folder}/{name}", 0o644)  # noqa: PTH101
+        os.chmod(f"{folder}/{name}", 0o644)
         return cls(arena, device)
 
     def map_populated(self) -> None:
@@ -93,11 +93,11 @@ def make_folder(pool_directory: str) -> None:
     Only one process at a time may call this. Raises OSError if the folder is not as it should be.
     """
     folder = _folder_of(pool_directory)
-    Path(folder).mkdir(mode=0o755, parents=True, exist_ok=True)
+    os.makedirs(folder, mode=0o755, exist_ok=True)
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
         raise PublicError(f"{folder} must be a directory of root's that no other user may write to: remove it")
-    os.chmod(folder, 0o755)  # noqa: PTH101  mkdir applies the umask
+    os.chmod(folder, 0o755)  # makedirs applies the umask
     if not _is_tmpfs(folder):
         # Size 0 is no limit, so that df shows no blocks: the tmpfs holds one file of some 12 KiB for each mount.
         libc = ctypes.CDLL(None, use_errno=True)
@@ -110,12 +110,12 @@ def make_folder(pool_directory: str) -> None:
 def remove(pool_directory: str) -> None:
     """Remove the file of the mount with this pool directory, if there is one."""
     with contextlib.suppress(OSError):
-        os.unlink(f"{_folder_of(pool_directory)}/{os.path.basename(pool_directory)}.json")  # noqa: PTH108, PTH119
+        os.unlink(f"{_folder_of(pool_directory)}/{os.path.basename(pool_directory)}.json")
 
 
 def _folder_of(pool_directory: str) -> str:
     """Return the folder of the public files: FOLDER, unless a test has the pool directories in another place."""
-    return f"{os.path.dirname(pool_directory)}-stats"  # noqa: PTH120
+    return f"{os.path.dirname(pool_directory)}-stats"
 
 
 def read(device: str, folder: str = FOLDER) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def read(device: str, folder: str = FOLDER) -> dict[str, Any]:
     "rounded" is True, and "renewed_at" is the time on the monotonic clock, in seconds.
     """
     try:
-        names = sorted(os.listdir(folder))  # noqa: PTH208
+        names = sorted(os.listdir(folder))
     except FileNotFoundError:
         names = []
     found: dict[str, Any] = {}
@@ -169,16 +169,16 @@ def _read(path: str) -> dict[str, Any]:
 
 def _sweep(folder: str, pools: str) -> None:
     """Remove the files of mounts whose pool directory is gone."""
-    for name in os.listdir(folder):  # noqa: PTH208
+    for name in os.listdir(folder):
         if name.endswith(".json") and not os.path.lexists(f"{pools}/{name.removesuffix('.json')}"):
             remove(f"{pools}/{name.removesuffix('.json')}")
 
 
 def _is_tmpfs(path: str) -> bool:
     """Return whether a directory is on a tmpfs."""
-    status = os.stat(path)  # noqa: PTH116
+    status = os.stat(path)
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}".encode()
-    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):
+    for line in read_bytes("/proc/self/mountinfo").split(b"\n"):
         fields, _, rest = line.partition(b" - ")
         words = fields.split(b" ")
         if len(words) >= 6 and words[2] == device:

@@ -167,8 +167,8 @@ class Resources:
         path = self.settings.backing
         if path is None:
             return None
-        if os.path.dirname(path) == BACKING_FOLDER:  # noqa: PTH120  the path may hold any bytes
-            os.makedirs(BACKING_FOLDER, mode=0o700, exist_ok=True)  # noqa: PTH103
+        if os.path.dirname(path) == BACKING_FOLDER:
+            os.makedirs(BACKING_FOLDER, mode=0o700, exist_ok=True)
         force = self.settings.force_backing
         self.warnings += disks.check(path, force=force)
         backing = Backing(path, force=force)

@@ -126,7 +126,7 @@ def is_ending(pid: int) -> bool:
     False if that is unknown.
     """
     try:
-        with open(f"/proc/{pid}/status", "rb") as status:  # noqa: PTH123
+        with open(f"/proc/{pid}/status", "rb") as status:
             lines = dict(line.split(b":", 1) for line in status.read().splitlines() if b":" in line)
     except (FileNotFoundError, ProcessLookupError):
         return pid != UNSEEN

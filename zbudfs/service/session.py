@@ -12,8 +12,9 @@ Children of the daemon are in the same cgroup. A service of the system, such as 
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
+
+from zbudfs.store.files import below, read_bytes
 
 SESSIONS: Final = re.compile(
     r"/(user|machine)\.slice(/|$)|\.scope$|/(getty|serial-getty|console-getty|sshd?|cron|atd)[@.]"
@@ -41,7 +42,7 @@ _LONGEST_NAME: Final = 80
 def cgroup_of(pid: int | str, root: str = "/") -> str:
     """Return the cgroup of a process for systemd, such as "/user.slice/x.scope"; empty if it cannot be read."""
     try:
-        lines = Path(root, "proc", str(pid), "cgroup").read_text(errors="replace").splitlines()
+        lines = read_bytes(f"proc/{pid}/cgroup", root).decode(errors="replace").splitlines()
     except OSError:
         return ""
     named = {
@@ -71,7 +72,7 @@ def scope_command(name: str, *, every: bool = True, root: str = "/") -> list[str
 
     `name` is part of the scope's name. `every` False leaves out the properties that old versions of systemd refuse.
     """
-    if not Path(root, "run/systemd/system").is_dir() or not ends_with_session(cgroup_of("self", root)):
+    if not os.path.isdir(below(root, "run/systemd/system")) or not ends_with_session(cgroup_of("self", root)):
         return []
     import shutil  # imported here, since the daemon imports this module too
 

@@ -12,12 +12,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
 from typing import Final
 
 from zbudfs.core.packing import ZBUD, Packing
 from zbudfs.core.sizes import format_size, parse_size_or_percent
 from zbudfs.service.mountpoint import SOURCE, escape_path
+from zbudfs.store.files import below, read_text
 
 PAGE_BYTES: Final = 4096
 MIN_SIZE_BYTES: Final = 1 << 20
@@ -110,11 +110,11 @@ class Settings:
 
 def ram_bytes(root: str = "/") -> int:
     """Return the RAM of this machine, in bytes (MemTotal). `root` holds `proc/`; raises OSError, ValueError."""
-    for line in Path(root, "proc/meminfo").read_text().splitlines():
+    for line in read_text("proc/meminfo", root).splitlines():
         name, _, value = line.partition(":")
         if name == "MemTotal":
             return int(value.split()[0]) * 1024
-    raise ValueError(f"no MemTotal in {Path(root, 'proc/meminfo')}")
+    raise ValueError(f"no MemTotal in {below(root, 'proc/meminfo')}")
 
 
 def default_size_bytes(ram: int) -> int:

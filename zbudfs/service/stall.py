@@ -46,8 +46,8 @@ class Stall:
     def _find(self) -> set[tuple[int, int]]:
         found: set[tuple[int, int]] = set()
         with contextlib.suppress(OSError):  # the process has ended
-            for thread in os.listdir(self._folder):  # noqa: PTH208
-                with contextlib.suppress(OSError), open(f"{self._folder}/{thread}/status", "rb") as status:  # noqa: PTH123
+            for thread in os.listdir(self._folder):
+                with contextlib.suppress(OSError), open(f"{self._folder}/{thread}/status", "rb") as status:
                     lines = dict(line.split(b":", 1) for line in status.read().splitlines() if b":" in line)
                     if lines.get(b"State", b"?").split()[0] == b"D":
                         found.add((int(thread), int(lines.get(b"voluntary_ctxt_switches", b"0"))))

@@ -14,8 +14,9 @@ Every level counts, from the process's own up to the root of the tree. Without a
 
 import contextlib
 import os
-from pathlib import Path
 from typing import Final, NamedTuple
+
+from zbudfs.store.files import below, read_text
 
 UNLIMITED: Final = 1 << 62
 _STAT_BYTES: Final = 8192
@@ -40,15 +41,18 @@ class CgroupLimit:
         self._levels: list[_Level] = []
         with contextlib.suppress(OSError, ValueError, IndexError):
             for folder, top, version in _trees(root):
-                while folder.is_relative_to(top):
+                self._open(folder, version)
+                while folder != top:
+                    folder = os.path.dirname(folder)
                     self._open(folder, version)
-                    folder = folder.parent
 
-    def _open(self, folder: Path, version: int) -> None:
+    def _open(self, folder: str, version: int) -> None:
         limit, usage, word = _VERSIONS[version - 1]
         fds: list[int] = []
         try:
-            fds.extend(os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC) for name in (limit, usage, "memory.stat"))
+            fds.extend(
+                os.open(f"{folder}/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in (limit, usage, "memory.stat")
+            )
         except OSError:  # the root of the tree has no limit
             for fd in fds:
                 os.close(fd)
@@ -77,20 +81,20 @@ def _number_after(word: bytes, text: bytes) -> int:
     return 0
 
 
-def _trees(root: str) -> list[tuple[Path, Path, int]]:
+def _trees(root: str) -> list[tuple[str, str, int]]:
     """Return (this process's folder, root of the tree, version) of each tree that may have the memory controller."""
     paths = {}
     # Split at newlines only: users choose names of cgroups and mountpoints, and the kernel escapes no other separator.
-    for line in os.fsdecode(Path(root, "proc/self/cgroup").read_bytes()).rstrip("\n").split("\n"):
+    for line in read_text("proc/self/cgroup", root).rstrip("\n").split("\n"):
         _, controllers, path = line.split(":", 2)
         if not controllers or "memory" in controllers.split(","):
             paths[2 if not controllers else 1] = path.lstrip("/")
     found = []
-    for line in os.fsdecode(Path(root, "proc/self/mounts").read_bytes()).rstrip("\n").split("\n"):
+    for line in read_text("proc/self/mounts", root).rstrip("\n").split("\n"):
         words = line.split(" ")
         version = {"cgroup": 1, "cgroup2": 2}.get(words[2], 0)
         if version in paths and (version == 2 or "memory" in words[3].split(",")):
-            top = Path(root, words[1].lstrip("/"))
-            folder = top / paths[version]
-            found.append((folder if folder.is_dir() else top, top, version))
+            top = below(root, words[1])
+            folder = below(top, paths[version])
+            found.append((folder if os.path.isdir(folder) else top, top, version))
     return found

@@ -16,12 +16,12 @@ import fcntl
 import os
 import stat
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from zbudfs.core.errors import BackingError, BackingFull, LayoutError
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store.arena import fallocate, file_system_number
+from zbudfs.store.files import read_text
 from zbudfs.store.foreign import describe
 from zbudfs.store.space import DEVICE_END, DEVICE_START, FIXED_MARK, MAGIC, SEGMENT_BYTES, BlockDevice, space_of
 
@@ -58,7 +58,7 @@ def claim(path: str, *, force: bool = False) -> Claimed:
         status: os.stat_result | None = os.lstat(path)
         if status is not None and stat.S_ISLNK(status.st_mode):
             real = os.path.realpath(path)
-            status = os.stat(real) if os.path.exists(real) else None  # noqa: PTH110, PTH116
+            status = os.stat(real) if os.path.exists(real) else None
             if status is None or not stat.S_ISBLK(status.st_mode):
                 raise BackingError(
                     f"cannot open the backing file {shown(path)}: it is a symbolic link; name the file itself"
@@ -80,7 +80,7 @@ def claim(path: str, *, force: bool = False) -> Claimed:
 def empty_left(path: str) -> None:
     """Empty a backing that a dead daemon has left at `path`; do nothing if it is no backing, or in use again. OSError."""
     with contextlib.suppress(BackingError):
-        mode = os.stat(path).st_mode  # noqa: PTH116
+        mode = os.stat(path).st_mode
         is_device = stat.S_ISBLK(mode)
         if not is_device and not stat.S_ISREG(mode):
             return
@@ -108,10 +108,10 @@ def _doubt(path: str, status: os.stat_result | None) -> str | None:
             return f"the file has {status.st_nlink} names (hard links), and one of them may be another user's"
         if stat.S_ISBLK(status.st_mode) and status.st_mode & stat.S_IWOTH:
             return "every user may write to the device"
-    folder = os.path.dirname(os.path.realpath(os.path.dirname(path)) + "/x")  # noqa: PTH120
+    folder = os.path.dirname(os.path.realpath(os.path.dirname(path)) + "/x")
     while True:
         try:
-            found = os.stat(folder)  # noqa: PTH116
+            found = os.stat(folder)
         except OSError as error:
             raise BackingError(f"cannot examine the folder {shown(folder)} of the backing: {error.strerror}") from None
         if found.st_uid not in ours:
@@ -121,7 +121,7 @@ def _doubt(path: str, status: os.stat_result | None) -> str | None:
             return f"other users may write to the folder {shown(folder)}, and could put another file in its place"
         if folder == "/":
             return None
-        folder = os.path.dirname(folder)  # noqa: PTH120
+        folder = os.path.dirname(folder)
 
 
 # ---- users -------------------------------------------------------------------------------------------------------------
@@ -130,9 +130,9 @@ def _doubt(path: str, status: os.stat_result | None) -> str | None:
 def _refuse_swap(path: str, status: os.stat_result) -> None:
     """Raise BackingError if the file or device is active swap: the kernel keeps pages of programs there."""
     with contextlib.suppress(OSError):
-        for line in Path(SWAPS).read_text().splitlines()[1:]:
+        for line in read_text(SWAPS).splitlines()[1:]:
             with contextlib.suppress(OSError):
-                found = os.stat(line.split()[0].encode().decode("unicode_escape"))  # noqa: PTH116
+                found = os.stat(line.split()[0].encode().decode("unicode_escape"))
                 same = (
                     found.st_rdev == status.st_rdev if stat.S_ISBLK(status.st_mode) else os.path.samestat(found, status)
                 )
@@ -144,11 +144,11 @@ def _user_of_device(number: int) -> str:
     """Return the user of a busy block device, for a sentence. The result is a guess."""
     name = f"{os.major(number)}:{os.minor(number)}"
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        for line in read_text("/proc/self/mountinfo").splitlines():
             if line.split()[2] == name:
                 return f"it is mounted on {line.split()[4]}"
     with contextlib.suppress(OSError):
-        holders = sorted(each.name for each in Path(f"/sys/dev/block/{name}/holders").iterdir())
+        holders = sorted(os.listdir(f"/sys/dev/block/{name}/holders"))
         if holders:
             return f"it is part of {', '.join(f'/dev/{each}' for each in holders)}"
     return "it is in use: another zbudfs, a mount in another namespace, or another driver uses it, or a part of it"
@@ -170,7 +170,7 @@ def _claim_file(path: str, status: os.stat_result | None, *, force: bool) -> Cla
         _refuse_swap(path, status)
         size = _fixed_size(old_fd, path, status, force=force)
         try:
-            os.unlink(path)  # noqa: PTH108
+            os.unlink(path)
         except OSError:  # the file is a mount of its own, as in containers, and cannot be replaced
             return _prepare(os.dup(old_fd), path, size, created=False)
         return _create(path, size)
@@ -249,7 +249,7 @@ def _prepare(fd: int, path: str, size: int | None, *, created: bool) -> Claimed:
     except BaseException as error:
         if created:
             with contextlib.suppress(OSError):
-                os.unlink(path)  # noqa: PTH108
+                os.unlink(path)
         os.close(fd)
         if isinstance(error, OSError):
             kind = BackingFull if error.errno in FULL else BackingError

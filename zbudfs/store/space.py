@@ -215,7 +215,7 @@ def _discard_limits(number: int, sys: str) -> tuple[int, int]:
     folder = f"{sys}/dev/block/{os.major(number)}:{os.minor(number)}"
     for queue in (f"{folder}/queue", f"{folder}/../queue"):  # a partition has the queue of its disk
         try:
-            with open(f"{queue}/discard_max_bytes") as most, open(f"{queue}/discard_granularity") as granularity:  # noqa: PTH123
+            with open(f"{queue}/discard_max_bytes") as most, open(f"{queue}/discard_granularity") as granularity:
                 return int(most.read()), max(int(granularity.read()), PAGE_SIZE)
         except (OSError, ValueError):
             continue
