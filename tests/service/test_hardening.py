@@ -2,17 +2,18 @@
 """Hardening: the choice of memory to make present, and the real thing in its own process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zbudfs.core.maps import Mapping, parse_maps
-from zbudfs.service.hardening import MAIN_STACK_BYTES, protect_from_oom_killer, ranges_to_fill
+from zbudfs.service.hardening import MAIN_STACK_BYTES, THREAD_STACK_BYTES, protect_from_oom_killer, ranges_to_fill
 
 MAPS = b"""\
 00400000-00401000 r-xp 00001000 fd:00 100   /usr/bin/python3.11
@@ -147,3 +148,48 @@ def test_threads_inherit_the_scheduling(hardened: dict[str, Any]) -> None:
     """The main thread and later threads have the same scheduling."""
     first, later = hardened["scheduler"]
     assert first == later
+
+
+STACK: Final = """
+import json, logging, re, threading, traceback
+from zbudfs.core.maps import parse_maps
+from zbudfs.service import hardening
+
+def fail(depth):
+    try:
+        if depth:
+            fail(depth - 1)
+        raise OSError(5, "made up")
+    except OSError as error:
+        raise ValueError("made up") from error
+
+def work():
+    try:
+        fail(20)
+    except ValueError:
+        logging.exception("an error with %d causes", 20)
+    re.compile(r"(?P<a>(a|b(c|(d|e(f|g)))))+[^x]*(?:x{1,3}|y?)$").match("abcdefg" * 100)
+    list(parse_maps(open("/proc/self/maps", "rb")))
+    json.loads(json.dumps([[[[{"a": {"b": [1, 2, {"c": []}]}}]]]]))
+    # The identity of a thread is an address at the top of its stack.
+    address = threading.get_ident()
+    with open("/proc/self/smaps", "rb") as lines:
+        for line in lines:
+            if any(each.start <= address < each.end for each in parse_maps([line])):
+                print(json.dumps([int(next(lines).split()[1]) for _ in range(4)]))
+
+hardening.before_threads(0)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.needs("root")
+def test_the_stack_of_a_thread_is_large_enough() -> None:
+    """A thread that does more than those of the daemon uses half of its stack at most."""
+    run = subprocess.run([sys.executable, "-c", STACK], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    size, page, _, used = json.loads(run.stdout)
+    assert size == max(THREAD_STACK_BYTES, os.sysconf("SC_THREAD_STACK_MIN")) >> 10
+    assert page <= used <= size // 2
