@@ -185,7 +185,7 @@ def test_missing_parts_for_sleep(healthy: Path, missing: str, check: Check, reme
         ("proc/self/status", "CapEff: 00000000a80425fb", rights.check_capabilities, "problem", "CAP_SYS_ADMIN"),
         ("proc/self/status", "CapEff: 1fffff7ffff", rights.check_capabilities, "problem", "CAP_SYS_PTRACE"),
         ("proc/self/status", "CapEff: 0", rights.check_memlock, "problem", "8 MiB: the daemon itself may be swapped"),
-        ("sys/fs/cgroup/user.slice/memory.max", str(128 << 20), rights.check_cgroup, "problem", "128 MiB"),
+        ("sys/fs/cgroup/user.slice/memory.max", str(96 << 20), rights.check_cgroup, "problem", "96 MiB"),
         ("sys/fs/cgroup/user.slice/a/memory.max", str(1 << 30), rights.check_cgroup, "warning", "1 GiB"),
         ("sys/fs/cgroup/user.slice/a/memory.max", "max", rights.check_cgroup, "ok", "no limit"),
     ],
@@ -478,11 +478,11 @@ def test_a_configuration(healthy: Path, capsys: pytest.CaptureFixture[str]) -> N
             256,
             "zbud",
             "warning",
-            "the pool can save nothing; with the default size and pool, zbudfs does not pay below 304 MiB of RAM",
+            "the pool can save nothing; with the default size and pool, zbudfs does not pay below 288 MiB of RAM",
         ),
         (256, "zbud", "warning", "use --packing dense, zram if the kernel has it, or swap on a disk"),
-        (256, "dense", "ok", "which saves 121.8 MiB (69.4 MiB with the memory of typical programs)"),
-        (512, "zbud", "ok", "zbudfs itself takes 71.2 MiB (processes 66 MiB, buffers 3 MiB, tables 2.2 MiB)"),
+        (256, "dense", "ok", "which saves 127.8 MiB (75.4 MiB with the memory of typical programs)"),
+        (512, "zbud", "ok", "zbudfs itself takes 65.2 MiB (processes 60 MiB, buffers 3 MiB, tables 2.2 MiB)"),
         (8192, "zbud", "ok", "and the pool 2 GiB, of this machine's 8 GiB of RAM"),
     ],
 )
@@ -505,4 +505,4 @@ def test_instances_take_more(healthy: Path, capsys: pytest.CaptureFixture[str]) 
     """Each instance has its own processes, so several take more."""
     put(healthy, "etc/zbudfs/swap.toml", "instances = 4")
     main(["doctor", "--root", str(healthy), "swap"])
-    assert "(processes 264 MiB, buffers" in capsys.readouterr().out
+    assert "(processes 240 MiB, buffers" in capsys.readouterr().out

@@ -352,7 +352,7 @@ def test_a_mount_taken_away_lazily_is_no_obstacle(tmp_path: Path) -> None:
 
 @pytest.mark.needs("root", "fuse")
 @pytest.mark.parametrize(
-    ("ram_mib", "words"), [(256, "does not pay below 304 MiB of RAM"), (512, "which saves"), (4096, "")]
+    ("ram_mib", "words"), [(256, "does not pay below 288 MiB of RAM"), (512, "which saves"), (4096, "")]
 )
 def test_a_machine_with_little_ram(
     ram_mib: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -93,7 +93,8 @@ def test_the_largest_size(ram: int, packing: str) -> None:
     ("ram", "packing", "worthwhile"),
     [
         (256 * MIB, "zbud", False),
-        (288 * MIB, "zbud", False),
+        (272 * MIB, "zbud", False),
+        (288 * MIB, "zbud", True),
         (384 * MIB, "zbud", True),
         (512 * MIB, "zbud", True),
         (96 * MIB, "dense:7", False),

@@ -193,3 +193,40 @@ def test_the_stack_of_a_thread_is_large_enough() -> None:
     size, page, _, used = json.loads(run.stdout)
     assert size == max(THREAD_STACK_BYTES, os.sysconf("SC_THREAD_STACK_MIN")) >> 10
     assert page <= used <= size // 2
+
+
+PARTS: Final = """
+import json
+from zbudfs.core.maps import parse_maps
+from zbudfs.service import hardening
+from zbudfs.store.cipher import KEY_BYTES, BlockCipher
+
+def present():
+    # KiB of the libraries that run in part: pages of files, and pages that this process has changed
+    found = {"Rss": 0, "Anonymous": 0}
+    ours = False
+    for line in open("/proc/self/smaps", "rb"):
+        for mapping in parse_maps([line]):
+            ours = any(part in mapping.name for part in hardening.RUN_IN_PART)
+        name = line.split(b":")[0].decode()
+        if ours and name in found:
+            found[name] += int(line.split()[1])
+    return [found["Rss"] - found["Anonymous"], found["Anonymous"]]
+
+cipher = BlockCipher(bytes(range(KEY_BYTES)))
+out = [present()]
+hardening.drop_unused_code()
+out.append(present())
+cipher.warm_up()
+out.append(present())
+print(json.dumps(out))
+"""
+
+
+def test_libraries_are_left_but_for_the_parts_in_use() -> None:
+    """Unchanged pages go, and come back as they are used. Pages that the linker has changed stay."""
+    run = subprocess.run([sys.executable, "-c", PARTS], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    loaded, dropped, used = json.loads(run.stdout)
+    assert dropped[0] < used[0] < loaded[0]
+    assert 0 < loaded[1] == dropped[1] == used[1]

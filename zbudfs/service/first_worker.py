@@ -131,6 +131,9 @@ class FirstWorker:
         """Get ready for the death of the first worker, which serves. The keeper acts when swap is dead: lock its memory."""
         self.has_served = True
         warnings = self._resources.warnings
+        hardening.drop_unused_code()
+        if self._resources.backing is not None:
+            self._resources.backing.warm_up()  # a worker that is forked while swap is dead finds this code in RAM
         refused = hardening.lock_memory([(arena.address, arena.size) for arena in self._resources.memory.arenas])
         warnings += [text for text in refused if text not in warnings]
         for warning in warnings:

@@ -13,8 +13,8 @@ from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.service.settings import MIN_SIZE_BYTES, Settings, SettingsError
 from zbudfs.store.memory import MemorySizes
 
-PROCESSES_BYTES: Final = 66 << 20
-"""RAM of keeper, worker and standby of an empty daemon, without the store's memory: 17 + 19 + 19 MiB of their own, and 10 MiB
+PROCESSES_BYTES: Final = 60 << 20
+"""RAM of keeper, worker and standby of an empty daemon, without the store's memory: 15 + 17 + 17 MiB of their own, and 11 MiB
 of libraries that they share. Measured: `grep -E '^(Pss_Anon|Shared_Clean)' /proc/PID/smaps_rollup` of the three."""
 
 TYPICAL_ZPAGES: Final = {"zbud": 1.93, "dense": 3.18}

@@ -74,10 +74,14 @@ _MCL_CURRENT: Final = 1
 _MCL_FUTURE: Final = 2
 _MCL_ONFAULT: Final = 4
 
+_MADV_DONTNEED: Final = 4
 _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 
 _PAGE_BYTES: Final = resource.getpagesize()
+_ABSENT: Final = 0b000
+_OF_FILE: Final = 0b101
+"""The upper bits of a page's entry in pagemap: present, swapped, of a file."""
 _OOM_KNOB: Final = "proc/self/oom_score_adj"
 _OOM_NEVER: Final = -1000
 
@@ -119,6 +123,30 @@ def lock_memory(skip: Iterable[tuple[int, int]] = ()) -> list[str]:
     gc.disable()
     refusals = [_grow_main_stack(MAIN_STACK_BYTES), _populate(tuple(skip)), lock_all()]
     return [refusal for refusal in refusals if refusal]
+
+
+def drop_unused_code() -> None:
+    """Take the libraries that run in part, or never, out of this process, but for pages of its own.
+
+    To load them has touched more pages than their use will. The caller then uses once what is needed. A process that is forked
+    has none of these pages anyway.
+    """
+    madvise = _libc().madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    with contextlib.suppress(OSError):
+        for mapping in _own_mappings():
+            name = mapping.name.rpartition("/")[2]
+            if any(part in name for part in RUN_IN_PART + NEVER_RUN) and _is_unchanged(mapping):
+                madvise(mapping.start, mapping.end - mapping.start, _MADV_DONTNEED)
+
+
+def _is_unchanged(mapping: Mapping) -> bool:
+    """Return whether all present pages of a mapping are those of its file. The linker has changed some. OSError."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        entries = os.pread(
+            pagemap.fileno(), (mapping.end - mapping.start) // _PAGE_BYTES * 8, mapping.start // _PAGE_BYTES * 8
+        )
+    return all(entry >> 61 in (_ABSENT, _OF_FILE) for entry in memoryview(entries).cast("Q"))
 
 
 # ---- the whole process -------------------------------------------------------------------------------------------
