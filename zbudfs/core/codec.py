@@ -29,6 +29,9 @@ from zbudfs.core.dictionary import DICTIONARY
 from zbudfs.core.errors import PageLost
 from zbudfs.core.units import PAGE_SIZE, PAGE_WORDS, WORD_SIZE
 
+Decompress = Callable[[memoryview, int], bytes]
+"""The type of a function that returns the content of a zpage. The number is the size of a page in bytes."""
+
 DEFAULT_LEVEL: Final = -1
 MIN_LEVEL: Final = -7
 MAX_LEVEL: Final = 19

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from zbudfs.core.allocator import EPHEMERAL_KIND, INDEX_MASK, PERSISTENT_KIND, REF_BITS, Allocator
-from zbudfs.core.codec import check_of, is_word
+from zbudfs.core.codec import Decompress, check_of, is_word
 from zbudfs.core.page_table import BLOCK, FRAME, RAW_BLOCK, PageTable, entry, entry_kind, moved_entry
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, WORD_SIZE
 
@@ -65,11 +65,11 @@ class Reference:
             done += 1
         return page, done
 
-    def read(self, page: int, count: int, decompress: Callable[[memoryview, int], bytes]) -> bytes | None:
+    def read(self, page: int, count: int, decompress: Decompress) -> bytes | None:
         """Return None: store/contents.py reads every page."""
         return None
 
-    def make_ready(self, decompress: Callable[[memoryview, int], bytes]) -> bool:
+    def make_ready(self, decompress: Decompress) -> bool:
         """Return False: no page is made ready ahead of a reader."""
         return False
 
@@ -114,7 +114,7 @@ class Reference:
         block: int,
         live: int,
         wanted: dict[int, int],
-        decompress: Callable[[memoryview, int], bytes],
+        decompress: Decompress,
     ) -> dict[int, bytes] | None:
         """Return None: store/block_reads.py fills the frame, and store/contents.py reads every page."""
         return None

@@ -67,7 +67,7 @@ def without_docstrings(code: CodeType) -> CodeType:
 
 
 def _docstring(code: CodeType) -> int | None:
-    """Return the index of the constant that is the docstring, and has no other use; None if there is none."""
+    """Return the index of the docstring among the constants. Return None if the code has none, or uses it as a value too."""
     instructions = code.co_code
     if code.co_flags & _OPTIMIZED:
         at, loads = 0, 0  # Python takes it from the first place, and no instruction loads it

@@ -135,7 +135,7 @@ def layers(path: str, root: str = "/", depth: int = _DEEPEST) -> list[str]:
 
 
 def _device_number(path: str, root: str) -> str | None:
-    """Return the number of the block device at `path` as "major:minor"; None if there is none."""
+    """Return the number of the block device at `path` as "major:minor". Return None if the path names no block device."""
     try:
         status = os.stat(below(root, path))
     except OSError as error:

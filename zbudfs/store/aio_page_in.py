@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 
 from zbudfs.core.allocator import REF_BITS
+from zbudfs.core.codec import Decompress
 from zbudfs.core.errors import PageLost
 from zbudfs.core.latency import Latencies, Timed
 from zbudfs.core.page_table import BLOCK, LOST, entry_kind, entry_ref
@@ -117,7 +118,7 @@ class PageRead(Read):
         self.number = number
         self.slot = slot
         self.block: Block | None = None
-        """The block, once another request wants it too."""
+        """The block with its requests. It is None while no other request wants the block."""
         self.began = time.perf_counter_ns()
 
     def shared(self) -> Block:
@@ -139,7 +140,7 @@ class AioPageIn:
         reads: BlockReads,
         backing: Backing | None,
         latencies: Latencies,
-        decompress: Callable[[memoryview, int], bytes],
+        decompress: Decompress,
     ) -> None:
         self._state = state
         self._entries = state.table.entries
@@ -317,21 +318,21 @@ class AioPageIn:
     def _kept(self, number: int, slot: int, before: dict[int, int], *, wanted: bool) -> tuple[dict[int, bytes], bool]:
         """Keep a block as an ephemeral frame. Return the contents of the pages in `before`, and whether the block was kept.
 
-        Without a frame, a block that is not `wanted` (read-ahead) is not looked at.
+        If no frame is free, the method ignores a block of the read-ahead, which is not `wanted`.
         """
         assert self._backing is not None
+        frame, bounce = self._reads.frame(), self._state.pool.bounce
+        if frame == NO_FRAME and not (wanted and bounce):
+            return {}, False
         content = self.queue.slots[slot]
         self._backing.decrypt(number, (content,))
-        frame = self._reads.frame()
-        if frame != NO_FRAME:
+        if frame == NO_FRAME:
+            frame = bounce.pop()
+        else:
             found = self._state.page_in(frame, content, number, before, self._decompress)
             if found is not None:
                 return found, True
             self._state.allocator.fill_prep(frame)
-        elif wanted and self._state.pool.bounce:
-            frame = self._state.pool.bounce.pop()
-        else:
-            return {}, False
         self._state.allocator.frame_bytes(frame)[:] = content
         found = self._contents_in(frame, before)
         return found, self._reads.keep(frame, number, before, before, whole=bool(found) or not wanted)

@@ -81,9 +81,9 @@ class BlockReads:
         return found
 
     def frame(self) -> int:
-        """Take a frame for the copy of a block. NO_FRAME: there is none.
+        """Take a frame for the copy of a block. Return NO_FRAME if the pool has none to give.
 
-        It is the coldest ephemeral frame if writes need the free ones.
+        The method drops the coldest ephemeral frame first if writes need the free ones.
         """
         pool = self._pool
         if pool.free_frames <= self._limit.watermarks.low_frames and not self._state.drop_ephemeral():
@@ -91,7 +91,7 @@ class BlockReads:
         return pool.take_frame()
 
     def frame_to_fill(self) -> int:
-        """Take a frame that stays unevictable until it is given to `keep` with the copy of a block. NO_FRAME: there is none."""
+        """Take a frame like `frame`, and make it unevictable until the caller gives it to `keep`."""
         frame = self.frame()
         if frame != NO_FRAME:
             self._state.allocator.fill_prep(frame)

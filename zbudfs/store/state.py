@@ -12,7 +12,6 @@ reader of the page table alone always finds whole pages.
 """
 
 from array import array
-from collections.abc import Callable
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -26,7 +25,7 @@ from zbudfs.core.allocator import (
     REF_BITS,
 )
 from zbudfs.core.block_map import SEGMENT_BLOCKS, BlockMap
-from zbudfs.core.codec import WORD_ZPAGE_SIZE, check_of, check_of_raw, word_zpage
+from zbudfs.core.codec import WORD_ZPAGE_SIZE, Decompress, check_of, check_of_raw, word_zpage
 from zbudfs.core.page_table import (
     ABSENT,
     BLOCK,
@@ -261,7 +260,7 @@ class State:
         content: memoryview,
         block: int,
         wanted: dict[int, int],
-        decompress: Callable[[memoryview, int], bytes],
+        decompress: Decompress,
     ) -> dict[int, bytes] | None:
         """Make a free frame the copy of a held block, with its content, and return the contents of the wanted pages.
 
