@@ -47,7 +47,7 @@ class BuildShim(build_ext):
         super().build_extensions()
 
 
-HOT = [f"zbudfs/core/{name}.c" for name in ("hot", "hot_disk", "hot_zbud", "hot_dense")]
+HOT = [f"zbudfs/core/{name}.c" for name in ("hot", "hot_disk", "hot_reads", "hot_zbud", "hot_dense")]
 
 setup(
     ext_modules=[

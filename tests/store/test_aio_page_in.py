@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import cast
@@ -23,15 +26,25 @@ from kit.nbd import nbd_disk
 from kit.programs import run_tool
 from tests.store.faulty import FaultyBacking
 from tests.store.rig import backed_store, block_of, drop, get, in_block, in_ram, put, quiet, trio_test, until
-from tests.support import ROOT
+from tests.support import LIMIT_SECONDS, ROOT
 from zbudfs.core.errors import PageLost
+from zbudfs.core.latency import BUCKETS, Timed
 from zbudfs.core.units import PAGE_SIZE
 from zbudfs.store import read_queue
 from zbudfs.store._aio import Queue
+from zbudfs.store.aio_page_in import AioPageIn
 from zbudfs.store.cipher import KEY_BYTES, BlockCipher
 from zbudfs.store.page_store import PageStore
 
 pytestmark = pytest.mark.usefixtures("packing")
+
+
+@pytest.fixture(autouse=True, params=["C", "Python"])
+def language(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Try the reads of single pages in C, and their specification."""
+    if request.param == "Python":
+        monkeypatch.setattr(AioPageIn, "_use_c", lambda _: None)
+    return str(request.param)
 
 
 class HeldQueue:
@@ -157,8 +170,10 @@ async def test_a_page_comes_without_a_task_and_its_block_is_kept(
         assert await client.answer(client.read(number)) == content_of(number)
         assert not backing.calls_of("read_blocks")
         assert in_ram(store, number)
-        assert store.aio.requests == 1
         assert store.statistics().cumul_pagein_blocks == 1
+        row = store.memory.status_area.latencies.row(Timed.PAGEIN).tolist()
+        counts, (nanoseconds, longest) = row[:BUCKETS], row[BUCKETS:]
+        assert counts.index(1) == (nanoseconds // 1000).bit_length() and sum(counts) == 1 and longest == nanoseconds > 0
 
 
 @trio_test
@@ -308,10 +323,23 @@ async def test_the_kernel_takes_only_some(tmp_path: Path, monkeypatch: pytest.Mo
             await drop(store, number)
         client.queue.most = 1
         assert client.read(first, 10) is None
-        await until(lambda: not store.aio._runs, "the run that was taken is over")
+        await until(lambda: not store.aio.in_flight, "the run that was taken is over")
         assert len(store.aio.queue.free) == read_queue.SLOTS
         await quiet(store)
         assert await get(store, first) == content_of(first)
+
+
+@trio_test
+async def test_the_kernel_takes_no_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The read does not begin. No slot is lost, no block is held, and a later read begins."""
+    async with reading(tmp_path, monkeypatch) as (store, _, client):
+        number = cold(store)[0]
+        client.queue.most = 0
+        assert client.read(number) is None
+        assert len(store.aio.queue.free) == read_queue.SLOTS and not store.aio.in_flight
+        assert not store.state.is_held(block_of(store, number))
+        client.queue.most = read_queue.SLOTS
+        assert await client.answer(client.read(number)) == content_of(number)
 
 
 @trio_test
@@ -372,7 +400,7 @@ async def test_anything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                         open_reads[key] = (number, count, [len(history[number + at]) - 1 for at in range(count)])
             if step % 50 == 49:
                 client.queue.release()
-                await until(lambda: not store.aio._runs, "all reads are over")
+                await until(lambda: not store.aio.in_flight, "all reads are over")
             for key, (number, count, since) in list(open_reads.items()):
                 content = client.answers.get(key)
                 if content is None:
@@ -383,7 +411,7 @@ async def test_anything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                     checked += 1
                 del open_reads[key]
         client.queue.release()
-        await until(lambda: not store.aio._runs, "all reads are over")
+        await until(lambda: not store.aio.in_flight, "all reads are over")
         await quiet(store)
         assert checked > 50
         for number, versions in history.items():
@@ -442,9 +470,34 @@ def test_a_queue_with_wrong_arguments() -> None:
         queue.submit(0, [(0, [0])])
 
 
+def test_a_queue_gives_some_at_a_time(tmp_path: Path) -> None:
+    """If many reads have ended, `reap` returns some of them, and the descriptor stays readable until all were returned."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(16 * PAGE_SIZE))
+    queue = Queue(16)
+    fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    try:
+        head, tail = (ctypes.c_uint32.from_address(queue.ring() + at) for at in (0, 4))
+        for number in range(16):
+            assert queue.submit_one(fd, number * PAGE_SIZE, number)
+        end = time.monotonic() + LIMIT_SECONDS
+        while tail.value - head.value < 16 and time.monotonic() < end:
+            time.sleep(0.001)
+        parts = []
+        while select.select([queue.fileno()], [], [], 0)[0]:
+            parts.append(queue.reap())
+        assert [len(part) for part in parts] == [6, 6, 4]
+        assert sorted(slot for part in parts for slot, _ in part) == list(range(16))
+        assert queue.reap() == []
+    finally:
+        os.close(fd)
+        queue.close()
+
+
 DYING = """
 import os, sys, time
 from zbudfs.store._aio import Queue
+from zbudfs.store.aio_page_in import AioPageIn
 fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
 queue = Queue(4)
 assert queue.submit(fd, [(0, [0])]) == 1

@@ -9,6 +9,7 @@ no write elsewhere), views that a caller keeps, and kills at any instruction.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import random
@@ -18,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import pytest
 import trio
@@ -31,12 +33,13 @@ from tests.core.frames import lru_of
 from tests.core.samples import BIG, HALF, RAW, SMALL, page, text_page
 from tests.store.rig import drop, fill_reserve, get, let_go, packed_by, place_of, put, trio_test
 from tests.support import LIMIT_SECONDS, ROOT
-from zbudfs.core._hot import Hot
+from zbudfs.core._hot import Hot, PageReads
 from zbudfs.core.allocator import NO_REF, REF_BITS
 from zbudfs.core.block_map import BlockMap
 from zbudfs.core.codec import Codec, page_of_word
 from zbudfs.core.dense import Dense
 from zbudfs.core.errors import PageLost
+from zbudfs.core.latency import Timed
 from zbudfs.core.packing import Packing
 from zbudfs.core.page_table import (
     ABSENT,
@@ -54,16 +57,31 @@ from zbudfs.core.page_table import (
 from zbudfs.core.reference import Reference
 from zbudfs.core.units import NO_FRAME, PAGE_SIZE, PAGE_WORDS
 from zbudfs.core.zbud import Zbud
+from zbudfs.store import read_queue
 from zbudfs.store.backing import Backing
 from zbudfs.store.memory import StoreMemory
 from zbudfs.store.page_store import PageStore
+from zbudfs.store.read_queue import SLOTS
+from zbudfs.store.state import HOLD_INDEX
 
 PAGES: Final = 48
 FRAMES: Final = 24
-FAULTS: Final = ("", "", "", "ahead", "changed", "damaged")
-"""Faults of a block that is read; "": none, "ahead": no page of it is wanted."""
+FAULTS: Final = ("", "", "", "shared", "ahead", "changed", "damaged", "refused")
+"""Faults of a block that is read; "": none, "shared": two requests need it, "ahead": no page of it is wanted."""
 WORDS: Final = (0, 7, 1 << 60, (1 << 64) - 3, 0xDEADBEEF << 32 | 0xDEADBEEF, 0x3FB999999999999A, 1 << 63)
 """Zero, each form of a word that fits an entry, and words that do not fit."""
+WEIGHTS: Final = {
+    "write": 40,
+    "read": 14,
+    "read on": 12,
+    "drop": 10,
+    "fill": 1,
+    "filled": 1,
+    "writeback": 11,
+    "take block": 10,
+    "page in": 1,
+}
+"""The relative frequency of each step of the long test."""
 
 
 @pytest.fixture(scope="module", autouse=True, params=["zbud", "dense"])
@@ -82,6 +100,35 @@ def test_the_choice() -> None:
 # ---- both do the same ----------------------------------------------------------------------------------------------
 
 
+class InstantQueue:
+    """A queue that has read a block when a read of it is submitted. A test can change the slots and the result."""
+
+    def __init__(self, nr_slots: int) -> None:
+        self._memory = memoryview(mmap.mmap(-1, nr_slots * PAGE_SIZE))
+        self.done: list[tuple[int, int]] = []
+
+    def slot(self, number: int) -> memoryview:
+        """Return the memory of a slot."""
+        return self._memory[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
+
+    def submit_one(self, fd: int, offset: int, slot: int) -> bool:
+        """Read a block."""
+        self.done.append((slot, os.preadv(fd, [self.slot(slot)], offset)))
+        return True
+
+    def submit(self, fd: int, runs: list[tuple[int, list[int]]]) -> int:
+        """Read runs of one block."""
+        return sum(self.submit_one(fd, offset, slot) for offset, [slot] in runs)
+
+    def reap(self) -> list[tuple[int, int]]:
+        """Return the reads."""
+        done, self.done = self.done, []
+        return done
+
+    def close(self) -> None:
+        """Do nothing: the kernel has no part in it."""
+
+
 class Pair:
     """Two stores that get the same requests. The second one is pure."""
 
@@ -93,10 +140,16 @@ class Pair:
         assert [type(store.state.path) for store in self.stores] == [Hot, Reference]
         self.filled: list[list[tuple[int, int, bytes]]] = [[], []]
         self.next_page = 0
+        self.taken = 0
+        """Number of pages that were read by `take_block`."""
         for store in self.stores:  # without tasks, chance does not decide which frames are ready
             fill_reserve(store.state.pool)
             assert store.state.blocks is not None
             store.state.blocks.add_ready(*store.state.blocks.take_holes(2))
+            with unittest.mock.patch.object(read_queue, "new_queue", InstantQueue):
+                assert store.aio.queue.open()
+            store.aio.reap()
+        assert [store.aio._single is None for store in self.stores] == [False, True]
 
     def write(self, first: int, content: bytes) -> None:
         """Write as many pages as there are frames for."""
@@ -155,24 +208,43 @@ class Pair:
         assert await get(self.stores[0], number) == await get(self.stores[1], number)
 
     def take_block(self, number: int, fault: str) -> None:
-        """Keep the block of a page in the way of aio_page_in.py, with a fault or none."""
-        found = []
+        """Read the block of the first page from `number` on that is in one, like aio_page_in.py, with a fault or none."""
+        found: list[list[object]] = []
         for store in self.stores:
-            entry_now = store.state.table.entries[number]
-            if entry_now & KIND_MASK not in (BLOCK, RAW_BLOCK) or entry_now == LOST:
+            entries = list(store.state.table.entries)
+            in_blocks = [at for at, now in enumerate(entries) if now & KIND_MASK in (BLOCK, RAW_BLOCK) and now != LOST]
+            if not in_blocks:
                 continue
-            block = entry_ref(entry_now) >> REF_BITS
-            content = memoryview(mmap.mmap(-1, PAGE_SIZE))
-            assert store.backing is not None
-            store.backing.read_blocks(block, [content])
-            if fault == "damaged":
+            number = min(in_blocks, key=lambda at, number=number: (at - number) % PAGES)  # type: ignore[misc]
+            if fault == "ahead":
+                found.append(self._read_ahead(store, entry_ref(entries[number]) >> REF_BITS))
+                continue
+            self.taken += 1
+            answers: list[object] = []
+            store.aio.serve(lambda *answer, to=answers: to.append(answer), lambda *again, to=answers: to.append(again))
+            queue = cast(InstantQueue, store.aio.queue._kernel)
+            begun = [store.aio.begin(key, number * PAGE_SIZE, PAGE_SIZE) for key in range(1 + (fault == "shared"))]
+            assert all(begun) and len(queue.done) == 1 == len(store.aio.in_flight)
+            [(slot, result)] = queue.done
+            if fault == "changed":
+                answers.append(store.requests.write_nowait(number * PAGE_SIZE, page(number + 77)))
+            elif fault == "damaged":
+                content = queue.slot(slot)
                 content[::64] = bytes(0xFF ^ byte for byte in content[::64])
-            store.aio.queue.slots = [content]
-            store.state.hold_block(block)
-            before = {number: entry_now ^ (1 << CHECK_SHIFT if fault == "changed" else 0)}
-            found.append(store.aio._kept(block, 0, before if fault != "ahead" else {}, wanted=fault != "ahead"))
-            store.state.release_block(block)
+            queue.done = [(slot, -errno.EIO if fault == "refused" else result)]
+            store.aio.reap()
+            assert not store.aio.in_flight and len(store.aio.queue.free) == SLOTS
+            found.append(answers)
         assert found[:1] == found[1:]
+
+    def _read_ahead(self, store: PageStore, block: int) -> list[object]:
+        """Keep a block that no request needs."""
+        assert store.backing is not None
+        store.backing.read_blocks(block, [store.aio.queue.slots[0]])
+        store.state.hold_block(block)
+        kept = store.aio._kept(block, 0, {}, wanted=False)
+        store.state.release_block(block)
+        return list(kept)
 
     def compare(self) -> None:
         """Compare each byte of each table and frame, and each counter."""
@@ -287,22 +359,23 @@ async def test_the_same_as_python_for_long(tmp_path: Path) -> None:
         vars(allocator).update(_compact=counting)
     for step in range(2500):
         first, count = source.randrange(PAGES - 4), source.randrange(1, 5)
-        if source.random() < 0.55:
+        (what,) = source.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        if what == "write":
             pair.write(first, b"".join(source.choices(samples, k=count)))
-        elif source.random() < 0.35:
+        elif what == "read":
             pair.read(first, count)
-        elif source.random() < 0.5:
+        elif what == "read on":
             pair.read_on(count)
-        elif source.random() < 0.6:
+        elif what == "drop":
             for store in pair.stores:
                 await drop(store, first, count)
-        elif source.random() < 0.2:
+        elif what == "fill":
             pair.begin_filling(first, source.choice((12, 500, 1900)))
-        elif source.random() < 0.3:
+        elif what == "filled":
             pair.end_filling()
-        elif source.random() < 0.8:
+        elif what == "writeback":
             pair.write_back(2, fails=source.random() < 0.3, overwritten=(first, source.choice(samples)))
-        elif source.random() < 0.5:
+        elif what == "take block":
             pair.take_block(first, source.choice(FAULTS))
         else:
             await pair.page_in(first)
@@ -310,6 +383,7 @@ async def test_the_same_as_python_for_long(tmp_path: Path) -> None:
             pair.compare()
     pair.end_filling()
     pair.compare()
+    assert pair.taken > 100
     assert compactions > 50 or not isinstance(allocator, Dense)
     counters = pair.stores[0].zbud_counters()
     assert counters["pers_cumul_zpages"] > 500 and counters["pers_evicted_pageframes"] > 50
@@ -586,6 +660,74 @@ def test_arguments() -> None:
         if short < number - 1 or packing.kind.OWN_BYTES:
             with pytest.raises(ValueError, match=f"buffer {short} has 8 bytes"):
                 Hot(layout, zpages, FRAMES, *large[:short], memoryview(bytearray(8)), *large[short + 1 :])
+
+
+def test_arguments_of_single_reads(tmp_path: Path) -> None:
+    """Wrong tables, counters and slots are refused. A frame that is not free is an error, and changes nothing."""
+    store = PageStore(PAGES * PAGE_SIZE, FRAMES, Backing(str(tmp_path / "backing")), Codec())
+    fill_reserve(store.state.pool)
+    hot, blocks, allocator = store.state.path, store.state.blocks, store.state.allocator
+    assert isinstance(hot, Hot) and blocks is not None
+    blocks.add_ready(*blocks.take_holes(2))
+    row, words = store.memory.status_area.latencies.row(Timed.PAGEIN), store.state.counters.words
+    tables = blocks.live_masks, store.state.written_at, row, words
+    numbers, free = (0, 1, 2, 3), [5, 300]
+    frames = [FRAMES]
+    slots = [memoryview(bytearray(PAGE_SIZE)) for _ in range(6)]
+    calls = (lambda offset, slot: True, frames.pop, lambda block, pieces: None, Codec().decompress)
+
+    def made(**other: object) -> PageReads:
+        given = {"tables": tables, "numbers": numbers, "calls": calls, "free": free, "slots": slots, "start": 0} | other
+        return PageReads(hot, *given.values())  # type: ignore[arg-type]
+
+    for wrong, error in (
+        ({"tables": (blocks.live_masks[:-1], memoryview(bytearray(4)), row, words)}, "a table is too short"),
+        ({"tables": (blocks.live_masks, store.state.written_at, row[:-1], words)}, "a table is too short"),
+        ({"tables": (blocks.live_masks, store.state.written_at, memoryview(bytearray(999))[1:], words)}, "not aligned"),
+        ({"numbers": (0, 1, 2, len(words))}, f"no counter {len(words)}"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            made(**wrong)
+    with pytest.raises(BufferError):
+        made(tables=(bytes(64), store.state.written_at, row, words))
+    for wrong_type in ({"free": ()}, {"slots": ()}, {"tables": ()}, {"numbers": (1,)}, {"calls": ()}):
+        with pytest.raises(TypeError):
+            made(**wrong_type)
+    reads = made()
+    entries = store.state.table.entries
+    entries[7] = entry(BLOCK, 1 << REF_BITS, 5)
+    with pytest.raises(IndexError, match="no slot 300"):
+        reads.begin(1, 7, 0)
+    assert free.pop() == 300
+    entries[8] = entry(BLOCK, blocks.nr_blocks << REF_BITS, 5)
+    entries[9] = LOST
+    assert [reads.begin(1, page, 0) for page in (PAGES, 1 << 63, 6, 8, 9)] == [False] * 5
+    for name, arguments in (("begin", (1, 7)), ("finish", (5,)), ("begin", (1, "7", 0)), ("finish", (5, "1"))):
+        with pytest.raises(TypeError):
+            getattr(reads, name)(*arguments)
+    for slot in (-1, 256):
+        with pytest.raises(IndexError, match=f"no slot {slot}"):
+            reads.take(slot)
+        with pytest.raises(IndexError, match=f"no slot {slot}"):
+            reads.finish(slot, PAGE_SIZE)
+    assert not reads.finish(5, PAGE_SIZE) and reads.take(5) is None, "there is no read yet"
+    assert reads.begin("key", 7, 0) and free == []  # type: ignore[arg-type]
+    assert blocks.live(1) == 1 << HOLD_INDEX
+    assert [(slot, block) for slot, block, _ in reads.in_flight()] == [(5, 1)]
+    assert not reads.begin(2, 7, 0), "the block is held, and no slot is free"
+    free.append(5)
+    assert not reads.begin(2, 7, 0), "the block is held"
+    blocks.live_masks[1] = 0
+    with pytest.raises(AssertionError, match="the read in slot"):
+        reads.begin(2, 7, 0)
+    assert free.pop() == 5
+    before = bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters()
+    with pytest.raises(AssertionError, match="the tables are damaged"):
+        reads.finish(5, PAGE_SIZE)
+    assert before == (bytes(store.memory.frames.view), bytes(store.memory.pages.view), allocator.counters())
+    assert reads.take(5) is not None and reads.take(5) is None and reads.in_flight() == []
+    store.close()
+    let_go(store.memory)
 
 
 def heir_of(store: PageStore, *, pure: bool) -> PageStore:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -24,7 +25,7 @@ class Hot:
         content: bytes | memoryview,
         compress: Callable[[memoryview], bytes],
         state: ColdPath,
-        between: Callable[[], object],
+        between: Callable[[int], object],
         /,
     ) -> int: ...
     def discard(self, page: int, stop: int, most: int, state: ColdPath, /) -> tuple[int, int]: ...
@@ -46,3 +47,27 @@ class Hot:
     def restore(self, ref: int, page: int, /) -> bool: ...
     def read(self, page: int, count: int, decompress: Decompress, /) -> bytes | None: ...
     def make_ready(self, decompress: Decompress, /) -> bool: ...
+
+class PageReads:
+    reply: Callable[[int, bytes], object]
+
+    def __init__(
+        self,
+        hot: Hot,
+        tables: tuple[memoryview, array[int], memoryview, memoryview],
+        counters: tuple[int, int, int, int],
+        calls: tuple[
+            Callable[[int, int], bool],
+            Callable[[], int],
+            Callable[[int, tuple[memoryview]], object],
+            Decompress,
+        ],
+        free: list[int],
+        slots: list[memoryview],
+        start: int,
+        /,
+    ) -> None: ...
+    def begin(self, key: int, page: int, now: int, /) -> bool: ...
+    def finish(self, slot: int, result: int, /) -> bool: ...
+    def take(self, slot: int, /) -> tuple[int, int, int, int, int, int] | None: ...
+    def in_flight(self) -> list[tuple[int, int, int]]: ...

@@ -64,7 +64,8 @@ class BlockMap:
         nexts, prevs = buffer[masks_end:next_end].cast("I"), buffer[next_end:prev_end].cast("I")
         self._lists = IndexLists(nexts, prevs, nr_segments, _LISTS, attach=True)
         live_end = prev_end + nr_segments * SEGMENT_BLOCKS
-        self._live = buffer[prev_end:live_end]
+        self.live_masks = buffer[prev_end:live_end]
+        """The bit mask of the live zpages of each block."""
         fresh_at = -(-(live_end + nr_segments) // 8) * 8
         self._ready = buffer[live_end : live_end + nr_segments]
         self._fresh = buffer[fresh_at : fresh_at + 8].cast("Q")
@@ -92,7 +93,7 @@ class BlockMap:
         fresh = self._fresh[0]
         for start in range(0, fresh * SEGMENT_BLOCKS, len(_NOT_LIVE)):
             end = min(start + len(_NOT_LIVE), fresh * SEGMENT_BLOCKS)
-            self._live[start:end] = _NOT_LIVE[: end - start]
+            self.live_masks[start:end] = _NOT_LIVE[: end - start]
         for segment in range(fresh):
             if beat is not None and not segment % BEAT_SEGMENTS:
                 beat()
@@ -109,7 +110,7 @@ class BlockMap:
         if (
             not 0 < block < self.nr_segments * SEGMENT_BLOCKS
             or not self._ready[segment]
-            or self._live[block] >> index & 1
+            or self.live_masks[block] >> index & 1
         ):
             return False
         mask = self._masks[segment]
@@ -120,7 +121,7 @@ class BlockMap:
             self._link(segment, free - 1)
             self.free_blocks -= 1
             self.used_blocks += 1
-        self._live[block] |= 1 << index
+        self.live_masks[block] |= 1 << index
         return True
 
     @staticmethod
@@ -211,7 +212,7 @@ class BlockMap:
 
     def set_live(self, block: int, live: int) -> None:
         """Record the bit mask of the live zpages of a block from `alloc`; with 0 the block is free again."""
-        self._live[block] = live
+        self.live_masks[block] = live
         if not live:
             self._release(block)
 
@@ -222,15 +223,15 @@ class BlockMap:
 
     def live(self, block: int) -> int:
         """Return the bit mask of the live zpages of a block."""
-        return self._live[block]
+        return self.live_masks[block]
 
     def free(self, block: int, index: int) -> bool:
         """Forget zpage `index` of a block. True if that was the last live one, so that the block is free now."""
         bit = 1 << index
-        live = self._live[block]
+        live = self.live_masks[block]
         if not live & bit:
             raise AssertionError(f"zpage {index} of block {block} is not live")
-        self._live[block] = live ^ bit
+        self.live_masks[block] = live ^ bit
         if live != bit:
             return False
         self._release(block)
@@ -258,7 +259,7 @@ class BlockMap:
         free_blocks = ready = 0
         fresh = self._fresh[0]
         assert not any(self._ready[fresh:]), "I3: a fresh segment is ready"
-        assert not any(self._live[fresh * SEGMENT_BLOCKS :]), "I3: a block of a fresh segment is live"
+        assert not any(self.live_masks[fresh * SEGMENT_BLOCKS :]), "I3: a block of a fresh segment is live"
         for which in range(_LISTS):
             members = list(self._lists.members(which))
             assert len(members) == self._lengths[which], f"length of list {which} is wrong"
@@ -271,6 +272,6 @@ class BlockMap:
                     ready += 1
                 for bit in range(SEGMENT_BLOCKS):
                     if mask >> bit & 1:
-                        assert not self._live[segment * SEGMENT_BLOCKS + bit], "I1: a free block has a live zpage"
+                        assert not self.live_masks[segment * SEGMENT_BLOCKS + bit], "I1: a free block has a live zpage"
         assert free_blocks == self.free_blocks, f"{self.free_blocks} free blocks, a recount gives {free_blocks}"
         assert ready == self.ready_segments, f"{self.ready_segments} ready segments, a recount gives {ready}"

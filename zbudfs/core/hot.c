@@ -30,14 +30,12 @@
    complete before the entry is stored, and the entry is stored before the old place is changed. A process that is killed has
    done all stores up to that point of the program. So it is enough that the compiler keeps the order.
 
-   A large write takes a millisecond, and a reader would have to wait for it. So the write calls `between` after every few pages,
-   when the tables are consistent, and the daemon answers reads there.
+   A large write takes a millisecond, and a reader would have to wait for it. So the write calls `between`, with the number of
+   pages stored so far, after every page, when the tables are consistent. The daemon answers reads there.
 
    All of this runs on the thread that runs trio, with the GIL held except while zstd works. Code that calls Python reads the
    tables again after the call. */
 #include "hot.h"
-
-enum { PAGES_AT_ONCE = 8 }; /* of a write between two calls of `between`: 60 us, while a call takes half a microsecond */
 
 static PyObject *zero_page, *page_size, *name_now, *name_release, *name_take_frame, *name_give_frame, *name_put_word, *name_put,
     *name_free_place;
@@ -65,6 +63,14 @@ static int truth(PyObject *result) {
 static int done(PyObject *result) {
     Py_XDECREF(result);
     return result ? 0 : -1;
+}
+
+/* Call a function with a number. 0, or -1. */
+static int tell(PyObject *function, uint64_t number) {
+    PyObject *argument = PyLong_FromUnsignedLongLong(number);
+    int failed = !argument || done(PyObject_CallOneArg(function, argument));
+    Py_XDECREF(argument);
+    return failed ? -1 : 0;
 }
 
 /* Release a view that a call was given. Its memory will hold other data soon, so a callee that kept the view must not read it. */
@@ -212,7 +218,7 @@ static PyObject *hot_write(PyObject *self, PyObject *const *args, Py_ssize_t nar
     for (const char *at = content.buf; more > 0 && stored < count; at += PAGE_SIZE) {
         more = put(hot, page + stored, at, args[2], args[3], now);
         stored += more > 0;
-        if (more > 0 && stored < count && !(stored % PAGES_AT_ONCE) && done(PyObject_CallNoArgs(args[4]))) more = -1;
+        if (more > 0 && stored < count && tell(args[4], stored)) more = -1;
     }
     PyBuffer_Release(&content);
     return more < 0 ? NULL : PyLong_FromUnsignedLongLong(stored);
@@ -471,7 +477,7 @@ static PyMethodDef hot_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyTypeObject hot_type = {
+PyTypeObject hot_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "zbudfs.core._hot.Hot",
     .tp_doc =
         "Hot(layout, most_zpages, nr_frames, entries, kinds, frames, ...): the hot path over the tables of a store; see hot.c.",
@@ -499,7 +505,10 @@ PyMODINIT_FUNC PyInit__hot(void) {
         if (!(zero_page = PyBytes_FromStringAndSize(NULL, PAGE_SIZE))) return NULL;
         memset(PyBytes_AS_STRING(zero_page), 0, PAGE_SIZE);
     }
-    PyObject *made = PyType_Ready(&hot_type) ? NULL : PyModule_Create(&module);
-    if (made && PyModule_AddObjectRef(made, "Hot", (PyObject *)&hot_type)) Py_CLEAR(made);
+    PyObject *made = PyType_Ready(&hot_type) || PyType_Ready(&page_reads_type) ? NULL : PyModule_Create(&module);
+    if (made
+        && (PyModule_AddObjectRef(made, "Hot", (PyObject *)&hot_type)
+            || PyModule_AddObjectRef(made, "PageReads", (PyObject *)&page_reads_type)))
+        Py_CLEAR(made);
     return made;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/* The common part of the hot path (hot.c, hot_disk.c) and its packings (hot_zbud.c, hot_dense.c): tables, and steps of a list.
+/* The common part of the hot path (hot.c, hot_disk.c, hot_reads.c) and its packings (hot_zbud.c, hot_dense.c): tables, and steps of a list.
 
    A packing is a set of functions over the tables (`struct packing`). All packings share the steps of this file. Each step
    checks an index that comes from the tables before it uses it. It changes lists only after all checks. */
@@ -162,6 +162,13 @@ PyObject *hot_page_in(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *hot_drop(PyObject *self, PyObject *none);
 PyObject *hot_restore(PyObject *self, PyObject *const *args, Py_ssize_t nargs);
+
+/* Do the same as `hot_page_in` for one wanted page, and return its content. NULL without an error if Python must do it. */
+PyObject *page_in_one(Hot *hot, uint64_t frame, PyObject *content, uint64_t block, unsigned live, uint64_t page, uint64_t entry,
+    PyObject *decompress);
+
+extern PyTypeObject hot_type; /* in hot.c */
+extern PyTypeObject page_reads_type; /* in hot_reads.c */
 
 static inline void keep_order(void) { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 

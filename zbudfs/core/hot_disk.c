@@ -211,21 +211,55 @@ static int adopt(Hot *hot, uint32_t frame, uint64_t block, const struct resident
     return 0;
 }
 
-/* Return the contents of the wanted pages, {page: content}, from the copy of a block in a frame. NULL without an error if Python
-   must do it: an entry has changed meanwhile, a zpage is a word or is damaged. */
+/* Return the content of a page from the copy of its block in a frame. NULL without an error if Python must read it: its entry has
+   changed meanwhile, or its zpage is a word or damaged. */
+static PyObject *content_of(
+    const Hot *hot, uint64_t frame, uint64_t block, uint64_t page, uint64_t entry, PyObject *decompress) {
+    uint64_t ref = entry >> KIND_BITS & REF_MASK;
+    if (page >= hot->nr_pages || hot->entries[page] != entry || (entry & KIND_MASK) != BLOCK || ref >> REF_BITS != block)
+        return NULL;
+    return unpacked(hot, page, frame << REF_BITS | (ref & INDEX_MASK), decompress);
+}
+
+/* Return the contents of the wanted pages, {page: content}, like `content_of`. */
 static PyObject *contents_of(const Hot *hot, uint64_t frame, uint64_t block, PyObject *wanted, PyObject *decompress) {
     PyObject *contents = PyDict_New(), *key, *value;
     for (Py_ssize_t at = 0; contents && PyDict_Next(wanted, &at, &key, &value);) {
         uint64_t page = PyLong_AsUnsignedLongLong(key), entry = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(value);
-        unsigned index = entry >> KIND_BITS & INDEX_MASK;
-        PyObject *content = NULL;
-        if (!PyErr_Occurred() && page < hot->nr_pages && hot->entries[page] == entry && (entry & KIND_MASK) == BLOCK
-            && (entry >> KIND_BITS & REF_MASK) >> REF_BITS == block)
-            content = unpacked(hot, page, frame << REF_BITS | index, decompress);
+        PyObject *content = PyErr_Occurred() ? NULL : content_of(hot, frame, block, page, entry, decompress);
         if (!content || PyDict_SetItem(contents, key, content)) Py_CLEAR(contents);
         Py_XDECREF(content);
     }
     return contents;
+}
+
+/* Copy a block into a free frame, and confirm its live zpages. Return their number, 0 if one is not confirmed, or -1. */
+static int copied(const Hot *hot, uint64_t frame, PyObject *bytes, uint64_t block, unsigned long live, struct resident *found) {
+    Py_buffer content;
+    if (PyErr_Occurred() || PyObject_GetBuffer(bytes, &content, PyBUF_SIMPLE)) return -1;
+    int right = content.len == PAGE_SIZE && frame < hot->nr_frames && hot->state[frame] == FREE && !hot->owner[frame]
+                && !hot->pins[frame] && hangs(&hot->lru, hot->nr_frames + EPH) && !(live >> hot->most_zpages)
+                && block <= UINT32_MAX;
+    if (right) memcpy(hot->frames + (frame << PAGE_SHIFT), content.buf, PAGE_SIZE);
+    PyBuffer_Release(&content);
+    return right ? confirmed(hot, frame, block, live, found) : corrupt("not a free frame, or not a block:", frame);
+}
+
+/* Make a frame with the confirmed copy of a block ephemeral. Return `contents`, which is NULL with an error after a failure. */
+static PyObject *kept(Hot *hot, uint64_t frame, uint64_t block, const struct resident *found, int count, PyObject *contents) {
+    hot->state[frame] = EPHEMERAL;
+    hot->counters[PAGEFRAMES + EPH]++;
+    append(&hot->lru, (uint32_t)hot->nr_frames + EPH, (uint32_t)frame);
+    if (adopt(hot, (uint32_t)frame, block, found, count)) Py_CLEAR(contents);
+    return contents;
+}
+
+PyObject *page_in_one(Hot *hot, uint64_t frame, PyObject *content, uint64_t block, unsigned live, uint64_t page, uint64_t entry,
+    PyObject *decompress) {
+    struct resident found[MOST_ZPAGES];
+    int count = copied(hot, frame, content, block, live, found);
+    PyObject *wanted = count > 0 ? content_of(hot, frame, block, page, entry, decompress) : NULL;
+    return wanted ? kept(hot, frame, block, found, count, wanted) : NULL;
 }
 
 /* Copy a block into a free frame, and commit its live zpages as zpages of this ephemeral frame. Return the contents of the wanted
@@ -238,26 +272,10 @@ PyObject *hot_page_in(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     uint64_t frame = PyLong_AsUnsignedLongLong(args[0]);
     uint64_t block = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[2]);
     unsigned long live = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLong(args[3]);
-    Py_buffer content;
-    if (PyErr_Occurred() || PyObject_GetBuffer(args[1], &content, PyBUF_SIMPLE)) return NULL;
-    int fits = content.len == PAGE_SIZE;
-    if (frame >= hot->nr_frames || hot->state[frame] != FREE || hot->owner[frame] || hot->pins[frame]
-        || !hangs(&hot->lru, hot->nr_frames + EPH) || live >> hot->most_zpages || block > UINT32_MAX || !fits) {
-        PyBuffer_Release(&content);
-        corrupt("not a free frame, or not a block:", frame);
-        return NULL;
-    }
-    memcpy(hot->frames + (frame << PAGE_SHIFT), content.buf, PAGE_SIZE);
-    PyBuffer_Release(&content);
-    int count = confirmed(hot, frame, block, live, found);
-    if (!count) Py_RETURN_NONE;
-    PyObject *contents = contents_of(hot, frame, block, args[4], args[5]);
-    if (!contents) return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-    hot->state[frame] = EPHEMERAL;
-    hot->counters[PAGEFRAMES + EPH]++;
-    append(&hot->lru, (uint32_t)hot->nr_frames + EPH, (uint32_t)frame);
-    if (adopt(hot, (uint32_t)frame, block, found, count)) Py_CLEAR(contents);
-    return contents;
+    int count = copied(hot, frame, args[1], block, live, found);
+    PyObject *contents = count > 0 ? contents_of(hot, frame, block, args[4], args[5]) : NULL;
+    if (contents) return kept(hot, frame, block, found, count, contents);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
 PyObject *hot_adopt(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {

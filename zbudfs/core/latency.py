@@ -55,6 +55,10 @@ class Latencies:
         if nanoseconds > words[row + _MAX]:
             words[row + _MAX] = nanoseconds
 
+    def row(self, kind: Timed) -> memoryview:
+        """Return the row of a kind."""
+        return self.words[kind * ROW_WORDS : (kind + 1) * ROW_WORDS]
+
     @property
     def served_requests(self) -> int:
         """Requests for the swapfile that were received."""

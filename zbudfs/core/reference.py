@@ -40,7 +40,7 @@ class Reference:
         content: bytes | memoryview,
         compress: Callable[[memoryview], bytes],
         state: "ColdPath",
-        between: Callable[[], object],
+        between: Callable[[int], object],
     ) -> int:
         """Store whole pages, as many as there are frames for; return their number. Never calls `between`: requests wait."""
         view = memoryview(content)

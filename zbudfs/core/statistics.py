@@ -132,6 +132,13 @@ COUNTERS: Final = tuple(field.name for field in fields(CounterFields))
 _REFUSED: Final = {cause: COUNTERS.index(f"refused_{cause}") for cause in Refusal}
 _READ_PAGES: Final = COUNTERS.index("cumul_read_pages")
 _PAGEIN_PAGES: Final = COUNTERS.index("cumul_pagein_pages")
+PAGE_READ_COUNTERS: Final = (
+    COUNTERS.index("cumul_pagein_blocks"),
+    COUNTERS.index("cumul_refault_blocks"),
+    _READ_PAGES,
+    _PAGEIN_PAGES,
+)
+"""The words of the counters of hot_reads.c, in its order."""
 _LOST: Final = {cause: COUNTERS.index(f"lost_{cause}") for cause in Loss}
 
 

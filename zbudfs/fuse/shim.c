@@ -13,15 +13,17 @@
     2. Bursts. pyfuse3 sleeps in trio before every request: two rounds of the scheduler and three system calls. After a
        request for the served file, the shim takes the waiting requests at once. If nothing else is runnable, it then waits for
        the next request itself, together with all events that trio waits for: for a millisecond, the first part of it awake.
-       Number and time are bounded; then trio runs. Before the shim waits, it makes pages ready that may be read next.
+       Number and time are bounded. Then trio runs, if it has work; without work it runs after 50 ms at most. Before the shim
+       waits, it makes pages ready that may be read next.
     3. No `write_buf`: with it libfuse asks for FUSE_CAP_SPLICE_READ and reads requests through a pipe, for which the
        kernel allocates a page per page of data. Under memory pressure that allocation waits for swap: this daemon.
     4. Request slots. libfuse would allocate a buffer for each request. The shim receives each request into a slot of memory that
        Python has reserved. A write that is answered later stays in its slot until then, without a copy.
     5. Reads first. A program waits for each page that it reads, but not for the pages that the kernel writes. So the shim
-       receives all waiting requests before it processes the next write, and answers reads among them at once. A large write
-       stops every few pages to answer new reads (serve_reads). A write waits for 64 requests or 5 ms at most. The new order is
-       invisible, since both requests were in flight at the same time. Writes, discards and syncs keep their order.
+       receives all waiting requests before it processes the next write, and answers reads among them at once. A write stops to
+       answer new reads (serve_reads): after each page if there were reads lately, else after every few pages. A write waits for 64
+       requests or 5 ms at most. The new order is invisible, since both requests were in flight at the same time. Writes, discards
+       and syncs keep their order.
     6. A bound on the requests that the kernel keeps in flight, so that the memory for them can be reserved in advance.
     7. Python's object arenas from malloc, whose heap the daemon pins, instead of from mmap().
 
@@ -73,6 +75,9 @@ enum {
     LEAST_PATIENCE = 16, /* requests that come within the spin */
     MOST_PATIENCE = 4096,
     MAX_BURST_NS = 5000000,
+    LONGEST_BURST_NS = 50000000, /* while the event loop has no work: its timers wait for that long */
+    PAGES_AT_ONCE = 8, /* of a write between two looks for new reads: a look takes half a microsecond, a page some 8 */
+    MIXED_WRITES = 64, /* writes after a read in which there is a look after each page */
     MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
     WORKS = 256,       /* requests in work without an allocation: far more than the kernel keeps in flight */
     BUCKETS = 32,
@@ -144,6 +149,7 @@ struct session {
 
     /* bursts */
     unsigned max_background, max_burst, max_spin_ns;
+    unsigned mixed_writes; /* writes in which reads are likely to come */
     int in_burst; /* more requests may be received: pyfuse3 has no coroutine yet, and no request in the ring may give it one */
     int credit, patience; /* for waiting awake: see `wait_for_any` */
     PyObject *make_ready; /* called when the thread is idle; returns whether it did something */
@@ -377,8 +383,11 @@ static void process(struct session *s, struct fuse_buf *buf, long long since_ns)
     s->received_ns = since_ns;
     s->in_process = buf->mem;
     const struct header *header = buf->mem;
-    if (buf->size >= sizeof *header && header->opcode == OPCODE_OPEN && header->inode == s->served_inode)
-        s->open_unique = header->unique;
+    if (buf->size >= sizeof *header && header->inode == s->served_inode) {
+        if (header->opcode == OPCODE_OPEN) s->open_unique = header->unique;
+        if (header->opcode == OPCODE_READ) s->mixed_writes = MIXED_WRITES;
+        if (header->opcode == OPCODE_WRITE && s->mixed_writes) s->mixed_writes--;
+    }
     real(s->fuse, buf);
     if (s->in_process) give_buffer(s, s->in_process);
     buf->mem = NULL;
@@ -399,7 +408,10 @@ static int prepare(const struct session *s) {
     return made > 0;
 }
 
-/* Finish the reads of the backing file that the kernel has completed. */
+/* Return whether the kernel has completed a read of the backing file, as far as its ring is known. */
+static int has_completions(const struct session *s) { return s->completions && s->completions[0] != s->completions[1]; }
+
+/* Finish reads of the backing file that the kernel has completed. */
 static void finish_reads(const struct session *s) {
     PyObject *result = PyObject_CallNoArgs(s->reap);
     if (!result) PyErr_WriteUnraisable(s->reap);
@@ -452,6 +464,12 @@ static int has_runnable(const struct session *s) {
     return waiting != 0;
 }
 
+/* Return whether no task of the event loop can run, and no descriptor of it is ready. Its timers are not known. */
+static int is_event_loop_idle(const struct session *s) {
+    struct pollfd fd = {.fd = s->event_loop_fd, .events = POLLIN};
+    return s->event_loop_fd >= 0 && s->runnable && !has_runnable(s) && !poll(&fd, 1, 0);
+}
+
 /* Make a page ready, or wait a moment for the next request. 0 if the burst is over, since no request came or the event loop has
    work. */
 static int linger(struct session *s) {
@@ -491,9 +509,12 @@ static void put_off(struct session *s, const struct fuse_buf *buf, long long sin
     s->arrivals[(s->first_arrival + s->nr_arrivals++) % MAX_SLOTS] = (struct arrival){*buf, since_ns};
 }
 
-/* Answer the reads that have come during a write. Other requests are put off; all of them stay in their slots. */
-static unsigned serve_reads(struct session *s) {
+/* Answer the reads that have come during a write, of which `pages` pages are stored. Other requests are put off; all of them stay
+   in their slots. */
+static unsigned serve_reads(struct session *s, unsigned long pages) {
     unsigned served = 0;
+    if (has_completions(s)) finish_reads(s);
+    if (!s->mixed_writes && pages % PAGES_AT_ONCE) return 0;
     while (s->in_burst && s->nr_free_slots && served < s->max_burst) {
         struct fuse_buf buf = {.mem = NULL};
         if (receive(s, &buf) <= 0) break;
@@ -518,10 +539,10 @@ static unsigned serve_reads(struct session *s) {
        nothing received ---------- process the oldest of the ring <----+
                         \-- the ring is empty --> linger: make a page ready, or wait a millisecond
 
-   Each turn begins with the reads of the backing file that the kernel has completed. */
+   Each turn begins with some of the reads of the backing file that the kernel has completed. */
 struct burst {
     struct fuse_buf buf; /* the request that was received last, at `since_ns` */
-    long long since_ns, end_ns;
+    long long since_ns, end_ns, last_ns;
     int got; /* result of receiving it: bytes, or an error less than 0 */
     unsigned received; /* number of requests */
     int more; /* within the bounds: more requests may be received */
@@ -542,15 +563,26 @@ static int take_turn(struct session *s, struct burst *burst) {
         s->in_burst &= s->answered_by_shim;
     } else if (s->nr_arrivals) {
         process_oldest(s);
-    } else {
+    } else if (!burst->more || !has_completions(s)) {
         return burst->got == -EAGAIN && burst->more && linger(s); /* the session loop will get any other error again */
     }
     return 1;
 }
 
+/* Return whether the bounds allow another request. If no request is put off and the event loop is idle, the burst gets new bounds:
+   a turn of the event loop takes longer than a request. */
+static int is_within_bounds(const struct session *s, struct burst *burst) {
+    long long now = now_ns();
+    if (burst->received < s->max_burst && now < burst->end_ns) return 1;
+    if (s->nr_arrivals || now >= burst->last_ns || !is_event_loop_idle(s)) return 0;
+    burst->received = 0;
+    burst->end_ns = now + MAX_BURST_NS;
+    return 1;
+}
+
 /* Receive the next request if the bounds allow it, and a slot is free for it. */
 static void receive_next(struct session *s, struct burst *burst) {
-    burst->more = s->in_burst && burst->received < s->max_burst && now_ns() < burst->end_ns && !fuse_session_exited(s->fuse);
+    burst->more = s->in_burst && !fuse_session_exited(s->fuse) && is_within_bounds(s, burst);
     burst->got = -EAGAIN;
     if (!burst->more || (s->nr_arrivals && !s->nr_free_slots)) return;
     burst->buf = (struct fuse_buf){.mem = NULL};
@@ -563,12 +595,18 @@ static void receive_next(struct session *s, struct burst *burst) {
 void fuse_session_process_buf(struct fuse_session *Py_UNUSED(session), const struct fuse_buf *first) {
     struct session *s = &the_session;
     long long now = now_ns();
-    struct burst burst = {.buf = *first, .since_ns = now, .end_ns = now + MAX_BURST_NS, .got = 1, .received = 1, .more = 1};
+    struct burst burst = {.buf = *first,
+        .since_ns = now,
+        .end_ns = now + MAX_BURST_NS,
+        .last_ns = now + LONGEST_BURST_NS,
+        .got = 1,
+        .received = 1,
+        .more = 1};
     ((struct fuse_buf *)first)->mem = NULL; /* pyfuse3 would free it */
     s->metrics[WAKEUPS]++;
     s->in_burst = 1;
     for (;;) {
-        if (s->completions && s->completions[0] != s->completions[1]) finish_reads(s);
+        if (has_completions(s)) finish_reads(s);
         if (!take_turn(s, &burst)) break;
         receive_next(s, &burst);
     }
@@ -741,9 +779,10 @@ static PyObject *py_in_work(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unuse
     return PyLong_FromUnsignedLong(s->in_work);
 }
 
-static PyObject *py_serve_reads(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused)) {
+static PyObject *py_serve_reads(PyObject *Py_UNUSED(self), PyObject *pages) {
     struct session *s = &the_session;
-    return PyLong_FromUnsignedLong(serve_reads(s));
+    unsigned long stored = PyLong_AsUnsignedLong(pages);
+    return PyErr_Occurred() ? NULL : PyLong_FromUnsignedLong(serve_reads(s, stored));
 }
 
 static PyMethodDef methods[] = {
@@ -768,8 +807,8 @@ static PyMethodDef methods[] = {
     {"use_metrics", py_use_metrics, METH_VARARGS, "use_metrics(buffer): where to count from now on; see core/latency.py"},
     {"use_slots", py_use_slots, METH_VARARGS, "use_slots(buffer, slot_bytes): where requests are received from now on"},
     {"in_work", py_in_work, METH_NOARGS, "in_work() -> int: requests for the served file that are not answered yet"},
-    {"serve_reads", py_serve_reads, METH_NOARGS,
-        "serve_reads(s) -> int: within a write: answer the reads that have come since"},
+    {"serve_reads", py_serve_reads, METH_O,
+        "serve_reads(pages) -> int: within a write, of which so many pages are stored: answer the reads that have come since"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -29,6 +29,7 @@ enum {
     PAGE_SIZE = 1 << PAGE_SHIFT,
     MOST_SLOTS = 256,
     READ_NOWAIT = 0x8, /* RWF_NOWAIT */
+    AT_ONCE = 6, /* runs that one call of reap() takes while more have ended */
 };
 
 typedef struct {
@@ -174,15 +175,31 @@ static PyObject *queue_submit_one(Queue *queue, PyObject *const *args, Py_ssize_
     return PyBool_FromLong(syscall(SYS_io_submit, queue->context, 1, &pointer) == 1);
 }
 
-/* Return the runs that have ended. Never waits. */
+/* Return the ring of the completions, or NULL if its layout is unknown. */
+static const struct ring *ring_of(const Queue *queue) {
+    const struct ring *ring = (const struct ring *)queue->context;
+    return ring && ring->magic == 0xa10a10a1 && !ring->incompat_features ? ring : NULL;
+}
+
+/* Return whether more runs have ended than one call of `reap` takes. */
+static int has_many(const Queue *queue) {
+    const struct ring *ring = ring_of(queue);
+    if (!ring) return 0;
+    uint32_t head = __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE), tail = __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+    return (tail + ring->nr - head) % ring->nr > AT_ONCE;
+}
+
+/* Return runs that have ended: AT_ONCE of them if there are many, so that the caller can submit others between two calls, and the
+   disk always has some. The descriptor stays readable then. Never waits. */
 static PyObject *queue_reap(Queue *queue, PyObject *none) {
     (void)none;
     if (!queue->slots) return PyErr_Format(PyExc_ValueError, "the queue is closed");
     uint64_t count;
-    if (read(queue->event_fd, &count, sizeof count) < 0 && errno != EAGAIN) return refused(errno);
+    const int many = has_many(queue);
+    if (!many && read(queue->event_fd, &count, sizeof count) < 0 && errno != EAGAIN) return refused(errno);
     struct io_event events[MOST_SLOTS];
     struct timespec moment = {0};
-    long got = syscall(SYS_io_getevents, queue->context, 0, queue->nr_slots, events, &moment);
+    long got = syscall(SYS_io_getevents, queue->context, 0, many ? AT_ONCE : queue->nr_slots, events, &moment);
     if (got < 0) return refused(errno);
     PyObject *list = PyList_New(got);
     for (long i = 0; list && i < got; i++) {
@@ -200,9 +217,8 @@ static PyObject *queue_fileno(Queue *queue, PyObject *none) {
 
 static PyObject *queue_ring(Queue *queue, PyObject *none) {
     (void)none;
-    const struct ring *ring = (const struct ring *)queue->context;
-    int known = ring && ring->magic == 0xa10a10a1 && !ring->incompat_features;
-    return PyLong_FromVoidPtr(known ? (void *)&ring->head : NULL);
+    const struct ring *ring = ring_of(queue);
+    return PyLong_FromVoidPtr(ring ? (void *)&ring->head : NULL);
 }
 
 static PyObject *queue_close(Queue *queue, PyObject *none) {

@@ -10,6 +10,10 @@ request it has no checkpoint.
 A request goes to `again` if an entry of its pages has changed since it began, or if a block is refused, damaged or old. The
 caller then reads in a task (page_in.py), which reads the page table again and reports the errors.
 
+The most frequent read, of one page whose block nothing else reads, is also in C (core/hot_reads.c): `_begin_page` and
+`_finish_page` are its specification. C holds such a block without an entry in `loading`. Python takes the read over if another
+request needs the block, or if C cannot finish it.
+
 A block is read into a slot of the queue (read_queue.py), and copied into a frame when the read is complete. So no frame is
 held during a read, and a read that outlives this process cannot reach a frame of its successor.
 """
@@ -19,11 +23,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from zbudfs.core._hot import Hot, PageReads
 from zbudfs.core.allocator import REF_BITS
 from zbudfs.core.codec import Decompress
 from zbudfs.core.errors import PageLost
 from zbudfs.core.latency import Latencies, Timed
 from zbudfs.core.page_table import BLOCK, LOST, entry_kind, entry_ref
+from zbudfs.core.statistics import PAGE_READ_COUNTERS
 from zbudfs.core.units import NO_FRAME, PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.backing import Backing
 from zbudfs.store.block_reads import BlockReads, Read
@@ -108,7 +114,7 @@ class Run(Read):
 class PageRead(Read):
     """The read of one block for one request of one page: the most frequent read, without read-ahead."""
 
-    __slots__ = ("before", "began", "block", "key", "number", "page", "slot")
+    __slots__ = ("before", "began", "block", "frame", "key", "number", "page", "slot")
 
     def __init__(self, key: int, page: int, entry: int, number: int, slot: int) -> None:
         super().__init__()
@@ -119,6 +125,8 @@ class PageRead(Read):
         self.slot = slot
         self.block: Block | None = None
         """The block with its requests. It is None while no other request wants the block."""
+        self.frame = NO_FRAME
+        """The frame that C has taken for the block. The block is decrypted then."""
         self.began = time.perf_counter_ns()
 
     def shared(self) -> Block:
@@ -150,24 +158,33 @@ class AioPageIn:
         self._latencies = latencies
         self._decompress = decompress
         self.queue = ReadQueue(backing)
+        self._single: PageReads | None = None
+        """The reads of single pages in C."""
         self._runs: dict[int, Run | PageRead] = {}
-        """The reads in flight, by first slot."""
+        """The reads in flight in Python, by first slot."""
         self._blocks: dict[int, Block] = {}
         """The blocks being read, by number; a part of `reads.loading`."""
         self._reply: Callable[[int, bytes], object] = _nobody
         self._again: Callable[[int, int, int], object] = _nobody
-        self.requests = 0
-        """Number of requests that were answered in this way."""
+        reads.take_over = self._take_over
 
     def serve(self, reply: Callable[[int, bytes], object], again: Callable[[int, int, int], object]) -> None:
         """Set the functions: `reply(key, content)` answers a request, `again(key, offset, length)` gives it to a task."""
         self._reply = reply
         self._again = again
+        if self._single is not None:
+            self._single.reply = reply
+
+    @property
+    def in_flight(self) -> list[int]:
+        """The moment at which each read in flight began, in nanoseconds of `time.perf_counter_ns`."""
+        in_c = self._single.in_flight() if self._single is not None else []
+        return [run.began for run in self._runs.values()] + [began for _, _, began in in_c]
 
     def oldest_seconds(self) -> int:
         """Return the age of the oldest read in flight, in whole seconds; 0 if there is none."""
-        run = next(iter(self._runs.values()), None)  # in the order of their submission
-        return 0 if run is None else (time.perf_counter_ns() - run.began) // 1_000_000_000
+        now = time.perf_counter_ns()
+        return (now - min(self.in_flight, default=now)) // 1_000_000_000
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -176,8 +193,11 @@ class AioPageIn:
         if not self.queue.is_usable or (offset | length) & (PAGE_SIZE - 1):
             return False
         first = offset >> PAGE_SHIFT
-        if length == PAGE_SIZE and self._begin_page(key, first):
-            return True
+        if length == PAGE_SIZE:
+            if self._single is not None and self._single.begin(key, first, self._state.now):
+                return True
+            if self._begin_page(key, first):
+                return True
         wanted: dict[int, dict[int, int]] = {}
         entries = self._entries
         for page in range(first, min(first + (length >> PAGE_SHIFT), len(entries))):
@@ -186,13 +206,13 @@ class AioPageIn:
                 if entry == LOST:
                     return False
                 wanted.setdefault(entry_ref(entry) >> REF_BITS, {})[page] = entry
-        blocks, loading = self._blocks, self._reads.loading
-        for number in wanted:
-            read = loading.get(number)
+        blocks, reads = self._blocks, self._reads
+        under_way = {number: reads.under_way(number) for number in wanted}
+        for number, read in under_way.items():
             if isinstance(read, PageRead):
                 blocks[number] = read.shared()
         new = [number for number in wanted if number not in blocks]
-        if not wanted or len(new) > len(self.queue.free) or any(number in loading for number in new):
+        if not wanted or len(new) > len(self.queue.free) or any(under_way[number] is not None for number in new):
             return False  # a task reads one of them
         if new and not self._submit(new, len(wanted)):
             return False
@@ -209,7 +229,7 @@ class AioPageIn:
         entry = self._entries[page]
         number = entry_ref(entry) >> REF_BITS
         free = self.queue.free
-        if entry_kind(entry) < BLOCK or entry == LOST or number in self._reads.loading or not free:
+        if entry_kind(entry) < BLOCK or entry == LOST or self._state.is_held(number) or not free:
             return False
         slot = free.pop()
         if not self.queue.submit_one(self._backing.offset_of(number), slot):
@@ -258,11 +278,16 @@ class AioPageIn:
     def reap(self) -> int:
         """Finish the reads that the kernel has completed, and return their number. Never waits."""
         done = self.queue.reap()
+        single = self._single
         for slot, result in done:
-            run = self._runs.pop(slot, None)
+            if single is not None and single.finish(slot, result):
+                continue
+            run = self._runs.get(slot) or self._taken(slot)
             if run is None:
                 self.queue.header_read(slot, result)
+                self._use_c()
                 continue
+            del self._runs[slot]
             self._latencies.record(Timed.PAGEIN, time.perf_counter_ns() - run.began)
             if isinstance(run, PageRead):
                 self._finish_page(run, good=result == PAGE_SIZE)
@@ -270,13 +295,49 @@ class AioPageIn:
                 self._finish_run(run, good=result == len(run.blocks) << PAGE_SHIFT)
         return len(done)
 
+    def _use_c(self) -> None:
+        """Let C read single pages, since the queue is usable."""
+        path, blocks, backing = self._state.path, self._state.blocks, self._backing
+        if not self.queue.is_usable or not isinstance(path, Hot) or blocks is None or backing is None:
+            return
+        self._single = PageReads(
+            path,
+            (blocks.live_masks, self._state.written_at, self._latencies.row(Timed.PAGEIN), self._state.counters.words),
+            PAGE_READ_COUNTERS,
+            (self.queue.submitter(), self._reads.frame, backing.decrypt, self._decompress),
+            self.queue.free,
+            self.queue.slots,
+            backing.offset_of(0),
+        )
+        self._single.reply = self._reply
+
+    def _taken(self, slot: int) -> PageRead | None:
+        """Take over the read in a slot from C. None: C has no read there."""
+        taken = self._single.take(slot) if self._single is not None else None
+        if taken is None:
+            return None
+        key, page, entry, number, began, frame = taken
+        read = self._runs[slot] = self._reads.loading[number] = PageRead(key, page, entry, number, slot)
+        read.began = began
+        read.frame = frame
+        return read
+
+    def _take_over(self, block: int) -> PageRead | None:
+        """Take over the read of a block from C. None: C does not read it."""
+        in_c = self._single.in_flight() if self._single is not None else []
+        return next((self._taken(slot) for slot, number, _ in in_c if number == block), None)
+
     def _finish_page(self, read: PageRead, *, good: bool) -> None:
         """End the read of a block for one page: keep it, and answer the request."""
         if read.block is not None:
             self._finish(read.block, good=good)
             read.end()
             return
-        found = self._kept(read.number, read.slot, read.before, wanted=True)[0] if good else {}
+        found: dict[int, bytes] = {}
+        if read.frame != NO_FRAME:
+            found, _ = self._kept_in(read.frame, read.number, read.slot, read.before)
+        elif good:
+            found, _ = self._kept(read.number, read.slot, read.before, wanted=True)
         self._reads.end(read.number)
         self.queue.free.append(read.slot)
         read.end()
@@ -284,7 +345,6 @@ class AioPageIn:
         if content is None:
             self._again(read.key, read.page << PAGE_SHIFT, PAGE_SIZE)
             return
-        self.requests += 1
         self._state.counters.paged_in()
         self._reply(read.key, content)
 
@@ -332,10 +392,15 @@ class AioPageIn:
             found = self._state.page_in(frame, content, number, before, self._decompress)
             if found is not None:
                 return found, True
+        return self._kept_in(frame, number, slot, before)
+
+    def _kept_in(self, frame: int, number: int, slot: int, before: dict[int, int]) -> tuple[dict[int, bytes], bool]:
+        """Do the same as `_kept` with a decrypted block and a frame for it, page by page. The frame may be a bounce frame."""
+        if frame < self._state.pool.nr_frames:
             self._state.allocator.fill_prep(frame)
-        self._state.allocator.frame_bytes(frame)[:] = content
+        self._state.allocator.frame_bytes(frame)[:] = self.queue.slots[slot]
         found = self._contents_in(frame, before)
-        return found, self._reads.keep(frame, number, before, before, whole=bool(found) or not wanted)
+        return found, self._reads.keep(frame, number, before, before, whole=bool(found) or not before)
 
     def _contents_in(self, frame: int, before: dict[int, int]) -> dict[int, bytes]:
         """Return the contents of pages from the copy of their block, without those that changed or are damaged."""
@@ -364,7 +429,6 @@ class AioPageIn:
                     break  # the page moved meanwhile, or is lost
                 pieces.append(piece)
             else:
-                self.requests += 1
                 self._state.counters.cumul_read_pages += len(pieces)
                 self._reply(request.key, pieces[0] if len(pieces) == 1 else b"".join(pieces))
                 return

@@ -7,7 +7,7 @@ A read has two steps here:
     end      releases the block. `keep` has made its copy an ephemeral frame before, if the page table confirms the copy
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -48,12 +48,20 @@ class BlockReads:
         self._limit = limit
         self.ahead = ReadAhead()
         self.loading: dict[int, Read] = {}
-        """The read of each block that is being read."""
+        """The read of each block that is being read, without those in C (core/hot_reads.c): see `under_way`."""
+        self.take_over: Callable[[int], Read | None] = _nothing
+        """A function that takes over the read of a block from C, and returns it."""
 
     def begin(self, block: int, read: Read) -> None:
         """Record that a read of the block begins, and hold the block."""
         self.loading[block] = read
         self._state.hold_block(block)
+
+    def under_way(self, block: int) -> Read | None:
+        """Return the read of a block, after taking it over if C does it. None: the block is not being read."""
+        if not self._state.is_held(block):
+            return None
+        return self.loading.get(block) or self.take_over(block)
 
     def end(self, block: int) -> None:
         """Record that the read is over, and release the block. The caller ends the `Read`."""
@@ -75,7 +83,7 @@ class BlockReads:
         free = pool.free_frames - self._limit.watermarks.low_frames
         room = (free + self._state.allocator.nr_frames_of(EPHEMERAL_KIND)) // 4
         for block in range(last + 1, min(last + 1 + min(window, room, most), blocks.nr_blocks)):
-            if not blocks.live(block) or block in self.loading:
+            if not blocks.live(block) or self._state.is_held(block):
                 break  # the block is free, being written, or being read: a reader in order would not need it
             found.append(block)
         return found
@@ -119,3 +127,7 @@ class BlockReads:
                 self._state.adopt_raw(frame, block, page)
                 return True
         return self._state.adopt(frame, block)
+
+
+def _nothing(_: int) -> None:
+    """Take over nothing: this function is in place while C reads no block."""

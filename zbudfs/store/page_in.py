@@ -62,7 +62,6 @@ class PageIn:
 
         The result has the order of the argument.
         """
-        loading = self._reads.loading
         found: dict[int, bytes | ZbudfsError] = dict.fromkeys(pages, ZERO_PAGE)
         todo = pages
         while todo:
@@ -81,9 +80,9 @@ class PageIn:
                 else:
                     ref = entry_ref(self._entries[page])
                     blocks.setdefault(ref >> REF_BITS, []).append(page)
-            under_way = [block for block in blocks if block in loading]
-            if under_way:
-                await loading[under_way[0]].wait()  # CHECKPOINT: the page table is read again
+            under_way = next(filter(None, map(self._reads.under_way, blocks)), None)
+            if under_way is not None:
+                await under_way.wait()  # CHECKPOINT: the page table is read again
                 todo = [page for wanted in blocks.values() for page in wanted]
                 continue
             if not blocks:

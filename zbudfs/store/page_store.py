@@ -38,7 +38,7 @@ class PageStore:
 
     Requests are possible while `run` runs, from one thread. `memory` is that of an earlier store of the same size: it is not
     touched, and no request is possible, before `recover`. With `pure` no step is done in C. `log` is a function that logs a
-    sentence. `between` is called after every few pages of a large write: it answers reads that have come meanwhile.
+    sentence. `between` is called after every page of a write, with their number so far: it answers reads that have come.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PageStore:
         *,
         pure: bool = False,
         log: Callable[[str], None] = lambda _: None,
-        between: Callable[[], object] = lambda: None,
+        between: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.size_bytes = size_bytes
         attach = memory is not None
@@ -111,6 +111,6 @@ class PageStore:
     def check(self) -> None:
         """Recount everything. AssertionError if two tables differ or a request is under way. O(pages + frames + blocks)."""
         self.state.check()
-        assert not self._reads.loading, "a block is being read"
+        assert not self._reads.loading and not self.aio.in_flight, "a block is being read"
         assert not self.state.watched, "a page is being patched"
         assert self.state.allocator.counters()["pers_zombie_count"] == 0, "a frame is being written back"

@@ -8,6 +8,7 @@ A block is read into a slot, which is private memory of this process.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -87,6 +88,11 @@ class ReadQueue:
         """Submit the read of one block. False if the kernel did not take it."""
         assert self._kernel is not None and self._backing is not None
         return self._kernel.submit_one(self._backing.fileno(), offset, slot)
+
+    def submitter(self) -> Callable[[int, int], bool]:
+        """Return the function `submit_one`, bound to the open file and the queue."""
+        assert self._kernel is not None and self._backing is not None
+        return functools.partial(self._kernel.submit_one, self._backing.fileno())
 
     def reap(self) -> list[tuple[int, int]]:
         """Return the reads that have completed: first slot of the run, and bytes read or -errno. Never waits."""

@@ -16,7 +16,7 @@ import trio
 
 from zbudfs.core.codec import Codec
 from zbudfs.core.errors import OutOfRange, PageLost, PoolFull, ZbudfsError
-from zbudfs.core.page_table import ABSENT
+from zbudfs.core.page_table import ABSENT, BLOCK, entry_kind
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.contents import Contents
 from zbudfs.store.page_in import PageIn, kept
@@ -32,7 +32,7 @@ _OFFSET_MASK: Final = PAGE_SIZE - 1
 class Requests:
     """The requests to a device of `size_bytes`.
 
-    `between` is called after every few pages of a large write: it answers reads that have come meanwhile.
+    `between` is called after every page of a write, with their number so far: it answers reads that have come meanwhile.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Requests:
         page_in: PageIn,
         reclaimer: Reclaimer,
         codec: Codec,
-        between: Callable[[], object],
+        between: Callable[[int], object],
     ) -> None:
         self._size_bytes = size_bytes
         self._state = state
@@ -55,6 +55,7 @@ class Requests:
         self.between = between
         self._counters = state.counters
         self._path = state.path
+        self._entries = state.table.entries
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._size_bytes:
@@ -73,6 +74,8 @@ class Requests:
             page, count = pages.start, len(pages)
         content = self._path.read(page, count, self.codec.decompress)
         if content is None:
+            if entry_kind(self._entries[page]) >= BLOCK:
+                return None
             content = self._in_ram(range(page, page + count))
             if content is None:
                 return None

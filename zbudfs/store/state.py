@@ -82,7 +82,7 @@ class State:
         self._stored_at = pool.stored_at
         self.now = 0
         """Seconds on the store's clock. The reclaimer sets it about once a second, so that no page costs a call of a clock."""
-        self._written_at = array("I", bytes(4 * blocks.nr_segments)) if blocks is not None else array("I")
+        self.written_at = array("I", bytes(4 * blocks.nr_segments)) if blocks is not None else array("I")
         """Time until which the last write to a segment counts as fresh, by segment, on the store's clock."""
         self.counters = pool.memory.status_area.counters
         self.take_frame = pool.take_frame
@@ -225,13 +225,13 @@ class State:
             self.counters.cumul_writeback_pages += live.bit_count()
             self.blocks.set_live(block, live)
             self.give_frame(frame)
-            self._written_at[block // SEGMENT_BLOCKS] = fresh_until
+            self.written_at[block // SEGMENT_BLOCKS] = fresh_until
         self.counters.cumul_writeback_frames += len(batch)
         return len(batch)
 
     def is_fresh(self, block: int) -> bool:
         """Return whether the segment of the block was written within the last FRESH_SECONDS: most likely the block was."""
-        return self.now < self._written_at[block // SEGMENT_BLOCKS]
+        return self.now < self.written_at[block // SEGMENT_BLOCKS]
 
     def fail_writeback(self, batch: list[Eviction]) -> None:
         """Undo a failed write: the frames return to the old end of the LRU, in their order, and their blocks are free."""
@@ -248,6 +248,11 @@ class State:
         """Hold a block that is being read: it is not used for anything else until `release_block`."""
         assert self.blocks is not None
         self.blocks.set_live(block, self.blocks.live(block) | 1 << HOLD_INDEX)
+
+    def is_held(self, block: int) -> bool:
+        """Return whether the block is being read."""
+        assert self.blocks is not None
+        return bool(self.blocks.live(block) >> HOLD_INDEX & 1)
 
     def release_block(self, block: int) -> None:
         """Release a block whose read is over."""
