@@ -9,7 +9,11 @@ frames go to the disk, and the comparison is with an ordinary swap file there, i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Final
 
 from bench import targets
@@ -28,6 +32,8 @@ COLUMNS: Final = [
 ]
 WRITTEN: Final = [Column("written_mib", "MiB written"), Column("disk_mib", "MiB written to the disk in all")]
 STORM_LIMIT_SECONDS: Final = 600.0
+LOOP: Final = f"import time; end = time.monotonic() + {STORM_LIMIT_SECONDS}\nwhile time.monotonic() < end: pass"
+"""A program that needs a CPU all the time, and ends after the longest storm."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +57,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets",
         metavar="A,B",
-        help="targets to compare: zram, floor, floor-zstd, nbdkit, zbudfs, dense, zbudfs-2, swapfile",
+        help="targets to compare: zram, floor, floor-zstd, nbdkit, zbudfs, dense, zbudfs-2, swapfile, zbudfs-once, dense-once",
+    )
+    parser.add_argument(
+        "--loops",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of endless loops that run beside each storm, so that the cores are busy (default: %(default)s)",
     )
     add_also(parser)
 
@@ -81,12 +94,14 @@ def measure(options: Options) -> list[Table]:
 def _table(options: Options, part: float) -> Table:
     size = "as large as the storm" if part == 1 else f"of {part:g} of the storm"
     title = f"Swap storm of {options.mib} MiB in {options.limit} MiB of RAM, pool {size}"
+    if options.loops:
+        title += f", beside {options.loops} endless loops"
     return Table(title, COLUMNS if part >= 1 else [*COLUMNS, *WRITTEN])
 
 
 def _names(options: Options, part: float, table: Table) -> list[str]:
     """Return the targets to compare, without those that this machine lacks, and set the base of the table."""
-    known = dict.fromkeys([*targets.RAM, *targets.DISK])
+    known = dict.fromkeys([*targets.RAM, *targets.DISK, f"zbudfs{targets.ONCE}", f"dense{targets.ONCE}"])
     usual = targets.RAM if part >= 1 else targets.DISK
     wanted = options.targets.split(",") if options.targets else list(usual)
     if unknown := [name for name in wanted if name not in known and not name.removeprefix(targets.STRIPED).isdecimal()]:
@@ -105,7 +120,11 @@ def _names(options: Options, part: float, table: Table) -> list[str]:
 def one(name: str, place: targets.Place, options: Options, corpus_fd: int) -> dict[str, float | None]:
     """Run one storm, and return its figures by column. Raises KitError if a byte was wrong."""
     program = build("storm", place.folder)
-    with targets.as_swap(name, place) as running, Cell("bench", options.limit * MIB) as cell:
+    with (
+        targets.as_swap(name, place) as running,
+        Cell("bench", options.limit * MIB) as cell,
+        _loops(options.loops),
+    ):
         disk, written = targets.disk_written_bytes(place.folder), running.written_bytes()
         command = [str(program), f"/dev/fd/{corpus_fd}", str(options.mib * MIB), str(options.reads)]
         said = run(cell.command(command), limit_seconds=STORM_LIMIT_SECONDS, pass_fds=[corpus_fd])
@@ -117,6 +136,18 @@ def one(name: str, place: targets.Place, options: Options, corpus_fd: int) -> di
     found["written_mib"] = written / MIB
     found["disk_mib"] = None if disk is None else disk / MIB
     return found
+
+
+@contextlib.contextmanager
+def _loops(count: int) -> Iterator[None]:
+    """Run endless loops meanwhile."""
+    loops = [subprocess.Popen([sys.executable, "-S", "-c", LOOP]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 BENCHMARK: Final = Benchmark(
