@@ -256,10 +256,11 @@ def pin_heap(heap_bytes: int) -> str | None:
     malloc.argtypes = [ctypes.c_size_t]
     free.argtypes = [ctypes.c_void_p]
     # -1 becomes the largest size_t: malloc never gives the top of the heap back.
-    wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, TOP_PAD_BYTES))
+    wanted = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 0))
     refused = [option for option, value in wanted if mallopt(option, value) != 1]
     block = malloc(heap_bytes)
     free(block)
+    mallopt(_M_TOP_PAD, TOP_PAD_BYTES)  # not before: it would be added to the reserve
     if block is None:
         return (
             f"{heap_bytes} bytes of heap could not be reserved: the daemon may have to ask for memory when there is none; free"
