@@ -9,7 +9,7 @@ import select
 import trio
 import trio.testing
 
-from zbudfs.fuse.session import _event_loop
+from zbudfs.fuse.session import Runnable, _event_loop
 
 
 async def nothing() -> None:
@@ -17,15 +17,11 @@ async def nothing() -> None:
 
 
 def test_trios_loop_is_found() -> None:
-    """The descriptor shows that a task can run, and the container has the runnable tasks. Outside of trio there are none."""
+    """The descriptor shows that a task can run. Outside of trio there is none."""
 
     async def look() -> None:
-        fd, runnable = _event_loop()
+        fd = _event_loop()
         assert fd >= 0
-        assert not len(runnable)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(nothing)
-            assert len(runnable) == 1
         end, other = os.pipe()
         try:
             async with trio.open_nursery() as nursery:
@@ -39,4 +35,28 @@ def test_trios_loop_is_found() -> None:
             os.close(other)
 
     trio.run(look)
-    assert _event_loop() == (-1, ())
+    assert _event_loop() == -1
+
+
+def test_tasks_of_the_running_batch_can_run() -> None:
+    """Each task that runs sees those that have not run yet, also if trio has taken them off its queue."""
+    seen: list[int] = []
+
+    async def look() -> None:
+        runnable = Runnable()
+        trio.lowlevel.add_instrument(runnable)
+
+        async def count() -> None:
+            await trio.lowlevel.checkpoint()
+            seen.append(len(runnable.tasks))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nothing)
+            assert len(runnable.tasks) == 1
+            await trio.testing.wait_all_tasks_blocked()
+            assert not runnable.tasks
+            for _ in range(3):
+                nursery.start_soon(count)
+
+    trio.run(look)
+    assert sorted(seen) == [0, 1, 2]

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -270,6 +270,45 @@ async def test_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert in_block(store, number)
         assert await get(store, number) == content_of(number)
         assert store.statistics().lost_pages == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@trio_test
+async def test_an_error_in_one_read_ends_that_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """If a completion cannot be finished, a task answers its requests. The other reads are answered, and nothing stays held."""
+    async with reading(tmp_path, monkeypatch) as (store, backing, client):
+        pages = {block_of(store, number): number for number in cold(store) if in_block(store, number + count - 1)}
+        chosen = list(pages.values())[: 4 * count : count]
+        free = store.state.pool.free_frames + store.zbud_counters()["eph_pageframes"]
+        decrypt = backing.decrypt
+        failures = [MemoryError("no memory")]
+
+        def failing(block: int, frames: Sequence[memoryview]) -> None:
+            if failures:
+                raise failures.pop()
+            decrypt(block, frames)
+
+        monkeypatch.setattr(backing, "decrypt", failing)
+        if store.aio._single is not None:
+            store.aio._use_c()  # with the new `decrypt`
+        client.queue.held = True
+        keys = [client.read(number, count) for number in chosen]
+        client.queue.release()
+        deadline = trio.current_time() + LIMIT_SECONDS
+        while store.aio.in_flight and trio.current_time() < deadline:
+            with contextlib.suppress(MemoryError):
+                store.aio.reap()
+            time.sleep(0.001)
+        assert not failures and not store.aio.in_flight
+        assert len(client.again) == 1
+        assert len(client.answers) == len(keys) - 1
+        assert len(store.aio.queue.free) == read_queue.SLOTS
+        assert not store._reads.loading and not store.aio._blocks
+        assert store.state.pool.free_frames + store.zbud_counters()["eph_pageframes"] == free
+        for number in chosen:
+            assert await get(store, number) == content_of(number)
 
 
 @trio_test

@@ -31,7 +31,7 @@ enum { PAGEIN_BLOCKS, REFAULT_BLOCKS, READ_PAGES, PAGEIN_PAGES, COUNTED };
 struct page_read {
     PyObject *key;
     uint64_t page, entry, block, began;
-    long long frame; /* it is free, and the block is decrypted; -1 before */
+    long long frame; /* the frame for the block, which is free; -1 before */
 };
 
 typedef struct {
@@ -127,8 +127,8 @@ static int decrypted(const PageReads *self, struct page_read *read, PyObject *vi
     long long frame = PyLong_AsLongLong(number);
     Py_DECREF(number);
     if (frame == -1) return PyErr_Occurred() ? -1 : 0;
-    if (run(self->calls[DECRYPT], PyLong_FromUnsignedLongLong(read->block), PyTuple_Pack(1, view))) return -1;
     read->frame = frame;
+    if (run(self->calls[DECRYPT], PyLong_FromUnsignedLongLong(read->block), PyTuple_Pack(1, view))) return -1;
     return 1;
 }
 
@@ -139,6 +139,7 @@ static PyObject *reads_finish(PageReads *self, PyObject *const *args, Py_ssize_t
     long long result = read ? PyLong_AsLongLong(args[1]) : 0;
     if (PyErr_Occurred()) return NULL;
     if (!read->key || result != PAGE_SIZE) Py_RETURN_FALSE;
+    const uint64_t ended = now_ns();
     PyObject *view = PyList_GetItem(self->slots, read - self->reads);
     int ready = view ? decrypted(self, read, view) : -1;
     if (ready <= 0) return ready ? NULL : Py_NewRef(Py_False);
@@ -146,7 +147,7 @@ static PyObject *reads_finish(PageReads *self, PyObject *const *args, Py_ssize_t
     PyObject *content = page_in_one(
         self->hot, (uint64_t)read->frame, view, read->block, live, read->page, read->entry, self->calls[DECOMPRESS]);
     if (!content) return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
-    record(self->latencies, now_ns() - read->began);
+    record(self->latencies, ended - read->began);
     self->live[read->block] = (unsigned char)live; /* the page itself is live, so the block is not free */
     ++*self->counters[READ_PAGES];
     ++*self->counters[PAGEIN_PAGES];

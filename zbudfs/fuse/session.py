@@ -3,10 +3,10 @@
 
 import os
 import struct
-from collections.abc import Sized
 from typing import Final
 
 import pyfuse3
+import trio
 
 from zbudfs.fuse import shim
 from zbudfs.fuse.operations import Operations
@@ -67,26 +67,45 @@ def resend(fuse_fd: int) -> bool:
     return True
 
 
-def _event_loop() -> tuple[int, Sized]:
-    """Return the epoll descriptor and the runnable tasks of trio's loop; (-1, ()) if they are not found.
+class Runnable(trio.abc.Instrument):
+    """The tasks of trio's loop that can run, and have not run yet.
 
-    The descriptor is readable when an event has happened for which a task waits. trio has no public names for the two, and
-    its statistics cost 2 us a request. Without them the worker waits for every request in trio, which is only slower. The
-    shim ignores trio's deadlines: a burst delays them by 6 ms at most.
+    trio's own queue does not have all of them: it is empty while a batch of tasks runs, and the task that serves requests is
+    one of a batch.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: set[trio.lowlevel.Task] = set()
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        """Add a task that can run."""
+        self.tasks.add(task)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Forget a task that runs."""
+        self.tasks.discard(task)
+
+
+def _event_loop() -> int:
+    """Return the epoll descriptor of trio's loop; -1 if it is not found.
+
+    The descriptor is readable when an event has happened for which a task waits. trio has no public name for it. Without it
+    the worker waits for every request in trio, which is only slower. The shim ignores trio's deadlines: a burst may delay
+    them by LONGEST_BURST_NS (shim.c) and some milliseconds.
     """
     try:
         from trio._core._run import GLOBAL_RUN_CONTEXT
 
-        runner = GLOBAL_RUN_CONTEXT.runner
-        fd: int = runner.io_manager._epoll.fileno()  # type: ignore[union-attr,unused-ignore]
-        runnable: Sized = runner.runq
+        fd: int = GLOBAL_RUN_CONTEXT.runner.io_manager._epoll.fileno()  # type: ignore[union-attr,unused-ignore]
     except (ImportError, AttributeError):
-        return -1, ()
-    return fd, runnable
+        return -1
+    return fd
 
 
 async def serve() -> None:
     """Answer requests until the mount is gone."""
-    shim.set_linger(*_event_loop())
+    runnable = Runnable()
+    trio.lowlevel.add_instrument(runnable)
+    shim.set_linger(_event_loop(), runnable.tasks)
     # pyfuse3 makes tasks when it needs them and then keeps them: making one needs memory.
     await pyfuse3.main(min_tasks=MAX_TASKS, max_tasks=MAX_TASKS)

@@ -13,7 +13,7 @@
     2. Bursts. pyfuse3 sleeps in trio before every request: two rounds of the scheduler and three system calls. After a
        request for the served file, the shim takes the waiting requests at once. If nothing else is runnable, it then waits for
        the next request itself, together with all events that trio waits for: for a millisecond, the first part of it awake.
-       Number and time are bounded. Then trio runs, if it has work; without work it runs after 50 ms at most. Before the shim
+       Number and time are bounded. Then trio runs, if it has work; without work it runs after some 20 ms. Before the shim
        waits, it makes pages ready that may be read next.
     3. No `write_buf`: with it libfuse asks for FUSE_CAP_SPLICE_READ and reads requests through a pipe, for which the
        kernel allocates a page per page of data. Under memory pressure that allocation waits for swap: this daemon.
@@ -75,7 +75,7 @@ enum {
     LEAST_PATIENCE = 16, /* requests that come within the spin */
     MOST_PATIENCE = 4096,
     MAX_BURST_NS = 5000000,
-    LONGEST_BURST_NS = 50000000, /* while the event loop has no work: its timers wait for that long */
+    LONGEST_BURST_NS = 20000000, /* while the event loop has no work: its timers wait for that long */
     PAGES_AT_ONCE = 8, /* of a write between two looks for new reads: a look takes half a microsecond, a page some 8 */
     MIXED_WRITES = 64, /* writes after a read in which there is a look after each page */
     MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
@@ -151,12 +151,13 @@ struct session {
     unsigned max_background, max_burst, max_spin_ns;
     unsigned mixed_writes; /* writes in which reads are likely to come */
     int in_burst; /* more requests may be received: pyfuse3 has no coroutine yet, and no request in the ring may give it one */
+    long long put_off_until_ns; /* a request that is put off later, during a write, is the last one of the burst */
     int credit, patience; /* for waiting awake: see `wait_for_any` */
     PyObject *make_ready; /* called when the thread is idle; returns whether it did something */
     PyObject *reap; /* called when the kernel has completed reads of the backing file (store/aio.c) */
     int completions_fd; /* readable when it has */
     const volatile uint32_t *completions; /* head and tail of its ring, which differ when it has; NULL: use the descriptor */
-    PyObject *runnable; /* a container that is empty if the event loop has no runnable task */
+    PyObject *runnable; /* the tasks of the event loop that can run and have not run yet */
     int event_loop_fd;
 };
 static struct session the_session = {
@@ -464,7 +465,8 @@ static int has_runnable(const struct session *s) {
     return waiting != 0;
 }
 
-/* Return whether no task of the event loop can run, and no descriptor of it is ready. Its timers are not known. */
+/* Return whether no task of the event loop can run, and no descriptor of it is ready. Its timers are not known. A task whose
+   descriptor was ready in the last turn is among those that can run. */
 static int is_event_loop_idle(const struct session *s) {
     struct pollfd fd = {.fd = s->event_loop_fd, .events = POLLIN};
     return s->event_loop_fd >= 0 && s->runnable && !has_runnable(s) && !poll(&fd, 1, 0);
@@ -524,7 +526,7 @@ static unsigned serve_reads(struct session *s, unsigned long pages) {
             served++;
         } else {
             put_off(s, &buf, since_ns);
-            s->in_burst = gives_way(s, &buf);
+            s->in_burst = gives_way(s, &buf) && since_ns < s->put_off_until_ns;
         }
     }
     return served;
@@ -571,12 +573,13 @@ static int take_turn(struct session *s, struct burst *burst) {
 
 /* Return whether the bounds allow another request. If no request is put off and the event loop is idle, the burst gets new bounds:
    a turn of the event loop takes longer than a request. */
-static int is_within_bounds(const struct session *s, struct burst *burst) {
+static int is_within_bounds(struct session *s, struct burst *burst) {
     long long now = now_ns();
     if (burst->received < s->max_burst && now < burst->end_ns) return 1;
     if (s->nr_arrivals || now >= burst->last_ns || !is_event_loop_idle(s)) return 0;
     burst->received = 0;
-    burst->end_ns = now + MAX_BURST_NS;
+    burst->end_ns = now + MAX_BURST_NS < burst->last_ns ? now + MAX_BURST_NS : burst->last_ns;
+    s->put_off_until_ns = burst->end_ns + MAX_BURST_NS;
     return 1;
 }
 
@@ -605,6 +608,7 @@ void fuse_session_process_buf(struct fuse_session *Py_UNUSED(session), const str
     ((struct fuse_buf *)first)->mem = NULL; /* pyfuse3 would free it */
     s->metrics[WAKEUPS]++;
     s->in_burst = 1;
+    s->put_off_until_ns = burst.end_ns + MAX_BURST_NS;
     for (;;) {
         if (has_completions(s)) finish_reads(s);
         if (!take_turn(s, &burst)) break;

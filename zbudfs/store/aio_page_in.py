@@ -126,7 +126,7 @@ class PageRead(Read):
         self.block: Block | None = None
         """The block with its requests. It is None while no other request wants the block."""
         self.frame = NO_FRAME
-        """The frame that C has taken for the block. The block is decrypted then."""
+        """The frame that C has taken for the block, which is decrypted then."""
         self.began = time.perf_counter_ns()
 
     def shared(self) -> Block:
@@ -276,24 +276,57 @@ class AioPageIn:
     # ---- completions -----------------------------------------------------------------------------------------------
 
     def reap(self) -> int:
-        """Finish the reads that the kernel has completed, and return their number. Never waits."""
+        """Finish reads that the kernel has completed, and return their number. Never waits.
+
+        An error in one read (MemoryError, or a bug) is raised after the others are finished. Tasks then read its blocks again.
+        """
         done = self.queue.reap()
-        single = self._single
+        error: Exception | None = None
         for slot, result in done:
-            if single is not None and single.finish(slot, result):
-                continue
-            run = self._runs.get(slot) or self._taken(slot)
-            if run is None:
-                self.queue.header_read(slot, result)
-                self._use_c()
-                continue
-            del self._runs[slot]
-            self._latencies.record(Timed.PAGEIN, time.perf_counter_ns() - run.began)
-            if isinstance(run, PageRead):
-                self._finish_page(run, good=result == PAGE_SIZE)
-            else:
-                self._finish_run(run, good=result == len(run.blocks) << PAGE_SHIFT)
+            try:
+                self._complete(slot, result)
+            except Exception as failure:
+                error = failure
+                self._give_up(slot)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # a cycle with its traceback
         return len(done)
+
+    def _complete(self, slot: int, result: int) -> None:
+        """Finish a read: bytes read, or -errno."""
+        if self._single is not None and self._single.finish(slot, result):
+            return
+        run = self._runs.get(slot) or self._taken(slot)
+        if run is None:
+            self.queue.header_read(slot, result)
+            self._use_c()
+            return
+        self._latencies.record(Timed.PAGEIN, time.perf_counter_ns() - run.began)
+        if isinstance(run, PageRead):
+            self._finish_page(run, good=result == PAGE_SIZE)
+        else:
+            self._finish_run(run, good=result == len(run.blocks) << PAGE_SHIFT)
+        del self._runs[slot]
+
+    def _give_up(self, slot: int) -> None:
+        """End a read after an error in the midst of it. Nothing stays held, and tasks answer its requests."""
+        run = self._runs.get(slot) or self._taken(slot)
+        if run is None:
+            return
+        del self._runs[slot]
+        if isinstance(run, Run):
+            for block in run.blocks:
+                if block.number in self._blocks:
+                    self._finish(block, good=False)
+            run.end()
+        elif run.number in self._reads.loading:
+            if run.frame != NO_FRAME and not self._state.allocator.state(run.frame):
+                self._state.give_frame(run.frame)
+            run.frame = NO_FRAME
+            self._finish_page(run, good=False)
 
     def _use_c(self) -> None:
         """Let C read single pages, since the queue is usable."""
@@ -361,12 +394,12 @@ class AioPageIn:
     def _finish(self, block: Block, *, good: bool) -> bool:
         """End the read of a block: keep it, and answer its requests. Return whether a block of the read-ahead was kept."""
         requests, number = block.requests, block.number
-        del self._blocks[number]
         found: dict[int, bytes] = {}
         was_kept = False
         if good:
             found, was_kept = self._kept(number, block.slot, block.before, wanted=bool(requests))
             self._state.counters.cumul_pagein_pages += len(found)
+        del self._blocks[number]
         self._reads.end(number)
         self.queue.free.append(block.slot)
         for request in requests:
@@ -385,7 +418,12 @@ class AioPageIn:
         if frame == NO_FRAME and not (wanted and bounce):
             return {}, False
         content = self.queue.slots[slot]
-        self._backing.decrypt(number, (content,))
+        try:
+            self._backing.decrypt(number, (content,))
+        except BaseException:
+            if frame != NO_FRAME:
+                self._state.give_frame(frame)
+            raise
         if frame == NO_FRAME:
             frame = bounce.pop()
         else:
