@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import random
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -455,6 +457,17 @@ async def test_anything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert checked > 50
         for number, versions in history.items():
             assert await get(store, number) == versions[-1]
+
+
+@trio_test
+async def test_a_store_that_nobody_uses_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The object in C refers to functions of the store that refers to it. The garbage collector frees both."""
+    async with reading(tmp_path, monkeypatch) as (store, backing, client):
+        assert await client.answer(client.read(cold(store)[0]))
+        alive = weakref.ref(store.aio)
+    del store, backing, client
+    gc.collect()
+    assert alive() is None
 
 
 # ---- without a queue -----------------------------------------------------------------------------------------------------

@@ -182,15 +182,32 @@ static PyObject *reads_in_flight(PageReads *self, PyObject *Py_UNUSED(none)) {
     return found;
 }
 
+/* The functions that this object calls belong to the store that owns it, so only the garbage collector can free both. */
+static int reads_traverse(PageReads *self, visitproc visit, void *arg) {
+    for (int i = 0; i < CALLS; i++) Py_VISIT(self->calls[i]);
+    for (int i = 0; i < MOST_SLOTS; i++) Py_VISIT(self->reads[i].key);
+    Py_VISIT(self->hot);
+    Py_VISIT(self->free);
+    Py_VISIT(self->slots);
+    Py_VISIT(self->reply);
+    return 0;
+}
+
+static int reads_clear(PageReads *self) {
+    for (int i = 0; i < CALLS; i++) Py_CLEAR(self->calls[i]);
+    for (int i = 0; i < MOST_SLOTS; i++) Py_CLEAR(self->reads[i].key);
+    Py_CLEAR(self->hot);
+    Py_CLEAR(self->free);
+    Py_CLEAR(self->slots);
+    Py_CLEAR(self->reply);
+    return 0;
+}
+
 static void reads_dealloc(PageReads *self) {
+    PyObject_GC_UnTrack(self);
     for (int i = 0; i < TABLES; i++)
         if (self->tables[i].obj) PyBuffer_Release(&self->tables[i]);
-    for (int i = 0; i < CALLS; i++) Py_XDECREF(self->calls[i]);
-    for (int i = 0; i < MOST_SLOTS; i++) Py_XDECREF(self->reads[i].key);
-    Py_XDECREF(self->hot);
-    Py_XDECREF(self->free);
-    Py_XDECREF(self->slots);
-    Py_XDECREF(self->reply);
+    reads_clear(self);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -260,9 +277,11 @@ PyTypeObject page_reads_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "zbudfs.core._hot.PageReads",
     .tp_doc = "PageReads(hot, tables, counters, calls, free, slots, start): reads of single pages; see hot_reads.c.",
     .tp_basicsize = sizeof(PageReads),
-    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .tp_new = reads_new,
     .tp_dealloc = (destructor)reads_dealloc,
+    .tp_traverse = (traverseproc)reads_traverse,
+    .tp_clear = (inquiry)reads_clear,
     .tp_methods = reads_methods,
     .tp_members = reads_members,
 };
