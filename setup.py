@@ -51,8 +51,8 @@ HOT = [f"zbudfs/core/{name}.c" for name in ("hot", "hot_disk", "hot_reads", "hot
 
 setup(
     ext_modules=[
-        Extension(SHIM, ["zbudfs/fuse/shim.c"]),
-        Extension("zbudfs.core._hot", HOT, depends=["zbudfs/core/hot.h"]),
+        Extension(SHIM, ["zbudfs/fuse/shim.c"], depends=["zbudfs/core/latency.h"]),
+        Extension("zbudfs.core._hot", HOT, depends=["zbudfs/core/hot.h", "zbudfs/core/latency.h"]),
         Extension("zbudfs.store._cipher", ["zbudfs/store/cipher.c"], libraries=["dl", "pthread"]),
         Extension("zbudfs.store._aio", ["zbudfs/store/aio.c"]),
     ],

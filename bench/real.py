@@ -155,7 +155,7 @@ def measure(options: Options) -> list[Table]:
         options.mib, options.limit, options.pool = 24, 22, 4
         options.programs, options.targets = "python", "swapfile,zbudfs"
     programs = _chosen(options.programs, PROGRAMS, "program")
-    names = _chosen(options.targets, (*TARGETS, "zbudfs-once", "dense-once"), "target")
+    names = _chosen(options.targets, (*TARGETS, *targets.WITH_ONCE), "target")
     if "swapfile" not in names:
         raise KitError("every ratio compares with the swap file: add swapfile to --targets")
     found = []

@@ -101,7 +101,7 @@ def _table(options: Options, part: float) -> Table:
 
 def _names(options: Options, part: float, table: Table) -> list[str]:
     """Return the targets to compare, without those that this machine lacks, and set the base of the table."""
-    known = dict.fromkeys([*targets.RAM, *targets.DISK, f"zbudfs{targets.ONCE}", f"dense{targets.ONCE}"])
+    known = dict.fromkeys([*targets.RAM, *targets.DISK, *targets.WITH_ONCE])
     usual = targets.RAM if part >= 1 else targets.DISK
     wanted = options.targets.split(",") if options.targets else list(usual)
     if unknown := [name for name in wanted if name not in known and not name.removeprefix(targets.STRIPED).isdecimal()]:

@@ -36,6 +36,7 @@ from zbudfs.swap.loop import SwapError
 PRIORITY: Final = 32767
 """Priority of a target's swap. It is above every other swap, so that all pages of the program go there."""
 ONCE: Final = "-once"
+WITH_ONCE: Final = (f"zbudfs{ONCE}", f"dense{ONCE}")
 STRIPED: Final = "zbudfs-"
 RAM: Final = ("zram", "floor", "floor-zstd", "nbdkit", "zbudfs", "dense", "zbudfs-2")
 DISK: Final = ("swapfile", "zbudfs", "dense")

@@ -17,7 +17,7 @@ async def nothing() -> None:
 
 
 def test_trios_loop_is_found() -> None:
-    """The descriptor shows that a task can run. Outside of trio there is none."""
+    """The descriptor is readable when a task can run. Outside of trio, `_event_loop` finds no descriptor."""
 
     async def look() -> None:
         fd = _event_loop()

@@ -372,7 +372,7 @@ def slow_pages(count: int) -> bytes:
 
 
 def page_with_noise(seed: int) -> bytes:
-    """Return a page of which two fit into a frame."""
+    """Return a page whose zpage takes less than half of a frame."""
     return random.Random(seed).randbytes(1500) + bytes(PAGE - 1500)
 
 

@@ -53,26 +53,6 @@ static PyObject *call(PyObject *state, PyObject *name, PyObject *one, PyObject *
     return result;
 }
 
-/* Return the truth value of the result of a call, or -1. */
-static int truth(PyObject *result) {
-    int yes = result ? PyObject_IsTrue(result) : -1;
-    Py_XDECREF(result);
-    return yes;
-}
-
-static int done(PyObject *result) {
-    Py_XDECREF(result);
-    return result ? 0 : -1;
-}
-
-/* Call a function with a number. 0, or -1. */
-static int tell(PyObject *function, uint64_t number) {
-    PyObject *argument = PyLong_FromUnsignedLongLong(number);
-    int failed = !argument || done(PyObject_CallOneArg(function, argument));
-    Py_XDECREF(argument);
-    return failed ? -1 : 0;
-}
-
 /* Release a view that a call was given. Its memory will hold other data soon, so a callee that kept the view must not read it. */
 static void let_go(PyObject *view) {
     if (Py_REFCNT(view) > 1) {
@@ -218,7 +198,7 @@ static PyObject *hot_write(PyObject *self, PyObject *const *args, Py_ssize_t nar
     for (const char *at = content.buf; more > 0 && stored < count; at += PAGE_SIZE) {
         more = put(hot, page + stored, at, args[2], args[3], now);
         stored += more > 0;
-        if (more > 0 && stored < count && tell(args[4], stored)) more = -1;
+        if (more > 0 && stored < count && done(call_function(args[4], PyLong_FromUnsignedLongLong(stored), NULL))) more = -1;
     }
     PyBuffer_Release(&content);
     return more < 0 ? NULL : PyLong_FromUnsignedLongLong(stored);

@@ -178,6 +178,30 @@ static inline int corrupt(const char *what, uint64_t number) {
     return -1;
 }
 
+/* ---- calls of Python ------------------------------------------------------------------------------------------- */
+
+/* Call a function, and take over the references to its arguments, each of which may be NULL after an error. */
+static inline PyObject *call_function(PyObject *function, PyObject *one, PyObject *two) {
+    PyObject *arguments[] = {one, two}, *result = NULL;
+    if (!PyErr_Occurred()) result = PyObject_Vectorcall(function, arguments, two ? 2 : one ? 1 : 0, NULL);
+    Py_XDECREF(one);
+    Py_XDECREF(two);
+    return result;
+}
+
+/* Return the truth value of the result of a call, or -1. */
+static inline int truth(PyObject *result) {
+    int yes = result ? PyObject_IsTrue(result) : -1;
+    Py_XDECREF(result);
+    return yes;
+}
+
+/* Release the result of a call. 0, or -1. */
+static inline int done(PyObject *result) {
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
 /* ---- lists ----------------------------------------------------------------------------------------------------- */
 
 /* Return whether a node and its neighbours are linked correctly, so that the node can be removed, or another put beside it. */

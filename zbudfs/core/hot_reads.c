@@ -10,18 +10,14 @@
 
    No argument of these functions is older than a checkpoint. `finish` reads the tables again: the page may have changed. */
 #include "hot.h"
+#include "latency.h"
 #include <stddef.h>
 #include <structmember.h>
-#include <time.h>
 
 enum {
     MOST_SLOTS = 256, /* as in store/aio.c */
     HOLD = 1 << MOST_ZPAGES, /* HOLD_INDEX of store/state.py */
     SEGMENT_SHIFT = 6, /* SEGMENT_BLOCKS of core/block_map.py */
-    BUCKETS = 32, /* a row of core/latency.py: the counts of the buckets, then these two */
-    SUM = BUCKETS,
-    LONGEST,
-    ROW_WORDS,
 };
 enum { LIVE, WRITTEN_AT, LATENCIES, COUNTER_WORDS, TABLES };
 enum { SUBMIT, TAKE_FRAME, DECRYPT, DECOMPRESS, CALLS };
@@ -30,7 +26,8 @@ enum { PAGEIN_BLOCKS, REFAULT_BLOCKS, READ_PAGES, PAGEIN_PAGES, COUNTED };
 /* A read in flight. `key` is NULL while the slot has none. */
 struct page_read {
     PyObject *key;
-    uint64_t page, entry, block, began;
+    uint64_t page, entry, block;
+    long long began; /* in nanoseconds of the monotonic clock */
     long long frame; /* the frame for the block, which is free; -1 before */
 };
 
@@ -41,40 +38,10 @@ typedef struct {
     Py_buffer tables[TABLES];
     unsigned char *live;
     uint32_t *written_at;
-    uint64_t *latencies, *counters[COUNTED], start;
+    unsigned long long *latencies;
+    uint64_t *counters[COUNTED], start;
     struct page_read reads[MOST_SLOTS];
 } PageReads;
-
-static uint64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-/* Enter a duration, as `Latencies.record` does. */
-static void record(uint64_t *row, uint64_t nanoseconds) {
-    uint64_t microseconds = nanoseconds / 1000;
-    unsigned bucket = microseconds ? 64u - (unsigned)__builtin_clzll(microseconds) : 0;
-    row[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
-    row[SUM] += nanoseconds;
-    if (nanoseconds > row[LONGEST]) row[LONGEST] = nanoseconds;
-}
-
-/* Call a function, and take over the references to its arguments, which may be NULL after an error. */
-static PyObject *call(PyObject *function, PyObject *one, PyObject *two) {
-    PyObject *arguments[] = {one, two}, *result = NULL;
-    if (!PyErr_Occurred()) result = PyObject_Vectorcall(function, arguments, two ? 2 : one ? 1 : 0, NULL);
-    Py_XDECREF(one);
-    Py_XDECREF(two);
-    return result;
-}
-
-/* Call a function for its effect alone. 0, or -1. */
-static int run(PyObject *function, PyObject *one, PyObject *two) {
-    PyObject *result = call(function, one, two);
-    Py_XDECREF(result);
-    return result ? 0 : -1;
-}
 
 /* Return the read in the slot of this number; NULL, with an error, for no number of a slot. */
 static struct page_read *read_of(PageReads *self, PyObject *slot) {
@@ -87,10 +54,7 @@ static struct page_read *read_of(PageReads *self, PyObject *slot) {
 /* Submit the read of a block into a slot. 1; 0 if the kernel did not take it; -1. */
 static int submit(const PageReads *self, uint64_t block, PyObject *slot) {
     PyObject *offset = PyLong_FromUnsignedLongLong(self->start + (block << PAGE_SHIFT));
-    PyObject *result = call(self->calls[SUBMIT], offset, Py_NewRef(slot));
-    int taken = result ? PyObject_IsTrue(result) : -1;
-    Py_XDECREF(result);
-    return taken;
+    return truth(call_function(self->calls[SUBMIT], offset, Py_NewRef(slot)));
 }
 
 /* Begin to answer a read of one page. False: nothing was begun, and Python looks what the page needs. */
@@ -122,14 +86,14 @@ static PyObject *reads_begin(PageReads *self, PyObject *const *args, Py_ssize_t 
 
 /* Take a frame for a block that was read, and decrypt the block in its slot. 1; 0 if there is no frame; -1. */
 static int decrypted(const PageReads *self, struct page_read *read, PyObject *view) {
-    PyObject *number = call(self->calls[TAKE_FRAME], NULL, NULL);
+    PyObject *number = call_function(self->calls[TAKE_FRAME], NULL, NULL);
     if (!number) return -1;
     long long frame = PyLong_AsLongLong(number);
     Py_DECREF(number);
     if (frame == -1) return PyErr_Occurred() ? -1 : 0;
     read->frame = frame;
-    if (run(self->calls[DECRYPT], PyLong_FromUnsignedLongLong(read->block), PyTuple_Pack(1, view))) return -1;
-    return 1;
+    PyObject *block = PyLong_FromUnsignedLongLong(read->block);
+    return done(call_function(self->calls[DECRYPT], block, PyTuple_Pack(1, view))) ? -1 : 1;
 }
 
 /* Finish a read that the kernel has completed. False: the slot has no read, or Python must finish it. */
@@ -139,7 +103,7 @@ static PyObject *reads_finish(PageReads *self, PyObject *const *args, Py_ssize_t
     long long result = read ? PyLong_AsLongLong(args[1]) : 0;
     if (PyErr_Occurred()) return NULL;
     if (!read->key || result != PAGE_SIZE) Py_RETURN_FALSE;
-    const uint64_t ended = now_ns();
+    const long long ended = now_ns();
     PyObject *view = PyList_GetItem(self->slots, read - self->reads);
     int ready = view ? decrypted(self, read, view) : -1;
     if (ready <= 0) return ready ? NULL : Py_NewRef(Py_False);
@@ -147,14 +111,14 @@ static PyObject *reads_finish(PageReads *self, PyObject *const *args, Py_ssize_t
     PyObject *content = page_in_one(
         self->hot, (uint64_t)read->frame, view, read->block, live, read->page, read->entry, self->calls[DECOMPRESS]);
     if (!content) return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
-    record(self->latencies, ended - read->began);
+    record(self->latencies, (unsigned long long)(ended - read->began));
     self->live[read->block] = (unsigned char)live; /* the page itself is live, so the block is not free */
     ++*self->counters[READ_PAGES];
     ++*self->counters[PAGEIN_PAGES];
     PyObject *key = read->key;
     read->key = NULL;
     int failed = PyList_Append(self->free, args[0]);
-    if (run(self->reply, key, content)) failed = -1;
+    if (done(call_function(self->reply, key, content))) failed = -1;
     return failed ? NULL : Py_NewRef(Py_True);
 }
 
@@ -165,8 +129,8 @@ static PyObject *reads_take(PageReads *self, PyObject *slot) {
     if (!read->key) Py_RETURN_NONE;
     PyObject *key = read->key;
     read->key = NULL;
-    return Py_BuildValue("NKKKKL", key, (unsigned long long)read->page, (unsigned long long)read->entry,
-        (unsigned long long)read->block, (unsigned long long)read->began, read->frame);
+    return Py_BuildValue("NKKKLL", key, (unsigned long long)read->page, (unsigned long long)read->entry,
+        (unsigned long long)read->block, read->began, read->frame);
 }
 
 /* Return the reads in flight. */
@@ -175,7 +139,7 @@ static PyObject *reads_in_flight(PageReads *self, PyObject *Py_UNUSED(none)) {
     for (long slot = 0; found && slot < MOST_SLOTS; slot++) {
         const struct page_read *read = &self->reads[slot];
         if (!read->key) continue;
-        PyObject *one = Py_BuildValue("lKK", slot, (unsigned long long)read->block, (unsigned long long)read->began);
+        PyObject *one = Py_BuildValue("lKL", slot, (unsigned long long)read->block, read->began);
         if (!one || PyList_Append(found, one)) Py_CLEAR(found);
         Py_XDECREF(one);
     }

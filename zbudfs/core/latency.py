@@ -4,9 +4,9 @@
     row of a kind    BUCKETS counts, then the sum of all in nanoseconds, then the longest in nanoseconds
 
 Bucket n counts durations of less than 2**n us and, for n > 0, at least 2**(n - 1) us. The last bucket counts all longer ones
-too. The shim enters requests (fuse/shim.c has the same layout): from the moment in which it received the request to the
-answer, waiting included. The time that the kernel kept the request before is not included. A few more numbers of the shim
-follow the rows.
+too. The shim enters requests, and hot_reads.c page-ins of one page (latency.h has the same layout). A request counts from the
+moment in which the shim received it to the answer, waiting included. The time that the kernel kept the request before is not
+included. A few more numbers of the shim follow the rows.
 """
 
 from enum import IntEnum

@@ -56,6 +56,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+
+#include "../core/latency.h"
 #undef fuse_session_new
 
 enum {
@@ -80,10 +82,6 @@ enum {
     MIXED_WRITES = 64, /* writes after a read in which there is a look after each page */
     MAX_ARENAS = 1024, /* of 1 MiB each in CPython 3.11 */
     WORKS = 256,       /* requests in work without an allocation: far more than the kernel keeps in flight */
-    BUCKETS = 32,
-    SUM_NS = BUCKETS,
-    MAX_NS,
-    ROW_WORDS,
     ROWS = 6,
     SERVED = ROWS * ROW_WORDS,
     WAKEUPS,
@@ -175,12 +173,6 @@ static void *next(const char *name) {
     return found;
 }
 
-static long long now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000ll + now.tv_nsec;
-}
-
 /* ---- buffers ------------------------------------------------------------------------------------------------- */
 
 static int is_slot(const struct session *s, const char *buffer) {
@@ -216,12 +208,7 @@ static struct work *begin(struct session *s, int which, fuse_req_t req) {
 
 /* End the work on a request that is answered: enter its time, and free its memory. */
 static void finish(struct session *s, struct work *work) {
-    unsigned long long ns = (unsigned long long)(now_ns() - work->since_ns), us = ns / 1000,
-                       *row = s->metrics + work->which * ROW_WORDS;
-    unsigned bucket = us ? 64u - (unsigned)__builtin_clzll(us) : 0;
-    row[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
-    row[SUM_NS] += ns;
-    if (ns > row[MAX_NS]) row[MAX_NS] = ns;
+    record(s->metrics + work->which * ROW_WORDS, (unsigned long long)(now_ns() - work->since_ns));
     s->in_work--;
     if (work->view) let_go(work->view);
     if (work->buffer) give_buffer(s, work->buffer);
@@ -458,8 +445,9 @@ static int wait_for_any(struct session *s, struct pollfd *fds, nfds_t nr_fds) {
     return ready;
 }
 
-/* Return whether the event loop has a task that can run now. */
+/* Return whether the event loop has a task that can run now. 1, too, if the event loop is not known. */
 static int has_runnable(const struct session *s) {
+    if (s->event_loop_fd < 0 || !s->runnable) return 1;
     Py_ssize_t waiting = PyObject_Size(s->runnable);
     if (waiting < 0) PyErr_WriteUnraisable(s->runnable);
     return waiting != 0;
@@ -469,13 +457,13 @@ static int has_runnable(const struct session *s) {
    descriptor was ready in the last turn is among those that can run. */
 static int is_event_loop_idle(const struct session *s) {
     struct pollfd fd = {.fd = s->event_loop_fd, .events = POLLIN};
-    return s->event_loop_fd >= 0 && s->runnable && !has_runnable(s) && !poll(&fd, 1, 0);
+    return !has_runnable(s) && !poll(&fd, 1, 0);
 }
 
 /* Make a page ready, or wait a moment for the next request. 0 if the burst is over, since no request came or the event loop has
    work. */
 static int linger(struct session *s) {
-    if (s->event_loop_fd < 0 || !s->runnable || has_runnable(s)) return 0;
+    if (has_runnable(s)) return 0;
     if (prepare(s)) return 1;
     struct pollfd fds[] = {
         {.fd = fuse_session_fd(s->fuse), .events = POLLIN},
@@ -511,8 +499,8 @@ static void put_off(struct session *s, const struct fuse_buf *buf, long long sin
     s->arrivals[(s->first_arrival + s->nr_arrivals++) % MAX_SLOTS] = (struct arrival){*buf, since_ns};
 }
 
-/* Answer the reads that have come during a write, of which `pages` pages are stored. Other requests are put off; all of them stay
-   in their slots. */
+/* Answer the reads that have come during a write. The write has stored `pages` pages so far. The function puts other requests off;
+   they stay in their slots. */
 static unsigned serve_reads(struct session *s, unsigned long pages) {
     unsigned served = 0;
     if (has_completions(s)) finish_reads(s);
@@ -571,6 +559,12 @@ static int take_turn(struct session *s, struct burst *burst) {
     return 1;
 }
 
+/* Set the bounds of time of a burst, from now on. */
+static void bound(struct session *s, struct burst *burst, long long now) {
+    burst->end_ns = now + MAX_BURST_NS < burst->last_ns ? now + MAX_BURST_NS : burst->last_ns;
+    s->put_off_until_ns = burst->end_ns + MAX_BURST_NS;
+}
+
 /* Return whether the bounds allow another request. If no request is put off and the event loop is idle, the burst gets new bounds:
    a turn of the event loop takes longer than a request. */
 static int is_within_bounds(struct session *s, struct burst *burst) {
@@ -578,8 +572,7 @@ static int is_within_bounds(struct session *s, struct burst *burst) {
     if (burst->received < s->max_burst && now < burst->end_ns) return 1;
     if (s->nr_arrivals || now >= burst->last_ns || !is_event_loop_idle(s)) return 0;
     burst->received = 0;
-    burst->end_ns = now + MAX_BURST_NS < burst->last_ns ? now + MAX_BURST_NS : burst->last_ns;
-    s->put_off_until_ns = burst->end_ns + MAX_BURST_NS;
+    bound(s, burst, now);
     return 1;
 }
 
@@ -598,17 +591,12 @@ static void receive_next(struct session *s, struct burst *burst) {
 void fuse_session_process_buf(struct fuse_session *Py_UNUSED(session), const struct fuse_buf *first) {
     struct session *s = &the_session;
     long long now = now_ns();
-    struct burst burst = {.buf = *first,
-        .since_ns = now,
-        .end_ns = now + MAX_BURST_NS,
-        .last_ns = now + LONGEST_BURST_NS,
-        .got = 1,
-        .received = 1,
-        .more = 1};
+    struct burst burst = {
+        .buf = *first, .since_ns = now, .last_ns = now + LONGEST_BURST_NS, .got = 1, .received = 1, .more = 1};
     ((struct fuse_buf *)first)->mem = NULL; /* pyfuse3 would free it */
     s->metrics[WAKEUPS]++;
     s->in_burst = 1;
-    s->put_off_until_ns = burst.end_ns + MAX_BURST_NS;
+    bound(s, &burst, now);
     for (;;) {
         if (has_completions(s)) finish_reads(s);
         if (!take_turn(s, &burst)) break;

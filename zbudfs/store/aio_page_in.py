@@ -299,7 +299,7 @@ class AioPageIn:
         """Finish a read: bytes read, or -errno."""
         if self._single is not None and self._single.finish(slot, result):
             return
-        run = self._runs.get(slot) or self._taken(slot)
+        run = self._read_in(slot)
         if run is None:
             self.queue.header_read(slot, result)
             self._use_c()
@@ -313,7 +313,7 @@ class AioPageIn:
 
     def _give_up(self, slot: int) -> None:
         """End a read after an error in the midst of it. Nothing stays held, and tasks answer its requests."""
-        run = self._runs.get(slot) or self._taken(slot)
+        run = self._read_in(slot)
         if run is None:
             return
         del self._runs[slot]
@@ -344,21 +344,21 @@ class AioPageIn:
         )
         self._single.reply = self._reply
 
-    def _taken(self, slot: int) -> PageRead | None:
-        """Take over the read in a slot from C. None: C has no read there."""
-        taken = self._single.take(slot) if self._single is not None else None
-        if taken is None:
-            return None
-        key, page, entry, number, began, frame = taken
-        read = self._runs[slot] = self._reads.loading[number] = PageRead(key, page, entry, number, slot)
-        read.began = began
-        read.frame = frame
+    def _read_in(self, slot: int) -> Run | PageRead | None:
+        """Return the read in a slot, after taking it over if C has it. None: the slot has no read."""
+        read = self._runs.get(slot)
+        taken = self._single.take(slot) if read is None and self._single is not None else None
+        if taken is not None:
+            key, page, entry, number, began, frame = taken
+            read = self._runs[slot] = self._reads.loading[number] = PageRead(key, page, entry, number, slot)
+            read.began = began
+            read.frame = frame
         return read
 
-    def _take_over(self, block: int) -> PageRead | None:
+    def _take_over(self, block: int) -> Read | None:
         """Take over the read of a block from C. None: C does not read it."""
         in_c = self._single.in_flight() if self._single is not None else []
-        return next((self._taken(slot) for slot, number, _ in in_c if number == block), None)
+        return next((self._read_in(slot) for slot, number, _ in in_c if number == block), None)
 
     def _finish_page(self, read: PageRead, *, good: bool) -> None:
         """End the read of a block for one page: keep it, and answer the request."""

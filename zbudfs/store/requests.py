@@ -16,7 +16,7 @@ import trio
 
 from zbudfs.core.codec import Codec
 from zbudfs.core.errors import OutOfRange, PageLost, PoolFull, ZbudfsError
-from zbudfs.core.page_table import ABSENT, BLOCK, entry_kind
+from zbudfs.core.page_table import ABSENT
 from zbudfs.core.units import PAGE_SHIFT, PAGE_SIZE
 from zbudfs.store.contents import Contents
 from zbudfs.store.page_in import PageIn, kept
@@ -55,7 +55,6 @@ class Requests:
         self.between = between
         self._counters = state.counters
         self._path = state.path
-        self._entries = state.table.entries
 
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._size_bytes:
@@ -74,8 +73,6 @@ class Requests:
             page, count = pages.start, len(pages)
         content = self._path.read(page, count, self.codec.decompress)
         if content is None:
-            if entry_kind(self._entries[page]) >= BLOCK:
-                return None
             content = self._in_ram(range(page, page + count))
             if content is None:
                 return None
