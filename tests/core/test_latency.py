@@ -55,10 +55,10 @@ def test_every_time_is_in_one_bucket(times: list[tuple[Timed, int]]) -> None:
 
 def test_the_shim_has_the_same_layout() -> None:
     """The C code repeats the numbers of the layout."""
-    source = (ROOT / "zbudfs/fuse/shim.c").read_text()
-    assert int(re.search(r"\bBUCKETS = (\d+)", source)[1]) == BUCKETS  # type: ignore[index]
+    header, source = (ROOT / "zbudfs/core/latency.h").read_text(), (ROOT / "zbudfs/fuse/shim.c").read_text()
+    assert int(re.search(r"\bBUCKETS = (\d+)", header)[1]) == BUCKETS  # type: ignore[index]
     assert int(re.search(r"\bROWS = (\d+)", source)[1]) == len(Timed)  # type: ignore[index]
-    assert "SUM_NS = BUCKETS,\n    MAX_NS,\n    ROW_WORDS,\n" in source
+    assert "SUM_NS = BUCKETS,\n    MAX_NS,\n    ROW_WORDS,\n" in header
     assert BUCKETS + 2 == ROW_WORDS
     assert "enum { READ, WRITE, FALLOCATE, FSYNC," in source
     assert [Timed.READ, Timed.WRITE, Timed.DISCARD, Timed.SYNC] == [0, 1, 2, 3]
